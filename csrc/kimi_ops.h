@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The public C API of kimi_ops. C99; no other header is needed.
+ *
+ * Conventions
+ *   - Every op takes one params struct, the device its pointers live on, and a stream last (a
+ *     cudaStream_t for KIMI_DEVICE_CUDA, ignored for KIMI_DEVICE_CPU). CUDA work is queued, not
+ *     awaited; nothing is read back to the host, so every op can be captured in a CUDA graph.
+ *   - The caller owns all memory: inputs, outputs, workspace. Nothing is allocated or kept.
+ *   - Zero-initialise params (`kimi_topk_gate_params p = {0};`): a zero field is its default.
+ *   - Tensors are row-major and dense unless a stride field says otherwise.
+ *   - Functions return KIMI_OK or an error; kimi_last_error() says what was expected, what came and
+ *     how to mend it. Arguments are checked before anything is launched or written.
+ *   - Thread-safe: calls on different data may run at once; the error text is per thread.
+ *
+ * Shape letters: T tokens, E experts, K experts chosen a token (top-k), S tokens of one sequence.
+ */
+#ifndef KIMI_OPS_H_
+#define KIMI_OPS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define KIMI_API
+#else
+#define KIMI_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum kimi_status {
+  KIMI_OK = 0,
+  KIMI_INVALID_ARGUMENT = 1, /* a params field is wrong; nothing was written */
+  KIMI_UNSUPPORTED = 2,      /* no engine for this device or architecture in this build */
+  KIMI_CUDA_ERROR = 3,       /* the CUDA runtime refused */
+  KIMI_INTERNAL_ERROR = 4    /* out of memory, or a defect of this library */
+} kimi_status;
+
+typedef enum kimi_device { KIMI_DEVICE_CPU = 0, KIMI_DEVICE_CUDA = 1 } kimi_device;
+
+typedef enum kimi_dtype {
+  KIMI_FLOAT32 = 0,
+  KIMI_BFLOAT16 = 1,
+  KIMI_FLOAT16 = 2
+} kimi_dtype;
+
+/* ---- the library ---------------------------------------------------------------------------- */
+
+KIMI_API const char* kimi_version(void);
+KIMI_API const char* kimi_last_error(void);
+
+/* CPU instruction sets, weakest first. The best one that this machine offers is taken; the
+ * environment variable KIMI_OPS_ISA (portable | avx2 | avx512 | amx) or kimi_set_isa forces one. */
+typedef enum kimi_isa {
+  KIMI_ISA_PORTABLE = 0,
+  KIMI_ISA_AVX2 = 1,   /* AVX2, FMA, F16C */
+  KIMI_ISA_AVX512 = 2, /* AVX-512 F, BW, VL, DQ, CD */
+  KIMI_ISA_AMX = 3     /* AVX-512 with BF16, and AMX-TILE, AMX-BF16 granted by the kernel */
+} kimi_isa;
+
+KIMI_API kimi_isa kimi_detected_isa(void);
+KIMI_API kimi_isa kimi_current_isa(void);
+KIMI_API kimi_status kimi_set_isa(kimi_isa isa); /* refuses one that the machine lacks */
+KIMI_API const char* kimi_isa_name(kimi_isa isa);
+
+/* Threads that CPU ops use from this thread; 0 restores OpenMP's own number. */
+KIMI_API kimi_status kimi_set_num_threads(int num_threads);
+KIMI_API int kimi_num_threads(void);
+
+/* Architectures in the binary, as "sm_80 sm_90a"; empty for a build without CUDA. */
+KIMI_API const char* kimi_cuda_architectures(void);
+
+/* ---- topk_gate: router scores, top-k selection, expert counts ------------------------------- */
+
+typedef enum kimi_score_function {
+  KIMI_SCORE_SIGMOID = 0,
+  KIMI_SCORE_SOFTMAX = 1,
+  KIMI_SCORE_SQRTSOFTPLUS = 2 /* sqrt(log(1 + exp(z))) */
+} kimi_score_function;
+
+#define KIMI_TOPK_GATE_MAX_EXPERTS 1024
+#define KIMI_TOPK_GATE_MAX_K 32
+#define KIMI_TOPK_GATE_EPSILON 1e-20f
+
+/* csrc/topk_gate/topk_gate.h defines the mathematics. */
+typedef struct kimi_topk_gate_params {
+  const void* logits;         /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+  const float* expert_bias;   /* [E] or NULL; acts on the selection only */
+  const uint8_t* valid;       /* [T] or NULL; 0 drops the token */
+  float* weights;             /* out [T, K] */
+  int32_t* indices;           /* out [T, K], best first; -1 for a dropped token */
+  int32_t* tokens_per_expert; /* out [E] */
+  int64_t num_tokens;         /* T */
+  int64_t logits_stride;      /* in elements, >= E */
+  int32_t num_experts;        /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
+  int32_t top_k;              /* K, at most KIMI_TOPK_GATE_MAX_K */
+  int32_t num_groups;         /* a divisor of E; 1: no groups */
+  int32_t topk_groups;        /* groups that take part, 1..num_groups */
+  int32_t group_score_topk;   /* choice scores summed for the score of a group */
+  int32_t renormalize;        /* 0 or 1 */
+  float scaling_factor;
+  kimi_dtype logits_dtype;
+  kimi_score_function score_function;
+} kimi_topk_gate_params;
+
+KIMI_API kimi_status kimi_topk_gate(const kimi_topk_gate_params* params, kimi_device device,
+                                    void* stream);
+
+/* d logits from d weights; `indices` of the forward, everything else is recomputed from logits. */
+typedef struct kimi_topk_gate_backward_params {
+  const float* grad_weights; /* [T, K] */
+  const void* logits;        /* [T, E] logits_dtype, row stride logits_stride */
+  const int32_t* indices;    /* [T, K], -1 dropped */
+  void* grad_logits;         /* out [T, E] dense, logits_dtype */
+  int64_t num_tokens;
+  int64_t logits_stride;
+  int32_t num_experts;
+  int32_t top_k;
+  int32_t renormalize;
+  float scaling_factor;
+  kimi_dtype logits_dtype;
+  kimi_score_function score_function;
+} kimi_topk_gate_backward_params;
+
+KIMI_API kimi_status kimi_topk_gate_backward(const kimi_topk_gate_backward_params* params,
+                                             kimi_device device, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* KIMI_OPS_H_ */

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""Router scores, top-k selection and balancing in plain torch."""
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-20  # added to the sum of the chosen scores, as in DeepSeek-V3's router
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def scores(logits: Tensor, score_function: str) -> Tensor:
+    """s [T, E] from logits [T, E]; a NaN logit counts as -inf and scores 0."""
+    z = _wide(logits)
+    z = z.masked_fill(z.isnan(), -torch.inf)
+    if score_function == "sigmoid":
+        return z.sigmoid()
+    if score_function == "softmax":
+        peak = z.amax(dim=-1, keepdim=True).nan_to_num(neginf=0.0, posinf=torch.inf)
+        exponentials = (z - peak.detach()).exp()
+        total = exponentials.sum(dim=-1, keepdim=True)
+        return (exponentials / total.masked_fill(total == 0, 1.0)).nan_to_num(nan=0.0)
+    softplus = torch.nn.functional.softplus(z)
+    positive = softplus > 0  # the square root has no gradient at 0
+    return softplus.masked_fill(~positive, 1.0).sqrt() * positive
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Positions in descending order; equal values keep the lower position first."""
+    return values.argsort(dim=-1, descending=True, stable=True)
+
+
+def _select(choice: Tensor, k: int, num_groups: int, topk_groups: int, best_of: int) -> Tensor:
+    """ids [T, k] of the best choices, experts outside the best groups excluded."""
+    order = _rank(choice)
+    if num_groups > 1:
+        tokens, experts = choice.shape
+        grouped = choice.view(tokens, num_groups, experts // num_groups)
+        group_score = grouped.sort(dim=-1, descending=True).values[..., :best_of].sum(dim=-1)
+        kept = _rank(group_score.nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf))
+        excluded = torch.ones_like(group_score, dtype=torch.bool)
+        excluded = excluded.scatter(1, kept[:, :topk_groups], False)
+        excluded = excluded.repeat_interleave(experts // num_groups, dim=1)
+        last = excluded.gather(1, order).to(torch.uint8).argsort(dim=-1, stable=True)
+        order = order.gather(1, last)
+    return order[:, :k]
+
+
+def topk_gate(
+    logits: Tensor,
+    k: int,
+    score_function: str = "sigmoid",
+    expert_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score_topk: int = 2,
+    renormalize: bool = True,
+    scaling_factor: float = 1.0,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weights [T, K], indices [T, K] int32, tokens_per_expert [E] int32."""
+    s = scores(logits, score_function)
+    choice = s.detach().masked_fill(logits.isnan(), -torch.inf)
+    if expert_bias is not None:
+        choice = choice + expert_bias
+        choice = choice.masked_fill(choice.isnan(), -torch.inf)
+    ids = _select(choice, k, num_groups, topk_groups, group_score_topk)
+    chosen = s.gather(1, ids)
+    if renormalize:
+        chosen = chosen / (chosen.sum(dim=1, keepdim=True) + EPSILON)
+    weights = chosen * scaling_factor
+    if valid is not None:
+        weights = weights * valid.bool()[:, None]
+        ids = ids.masked_fill(~valid.bool()[:, None], -1)
+    return weights, ids.int(), count(ids, logits.shape[1])
+
+
+def count(indices: Tensor, num_experts: int) -> Tensor:
+    """tokens_per_expert [E] int32 of ids [...], -1 left out; no host read, integer sums only."""
+    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=indices.device)
+    flat = indices.flatten().long()
+    flat = flat.masked_fill(flat < 0, num_experts)
+    return counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))[:num_experts]
+
+
+def update_expert_bias_(
+    bias: Tensor, tokens_per_expert: Tensor, rate: float, centered: bool = False
+) -> Tensor:
+    load = tokens_per_expert.double()
+    direction = (load.mean() - load).sign()
+    if centered:
+        direction = direction - direction.mean()
+    return bias.add_((rate * direction).to(bias.dtype))
+
+
+def sequence_balance_loss(
+    logits: Tensor,
+    indices: Tensor,
+    num_sequences: int = 1,
+    score_function: str = "sigmoid",
+    coefficient: float = 1e-4,
+) -> Tensor:
+    tokens, experts = logits.shape
+    if tokens == 0:
+        return _wide(logits).sum() * 0.0
+    length, k = tokens // num_sequences, indices.shape[1]
+    s = scores(logits, score_function).view(num_sequences, length, experts)
+    share = s / (s.sum(dim=-1, keepdim=True) + EPSILON)
+    mean_share = share.mean(dim=1)  # P [num_sequences, E]
+    ids = indices.view(num_sequences, length * k).long()
+    ids = ids.masked_fill(ids < 0, experts)
+    load = torch.zeros(num_sequences, experts + 1, dtype=torch.int32, device=logits.device)
+    load = load.scatter_add(1, ids, torch.ones_like(ids, dtype=torch.int32))[:, :experts]
+    frequency = load.to(share.dtype) * (experts / (k * length))  # f [num_sequences, E]
+    return coefficient * (frequency * mean_share).sum(dim=1).mean()
+
+
+def z_loss(logits: Tensor, coefficient: float = 1e-3, valid: Tensor | None = None) -> Tensor:
+    square = _wide(logits).logsumexp(dim=-1).square()
+    if valid is None:
+        return coefficient * square.sum() / max(logits.shape[0], 1)
+    keep = valid.bool()
+    square = square.masked_fill(~keep, 0.0)
+    return coefficient * square.sum() / keep.sum().clamp(min=1)
