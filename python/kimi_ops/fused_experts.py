@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""The routed experts of one mixture-of-experts layer as one op."""
+
+import torch
+from torch import Tensor
+
+from kimi_ops.reference import fused_experts as reference
+
+__all__ = ["fused_experts"]
+
+
+def fused_experts(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """Send every token through its experts and add their weighted outputs.
+
+    ``y[t] = sum_k weights[t, k] * w_down[e] @ (act(gate) * up)`` with ``e = indices[t, k]`` and
+    ``[gate; up] = w_gate_up[e] @ x[t]``.
+
+    Parameters
+    ----------
+    x : Tensor [T, H] bfloat16, float16, float32 or float64
+    w_gate_up : Tensor [E, 2F, H], the dtype of x
+        The F gate rows first, then the F up rows.
+    w_down : Tensor [E, H, F], the dtype of x
+    weights : Tensor [T, K] float32 (float64 beside float64 tokens)
+    indices : Tensor [T, K] int32
+        Experts of each token; -1 is a dropped slot and adds nothing.
+    activation : {"silu", "gelu", "situ"}
+        silu(g) * u; gelu(g) * u with the exact (erf) GELU; or SiTU,
+        ``4 tanh(g / 4) sigmoid(g) * 25 tanh(u / 25)``, Kimi K3's bounded gate.
+
+    Returns
+    -------
+    Tensor [T, H], the dtype of x
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong dtype, shape, device or activation; on the CPU also an id outside -1 .. E - 1.
+
+    Notes
+    -----
+    Differentiable in x, both weights and the router weights. The activation and the weighted sum
+    are computed in fp32 and rounded once. Cost: 6 T K F H operations.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kimi_ops.fused_experts import fused_experts
+    >>> from kimi_ops.topk_gate import topk_gate
+    >>> x = torch.randn(5, 8)
+    >>> gate = topk_gate(torch.randn(5, 4), 2)
+    >>> w_gate_up, w_down = torch.randn(4, 12, 8), torch.randn(4, 8, 6)
+    >>> fused_experts(x, w_gate_up, w_down, gate.weights, gate.indices).shape
+    torch.Size([5, 8])
+    """
+    op = "fused_experts"
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation: one of {sorted(reference.ACTIVATIONS)} expected, {activation!r} "
+            "came; choose one of these"
+        )
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise TypeError(
+            f"{op}: x: bfloat16, float16, float32 or float64 expected, {x.dtype} came; convert it"
+        )
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    arguments = {"w_gate_up": w_gate_up, "w_down": w_down, "weights": weights, "indices": indices}
+    dtypes = {"w_gate_up": x.dtype, "w_down": x.dtype, "weights": wide, "indices": torch.int32}
+    for name, tensor in arguments.items():
+        if tensor.dtype != dtypes[name]:
+            raise TypeError(
+                f"{op}: {name}: {dtypes[name]} expected beside {x.dtype} tokens, {tensor.dtype} "
+                "came; convert it"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name}: device {x.device} expected, {tensor.device} came")
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x: shape [T, H] expected, {list(x.shape)} came; flatten the batch")
+    tokens, hidden = x.shape
+    if w_gate_up.dim() != 3 or w_gate_up.shape[2] != hidden or w_gate_up.shape[1] % 2:
+        raise ValueError(
+            f"{op}: w_gate_up: shape [E, 2F, H={hidden}] expected, {list(w_gate_up.shape)} came; "
+            "stack gate rows over up rows"
+        )
+    experts, both, _ = w_gate_up.shape
+    if list(w_down.shape) != [experts, hidden, both // 2]:
+        raise ValueError(
+            f"{op}: w_down: shape {[experts, hidden, both // 2]} expected, {list(w_down.shape)} "
+            "came; pass [E, H, F]"
+        )
+    if indices.dim() != 2 or indices.shape[0] != tokens or indices.shape[1] < 1:
+        raise ValueError(
+            f"{op}: indices: shape [T={tokens}, K >= 1] expected, {list(indices.shape)} came"
+        )
+    if weights.shape != indices.shape:
+        raise ValueError(
+            f"{op}: weights: shape {list(indices.shape)} expected, {list(weights.shape)} came"
+        )
+    if x.device.type == "cpu" and indices.numel():
+        low, high = (int(v) for v in indices.aminmax())
+        if low < -1 or high >= experts:
+            raise ValueError(
+                f"{op}: indices: ids in -1 .. {experts - 1} expected, {low} .. {high} came; "
+                "mark dropped slots with -1"
+            )
+    return reference.fused_experts(x, w_gate_up, w_down, weights, indices, activation)

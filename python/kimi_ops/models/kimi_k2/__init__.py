@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: MIT
+"""Kimi K2: latent attention, a mixture of experts, the layout of the Hugging Face checkpoint."""
+
+from kimi_ops.models.kimi_k2.attention import Attention, LatentCache
+from kimi_ops.models.kimi_k2.config import KimiK2Config, RopeScaling
+from kimi_ops.models.kimi_k2.model import KimiK2
+from kimi_ops.models.kimi_k2.moe import MoE
+
+__all__ = ["Attention", "KimiK2", "KimiK2Config", "LatentCache", "MoE", "RopeScaling"]

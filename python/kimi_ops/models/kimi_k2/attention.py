@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: MIT
+"""Multi-head latent attention: keys and values are expanded from one small latent vector a token.
+
+    x -> q_a -> norm -> q_b  -> heads x [nope | rope]          q
+    x -> kv_a -> [latent | k_rope]; latent -> norm -> kv_b -> heads x [k_nope | v]
+
+k_rope is shared by all heads. A cache keeps [normed latent | rotated k_rope], kv_lora_rank +
+qk_rope_head_dim values a token and layer (576 in Kimi K2), and reads them without expanding: the
+rows of kv_b that make k_nope are applied to q, those that make v to the attention's output.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.layers import Float32Buffers, RMSNorm
+from kimi_ops.models.kimi_k2.rope import rotate
+from kimi_ops.qk_clip import attention_max_logits
+
+_LATENT_NORM_EPS = 1e-6  # the checkpoint's code uses its class default here, not rms_norm_eps
+
+
+class LatentCache:
+    """Latents of the tokens seen so far, for every layer, in memory allocated once.
+
+    Parameters
+    ----------
+    config : KimiK2Config
+    batch_size : int
+    capacity : int
+        Largest number of tokens a sequence.
+    device, dtype
+        Of the model's activations.
+    """
+
+    def __init__(
+        self,
+        config: KimiK2Config,
+        batch_size: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        shape = (config.num_hidden_layers, batch_size, capacity, width)
+        self.entries = torch.empty(shape, device=device, dtype=dtype)  # [L, B, capacity, width]
+        self.length = 0  # tokens that every layer holds
+
+    @property
+    def capacity(self) -> int:
+        return self.entries.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.entries.nbytes
+
+    def write(self, layer: int, entry: Tensor) -> Tensor:
+        """Store entry [B, S, width] after the `length` tokens; all of them, [B, length + S, width]."""
+        end = self.length + entry.shape[1]
+        self.entries[layer, :, self.length : end] = entry
+        return self.entries[layer, :, :end]
+
+    def check(self, batch_size: int, tokens: int) -> None:
+        """Raise a ValueError where `tokens` more of `batch_size` sequences do not fit."""
+        if batch_size != self.entries.shape[1]:
+            raise ValueError(
+                f"LatentCache: batch: {self.entries.shape[1]} sequences expected, {batch_size} "
+                "came; make a cache for this batch"
+            )
+        if self.length + tokens > self.capacity:
+            raise ValueError(
+                f"LatentCache: capacity: at most {self.capacity - self.length} more tokens "
+                f"expected, {tokens} came; make a larger cache"
+            )
+
+
+class Attention(Float32Buffers):
+    """Latent attention of one layer; `max_logits` [heads] collects QK-Clip's statistic."""
+
+    max_logits: Tensor
+
+    def __init__(self, config: KimiK2Config, **factory: Any) -> None:
+        super().__init__()
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        self.num_heads = heads
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.kv_lora_rank = config.kv_lora_rank
+        self.softmax_scale = config.softmax_scale
+        self.track_max_logits = False
+        bias = config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False, **factory)
+        else:
+            rank = config.q_lora_rank
+            self.q_a_proj = nn.Linear(hidden, rank, bias=bias, **factory)
+            self.q_a_layernorm = RMSNorm(rank, _LATENT_NORM_EPS, **factory)
+            self.q_b_proj = nn.Linear(rank, heads * config.qk_head_dim, bias=False, **factory)
+        rank = config.kv_lora_rank
+        width = rank + self.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, width, bias=bias, **factory)
+        self.kv_a_layernorm = RMSNorm(rank, _LATENT_NORM_EPS, **factory)
+        expanded = heads * (self.qk_nope_head_dim + self.v_head_dim)
+        self.kv_b_proj = nn.Linear(rank, expanded, bias=False, **factory)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias, **factory)
+        statistic = torch.full([heads], -torch.inf, device=factory.get("device"))
+        self.register_buffer("max_logits", statistic.float(), persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LatentCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """[B, S, H] from x [B, S, H]; each token sees itself, those before it and the cache."""
+        q_nope, q_rope = self._queries(x)
+        q_rope = rotate(q_rope, cos, sin)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+        )
+        latent, k_rope = self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)
+        if cache is not None:
+            entries = cache.write(layer, torch.cat((latent, k_rope), dim=-1))
+            if cache.length > 0:
+                return self._attend_latents(q_nope, q_rope, entries)
+        return self._attend_expanded(q_nope, q_rope, latent, k_rope)
+
+    def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q_nope, q_rope [B, heads, S, *]."""
+        if hasattr(self, "q_proj"):
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        return q_nope, q_rope
+
+    def _attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor
+    ) -> Tensor:
+        """No tokens before these: ordinary causal attention over expanded keys and values."""
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.num_heads, -1, -1)), dim=-1)
+        if self.track_max_logits:
+            with torch.no_grad():
+                largest = attention_max_logits(q, k, self.softmax_scale, causal=True)
+                self.max_logits.copy_(torch.maximum(self.max_logits, largest))
+        if q.device.type == "cpu":  # the fused CPU kernel wants one head size: zeros change nothing
+            size = max(q.shape[-1], v.shape[-1])
+            q, k, v = (F.pad(t, (0, size - t.shape[-1])) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        return self._project(out[..., : self.v_head_dim])
+
+    def _attend_latents(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
+        """Tokens after a cache: one shared key and value head, the cached entries [B, n, width]."""
+        rows = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        to_k, to_v = rows.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        q = torch.cat((q_nope @ to_k, q_rope), dim=-1)
+        k = entries[:, None].expand(-1, self.num_heads, -1, -1)
+        new, total = q.shape[2], entries.shape[1]
+        mask = None
+        if new > 1:
+            ones = torch.ones(new, total, dtype=torch.bool, device=q.device)
+            mask = ones.tril(diagonal=total - new)
+        out = F.scaled_dot_product_attention(
+            q, k, k[..., : self.kv_lora_rank], attn_mask=mask, scale=self.softmax_scale
+        )
+        return self._project(out @ to_v.transpose(1, 2))
+
+    def _project(self, out: Tensor) -> Tensor:
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def reset_statistics(self) -> None:
+        """Forget the largest logits: -inf."""
+        self.max_logits.fill_(-torch.inf)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""Small parts: RMSNorm, the gated MLP, buffers that keep their precision."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kimi_ops.models.kimi_k2.config import KimiK2Config
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, rounded to the dtype of x, then times the gain in the gain's dtype."""
+
+    def __init__(self, size: int, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)); the dense layers and the shared experts."""
+
+    def __init__(self, config: KimiK2Config, intermediate_size: int, **factory: Any) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.gate_proj = nn.Linear(hidden, intermediate_size, bias=False, **factory)
+        self.up_proj = nn.Linear(hidden, intermediate_size, bias=False, **factory)
+        self.down_proj = nn.Linear(intermediate_size, hidden, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Float32Buffers(nn.Module):
+    """A module whose floating buffers stay fp32 when `.to(bfloat16)` casts its parameters.
+
+    The router's bias moves by 1e-3 a step and the largest logits are compared with a threshold:
+    bf16 would lose both.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Buffers":
+        before = {k: v for k, v in self._buffers.items() if v is not None and v.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != value.dtype:
+                kept = torch.empty_like(after, dtype=value.dtype) if value.is_meta else value
+                self._buffers[name] = kept.to(after.device)
+        return self

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""The mixture-of-experts layer: router, routed experts, shared experts."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kimi_ops.fused_experts import fused_experts
+from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.layers import MLP, Float32Buffers
+from kimi_ops.topk_gate import TopkGate, sequence_balance_loss, topk_gate
+
+
+class Router(Float32Buffers):
+    """Expert scores in fp32; the bias takes part in the selection only and has no gradient."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: KimiK2Config, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, **factory))
+        bias = torch.zeros(experts, dtype=torch.float32, device=factory.get("device"))
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, TopkGate]:
+        """logits [T, E] fp32 and the choice of experts, for x [T, H]."""
+        config = self.config
+        logits = F.linear(x.float(), self.weight.float())
+        gate = topk_gate(
+            logits,
+            config.num_experts_per_tok,
+            score_function=config.scoring_func,
+            expert_bias=self.e_score_correction_bias,
+            num_groups=config.n_group,
+            topk_groups=config.topk_group,
+            renormalize=config.norm_topk_prob,
+            scaling_factor=config.routed_scaling_factor,
+        )
+        return logits, gate
+
+
+class Experts(nn.Module):
+    """The matrices of all routed experts, stacked; gate rows before up rows."""
+
+    def __init__(self, config: KimiK2Config, **factory: Any) -> None:
+        super().__init__()
+        experts, hidden = config.n_routed_experts, config.hidden_size
+        width = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden, **factory))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width, **factory))
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared experts; counts its loads in training.
+
+    Attributes
+    ----------
+    tokens_per_expert : Tensor [E] int32
+        Tokens sent to each expert by the training forwards since `reset_statistics`.
+    balance_loss : Tensor or None
+        Sequence-wise balance loss of the last training forward, None where `aux_loss_alpha` is 0.
+    """
+
+    tokens_per_expert: Tensor
+
+    def __init__(self, config: KimiK2Config, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Router(config, **factory)
+        self.experts = Experts(config, **factory)
+        self.shared_experts: MLP | None = None
+        if config.n_shared_experts:
+            width = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = MLP(config, width, **factory)
+        loads = torch.zeros(
+            config.n_routed_experts, dtype=torch.int32, device=factory.get("device")
+        )
+        self.register_buffer("tokens_per_expert", loads, persistent=False)
+        self.balance_loss: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, H] from x [B, S, H]."""
+        tokens = x.flatten(0, 1)
+        logits, gate = self.gate(tokens)
+        self.balance_loss = None
+        if self.training:
+            self.tokens_per_expert += gate.tokens_per_expert
+            if self.config.aux_loss_alpha:
+                self.balance_loss = sequence_balance_loss(
+                    logits,
+                    gate.indices,
+                    num_sequences=x.shape[0] if self.config.seq_aux else 1,
+                    score_function=self.config.scoring_func,
+                    coefficient=self.config.aux_loss_alpha,
+                )
+        y = fused_experts(
+            tokens,
+            self.experts.gate_up_proj,
+            self.experts.down_proj,
+            gate.weights,
+            gate.indices,
+            activation=self.config.hidden_act,
+        )
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(tokens)
+        return y.view_as(x)
+
+    def reset_statistics(self) -> None:
+        """Forget the loads."""
+        self.tokens_per_expert.zero_()
