@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT
+// The C API: turns statuses into codes and keeps exceptions inside. No mathematics, no loops.
+#include <exception>
+#include <string>
+
+#include "common/status.h"
+#include "cpu/features.h"
+#include "cpu/parallel.h"
+#include "kimi_ops.h"
+#include "topk_gate/topk_gate.h"
+
+namespace {
+
+thread_local std::string last_error;
+
+template <class Call>
+kimi_status guard(const Call& call) noexcept {
+  try {
+    kimi::Status status = call();
+    if (!status.is_ok()) last_error = std::move(status.message);
+    return status.code;
+  } catch (const std::exception& exception) {
+    last_error = exception.what();
+  } catch (...) {
+    last_error = "unknown exception";
+  }
+  return KIMI_INTERNAL_ERROR;
+}
+
+template <class Params>
+using Op = kimi::Status (*)(const Params&, kimi_device, void*);
+
+template <class Params>
+kimi_status call(const char* name, Op<Params> op, const Params* params, kimi_device device,
+                 void* stream) {
+  return guard([&] {
+    if (!params) return kimi::invalid(name, ": params: expected a pointer, got NULL");
+    if (device != KIMI_DEVICE_CPU && device != KIMI_DEVICE_CUDA)
+      return kimi::invalid(name, ": device: expected KIMI_DEVICE_CPU or KIMI_DEVICE_CUDA, got ",
+                           int(device));
+    return op(*params, device, stream);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* kimi_version(void) { return KIMI_OPS_VERSION; }
+const char* kimi_last_error(void) { return last_error.c_str(); }
+
+kimi_isa kimi_detected_isa(void) { return kimi::cpu::detected_isa(); }
+kimi_isa kimi_current_isa(void) { return kimi::cpu::current_isa(); }
+kimi_status kimi_set_isa(kimi_isa isa) {
+  return guard([&] { return kimi::cpu::set_isa(isa); });
+}
+const char* kimi_isa_name(kimi_isa isa) { return kimi::cpu::isa_name(isa); }
+
+kimi_status kimi_set_num_threads(int num_threads) {
+  return guard([&] {
+    if (num_threads < 0)
+      return kimi::invalid("set_num_threads: num_threads: expected 0 or more, got ", num_threads);
+    kimi::cpu::set_num_threads(num_threads);
+    return kimi::Status::ok();
+  });
+}
+int kimi_num_threads(void) { return kimi::cpu::num_threads(); }
+const char* kimi_cuda_architectures(void) { return KIMI_OPS_CUDA_ARCHITECTURES; }
+
+kimi_status kimi_topk_gate(const kimi_topk_gate_params* params, kimi_device device, void* stream) {
+  return call("topk_gate", kimi::topk_gate, params, device, stream);
+}
+kimi_status kimi_topk_gate_backward(const kimi_topk_gate_backward_params* params,
+                                    kimi_device device, void* stream) {
+  return call("topk_gate_backward", kimi::topk_gate_backward, params, device, stream);
+}
+
+}  // extern "C"

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT
+// The pybind11 module: unpacks integers into params structs and calls the C API. Pointers come as
+// Python integers (Tensor.data_ptr()), 0 for NULL. KIMI_INVALID_ARGUMENT becomes ValueError, any
+// other failure RuntimeError. The GIL is released during every op.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "kimi_ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void raise_if_error(kimi_status status) {
+  if (status == KIMI_OK) return;
+  if (status == KIMI_INVALID_ARGUMENT) throw py::value_error(kimi_last_error());
+  throw std::runtime_error(kimi_last_error());
+}
+
+template <class Params>
+void call(kimi_status (*op)(const Params*, kimi_device, void*), const Params& params, int device,
+          Address stream) {
+  kimi_status status;
+  {
+    py::gil_scoped_release release;
+    status = op(&params, kimi_device(device), pointer<void>(stream));
+  }
+  raise_if_error(status);
+}
+
+void topk_gate(Address logits, Address expert_bias, Address valid, Address weights, Address indices,
+               Address tokens_per_expert, int64_t num_tokens, int64_t logits_stride,
+               int num_experts, int top_k, int num_groups, int topk_groups, int group_score_topk,
+               bool renormalize, float scaling_factor, int dtype, int score_function, int device,
+               Address stream) {
+  kimi_topk_gate_params p = {};
+  p.logits = pointer<const void>(logits);
+  p.expert_bias = pointer<const float>(expert_bias);
+  p.valid = pointer<const uint8_t>(valid);
+  p.weights = pointer<float>(weights);
+  p.indices = pointer<int32_t>(indices);
+  p.tokens_per_expert = pointer<int32_t>(tokens_per_expert);
+  p.num_tokens = num_tokens;
+  p.logits_stride = logits_stride;
+  p.num_experts = num_experts;
+  p.top_k = top_k;
+  p.num_groups = num_groups;
+  p.topk_groups = topk_groups;
+  p.group_score_topk = group_score_topk;
+  p.renormalize = renormalize;
+  p.scaling_factor = scaling_factor;
+  p.logits_dtype = kimi_dtype(dtype);
+  p.score_function = kimi_score_function(score_function);
+  call(kimi_topk_gate, p, device, stream);
+}
+
+void topk_gate_backward(Address grad_weights, Address logits, Address indices, Address grad_logits,
+                        int64_t num_tokens, int64_t logits_stride, int num_experts, int top_k,
+                        bool renormalize, float scaling_factor, int dtype, int score_function,
+                        int device, Address stream) {
+  kimi_topk_gate_backward_params p = {};
+  p.grad_weights = pointer<const float>(grad_weights);
+  p.logits = pointer<const void>(logits);
+  p.indices = pointer<const int32_t>(indices);
+  p.grad_logits = pointer<void>(grad_logits);
+  p.num_tokens = num_tokens;
+  p.logits_stride = logits_stride;
+  p.num_experts = num_experts;
+  p.top_k = top_k;
+  p.renormalize = renormalize;
+  p.scaling_factor = scaling_factor;
+  p.logits_dtype = kimi_dtype(dtype);
+  p.score_function = kimi_score_function(score_function);
+  call(kimi_topk_gate_backward, p, device, stream);
+}
+
+kimi_isa isa_from_name(const std::string& name) {
+  for (int isa = KIMI_ISA_PORTABLE; isa <= KIMI_ISA_AMX; ++isa)
+    if (name == kimi_isa_name(kimi_isa(isa))) return kimi_isa(isa);
+  throw py::value_error("set_isa: isa: expected portable, avx2, avx512 or amx, got " + name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
+  m.doc() = "Native ops on raw addresses; use the functions of kimi_ops.";
+  m.def("version", &kimi_version);
+  m.def("detected_isa", [] { return kimi_isa_name(kimi_detected_isa()); });
+  m.def("current_isa", [] { return kimi_isa_name(kimi_current_isa()); });
+  m.def("set_isa", [](const std::string& isa) { raise_if_error(kimi_set_isa(isa_from_name(isa))); });
+  m.def("num_threads", &kimi_num_threads);
+  m.def("set_num_threads", [](int n) { raise_if_error(kimi_set_num_threads(n)); });
+  m.def("cuda_architectures", &kimi_cuda_architectures);
+  m.def("topk_gate", &topk_gate);
+  m.def("topk_gate_backward", &topk_gate_backward);
+}

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+// Threads of the CPU engines. Work is cut into one run of consecutive items a thread; engines keep
+// their results independent of the cut.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace kimi::cpu {
+
+// Threads that ops called from this thread use: kimi_set_num_threads, else OpenMP's own number.
+int num_threads();
+void set_num_threads(int n);
+
+// Calls body(begin, end) on runs that cover [0, n), none shorter than `grain` items if avoidable.
+// `body` must not throw.
+template <class Body>
+void parallel_for(int64_t n, int64_t grain, const Body& body) {
+  const int64_t threads = std::min<int64_t>(num_threads(), n / std::max<int64_t>(grain, 1));
+  if (threads <= 1 || omp_in_parallel()) {
+    if (n > 0) body(int64_t{0}, n);
+    return;
+  }
+#pragma omp parallel num_threads(int(threads))
+  {
+    const int64_t count = omp_get_num_threads(), rank = omp_get_thread_num();
+    const int64_t begin = n * rank / count, end = n * (rank + 1) / count;
+    if (begin < end) body(begin, end);
+  }
+}
+
+}  // namespace kimi::cpu

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: MIT
+// The fp32 mathematics of the gate, written once for every engine.
+//
+// Every function is a template over an `Ops` class: F (a float or a vector of floats) with add, sub,
+// mul, fma, div, sqrt, abs, each rounded once and never contracted, reciprocal (1/x for x in
+// [1, 2], correctly rounded), min_finite and less. All engines therefore agree bit for bit, the
+// CUDA ones included: the selection cannot depend on where it ran.
+//
+//   exp(x), x <= 0:  n = round(x log2 e), r = x - n ln 2, exp(x) = 2^n (1 + r + r^2 q(r))
+//                    q: degree 4, relative error of exp 0.05 ulp before rounding; 0 below -87.
+//   log1p(x), x in [0, 1]:  2 atanh(t), t = x / (2 + x), atanh(t) = t + t^3 g(t^2)
+//                    g: degree 3, relative error 0.08 ulp before rounding.
+// Coefficients: least-squares minimax fits (Lawson's iteration) in double, rounded to fp32.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace kimi::gate {
+
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F exp_nonpositive(F x) {
+  const F magic = O::set(0x1.8p23f);  // adding it rounds to an integer, kept in the low bits
+  const F shifted = O::fma(x, O::set(0x1.715476p0f), magic);
+  const F n = O::sub(shifted, magic);
+  F r = O::fma(n, O::set(-0x1.62e4p-1f), x);  // ln 2 in two parts: the first product is exact
+  r = O::fma(n, O::set(-0x1.7f7d1cp-20f), r);
+  F q = O::set(0x1.6a234ep-10f);
+  q = O::fma(q, r, O::set(0x1.123a6cp-7f));
+  q = O::fma(q, r, O::set(0x1.5558f4p-5f));
+  q = O::fma(q, r, O::set(0x1.55549p-3f));
+  q = O::fma(q, r, O::set(0x1.fffffcp-2f));
+  const F p = O::add(O::fma(q, O::mul(r, r), r), O::set(1.0f));
+  return O::select(O::less(x, O::set(-87.0f)), O::set(0.0f), O::scale_by_exponent(p, shifted));
+}
+
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F log1p_unit(F x) {
+  const F t = O::div(x, O::add(x, O::set(2.0f)));
+  const F u = O::mul(t, t);
+  F g = O::set(0.14006422f);
+  g = O::fma(g, u, O::set(0.14000814f));
+  g = O::fma(g, u, O::set(0.2001077f));
+  g = O::fma(g, u, O::set(0.3333321f));
+  const F twice = O::add(t, t);
+  return O::fma(O::mul(twice, u), g, twice);
+}
+
+// A NaN logit counts as -inf, +inf as the largest finite number.
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F clean(F z) {
+  return O::min_finite(O::select(O::is_nan(z), O::set(-__builtin_inff()), z));
+}
+
+// s = 1 / (1 + exp(-z)); e / (1 + e) for negative z keeps its relative accuracy.
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F sigmoid(F z) {
+  const F e = exp_nonpositive<O>(O::neg_abs(z));
+  const F r = O::reciprocal(O::add(e, O::set(1.0f)));
+  return O::select(O::less(z, O::set(0.0f)), O::mul(e, r), r);
+}
+
+// s = sqrt(log(1 + exp(z)))
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F sqrtsoftplus(F z) {
+  const F tail = log1p_unit<O>(exp_nonpositive<O>(O::neg_abs(z)));
+  const F positive = O::select(O::less(z, O::set(0.0f)), O::set(0.0f), z);
+  return O::sqrt(O::add(positive, tail));
+}
+
+// Softmax of a row: exp(z - peak) here, summed in a fixed order (32 partial sums by id % 32, in
+// ascending id; then partial l plus partial l^16, l^8, l^4, l^2, l^1), times one reciprocal.
+// `peak` is the row's maximum clamped to finite numbers, so that z - peak is never NaN.
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F softmax_numerator(F z, F peak) {
+  return exp_nonpositive<O>(O::sub(z, peak));
+}
+
+// d sigmoid / dz = s (1 - s);  d sqrtsoftplus / dz = sigmoid(z) / (2 s), 0 where s is 0.
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F sigmoid_slope(F s) {
+  return O::mul(s, O::sub(O::set(1.0f), s));
+}
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F sqrtsoftplus_slope(F z, F s) {
+  const F slope = O::div(sigmoid<O>(z), O::add(s, s));
+  return O::select(O::less(O::set(0.0f), s), slope, O::set(0.0f));
+}
+
+// Ascending in x, with -0 equal to +0 and NaN lowest (as -inf); kExcluded is below every key.
+inline constexpr int32_t kExcluded = INT32_MIN;
+KIMI_HOST_DEVICE int32_t sort_key(float x) {
+  const int32_t i = int32_t(bits_of((x == x ? x : -__builtin_inff()) + 0.0f));
+  return i ^ ((i >> 31) & 0x7fffffff);
+}
+
+}  // namespace kimi::gate

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: MIT
+// topk_gate: which K of E experts a token goes to, and with what weights.
+//
+//   s[t,e] = score(logits[t,e])                 sigmoid | softmax over e | sqrt(softplus), fp32
+//   c[t,e] = s[t,e] + expert_bias[e]            choice score: selects, never weighs; a NaN logit
+//                                               chooses as -inf and scores 0
+//   groups: E experts in num_groups equal runs; a group scores the sum of its group_score_topk best
+//           c (added best first); experts outside the topk_groups best groups cannot be chosen
+//   indices[t,:] = the K largest c, descending; equal c: lower id first (groups alike)
+//   u = s[t, indices[t,:]];  D = ((u_0 + u_1) + ...) + 1e-20, in slot order
+//   weights[t,j] = u_j * (scaling_factor / D)   or u_j * scaling_factor without renormalize
+//   tokens_per_expert[e] = how often e stands in indices
+//   valid[t] = 0: indices -1, weights 0, not counted; its logits are not read
+//
+// Backward (indices and groups are constants, the bias gets no gradient), g = d weights:
+//   du_j = (g_j - (sum_i g_i u_i) / D) * scaling_factor / D    or g_j * scaling_factor
+//   dz_j = du_j * slope(s_j) at the chosen experts, 0 elsewhere; softmax:
+//   dz_e = s_e * (du_e - sum_j du_j u_j), du_e = 0 for experts that were not chosen
+//
+// Cost: T*E logits read once, T*K*8 bytes written. About 20 fp32 operations a logit, so the row's
+// read (1.5 KB at E = 384) hides them on a GPU; on a CPU core the arithmetic leads.
+// Sources: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16), Kimi K2 (arXiv 2507.20534).
+#pragma once
+
+#include <cstdint>
+
+#include "common/status.h"
+
+namespace kimi {
+
+using TopkGateParams = kimi_topk_gate_params;
+using TopkGateBackwardParams = kimi_topk_gate_backward_params;
+
+Status topk_gate(const TopkGateParams& p, kimi_device device, void* stream);
+Status topk_gate_backward(const TopkGateBackwardParams& p, kimi_device device, void* stream);
+
+// topk_gate.cu. Arguments have been checked; T > 0.
+Status topk_gate_cuda(const TopkGateParams& p, void* stream);
+Status topk_gate_backward_cuda(const TopkGateBackwardParams& p, void* stream);
+
+namespace gate {
+
+// One CPU engine: rows [begin, end) in the calling thread. `counts` [E] is added to.
+struct CpuEngine {
+  void (*forward)(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* counts);
+  void (*backward)(const TopkGateBackwardParams& p, int64_t begin, int64_t end);
+};
+extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+
+// Restricts `key` [E] to the best groups: the others become kExcluded. Shared by the CPU engines.
+void exclude_groups(const TopkGateParams& p, const float* choice, int32_t* key);
+
+}  // namespace gate
+}  // namespace kimi

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: MIT
+// The portable engine: one row after another, plain loops, the definition of topk_gate.h in code.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "topk_gate/score.h"
+#include "topk_gate/topk_gate.h"
+
+namespace kimi::gate {
+namespace {
+
+constexpr int kMaxExperts = KIMI_TOPK_GATE_MAX_EXPERTS;
+
+struct ScalarOps {
+  using F = float;
+  static F set(float x) { return x; }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
+  static F fma(F a, F b, F c) { return std::fma(a, b, c); }
+  static F sqrt(F a) { return std::sqrt(a); }
+  static F reciprocal(F a) { return 1.0f / a; }
+  static F neg_abs(F a) { return -std::fabs(a); }
+  static F min_finite(F a) { return std::min(a, std::numeric_limits<float>::max()); }
+  static bool is_nan(F a) { return a != a; }
+  static bool less(F a, F b) { return a < b; }
+  static F select(bool condition, F a, F b) { return condition ? a : b; }
+  static F scale_by_exponent(F p, F shifted) { return float_of(bits_of(p) + (bits_of(shifted) << 23)); }
+};
+
+// Scores of one row; for softmax the exponentials' fixed summation order is that of score.h.
+template <class T>
+void score_row(const T* logits, int num_experts, kimi_score_function function, float* s) {
+  if (function != KIMI_SCORE_SOFTMAX) {
+    for (int e = 0; e < num_experts; ++e) {
+      const float z = clean<ScalarOps>(to_float(logits[e]));
+      s[e] = function == KIMI_SCORE_SIGMOID ? sigmoid<ScalarOps>(z) : sqrtsoftplus<ScalarOps>(z);
+    }
+    return;
+  }
+  float peak = -std::numeric_limits<float>::max(), partial[32] = {};
+  for (int e = 0; e < num_experts; ++e) peak = std::max(peak, clean<ScalarOps>(to_float(logits[e])));
+  for (int e = 0; e < num_experts; ++e) {
+    s[e] = softmax_numerator<ScalarOps>(clean<ScalarOps>(to_float(logits[e])), peak);
+    partial[e % 32] += s[e];
+  }
+  for (int half = 16; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) partial[l] += partial[l + half];
+  const float scale = partial[0] > 0.0f ? 1.0f / partial[0] : 0.0f;
+  for (int e = 0; e < num_experts; ++e) s[e] *= scale;
+}
+
+template <class T>
+void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* counts) {
+  float s[kMaxExperts], choice[kMaxExperts];
+  int32_t key[kMaxExperts];
+  for (int64_t t = begin; t < end; ++t) {
+    float* weights = p.weights + t * p.top_k;
+    int32_t* indices = p.indices + t * p.top_k;
+    if (p.valid && !p.valid[t]) {
+      std::fill_n(weights, p.top_k, 0.0f);
+      std::fill_n(indices, p.top_k, -1);
+      continue;
+    }
+    const T* logits = static_cast<const T*>(p.logits) + t * p.logits_stride;
+    score_row(logits, p.num_experts, p.score_function, s);
+    for (int e = 0; e < p.num_experts; ++e) {
+      const float z = to_float(logits[e]);
+      choice[e] = p.expert_bias ? s[e] + p.expert_bias[e] : s[e];
+      if (z != z || choice[e] != choice[e]) choice[e] = -std::numeric_limits<float>::infinity();
+      key[e] = sort_key(choice[e]);
+    }
+    exclude_groups(p, choice, key);
+    float total = 0.0f;
+    for (int j = 0; j < p.top_k; ++j) {
+      const int best = int(std::max_element(key, key + p.num_experts) - key);  // the first of equals
+      key[best] = kExcluded;
+      indices[j] = best;
+      weights[j] = s[best];
+      total += s[best];
+      ++counts[best];
+    }
+    const float scale =
+        p.renormalize ? p.scaling_factor / (total + KIMI_TOPK_GATE_EPSILON) : p.scaling_factor;
+    for (int j = 0; j < p.top_k; ++j) weights[j] *= scale;
+  }
+}
+
+template <class T>
+void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
+  float s[kMaxExperts], du[kMaxExperts];
+  for (int64_t t = begin; t < end; ++t) {
+    const T* logits = static_cast<const T*>(p.logits) + t * p.logits_stride;
+    const float* g = p.grad_weights + t * p.top_k;
+    const int32_t* indices = p.indices + t * p.top_k;
+    T* grad = static_cast<T*>(p.grad_logits) + t * p.num_experts;
+    std::fill_n(grad, p.num_experts, T{});
+    if (indices[0] < 0) continue;
+    score_row(logits, p.num_experts, p.score_function, s);
+    float total = 0.0f, dot = 0.0f, flow = 0.0f;
+    for (int j = 0; j < p.top_k; ++j) {
+      total += s[indices[j]];
+      dot = std::fma(g[j], s[indices[j]], dot);
+    }
+    const float inverse = 1.0f / (total + KIMI_TOPK_GATE_EPSILON);
+    const float scale = p.renormalize ? p.scaling_factor * inverse : p.scaling_factor;
+    const float mean = p.renormalize ? dot * inverse : 0.0f;
+    std::fill_n(du, p.num_experts, 0.0f);
+    for (int j = 0; j < p.top_k; ++j) {
+      const float d = (g[j] - mean) * scale;
+      du[indices[j]] = d;
+      flow = std::fma(d, s[indices[j]], flow);
+    }
+    if (p.score_function == KIMI_SCORE_SOFTMAX) {
+      for (int e = 0; e < p.num_experts; ++e) grad[e] = from_float<T>(s[e] * (du[e] - flow));
+      continue;
+    }
+    for (int j = 0; j < p.top_k; ++j) {
+      const int e = indices[j];
+      const float z = clean<ScalarOps>(to_float(logits[e]));
+      const float slope = p.score_function == KIMI_SCORE_SIGMOID
+                              ? sigmoid_slope<ScalarOps>(s[e])
+                              : sqrtsoftplus_slope<ScalarOps>(z, s[e]);
+      grad[e] = from_float<T>(du[e] * slope);
+    }
+  }
+}
+
+void forward(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* counts) {
+  dispatch(p.logits_dtype, [&]<class T>() { forward_rows<T>(p, begin, end, counts); });
+}
+
+void backward(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
+  dispatch(p.logits_dtype, [&]<class T>() { backward_rows<T>(p, begin, end); });
+}
+
+}  // namespace
+
+const CpuEngine kPortableEngine = {forward, backward};
+
+void exclude_groups(const TopkGateParams& p, const float* choice, int32_t* key) {
+  if (p.num_groups <= 1) return;
+  const int size = p.num_experts / p.num_groups, best_of = p.group_score_topk;
+  int32_t group_key[kMaxExperts];
+  float best[kMaxExperts];
+  for (int group = 0; group < p.num_groups; ++group) {
+    const float* c = choice + group * size;
+    int held = 0;  // best[0..held) descending
+    for (int e = 0; e < size; ++e) {
+      if (held == best_of && !(c[e] > best[held - 1])) continue;
+      int at = held < best_of ? held++ : held - 1;
+      for (; at > 0 && c[e] > best[at - 1]; --at) best[at] = best[at - 1];
+      best[at] = c[e];
+    }
+    float sum = best[0];
+    for (int i = 1; i < held; ++i) sum += best[i];
+    group_key[group] = sort_key(sum);
+  }
+  bool kept[kMaxExperts] = {};
+  for (int i = 0; i < p.topk_groups; ++i) {
+    const int top = int(std::max_element(group_key, group_key + p.num_groups) - group_key);
+    group_key[top] = kExcluded;
+    kept[top] = true;
+  }
+  for (int group = 0; group < p.num_groups; ++group)
+    if (!kept[group]) std::fill_n(key + group * size, size, kExcluded);
+}
+
+}  // namespace kimi::gate
