@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: MIT
+//
+// mbarrier: a barrier in shared memory that counts arrivals and, from sm_90 on, bytes of
+// asynchronous copies.
+//
+//   phase n is complete when `arrivals` threads have arrived in it and all bytes announced by
+//   expect_tx have come; then phase n + 1 begins by itself. wait(parity) returns when the phase of
+//   that parity is complete: a new barrier is in phase 0, so wait(1) returns at once and wait(0)
+//   when the first phase is complete.
+//
+// Waits may run ahead or behind by less than one phase: a parity tells two phases apart, not three.
+#pragma once
+
+#include "device/platform.cuh"
+
+namespace kimi {
+
+#if defined(KIMI_HOST_SIMT)
+
+/// Eight bytes, as on the device. The model refuses what the PTX ISA leaves undefined.
+struct MBarrier {
+  static constexpr unsigned kAlive = 1;  // in `state`; fresh shared memory holds 3
+  uint64_t expected : 20, pending : 20, state : 2, phase : 1;
+  int64_t bytes : 21;
+};
+static_assert(sizeof(MBarrier) == 8);
+
+namespace detail {
+inline std::string name_of(const MBarrier& b) {
+  return "mbarrier at " + simt::detail::shared_address(&b);
+}
+inline void check_alive(const MBarrier& b, const char* what) {
+  if (b.state != MBarrier::kAlive)
+    simt::fail(std::string(what) + ": " + name_of(b) + " has not been initialised");
+}
+inline void settle(MBarrier& b) {
+  if (b.pending == 0 && b.bytes == 0) {
+    b.phase ^= 1;
+    b.pending = b.expected;
+  }
+  simt::notify_spinners();
+}
+}  // namespace detail
+
+inline void mbarrier_init(MBarrier& b, uint32_t arrivals) {
+  if (arrivals < 1 || arrivals >= 1u << 20)
+    simt::fail("mbarrier_init: arrivals: expected 1 to 2^20-1, got " + std::to_string(arrivals));
+  if (reinterpret_cast<uintptr_t>(&b) % 8 != 0)
+    simt::fail("mbarrier_init: the barrier must be 8-byte aligned");
+  b.expected = b.pending = arrivals & 0xfffff;
+  b.state = MBarrier::kAlive;
+  b.phase = 0;
+  b.bytes = 0;
+}
+inline void mbarrier_fence_init() {}
+inline void mbarrier_expect_tx(MBarrier& b, uint32_t bytes) {
+  detail::check_alive(b, "mbarrier_expect_tx");
+  if (b.bytes + static_cast<int64_t>(bytes) >= 1 << 20)
+    simt::fail("mbarrier_expect_tx: " + detail::name_of(b) + ": 2^20 bytes or more are awaited");
+  b.bytes = (b.bytes + static_cast<int64_t>(bytes)) & ((1 << 21) - 1);
+}
+inline void mbarrier_arrive(MBarrier& b) {
+  detail::check_alive(b, "mbarrier_arrive");
+  simt::preemption_point();
+  if (b.pending == 0)
+    simt::fail("mbarrier_arrive: over-arrival at " + detail::name_of(b) + ": all " +
+               std::to_string(b.expected) + " arrivals of phase " + std::to_string(b.phase) +
+               " have come, " + std::to_string(b.bytes) + " bytes have not");
+  b.pending = (b.pending - 1) & 0xfffff;
+  simt::release(&b);
+  detail::settle(b);
+}
+inline void mbarrier_arrive_expect_tx(MBarrier& b, uint32_t bytes) {
+  mbarrier_expect_tx(b, bytes);
+  mbarrier_arrive(b);
+}
+/// What an asynchronous copy does when `bytes` of it have landed; models of copies call it.
+inline void mbarrier_complete_tx(MBarrier& b, uint32_t bytes) {
+  detail::check_alive(b, "mbarrier_complete_tx");
+  b.bytes = (b.bytes - static_cast<int64_t>(bytes)) & ((1 << 21) - 1);
+  simt::release(&b);
+  detail::settle(b);
+}
+inline bool mbarrier_try_wait(MBarrier& b, uint32_t parity) {
+  detail::check_alive(b, "mbarrier_try_wait");
+  if (b.phase == (parity & 1)) return false;
+  simt::acquire(&b);
+  return true;
+}
+inline void mbarrier_wait(MBarrier& b, uint32_t parity,
+                          std::source_location where = std::source_location::current()) {
+  simt::preemption_point();
+  simt::spin_until([&] { return mbarrier_try_wait(b, parity); },
+                   [&] {
+                     return detail::name_of(b) + ", phase of parity " + std::to_string(parity & 1) +
+                            " to complete (it is in phase " + std::to_string(b.phase) + ", " +
+                            std::to_string(b.pending) + " of " + std::to_string(b.expected) +
+                            " arrivals and " + std::to_string(b.bytes) + " bytes pending)";
+                   },
+                   where);
+}
+
+#else
+
+using MBarrier = uint64_t;
+
+namespace detail {
+__device__ inline uint32_t shared_u32(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+}  // namespace detail
+
+/// mbarrier.init.shared::cta.b64. One thread, once; then mbarrier_fence_init and a block barrier.
+__device__ inline void mbarrier_init(MBarrier& b, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_u32(&b)),
+               "r"(arrivals)
+               : "memory");
+}
+
+/// mbarrier.arrive.shared::cta.b64: release, one arrival.
+__device__ inline void mbarrier_arrive(MBarrier& b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(detail::shared_u32(&b)) : "memory");
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+/// fence.mbarrier_init.release.cluster: makes the initialisation visible to asynchronous copies.
+__device__ inline void mbarrier_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+/// mbarrier.expect_tx.relaxed.cta.shared::cta.b64: the phase also waits for `bytes` of copies.
+__device__ inline void mbarrier_expect_tx(MBarrier& b, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_u32(&b)),
+      "r"(bytes)
+      : "memory");
+}
+
+/// mbarrier.arrive.expect_tx.shared::cta.b64: both at once.
+__device__ inline void mbarrier_arrive_expect_tx(MBarrier& b, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(detail::shared_u32(&b)),
+      "r"(bytes)
+      : "memory");
+}
+
+/// mbarrier.complete_tx.relaxed.cta.shared::cta.b64: what an asynchronous copy does; for tests.
+__device__ inline void mbarrier_complete_tx(MBarrier& b, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_u32(&b)),
+      "r"(bytes)
+      : "memory");
+}
+
+/// mbarrier.try_wait.parity.shared::cta.b64: acquire; may suspend for a while; whether the phase is
+/// complete.
+__device__ inline bool mbarrier_try_wait(MBarrier& b, uint32_t parity) {
+  uint32_t complete;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(complete)
+      : "r"(detail::shared_u32(&b)), "r"(parity)
+      : "memory");
+  return complete != 0;
+}
+
+/// Waits until the phase of that parity is complete.
+__device__ inline void mbarrier_wait(MBarrier& b, uint32_t parity) {
+  while (!mbarrier_try_wait(b, parity)) {
+  }
+}
+#endif
+
+#endif
+
+}  // namespace kimi

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT
+//
+// 16-byte memory accesses. The host models refuse a misaligned address, on which the hardware
+// faults.
+#pragma once
+
+#include "device/platform.cuh"
+
+namespace kimi {
+
+/// N values that travel together: loads and stores of a Vec are single instructions up to 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  static_assert(sizeof(T) * N <= 16 && (N & (N - 1)) == 0,
+                "a power of two of values, 16 bytes at most");
+  T values[N];
+  __device__ T& operator[](int i) { return values[i]; }
+  __device__ const T& operator[](int i) const { return values[i]; }
+};
+
+#if defined(KIMI_HOST_SIMT)
+
+namespace detail {
+inline void check_alignment(const void* address, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    simt::fail(std::string(what) + ": the address must be a multiple of 16 bytes");
+}
+}  // namespace detail
+
+inline uint4 load16(const void* address) {
+  detail::check_alignment(address, "load16");
+  return *static_cast<const uint4*>(address);
+}
+inline uint4 load16_streaming(const void* address) {
+  detail::check_alignment(address, "load16_streaming");
+  return *static_cast<const uint4*>(address);
+}
+inline void store16(void* address, uint4 value) {
+  detail::check_alignment(address, "store16");
+  *static_cast<uint4*>(address) = value;
+}
+inline void store16_streaming(void* address, uint4 value) {
+  detail::check_alignment(address, "store16_streaming");
+  *static_cast<uint4*>(address) = value;
+}
+
+#else
+
+/// ld.v4.u32 from any space.
+__device__ inline uint4 load16(const void* address) { return *static_cast<const uint4*>(address); }
+
+/// ld.global.nc.L1::no_allocate.v4.u32: global memory that this kernel does not write and reads
+/// once.
+__device__ inline uint4 load16_streaming(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(address)));
+  return value;
+}
+
+/// st.v4.u32 to any space.
+__device__ inline void store16(void* address, uint4 value) {
+  *static_cast<uint4*>(address) = value;
+}
+
+/// st.global.cs.v4.u32: global memory that is not read again soon.
+__device__ inline void store16_streaming(void* address, uint4 value) {
+  __stcs(static_cast<uint4*>(address), value);
+}
+
+#endif
+
+}  // namespace kimi

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT
+//
+// The inside of the host runner: what simt.cpp (scheduling), barriers.cpp (rendezvous) and
+// report.cpp (error texts) share.
+#pragma once
+
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "fiber.h"
+#include "simt.h"
+
+namespace simt::detail {
+
+struct Block;
+
+/// What a suspended thread waits for.
+struct Wait {
+  enum Kind { kNothing, kBlockBarrier, kWarp, kSpin } kind = kNothing;
+  const char* name = "";
+  int barrier_id = 0;
+  uint32_t mask = 0;
+  std::string (*describe)(const void*) = nullptr;
+  const void* context = nullptr;
+  std::source_location where;
+};
+
+struct Thread {
+  explicit Thread(size_t stack_bytes);
+  Builtins builtins;
+  Block* block = nullptr;
+  Wait wait;
+  uint64_t result = 0;    // of the warp operation or barrier waited for
+  uint64_t priority = 0;  // higher runs first
+  bool started = false;
+  bool exited = false;
+  int lane() const { return builtins.linear_thread % 32; }
+  int warp() const { return builtins.linear_thread / 32; }
+  Fiber fiber;
+};
+
+/// One warp operation under way: lanes that have arrived wait for the rest of the mask.
+struct Rendezvous {
+  Resolve resolve;
+  uint32_t arrived;
+  WarpSlots slots;
+};
+
+struct Warp {
+  uint32_t present = 0;  // lanes that exist
+  uint32_t exited = 0;
+  std::vector<Rendezvous> pending;
+};
+
+struct Barrier {
+  int expected = 0;
+  int satisfied_predicates = 0;
+  std::vector<Thread*> arrived;
+};
+
+/// Memory of exactly the bytes asked for, filled with 0xff (NaN, -1), with a canary on both sides.
+class SharedMemory {
+ public:
+  SharedMemory(size_t bytes, size_t alignment);
+  ~SharedMemory();
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+  char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  /// What was overwritten around the memory, or an empty text.
+  std::string damage() const;
+
+ private:
+  size_t bytes_, prefix_;
+  char* allocation_;
+  char* data_;
+};
+
+struct Block {
+  static constexpr int kBarriers = 16;
+  uint3 index{};
+  std::vector<Thread*> threads;
+  int running = 0;  // threads that have not exited
+  std::vector<Warp> warps;
+  Barrier barriers[kBarriers];
+  std::unique_ptr<SharedMemory> dynamic;
+  std::vector<std::pair<const void*, std::unique_ptr<SharedMemory>>> statics;
+};
+
+class Runner {
+ public:
+  static Runner& instance();
+  void run(const LaunchShape& shape, void (*body)(void*), void* argument);
+
+  Thread& self(const char* what);
+  Block& block() { return *current_->block; }
+  bool running() const { return current_ != nullptr; }
+  void make_ready(Thread* thread);
+  /// Suspends the running thread until another makes it ready. Throws when the launch is given up.
+  void park(const Wait& wait);
+  void yield();
+  bool one_in(unsigned n) { return random_() % n == 0; }
+  void wake_spinners();
+  std::vector<std::unique_ptr<Block>>& live_blocks() { return live_; }
+
+  Settings settings;
+  Statistics statistics;
+
+ private:
+  friend struct Thread;
+  void progress() { ++progress_; }
+  void start_blocks();
+  void start_block(uint64_t index);
+  void finish_block(Block& block);
+  Thread* next_ready();
+  void resume_next();
+  void thread_exits(Thread& thread);
+  void check_exit(Thread& thread);
+  void give_up();
+  void switch_to(Thread* next);
+  [[noreturn]] static void thread_main(void* thread);
+
+  LaunchShape shape_;
+  void (*body_)(void*) = nullptr;
+  void* argument_ = nullptr;
+  std::vector<std::unique_ptr<Thread>> threads_;  // all that were ever made, on this OS thread
+  std::vector<Thread*> free_;
+  std::vector<std::unique_ptr<Block>> live_;
+  std::vector<uint64_t> waiting_blocks_;  // to be started, last first
+  std::vector<Thread*> ready_;            // a heap by priority, or unordered if the order is random
+  std::vector<Thread*> spinning_;
+  uint64_t progress_ = 0, progress_at_wake_ = 0;
+  int fruitless_wakes_ = 0;
+  std::mt19937_64 random_;
+  std::vector<uint64_t> warp_priority_;
+  Thread* current_ = nullptr;
+  std::unique_ptr<Fiber> main_;
+  std::exception_ptr error_;
+  bool giving_up_ = false;
+};
+
+/// Who runs, for error texts: "block (1,0,0) thread 37".
+std::string name_of(const Thread& thread);
+std::string deadlock_report(const std::vector<std::unique_ptr<Block>>& live,
+                            size_t blocks_not_started);
+/// "lanes 0-3, 7" of a mask.
+std::string lanes_text(uint32_t mask);
+std::string text_of(std::source_location where);
+
+}  // namespace simt::detail

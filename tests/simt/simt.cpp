@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: MIT
+//
+// Scheduling: which blocks are live, which fiber runs next, when the launch is stuck.
+#include "simt.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <numeric>
+#include <utility>
+
+#include "runner.h"
+
+namespace simt {
+namespace detail {
+
+thread_local constinit const Builtins* t_builtins = nullptr;
+
+namespace {
+
+enum Order { kAscending, kDescending, kWarpByWarp, kUniform };
+Order order_of(uint64_t seed) { return static_cast<Order>(seed % 4); }
+
+// Spinning threads look again this often without anything else having happened before it counts as
+// a deadlock: a spin loop may do a few steps of its own between two looks.
+constexpr int kFruitlessWakes = 64;
+
+struct Cancelled {};  // unwinds the fibers of a launch that is given up
+
+bool less_urgent(const Thread* a, const Thread* b) { return a->priority < b->priority; }
+
+}  // namespace
+
+Runner& Runner::instance() {
+  thread_local Runner runner;
+  static const char* seed = std::getenv("KIMI_SIMT_SEED");
+  thread_local bool read = false;
+  if (!read && seed != nullptr) runner.settings.seed = std::strtoull(seed, nullptr, 0);
+  read = true;
+  return runner;
+}
+
+Thread::Thread(size_t stack_bytes) : fiber(&Runner::thread_main, nullptr, stack_bytes) {}
+
+Thread& Runner::self(const char* what) {
+  if (current_ == nullptr) fail_outside_kernel(what);
+  return *current_;
+}
+
+void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) {
+  if (current_ != nullptr) fail("launch: a kernel cannot launch a kernel here");
+  const uint64_t threads = uint64_t{shape.block.x} * shape.block.y * shape.block.z;
+  const uint64_t blocks = uint64_t{shape.grid.x} * shape.grid.y * shape.grid.z;
+  if (threads < 1 || threads > 1024 || shape.block.z > 64)
+    throw Error("launch: block: expected 1 to 1024 threads, got " + std::to_string(threads));
+  if (blocks < 1 || shape.grid.x > 0x7fffffffu || shape.grid.y > 65535 || shape.grid.z > 65535)
+    throw Error("launch: grid: expected 1 to 2^31-1, 65535, 65535 blocks, got " +
+                std::to_string(shape.grid.x) + ", " + std::to_string(shape.grid.y) + ", " +
+                std::to_string(shape.grid.z));
+  shape_ = shape;
+  body_ = body;
+  argument_ = argument;
+  random_.seed(settings.seed);
+  statistics = {};
+  progress_ = progress_at_wake_ = 0;
+  fruitless_wakes_ = 0;
+  giving_up_ = false;
+  error_ = nullptr;
+  if (!main_) main_ = std::make_unique<Fiber>();
+
+  waiting_blocks_.resize(blocks);
+  std::iota(waiting_blocks_.rbegin(), waiting_blocks_.rend(), uint64_t{0});
+  if (order_of(settings.seed) == kDescending)
+    std::reverse(waiting_blocks_.begin(), waiting_blocks_.end());
+  if (order_of(settings.seed) >= kWarpByWarp)
+    std::shuffle(waiting_blocks_.begin(), waiting_blocks_.end(), random_);
+  release(&body_);
+  start_blocks();
+  switch_to(next_ready());  // comes back when nothing is left to run
+  if (error_) give_up();
+  acquire(&main_);
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void Runner::start_blocks() {
+  const size_t limit = shape_.cooperative
+                           ? waiting_blocks_.size() + live_.size()
+                           : static_cast<size_t>(std::max(1, settings.resident_blocks));
+  while (live_.size() < limit && !waiting_blocks_.empty()) {
+    start_block(waiting_blocks_.back());
+    waiting_blocks_.pop_back();
+  }
+}
+
+void Runner::start_block(uint64_t index) {
+  const dim3 shape = shape_.block, grid = shape_.grid;
+  const int n = static_cast<int>(shape.x * shape.y * shape.z);
+  auto block = std::make_unique<Block>();
+  block->index = {static_cast<unsigned>(index % grid.x),
+                  static_cast<unsigned>(index / grid.x % grid.y),
+                  static_cast<unsigned>(index / grid.x / grid.y)};
+  block->dynamic = std::make_unique<SharedMemory>(shape_.dynamic_shared_bytes, 1024);
+  block->running = n;
+  block->warps.resize(static_cast<size_t>(n + 31) / 32);
+  block->threads.reserve(static_cast<size_t>(n));
+  warp_priority_.resize(block->warps.size());
+  for (uint64_t& priority : warp_priority_) priority = random_();
+  for (int i = 0; i < n; ++i) {
+    if (free_.empty()) {
+      threads_.push_back(std::make_unique<Thread>(settings.stack_bytes));
+      free_.push_back(threads_.back().get());
+    }
+    Thread* thread = free_.back();
+    free_.pop_back();
+    const unsigned u = static_cast<unsigned>(i);
+    thread->builtins = {
+        {u % shape.x, u / shape.x % shape.y, u / shape.x / shape.y}, block->index, shape, grid, i};
+    thread->block = block.get();
+    thread->wait = {};
+    thread->exited = thread->started = false;
+    switch (order_of(settings.seed)) {
+      case kAscending:
+        thread->priority = static_cast<uint64_t>(1024 - i);
+        break;
+      case kDescending:
+        thread->priority = u;
+        break;
+      default:
+        thread->priority = (warp_priority_[u / 32] & ~uint64_t{31}) | (random_() & 31);
+    }
+    block->warps[u / 32].present |= 1u << i % 32;
+    block->threads.push_back(thread);
+    make_ready(thread);
+  }
+  live_.push_back(std::move(block));
+}
+
+void Runner::finish_block(Block& block) {
+  std::string damage = block.dynamic->damage();
+  if (!damage.empty())
+    damage =
+        "dynamic shared memory of " + std::to_string(block.dynamic->bytes()) + " bytes: " + damage;
+  for (const auto& [site, memory] : block.statics)
+    if (damage.empty() && !memory->damage().empty())
+      damage = "static shared memory of " + std::to_string(memory->bytes()) +
+               " bytes: " + memory->damage();
+  const std::string name = name_of(*block.threads[0]);
+  free_.insert(free_.end(), block.threads.begin(), block.threads.end());
+  std::erase_if(live_, [&](const auto& b) { return b.get() == &block; });
+  if (!damage.empty()) throw Error(name.substr(0, name.find(" thread")) + ": " + damage);
+  start_blocks();
+}
+
+void Runner::make_ready(Thread* thread) {
+  thread->wait.kind = Wait::kNothing;
+  ready_.push_back(thread);
+  if (order_of(settings.seed) != kUniform)
+    std::push_heap(ready_.begin(), ready_.end(), less_urgent);
+}
+
+Thread* Runner::next_ready() {
+  if (ready_.empty() && !spinning_.empty()) {
+    fruitless_wakes_ = progress_ == progress_at_wake_ ? fruitless_wakes_ + 1 : 0;
+    progress_at_wake_ = progress_;
+    if (fruitless_wakes_ < kFruitlessWakes)
+      for (Thread* thread : std::exchange(spinning_, {})) make_ready(thread);
+  }
+  if (ready_.empty()) return nullptr;
+  if (order_of(settings.seed) == kUniform)
+    std::swap(ready_[random_() % ready_.size()], ready_.back());
+  else
+    std::pop_heap(ready_.begin(), ready_.end(), less_urgent);
+  Thread* thread = ready_.back();
+  ready_.pop_back();
+  return thread;
+}
+
+void Runner::wake_spinners() {
+  progress();
+  for (Thread* thread : spinning_) make_ready(thread);
+  spinning_.clear();
+}
+
+// From whatever runs now to `next`, or to the launching thread if that is null.
+void Runner::switch_to(Thread* next) {
+  ++statistics.switches;
+  Fiber& from = current_ == nullptr ? *main_ : current_->fiber;
+  Thread* const self = current_;
+  current_ = next;
+  t_builtins = next == nullptr ? nullptr : &next->builtins;
+  if (next != self) Fiber::switch_to(from, next == nullptr ? *main_ : next->fiber);
+}
+
+void Runner::resume_next() {
+  Thread* next = error_ ? nullptr : next_ready();
+  if (next == nullptr && !live_.empty() && !error_)
+    error_ = std::make_exception_ptr(Error(deadlock_report(live_, waiting_blocks_.size())));
+  switch_to(next);
+}
+
+void Runner::park(const Wait& wait) {
+  Thread* const self = current_;
+  self->wait = wait;
+  if (wait.kind == Wait::kSpin)
+    spinning_.push_back(self);
+  else
+    progress();
+  resume_next();
+  self->wait.kind = Wait::kNothing;
+  if (giving_up_) throw Cancelled{};
+}
+
+void Runner::yield() {
+  make_ready(current_);
+  resume_next();
+  if (giving_up_) throw Cancelled{};
+}
+
+void Runner::check_exit(Thread& thread) {
+  const Block& block = *thread.block;
+  const Barrier& barrier = block.barriers[0];
+  if (!barrier.arrived.empty()) {
+    const Thread& waiting = *barrier.arrived[0];
+    throw Error("divergent barrier: " + name_of(thread) + " has exited, but " +
+                std::to_string(barrier.arrived.size()) + " threads, among them thread " +
+                std::to_string(waiting.builtins.linear_thread) + ", wait at " + waiting.wait.name +
+                " " + text_of(waiting.wait.where));
+  }
+  for (const Rendezvous& pending : block.warps[static_cast<size_t>(thread.warp())].pending)
+    if (pending.slots.mask >> thread.lane() & 1) {
+      const int first = thread.warp() * 32 + std::countr_zero(pending.arrived);
+      const Wait& wait = block.threads[static_cast<size_t>(first)]->wait;
+      throw Error(name_of(thread) + " (lane " + std::to_string(thread.lane()) +
+                  ") has exited, but " + wait.name + " " + text_of(wait.where) +
+                  " waits for it: the mask names an exited lane");
+    }
+}
+
+void Runner::thread_exits(Thread& thread) {
+  thread.exited = true;
+  thread.block->warps[static_cast<size_t>(thread.warp())].exited |= 1u << thread.lane();
+  progress();
+  if (!giving_up_) check_exit(thread);
+  if (--thread.block->running == 0 && !giving_up_) finish_block(*thread.block);
+}
+
+// A pooled fiber: runs one CUDA thread after another, each time it is taken from the free list.
+void Runner::thread_main(void*) {
+  Runner& runner = instance();
+  for (;;) {
+    Thread& self = *runner.current_;
+    try {
+      self.started = true;
+      acquire(&runner.body_);
+      runner.body_(runner.argument_);
+    } catch (const Cancelled&) {
+    } catch (...) {
+      if (!runner.error_) runner.error_ = std::current_exception();
+    }
+    try {
+      release(&runner.main_);
+      runner.thread_exits(self);
+    } catch (...) {
+      if (!runner.error_) runner.error_ = std::current_exception();
+    }
+    if (runner.giving_up_)
+      runner.switch_to(nullptr);
+    else
+      runner.resume_next();
+  }
+}
+
+// Unwinds every fiber that is in the middle of the kernel, so that the next launch finds them
+// fresh.
+void Runner::give_up() {
+  giving_up_ = true;
+  ready_.clear();
+  spinning_.clear();
+  waiting_blocks_.clear();
+  for (const auto& block : live_)
+    for (Thread* thread : block->threads) {
+      if (thread->started && !thread->exited) switch_to(thread);
+      free_.push_back(thread);
+    }
+  live_.clear();
+}
+
+void run(const LaunchShape& shape, void (*body)(void*), void* argument) {
+  Runner::instance().run(shape, body, argument);
+}
+
+void park_spinning(std::string (*describe)(const void*), const void* context,
+                   std::source_location where) {
+  Runner& runner = Runner::instance();
+  runner.self("a spin");
+  Wait wait;
+  wait.kind = Wait::kSpin;
+  wait.name = "spin";
+  wait.describe = describe;
+  wait.context = context;
+  wait.where = where;
+  runner.park(wait);
+}
+
+}  // namespace detail
+
+Settings& settings() { return detail::Runner::instance().settings; }
+Statistics last_statistics() { return detail::Runner::instance().statistics; }
+
+void notify_spinners() {
+  detail::Runner& runner = detail::Runner::instance();
+  if (runner.running()) runner.wake_spinners();
+}
+
+void preemption_point() {
+  detail::Runner& runner = detail::Runner::instance();
+  if (runner.running() && runner.one_in(4)) runner.yield();
+}
+
+}  // namespace simt

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: MIT
+//
+// Runs CUDA kernels on the host, for tests: one fiber for every CUDA thread, switched at barriers,
+// warp operations and spins.
+//
+//   grid ──► blocks, `resident_blocks` of them live at a time, started in random order
+//   block ─► warps of 32 fibers; exactly sized shared memory between canaries (and ASan's red
+//   zones) fiber ─► runs until it must wait; then the next ready one, in an order drawn from the
+//   seed
+//
+// The seed chooses the order of blocks and fibers: seed % 4 is 0 ascending, 1 descending, 2 warp by
+// warp (each as far ahead of the others as the barriers allow), 3 uniformly random. Set it with
+// simt::settings().seed or KIMI_SIMT_SEED. One OS thread runs it all, so a failing seed fails
+// again.
+//
+// What a kernel does wrong becomes a simt::Error thrown by launch(): deadlock (with what each
+// thread waits for), a barrier that some threads of the block do not reach, a warp operation whose
+// mask names an exited lane, a shuffle from a lane outside the mask, writes beyond shared memory,
+// misuse of an mbarrier. The rules are stricter than the hardware's where its behaviour is
+// undefined or depends on the architecture. docs/testing_without_a_gpu.md says what this cannot
+// see.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace simt {
+
+struct Error : std::logic_error {
+  using std::logic_error::logic_error;
+};
+
+struct Settings {
+  uint64_t seed = 3;                // KIMI_SIMT_SEED, read when the program starts
+  int resident_blocks = 2;          // live at once in a launch that is not cooperative
+  size_t stack_bytes = 256 * 1024;  // of each fiber; touched pages only take memory
+};
+/// Of the calling OS thread.
+Settings& settings();
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t dynamic_shared_bytes = 0;
+  bool cooperative = false;  // every block is live at once, as cudaLaunchCooperativeKernel promises
+};
+
+/// Counts of the calling OS thread's last launch.
+struct Statistics {
+  uint64_t switches = 0;
+  uint64_t barriers = 0;
+  uint64_t warp_operations = 0;
+};
+Statistics last_statistics();
+
+namespace detail {
+
+/// Per-lane inputs of one warp operation, and what it does with them: the value that `lane` gets.
+struct WarpSlots {
+  uint32_t mask;
+  uint64_t value[32];
+  uint32_t argument[32];
+};
+using Resolve = uint64_t (*)(const WarpSlots& slots, int lane);
+
+/// The indices of the running thread, at a fixed place for the builtin names.
+struct Builtins {
+  uint3 thread_index, block_index;
+  dim3 block_shape, grid_shape;
+  int linear_thread;
+};
+extern thread_local constinit const Builtins* t_builtins;
+[[noreturn]] void fail_outside_kernel(const char* what);
+inline const Builtins& builtins(const char* what) {
+  if (t_builtins == nullptr) fail_outside_kernel(what);
+  return *t_builtins;
+}
+
+void run(const LaunchShape& shape, void (*body)(void*), void* argument);
+void* dynamic_shared();
+void* static_shared(const void* site, size_t bytes, size_t alignment);
+int block_barrier(const char* name, int id, int expected_threads, bool predicate,
+                  std::source_location where);
+uint64_t warp_operation(const char* name, Resolve resolve, uint32_t mask, uint64_t value,
+                        uint32_t argument, std::source_location where);
+void park_spinning(std::string (*describe)(const void*), const void* context,
+                   std::source_location where);
+std::string shared_address(const void* address);
+
+}  // namespace detail
+
+/// Throws simt::Error naming the running thread.
+[[noreturn]] void fail(const std::string& message);
+
+/// For primitives: something that a spinning thread may wait for has changed.
+void notify_spinners();
+
+/// For primitives: lets other threads run first, now and then.
+void preemption_point();
+
+/// For primitives: waits until `ready()`; `describe()` says in a deadlock report what is waited
+/// for.
+template <class Ready, class Describe>
+void spin_until(Ready ready, Describe describe,
+                std::source_location where = std::source_location::current()) {
+  while (!ready())
+    detail::park_spinning([](const void* d) { return (*static_cast<const Describe*>(d))(); },
+                          &describe, where);
+}
+
+/// For primitives, under ThreadSanitizer: what this thread did before becomes visible to whoever
+/// acquires `object` later.
+void release(const void* object);
+void acquire(const void* object);
+
+/// Runs `kernel(arguments...)` once for every thread of `shape`; every thread gets its own copies.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
+  auto body = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  detail::run(shape, [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body);
+}
+
+}  // namespace simt
+
+#include "cuda_builtins.h"
