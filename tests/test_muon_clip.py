@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: MIT
+"""MuonClip against torch.optim.Muon and torch.optim.AdamW, and what they do not do: stacks, groups,
+QK-Clip."""
+
+import copy
+import math
+
+import pytest
+import torch
+from kimi_ops.muon_clip import MuonClip, QKClip, muon_param_groups
+from kimi_ops.newton_schulz import newton_schulz
+from torch import nn
+
+
+def rand(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(optimizer, params, steps: int, seed: int = 0):
+    """Feed the same gradients; yields after every step."""
+    for step in range(steps):
+        for i, param in enumerate(params):
+            param.grad = rand(*param.shape, seed=1000 * seed + 10 * step + i)
+        optimizer.step()
+        yield step
+
+
+@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize(("weight_decay", "nesterov"), [(0.0, True), (0.1, True), (0.1, False)])
+def test_twenty_steps_of_torch_muon(adjust, weight_decay, nesterov):
+    shapes = [(24, 48), (48, 24), (16, 16)]
+    ours = [nn.Parameter(rand(*s, seed=i)) for i, s in enumerate(shapes)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    options = dict(lr=0.02, weight_decay=weight_decay, nesterov=nesterov, adjust_lr_fn=adjust)
+    a, b = MuonClip(ours, **options), torch.optim.Muon(theirs, **options)
+    for _ in zip(run(a, ours, 20), run(b, theirs, 20), strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            assert torch.equal(a.state[x]["momentum_buffer"], b.state[y]["momentum_buffer"])
+    for i, (x, y, shape) in enumerate(zip(ours, theirs, shapes, strict=True)):
+        start = rand(*shape, seed=i)
+        # both round to bf16 inside Newton-Schulz, in another place
+        assert (x - y).norm() < 0.03 * (y - start).norm()
+
+
+def test_updates_equal_torch_muon_when_both_compute_in_fp32(monkeypatch):
+    """torch's iteration with its cast to bf16 taken out is an exact oracle for everything around
+    it."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
+    ours = [nn.Parameter(rand(24, 40, seed=1)), nn.Parameter(rand(40, 24, seed=2))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    options = dict(lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    a = MuonClip(ours, ns_dtype="float32", **options)
+    b = torch.optim.Muon(theirs, **options)
+    for _ in zip(run(a, ours, 20), run(b, theirs, 20), strict=True):
+        pass
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_parameters_without_nesterov_keep_their_momentum():
+    param = nn.Parameter(rand(8, 8, seed=1).bfloat16())
+    optimizer = MuonClip([param], nesterov=False, lr=0.01)
+    norms = []
+    for step in range(3):
+        param.grad = rand(8, 8, seed=step).bfloat16() * 10
+        optimizer.step()
+        norms.append(float(optimizer.state[param]["momentum_buffer"].norm()))
+    assert 2 < norms[0] < norms[1] < norms[2]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_groups_are_torch_adamw(weight_decay):
+    shapes = [(7,), (5, 9), (3, 2, 4)]
+    ours = [nn.Parameter(rand(*s, seed=i)) for i, s in enumerate(shapes)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    a = MuonClip(
+        [{"params": ours, "algorithm": "adamw"}],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        weight_decay=weight_decay,
+    )
+    b = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=weight_decay)
+    for _ in zip(run(a, ours, 100), run(b, theirs, 100), strict=True):
+        pass
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(a.state[x]["exp_avg_sq"], b.state[y]["exp_avg_sq"])
+
+
+def test_a_stack_is_a_batch_and_a_fused_stack_two_matrices():
+    stack = rand(4, 12, 10, seed=1)
+    fused = nn.Parameter(stack.clone())
+    singles = [nn.Parameter(m.clone()) for m in stack.reshape(8, 6, 10)]
+    a = MuonClip(
+        [{"params": [fused], "split_sizes": (6, 6)}], lr=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    b = MuonClip(singles, lr=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        fused.grad = rand(4, 12, 10, seed=step)
+        for param, grad in zip(singles, fused.grad.reshape(8, 6, 10), strict=True):
+            param.grad = grad.clone()
+        a.step()
+        b.step()
+    assert torch.equal(fused.reshape(8, 6, 10), torch.stack(list(singles)))
+
+
+def test_match_rms_gives_an_update_of_rms_two_tenths():
+    param = nn.Parameter(torch.zeros(32, 96))
+    optimizer = MuonClip([param], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    param.grad = rand(32, 96, seed=0)
+    optimizer.step()
+    assert 0.16 < float(param.detach().square().mean().sqrt()) < 0.23
+
+
+def test_callable_adjustment_and_maximize():
+    shape_seen = []
+    param = nn.Parameter(torch.zeros(3, 5))
+    grad = rand(3, 5, seed=4)
+    param.grad = grad.clone()
+    optimizer = MuonClip(
+        [param],
+        lr=0.5,
+        maximize=True,
+        adjust_lr_fn=lambda lr, shape: shape_seen.append(shape) or lr * 2,
+    )
+    optimizer.step()
+    assert shape_seen == [(3, 5)]
+    expected = newton_schulz(grad * (0.05 * (1 + 0.95)))
+    torch.testing.assert_close(param.detach(), expected, rtol=0.02, atol=0.02)
+    assert torch.equal(param.grad, grad)  # a gradient is never written
+
+
+def test_gradient_scale_does_not_matter_to_muon():
+    results = []
+    for scale in (1.0, 2.0**-12):
+        param = nn.Parameter(rand(6, 6, seed=1))
+        optimizer = MuonClip([param], lr=0.1)
+        for step in range(3):
+            param.grad = rand(6, 6, seed=step) * scale
+            optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+def mixed(seed: int):
+    params = [nn.Parameter(rand(8, 6, seed=seed)), nn.Parameter(rand(6, seed=seed + 1))]
+    groups = [{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw"}]
+    return params, MuonClip(groups, lr=0.05, adjust_lr_fn="match_rms_adamw")
+
+
+def test_resume_from_a_state_dict_is_bitwise(tmp_path):
+    params, optimizer = mixed(1)
+    list(run(optimizer, params, 5))
+    torch.save(
+        {"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()},
+        tmp_path / "state.pt",
+    )
+    list(run(optimizer, params, 5, seed=1))
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    again, fresh = mixed(9)
+    with torch.no_grad():
+        for param, value in zip(again, saved["params"], strict=True):
+            param.copy_(value)
+    fresh.load_state_dict(saved["optimizer"])
+    list(run(fresh, again, 5, seed=1))
+    for x, y in zip(params, again, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_checkpoints_of_torch_muon_load_both_ways():
+    ours, theirs = nn.Parameter(rand(8, 12, seed=1)), nn.Parameter(rand(8, 12, seed=1))
+    muon = torch.optim.Muon([theirs], lr=0.02, adjust_lr_fn="match_rms_adamw")
+    list(run(muon, [theirs], 4))
+    with torch.no_grad():
+        ours.copy_(theirs)
+    clip = MuonClip([ours], lr=9.0)
+    clip.load_state_dict(copy.deepcopy(muon.state_dict()))
+    assert clip.param_groups[0]["lr"] == 0.02 and clip.param_groups[0]["algorithm"] == "muon"
+    start = ours.detach().clone()
+    for _ in zip(run(clip, [ours], 3, seed=2), run(muon, [theirs], 3, seed=2), strict=True):
+        pass
+    assert torch.equal(clip.state[ours]["momentum_buffer"], muon.state[theirs]["momentum_buffer"])
+    assert (ours - theirs).norm() < 0.03 * (theirs - start).norm()
+    torch.optim.Muon([nn.Parameter(torch.ones(8, 12))]).load_state_dict(clip.state_dict())
+
+
+def test_parameters_without_gradients_schedulers_and_closures():
+    params, optimizer = mixed(3)
+    old = params[0].detach().clone()
+    params[1].grad = torch.ones(6)
+    optimizer.step()
+    assert torch.equal(params[0], old) and params[0] not in optimizer.state
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    params[0].grad = torch.ones(8, 6)
+    assert optimizer.step(lambda: torch.tensor(3.0)) == 3.0
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.025, 0.025]
+
+
+class Attention(nn.Module):
+    """The part of an MLA layer that QK-Clip sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim = 4, 2, 3
+        self.q_b_proj = nn.Linear(5, 2 * 6, bias=False)
+        self.kv_b_proj = nn.Linear(5, 2 * 7, bias=False)
+        self.register_buffer("max_logits", torch.full((2,), -math.inf), persistent=False)
+
+
+def test_qk_clip_after_the_update():
+    layer, twin = Attention(), Attention()
+    twin.load_state_dict(layer.state_dict())
+    clip = QKClip([layer], tau=10.0)
+    assert layer.track_max_logits is True
+    a = MuonClip(layer.parameters(), lr=0.1, qk_clip=clip)
+    b = MuonClip(twin.parameters(), lr=0.1)
+    layer.max_logits.copy_(torch.tensor([5.0, 40.0]))
+    for module in (layer, twin):
+        for i, param in enumerate(module.parameters()):
+            param.grad = rand(*param.shape, seed=i)
+    a.step()
+    b.step()
+    assert torch.equal(layer.q_b_proj.weight[:6], twin.q_b_proj.weight[:6])
+    torch.testing.assert_close(layer.q_b_proj.weight[6:10], twin.q_b_proj.weight[6:10] * 0.5)
+    torch.testing.assert_close(layer.q_b_proj.weight[10:], twin.q_b_proj.weight[10:] * 0.25)
+    torch.testing.assert_close(layer.kv_b_proj.weight[7:11], twin.kv_b_proj.weight[7:11] * 0.5)
+    assert torch.equal(layer.kv_b_proj.weight[11:], twin.kv_b_proj.weight[11:])
+    assert clip.max_logits.tolist() == [[5.0, 40.0]] and clip.gamma.tolist() == [[1.0, 0.25]]
+    assert layer.max_logits.tolist() == [-math.inf] * 2
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(10, 4)
+        self.norm = nn.LayerNorm(4, bias=False)
+        self.o_proj = nn.Linear(4, 4, bias=False)
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.ones(3, 6, 4))
+        self.experts.down_proj = nn.Parameter(torch.ones(3, 4, 3))
+        self.gate = nn.Linear(4, 3, bias=False)
+        self.lm_head = nn.Linear(4, 10, bias=False)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+def test_routing():
+    model = Tiny()
+    groups = muon_param_groups(model)
+    names = [[name for name, _ in group["params"]] for group in groups]
+    assert names == [
+        ["o_proj.weight", "experts.down_proj"],
+        ["experts.gate_up_proj"],
+        ["embed_tokens.weight", "norm.weight", "gate.weight", "lm_head.weight"],
+    ]
+    assert groups[1]["split_sizes"] == (3, 3)
+    summary = MuonClip(groups).routing_summary()
+    assert "adamw  4 tensors" in summary and "experts.gate_up_proj [3, 6, 4]" in summary
+    model.mystery = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="mystery"):
+        muon_param_groups(model)
+    assert muon_param_groups(model, strict=False)[-1]["params"][0][0] == "mystery"
+
+
+@pytest.mark.parametrize(
+    ("group", "kind", "text"),
+    [
+        ({"params": [torch.ones(3)]}, ValueError, 'algorithm="adamw"'),
+        ({"params": [torch.ones(2, 2, dtype=torch.complex64)]}, TypeError, "complex"),
+        ({"params": [torch.ones(2, 2)], "lr": -1.0}, ValueError, "lr"),
+        ({"params": [torch.ones(2, 2)], "algorithm": "sgd"}, ValueError, "algorithm"),
+        ({"params": [torch.ones(2, 2)], "adjust_lr_fn": "mean"}, ValueError, "adjust_lr_fn"),
+        ({"params": [torch.ones(2, 2)], "ns_coefficients": "no"}, ValueError, "coefficients"),
+        ({"params": [torch.ones(2, 2)], "ns_method": "gram"}, ValueError, "method"),
+        ({"params": [torch.ones(2, 2)], "ns_dtype": "float33"}, ValueError, "ns_dtype"),
+        ({"params": [torch.ones(4, 2)], "split_sizes": (1, 2)}, ValueError, "split_sizes"),
+        ({"params": [torch.ones(2)], "algorithm": "adamw", "betas": (1, 0)}, ValueError, "betas"),
+    ],
+)
+def test_bad_groups_are_refused_as_a_whole(group, kind, text):
+    optimizer = MuonClip([nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(kind, match=text):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(kind, match=text):
+        MuonClip([group])
+
+
+def test_sparse_gradients_and_bad_clip_specs():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = MuonClip([{"params": embedding.parameters(), "algorithm": "adamw"}])
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.step()
+    with pytest.raises(TypeError, match="QKClip"):
+        MuonClip([nn.Parameter(torch.ones(2, 2))], qk_clip=True)
+    with pytest.raises(TypeError, match="q_b_proj"):
+        QKClip([nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="tau"):
+        QKClip([Attention()], tau=0.0)
