@@ -63,7 +63,7 @@ KIMI_HOST_DEVICE fp16 from_float<fp16>(float x) {
   const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 rounds to infinity
-  if (magnitude < 0x38800000u) {                                     // below 2^-14: subnormal
+  if (magnitude < 0x38800000u) {                                    // below 2^-14: subnormal
     // Adding 0.5 aligns the significand to units of 2^-24 with the rounding of the addition.
     return {uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u))};
   }

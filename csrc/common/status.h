@@ -34,6 +34,5 @@ Status invalid(const Parts&... parts) {
 }  // namespace kimi
 
 // Returns early with a status that is not ok.
-#define KIMI_RETURN_IF_ERROR(expression)                    \
-  if (::kimi::Status status_ = (expression); !status_.is_ok()) \
-  return status_
+#define KIMI_RETURN_IF_ERROR(expression) \
+  if (::kimi::Status status_ = (expression); !status_.is_ok()) return status_

@@ -13,7 +13,9 @@ namespace {
 
 struct Leaf {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  Leaf(unsigned leaf, unsigned subleaf) { __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx); }
+  Leaf(unsigned leaf, unsigned subleaf) {
+    __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx);
+  }
 };
 
 constexpr bool has(unsigned word, unsigned bits) { return (word & bits) == bits; }

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: MIT
 // The fp32 mathematics of the gate, written once for every engine.
 //
-// Every function is a template over an `Ops` class: F (a float or a vector of floats) with add, sub,
-// mul, fma, div, sqrt, abs, each rounded once and never contracted, reciprocal (1/x for x in
-// [1, 2], correctly rounded), min_finite and less. All engines therefore agree bit for bit, the
-// CUDA ones included: the selection cannot depend on where it ran.
+// Every function is a template over an `Ops` class: F (a float or a vector of floats) with add,
+// sub, mul, fma, div, sqrt, each rounded once and never contracted, reciprocal (see below),
+// neg_abs, min_finite, is_nan, less, select, and scale_by_exponent_or_zero(c, p, m) = c ? 2^(low
+// bits of m) p : 0. All engines therefore agree bit for bit, the CUDA ones included: the selection
+// cannot depend on where it ran.
 //
-//   exp(x), x <= 0:  n = round(x log2 e), r = x - n ln 2, exp(x) = 2^n (1 + r + r^2 q(r))
-//                    q: degree 4, relative error of exp 0.05 ulp before rounding; 0 below -87.
+//   exp(x), x <= 0:  n = round(x log2 e), r = x - n ln 2, exp(x) = 2^n p(r); 0 below -87
+//                    p: degree 6, relative error 0.05 ulp before rounding; ln 2 in one part adds
+//                    0.02 n ulp, 2 ulp at the lower end
 //   log1p(x), x in [0, 1]:  2 atanh(t), t = x / (2 + x), atanh(t) = t + t^3 g(t^2)
-//                    g: degree 3, relative error 0.08 ulp before rounding.
-// Coefficients: least-squares minimax fits (Lawson's iteration) in double, rounded to fp32.
+//                    g: degree 3, relative error 0.08 ulp before rounding
+// Coefficients: minimax fits (Lawson's iteration) in double, rounded to fp32.
 #pragma once
 
 #include "common/dtype.h"
@@ -21,16 +23,22 @@ template <class O, class F = typename O::F>
 KIMI_HOST_DEVICE F exp_nonpositive(F x) {
   const F magic = O::set(0x1.8p23f);  // adding it rounds to an integer, kept in the low bits
   const F shifted = O::fma(x, O::set(0x1.715476p0f), magic);
-  const F n = O::sub(shifted, magic);
-  F r = O::fma(n, O::set(-0x1.62e4p-1f), x);  // ln 2 in two parts: the first product is exact
-  r = O::fma(n, O::set(-0x1.7f7d1cp-20f), r);
-  F q = O::set(0x1.6a234ep-10f);
-  q = O::fma(q, r, O::set(0x1.123a6cp-7f));
-  q = O::fma(q, r, O::set(0x1.5558f4p-5f));
-  q = O::fma(q, r, O::set(0x1.55549p-3f));
-  q = O::fma(q, r, O::set(0x1.fffffcp-2f));
-  const F p = O::add(O::fma(q, O::mul(r, r), r), O::set(1.0f));
-  return O::select(O::less(x, O::set(-87.0f)), O::set(0.0f), O::scale_by_exponent(p, shifted));
+  const F r = O::fma(O::sub(shifted, magic), O::set(-0x1.62e43p-1f), x);
+  F p = O::set(0x1.6a234ep-10f);
+  p = O::fma(p, r, O::set(0x1.123a6cp-7f));
+  p = O::fma(p, r, O::set(0x1.5558f4p-5f));
+  p = O::fma(p, r, O::set(0x1.55549p-3f));
+  p = O::fma(p, r, O::set(0x1.fffffcp-2f));
+  p = O::fma(p, r, O::set(1.0f));
+  p = O::fma(p, r, O::set(1.0f));
+  return O::scale_by_exponent_or_zero(O::less(O::set(-87.0f), x), p, shifted);
+}
+
+// 1 / d for d in [1, 2], correctly rounded but for d = 2 - 2^-23, where it is 1/2: so two Newton
+// steps from any good estimate come out, and an engine may take either way.
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F reciprocal_by_division(F d) {
+  return O::select(O::less(O::set(0x1.fffffcp0f), d), O::set(0.5f), O::div(O::set(1.0f), d));
 }
 
 template <class O, class F = typename O::F>

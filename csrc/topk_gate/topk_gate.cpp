@@ -18,8 +18,7 @@ constexpr int kTokensPerThread = 16;  // below about 3 us of work a second threa
 
 template <class Params>
 Status check_common(const char* op, const Params& p) {
-  if (p.num_tokens < 0)
-    return invalid(op, ": num_tokens: expected 0 or more, got ", p.num_tokens);
+  if (p.num_tokens < 0) return invalid(op, ": num_tokens: expected 0 or more, got ", p.num_tokens);
   if (p.num_experts < 1 || p.num_experts > KIMI_TOPK_GATE_MAX_EXPERTS)
     return invalid(op, ": num_experts: expected 1..", KIMI_TOPK_GATE_MAX_EXPERTS, ", got ",
                    p.num_experts);
@@ -80,8 +79,7 @@ void forward_cpu(const TopkGateParams& p) {
 
 }  // namespace
 
-Status topk_gate(const TopkGateParams& p, kimi_device device,
-                 [[maybe_unused]] void* stream) {
+Status topk_gate(const TopkGateParams& p, kimi_device device, [[maybe_unused]] void* stream) {
   KIMI_RETURN_IF_ERROR(check(p));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("topk_gate", topk_gate_cuda(p, stream));
   forward_cpu(p);
@@ -89,7 +87,7 @@ Status topk_gate(const TopkGateParams& p, kimi_device device,
 }
 
 Status topk_gate_backward(const TopkGateBackwardParams& p, kimi_device device,
-                 [[maybe_unused]] void* stream) {
+                          [[maybe_unused]] void* stream) {
   KIMI_RETURN_IF_ERROR(check(p));
   if (p.num_tokens == 0) return Status::ok();
   if (device == KIMI_DEVICE_CUDA)

@@ -47,8 +47,8 @@ struct CpuEngine {
 };
 extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
 
-// Restricts `key` [E] to the best groups: the others become kExcluded. Shared by the CPU engines.
-void exclude_groups(const TopkGateParams& p, const float* choice, int32_t* key);
+// kept [num_groups]: the groups whose experts take part, from the choice scores [E] of one row.
+void select_groups(const TopkGateParams& p, const float* choice, bool* kept);
 
 }  // namespace gate
 }  // namespace kimi

@@ -25,11 +25,18 @@ struct Avx2 {
   static F is_nan(F a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
   static F less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static F select(F mask, F a, F b) { return _mm256_blendv_ps(b, a, mask); }
-  static F scale_by_exponent(F p, F shifted) {
+  static F scale_by_exponent_or_zero(F keep, F p, F shifted) {
     const I exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+    const I scaled = _mm256_add_epi32(_mm256_castps_si256(p), exponent);
+    return _mm256_and_ps(keep, _mm256_castsi256_ps(scaled));
   }
-  static F reciprocal(F d) { return _mm256_div_ps(set(1.0f), d); }
+  static F reciprocal(F d) { return reciprocal_by_division<Avx2>(d); }
+  static F zero_if(F mask, F a) { return _mm256_andnot_ps(mask, a); }
+  static F lowest_if(F mask, F a) {  // -inf where mask or where a is NaN
+    const F lowest = set(-__builtin_inff());
+    return select(mask, lowest, _mm256_max_ps(a, lowest));
+  }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static float reduce_max(F a) {
     alignas(32) float lanes[kLanes];
     _mm256_store_ps(lanes, a);
@@ -37,8 +44,10 @@ struct Avx2 {
     return lanes[0];
   }
 
+  static float reduce_min(F a) { return -reduce_max(_mm256_xor_ps(a, set(-0.0f))); }
+
   static I first(int left) {
-    return _mm256_cmpgt_epi32(set_int(left), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(left), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   static __m128i load_halves(const void* x, int left) {
     if (left >= kLanes) return _mm_loadu_si128(static_cast<const __m128i*>(x));
@@ -51,8 +60,7 @@ struct Avx2 {
     return left >= kLanes ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, first(left));
   }
   static F load(const bf16* x, int left) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(x, left)), 16));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(x, left)), 16));
   }
   static F load(const fp16* x, int left) { return _mm256_cvtph_ps(load_halves(x, left)); }
   template <class T>
@@ -67,45 +75,36 @@ struct Avx2 {
     for (int i = 0; i < kLanes && i < left; ++i) x[i] = from_float<T>(lanes[i]);
   }
 
-  static I set_int(int32_t x) { return _mm256_set1_epi32(x); }
-  static I load_int(const int32_t* x) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  }
-  static void store_int(int32_t* x, I a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), a);
-  }
-  static I max_int(I a, I b) { return _mm256_max_epi32(a, b); }
-  static I min_int(I a, I b) { return _mm256_min_epi32(a, b); }
-  static int32_t reduce_min_int(I a) {
-    alignas(32) int32_t lanes[kLanes];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), a);
-    for (int i = 1; i < kLanes; ++i) lanes[0] = lanes[i] < lanes[0] ? lanes[i] : lanes[0];
-    return lanes[0];
-  }
-  static I count_greater(I count, I a, I b) {
-    return _mm256_sub_epi32(count, _mm256_cmpgt_epi32(a, b));
-  }
-  static I select_less_int(I a, I b, I yes, I no) {
-    return _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi32(b, a));
-  }
-  static I keep_first(I a, int left, int32_t other) {
-    return left >= kLanes ? a : _mm256_blendv_epi8(set_int(other), a, first(left));
-  }
-  static I sort_keys(F c) {
-    const I i = _mm256_castps_si256(add(c, set(0.0f)));
-    return _mm256_xor_si256(i, _mm256_srli_epi32(_mm256_srai_epi32(i, 31), 1));
+  // NaN from the lane `left` on.
+  static F keep_first(F a, int left) {
+    const F nan = set(__builtin_nanf(""));
+    return left >= kLanes ? a : select(_mm256_castsi256_ps(first(left)), a, nan);
   }
 
-  static int collect(const int32_t* key, int num_experts, int32_t bound, int32_t* out) {
-    const I below = set_int(bound - 1);  // bound > INT32_MIN
+  static I zero_counts() { return _mm256_setzero_si256(); }
+  static I count_greater(I count, F a, F b) {
+    return _mm256_sub_epi32(count, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+  }
+  static F count_below(I count, int k) {
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(k), count));
+  }
+
+  // out = ids whose choice reaches `bound`, ascending; returns how many.
+  static int collect(const float* choice, int num_experts, float bound, int32_t* out) {
+    const F least = set(bound);
     int count = 0;
     for (int e = 0; e < num_experts; e += kLanes) {
-      const I hit = _mm256_cmpgt_epi32(load_int(key + e), below);
-      for (unsigned bits = unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(hit))); bits;
-           bits &= bits - 1)
+      const F hit = _mm256_cmp_ps(load_all(choice + e), least, _CMP_GE_OQ);
+      for (unsigned bits = unsigned(_mm256_movemask_ps(hit)); bits; bits &= bits - 1)
         out[count++] = e + __builtin_ctz(bits);
     }
     return count;
+  }
+
+  // (sort_key, ~id) as one signed number: greater is better, and no two are equal.
+  static void order_keys(const float* choice, const int32_t* ids, int count, int64_t* order) {
+    for (int i = 0; i < count; ++i)
+      order[i] = int64_t(uint64_t(uint32_t(sort_key(choice[ids[i]]))) << 32 | uint32_t(~ids[i]));
   }
 
   static void rank_descending(const int64_t* order, int count, int32_t* rank) {

@@ -29,20 +29,23 @@ struct Avx512 {
   static __mmask16 is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
   static __mmask16 less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static F select(__mmask16 m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
-  static F scale_by_exponent(F p, F shifted) {
+  static F scale_by_exponent_or_zero(__mmask16 keep, F p, F shifted) {
     const I exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent));
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(keep, _mm512_castps_si512(p), exponent));
   }
-  // Two Newton steps from 14 bits: equal to division for every float in [1, 2] but 2 - 2^-23, whose
-  // reciprocal is put right (checked over all 2^23 of them in tests/cpp/test_reciprocal.cpp).
-  static F reciprocal(F d) {
+  static F reciprocal(F d) {  // 14 bits, 28 bits, exact (see reciprocal_by_division)
     const F one = set(1.0f), first = _mm512_rcp14_ps(d);
     const F second = fma(first, _mm512_fnmadd_ps(d, first, one), first);
-    const F third = fma(second, _mm512_fnmadd_ps(d, second, one), second);
-    const __mmask16 all_ones = _mm512_cmp_ps_mask(d, set(0x1.fffffep0f), _CMP_EQ_OQ);
-    return _mm512_mask_mov_ps(third, all_ones, set(0x1.000002p-1f));
+    return fma(second, _mm512_fnmadd_ps(d, second, one), second);
   }
+  static F zero_if(__mmask16 m, F a) { return _mm512_maskz_mov_ps(_knot_mask16(m), a); }
+  static F lowest_if(__mmask16 m, F a) {  // -inf where m or where a is NaN
+    const F lowest = set(-__builtin_inff());
+    return _mm512_mask_max_ps(lowest, _knot_mask16(m), a, lowest);
+  }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+  static float reduce_min(F a) { return _mm512_reduce_min_ps(a); }
 
   static __mmask16 first(int left) { return __mmask16(left >= 16 ? 0xffff : (1u << left) - 1); }
   static F load_all(const float* x) { return _mm512_loadu_ps(x); }
@@ -67,39 +70,50 @@ struct Avx512 {
     for (int i = 0; i < kLanes && i < left; ++i) x[i] = from_float<T>(lanes[i]);
   }
 
-  static I set_int(int32_t x) { return _mm512_set1_epi32(x); }
-  static I load_int(const int32_t* x) { return _mm512_loadu_si512(x); }
-  static void store_int(int32_t* x, I a) { _mm512_storeu_si512(x, a); }
-  static I max_int(I a, I b) { return _mm512_max_epi32(a, b); }
-  static I min_int(I a, I b) { return _mm512_min_epi32(a, b); }
-  static int32_t reduce_min_int(I a) { return _mm512_reduce_min_epi32(a); }
-  static I count_greater(I count, I a, I b) {
-    return _mm512_mask_add_epi32(count, _mm512_cmpgt_epi32_mask(a, b), count, set_int(1));
-  }
-  static I select_less_int(I a, I b, I yes, I no) {
-    return _mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(a, b), no, yes);
-  }
-  static I keep_first(I a, int left, int32_t other) {
-    return _mm512_mask_blend_epi32(first(left), set_int(other), a);
-  }
-  static I sort_keys(F c) {
-    const I i = _mm512_castps_si512(add(c, set(0.0f)));
-    const I flip = _mm512_and_si512(_mm512_srai_epi32(i, 31), set_int(0x7fffffff));
-    return _mm512_xor_si512(i, flip);
+  // NaN from the lane `left` on.
+  static F keep_first(F a, int left) {
+    return left >= kLanes ? a : _mm512_mask_mov_ps(set(__builtin_nanf("")), first(left), a);
   }
 
-  // out = ids whose key reaches `bound`, ascending; returns how many.
-  static int collect(const int32_t* key, int num_experts, int32_t bound, int32_t* out) {
+  static I zero_counts() { return _mm512_setzero_si512(); }
+  static I count_greater(I count, F a, F b) {
+    const __mmask16 greater = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+    return _mm512_mask_add_epi32(count, greater, count, _mm512_set1_epi32(1));
+  }
+  static __mmask16 count_below(I count, int k) {
+    return _mm512_cmplt_epi32_mask(count, _mm512_set1_epi32(k));
+  }
+
+  // out = ids whose choice reaches `bound`, ascending; returns how many.
+  static int collect(const float* choice, int num_experts, float bound, int32_t* out) {
     I ids = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const I least = set_int(bound);
+    const F least = set(bound);
     int count = 0;
     for (int e = 0; e < num_experts; e += kLanes) {
-      const __mmask16 hit = _mm512_cmpge_epi32_mask(load_int(key + e), least);
+      const __mmask16 hit = _mm512_cmp_ps_mask(load_all(choice + e), least, _CMP_GE_OQ);
       _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(hit, ids));
       count += __builtin_popcount(hit);
-      ids = _mm512_add_epi32(ids, set_int(kLanes));
+      ids = _mm512_add_epi32(ids, _mm512_set1_epi32(kLanes));
     }
     return count;
+  }
+
+  // (sort_key, ~id) as one signed number: greater is better, and no two are equal.
+  static void order_keys(const float* choice, const int32_t* ids, int count, int64_t* order) {
+    for (int i = 0; i < count; i += kLanes) {
+      const I id = _mm512_loadu_si512(ids + i);
+      const F c = _mm512_mask_i32gather_ps(set(0.0f), first(count - i), id, choice, 4);
+      const I bits = _mm512_castps_si512(add(c, set(0.0f)));
+      const I flip = _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1);
+      const I key = _mm512_xor_si512(bits, flip), low = _mm512_xor_si512(id, _mm512_set1_epi32(-1));
+      _mm512_store_si512(order + i, join(_mm512_castsi512_si256(key), _mm512_castsi512_si256(low)));
+      _mm512_store_si512(order + i + 8, join(_mm512_extracti64x4_epi64(key, 1),
+                                             _mm512_extracti64x4_epi64(low, 1)));
+    }
+  }
+  static I join(__m256i high, __m256i low) {
+    const I shifted = _mm512_slli_epi64(_mm512_cvtepi32_epi64(high), 32);
+    return _mm512_or_si512(shifted, _mm512_cvtepu32_epi64(low));
   }
 
   static void rank_descending(const int64_t* order, int count, int32_t* rank) {

@@ -22,13 +22,15 @@ struct ScalarOps {
   static F div(F a, F b) { return a / b; }
   static F fma(F a, F b, F c) { return std::fma(a, b, c); }
   static F sqrt(F a) { return std::sqrt(a); }
-  static F reciprocal(F a) { return 1.0f / a; }
+  static F reciprocal(F a) { return reciprocal_by_division<ScalarOps>(a); }
   static F neg_abs(F a) { return -std::fabs(a); }
   static F min_finite(F a) { return std::min(a, std::numeric_limits<float>::max()); }
   static bool is_nan(F a) { return a != a; }
   static bool less(F a, F b) { return a < b; }
   static F select(bool condition, F a, F b) { return condition ? a : b; }
-  static F scale_by_exponent(F p, F shifted) { return float_of(bits_of(p) + (bits_of(shifted) << 23)); }
+  static F scale_by_exponent_or_zero(bool keep, F p, F shifted) {
+    return keep ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.0f;
+  }
 };
 
 // Scores of one row; for softmax the exponentials' fixed summation order is that of score.h.
@@ -42,7 +44,8 @@ void score_row(const T* logits, int num_experts, kimi_score_function function, f
     return;
   }
   float peak = -std::numeric_limits<float>::max(), partial[32] = {};
-  for (int e = 0; e < num_experts; ++e) peak = std::max(peak, clean<ScalarOps>(to_float(logits[e])));
+  for (int e = 0; e < num_experts; ++e)
+    peak = std::max(peak, clean<ScalarOps>(to_float(logits[e])));
   for (int e = 0; e < num_experts; ++e) {
     s[e] = softmax_numerator<ScalarOps>(clean<ScalarOps>(to_float(logits[e])), peak);
     partial[e % 32] += s[e];
@@ -73,10 +76,17 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
       if (z != z || choice[e] != choice[e]) choice[e] = -std::numeric_limits<float>::infinity();
       key[e] = sort_key(choice[e]);
     }
-    exclude_groups(p, choice, key);
+    if (p.num_groups > 1) {
+      bool kept[kMaxExperts];
+      select_groups(p, choice, kept);
+      const int size = p.num_experts / p.num_groups;
+      for (int e = 0; e < p.num_experts; ++e)
+        if (!kept[e / size]) key[e] = kExcluded;
+    }
     float total = 0.0f;
     for (int j = 0; j < p.top_k; ++j) {
-      const int best = int(std::max_element(key, key + p.num_experts) - key);  // the first of equals
+      const int best =
+          int(std::max_element(key, key + p.num_experts) - key);  // the first of equals
       key[best] = kExcluded;
       indices[j] = best;
       weights[j] = s[best];
@@ -141,8 +151,7 @@ void backward(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
 
 const CpuEngine kPortableEngine = {forward, backward};
 
-void exclude_groups(const TopkGateParams& p, const float* choice, int32_t* key) {
-  if (p.num_groups <= 1) return;
+void select_groups(const TopkGateParams& p, const float* choice, bool* kept) {
   const int size = p.num_experts / p.num_groups, best_of = p.group_score_topk;
   int32_t group_key[kMaxExperts];
   float best[kMaxExperts];
@@ -159,14 +168,12 @@ void exclude_groups(const TopkGateParams& p, const float* choice, int32_t* key) 
     for (int i = 1; i < held; ++i) sum += best[i];
     group_key[group] = sort_key(sum);
   }
-  bool kept[kMaxExperts] = {};
+  std::fill_n(kept, p.num_groups, false);
   for (int i = 0; i < p.topk_groups; ++i) {
     const int top = int(std::max_element(group_key, group_key + p.num_groups) - group_key);
     group_key[top] = kExcluded;
     kept[top] = true;
   }
-  for (int group = 0; group < p.num_groups; ++group)
-    if (!kept[group]) std::fill_n(key + group * size, size, kExcluded);
 }
 
 }  // namespace kimi::gate

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: MIT
 // The gate for SIMD engines, a template over `O`: the operations of score.h on O::kLanes floats,
-// plus loads, integer keys and the candidate scan. Included by the ISA files only.
+// plus loads, counts and the candidate scan. Included by the ISA files only.
 //
-//   row ----> z --score--> s[E] --bias--> c --order--> key[E]     one pass, kLanes experts a step
-//                                             |
-//   lane maxima (kBound of them: expert e belongs to lane e % kBound)
-//                                             v
+//   row --score--> s[E] --bias--> c[E]            one pass, kLanes experts a step; NaN: excluded
+//                                  |
+//   maxima of kBound lanes (expert e belongs to lane e % kBound)
+//                                  v
 //   bound = K-th largest lane maximum: at least K experts reach it, about 1.4 K do
-//   candidates = ids with key >= bound   --rank by (key, id)-->   indices[K]
+//   candidates = ids with c >= bound   --rank by (c, lower id)-->   indices[K]
 //
 // The rank of a candidate is the number of better ones, so no sort and no branch is needed. More
-// than kMaxCandidates (adversarial rows: K rounds of arg-max) is slow but exact. The bound decides
-// which ids are looked at, never the result.
+// than kMaxCandidates (adversarial rows) takes K rounds of arg-max, slow but exact: the bound
+// decides which ids are looked at, never the result. Each stage runs over a block of tokens, so
+// that the processor overlaps their latencies.
 #pragma once
 
 #include <stdint.h>
@@ -62,32 +63,34 @@ void score_row(const T* logits, int num_experts, float* s) {
   for (int half = 16; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
   const F scale = O::set(sum[0] > 0.0f ? 1.0f / sum[0] : 0.0f);
-  for (int e = 0; e < num_experts; e += kLanes)
-    O::store(s + e, O::mul(O::load_all(s + e), scale));
+  for (int e = 0; e < num_experts; e += kLanes) O::store(s + e, O::mul(O::load_all(s + e), scale));
 }
 
 // The K-th largest of `lanes` [kBound]: the least value that fewer than K others exceed.
 template <class O, int kBound>
-int32_t kth_largest(const int32_t* lanes, int k) {
-  using I = typename O::I;
+float kth_largest(const float* lanes, int k) {
   constexpr int kVectors = kBound / O::kLanes;
-  I value[kVectors], above[kVectors];
+  typename O::F value[kVectors], least = O::set(__builtin_inff());
+  typename O::I above[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    value[v] = O::load_int(lanes + v * O::kLanes);
-    above[v] = O::set_int(0);
+    value[v] = O::load_all(lanes + v * O::kLanes);
+    above[v] = O::zero_counts();
   }
   for (int l = 0; l < kBound; ++l) {
-    const I other = O::set_int(lanes[l]);
+    const typename O::F other = O::set(lanes[l]);
     for (int v = 0; v < kVectors; ++v) above[v] = O::count_greater(above[v], other, value[v]);
   }
-  I least = O::set_int(INT32_MAX);
   for (int v = 0; v < kVectors; ++v)
-    least = O::min_int(least, O::select_less_int(above[v], O::set_int(k), value[v], least));
-  return O::reduce_min_int(least);
+    least =
+        O::min(least, O::select(O::count_below(above[v], k), value[v], O::set(__builtin_inff())));
+  return O::reduce_min(least);
 }
 
-// best[0..k) = ids of the k largest keys, descending, lower id first among equals.
-inline void arg_max_rounds(int32_t* key, int num_experts, int k, int32_t* best) {
+// best[0..k) = ids of the k largest choices, descending, lower id first among equals.
+inline void arg_max_rounds(const float* choice, int num_experts, int k, int32_t* best) {
+  int32_t key[kMaxExperts];
+  for (int e = 0; e < num_experts; ++e)
+    key[e] = choice[e] == choice[e] ? sort_key(choice[e]) : kExcluded;
   for (int j = 0; j < k; ++j) {
     int top = 0;
     for (int e = 1; e < num_experts; ++e)
@@ -97,79 +100,115 @@ inline void arg_max_rounds(int32_t* key, int num_experts, int k, int32_t* best) 
   }
 }
 
-template <class O, int kBound>
-void select(int32_t* key, int num_experts, int k, int32_t* best) {
+// Candidates of one row, best first.
+template <class O>
+void rank(const float* choice, int num_experts, const int32_t* candidates, int count, int k,
+          int32_t* best) {
+  if (count > kMaxCandidates) return arg_max_rounds(choice, num_experts, k, best);
+  alignas(64) int64_t order[kMaxCandidates + 16];
+  alignas(64) int32_t position[kMaxCandidates + 16], ranked[kMaxCandidates];
+  O::order_keys(choice, candidates, count, order);
+  O::rank_descending(order, count, position);
+  for (int i = 0; i < count; ++i) ranked[position[i]] = candidates[i];
+  for (int j = 0; j < k; ++j) best[j] = ranked[j];
+}
+
+constexpr int kBlock = 8;                     // tokens that share a pass through the stages
+constexpr int kRowLength = kMaxExperts + 16;  // one row's scratch, with room for the last vector
+
+struct Scratch {
+  alignas(64) float s[kBlock][kRowLength], choice[kBlock][kRowLength], lanes[kBlock][64];
+  alignas(64) int32_t candidates[kBlock][kRowLength];
+  int count[kBlock];
+  float bound[kBlock];
+};
+
+// Choice scores c of one row (NaN past the end) and its lane maxima.
+template <class O, class T, kimi_score_function kFunction, int kBound>
+void choose_row(const T* logits, const float* bias, int num_experts, float* s, float* choice,
+                float* lanes) {
+  using F = typename O::F;
   constexpr int kVectors = kBound / O::kLanes;
-  typename O::I top[kVectors];
-  for (int v = 0; v < kVectors; ++v) top[v] = O::set_int(kExcluded);
+  F top[kVectors];
+  for (int v = 0; v < kVectors; ++v) top[v] = O::set(-__builtin_inff());
+  if constexpr (kFunction == KIMI_SCORE_SOFTMAX) score_row<O, T, kFunction>(logits, num_experts, s);
+  const auto step = [&](int e, int left, F& lane_top) {
+    const F z = O::load(logits + e, left);
+    const auto nan = O::is_nan(z);
+    F score;
+    if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
+      score = O::load_all(s + e);
+    } else {  // the sigmoid needs no clean(): its NaN is dropped here and infinity is harmless
+      score = O::zero_if(nan,
+                         score_of<O, kFunction>(kFunction == KIMI_SCORE_SIGMOID ? z : clean<O>(z)));
+      O::store(s + e, score);
+    }
+    const F c = bias ? O::add(score, O::load(bias + e, left)) : score;
+    const F cleaned = O::keep_first(O::lowest_if(nan, c), left);
+    O::store(choice + e, cleaned);
+    lane_top = O::max(cleaned, lane_top);  // the second operand where the first is NaN
+  };
   int e = 0;
   for (; e + kBound <= num_experts; e += kBound)
-    for (int v = 0; v < kVectors; ++v)
-      top[v] = O::max_int(top[v], O::load_int(key + e + v * O::kLanes));
-  for (int v = 0; e < num_experts; e += O::kLanes, ++v)  // key is padded with kExcluded
-    top[v] = O::max_int(top[v], O::load_int(key + e));
-  alignas(64) int32_t lanes[kBound];
-  for (int v = 0; v < kVectors; ++v) O::store_int(lanes + v * O::kLanes, top[v]);
-  int32_t bound = kth_largest<O, kBound>(lanes, k);
-  if (bound == kExcluded) bound = kExcluded + 1;  // fewer than K lanes hold a candidate
+    for (int v = 0; v < kVectors; ++v) step(e + v * O::kLanes, O::kLanes, top[v]);
+  for (int v = 0; e < num_experts; e += O::kLanes, ++v) step(e, num_experts - e, top[v]);
+  for (int v = 0; v < kVectors; ++v) O::store(lanes + v * O::kLanes, top[v]);
+}
 
-  int32_t candidates[kMaxExperts + O::kLanes];
-  const int count = O::collect(key, num_experts, bound, candidates);
-  if (count < k || count > kMaxCandidates) return arg_max_rounds(key, num_experts, k, best);
-  // (key, ~id) as one signed number: greater is better, and no two are equal.
-  alignas(64) int64_t order[kMaxCandidates + 8];
-  alignas(64) int32_t rank[kMaxCandidates + 8], ranked[kMaxCandidates];
-  for (int i = 0; i < count; ++i)
-    order[i] = int64_t(uint64_t(uint32_t(key[candidates[i]])) << 32 | uint32_t(~candidates[i]));
-  O::rank_descending(order, count, rank);
-  for (int i = 0; i < count; ++i) ranked[rank[i]] = candidates[i];
-  memcpy(best, ranked, sizeof(int32_t) * k);
+// Marks the experts outside the best groups and takes the lane maxima again.
+template <class O, int kBound>
+void apply_groups(const TopkGateParams& p, float* choice, float* lanes) {
+  bool kept[kMaxExperts];
+  select_groups(p, choice, kept);
+  const int size = p.num_experts / p.num_groups;
+  for (int group = 0; group < p.num_groups; ++group)
+    for (int e = group * size; !kept[group] && e < (group + 1) * size; ++e)
+      choice[e] = __builtin_nanf("");
+  for (int l = 0; l < kBound; ++l) lanes[l] = -__builtin_inff();
+  for (int e = 0; e < p.num_experts; ++e)
+    if (choice[e] > lanes[e % kBound]) lanes[e % kBound] = choice[e];
 }
 
 template <class O, class T, kimi_score_function kFunction, int kBound>
 void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* counts) {
-  using F = typename O::F;
   const int experts = p.num_experts, k = p.top_k;
-  alignas(64) float s[kMaxExperts + O::kLanes], choice[kMaxExperts + O::kLanes];
-  alignas(64) int32_t key[kMaxExperts + O::kLanes];
-  const F lowest = O::set(-__builtin_inff());
-  for (int64_t t = begin; t < end; ++t) {
-    float* weights = p.weights + t * k;
-    int32_t* indices = p.indices + t * k;
-    if (p.valid && !p.valid[t]) {
-      for (int j = 0; j < k; ++j) weights[j] = 0.0f, indices[j] = -1;
-      continue;
-    }
-    const T* logits = static_cast<const T*>(p.logits) + t * p.logits_stride;
-    if constexpr (kFunction == KIMI_SCORE_SOFTMAX)
-      score_row<O, T, kFunction>(logits, experts, s);
-    for (int e = 0; e < experts; e += O::kLanes) {
-      const int left = experts - e;
-      const F z = O::load(logits + e, left);
-      F score;
-      if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
-        score = O::load_all(s + e);
-      } else {
-        score = score_of<O, kFunction>(clean<O>(z));
-        O::store(s + e, score);
+  Scratch a;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int rows = int(end - first < kBlock ? end - first : kBlock);
+    const auto each = [&](const auto& stage) {
+      for (int i = 0; i < rows; ++i)
+        if (!p.valid || p.valid[first + i]) stage(i, p.indices + (first + i) * k);
+    };
+    each([&](int i, int32_t*) {
+      const T* logits = static_cast<const T*>(p.logits) + (first + i) * p.logits_stride;
+      choose_row<O, T, kFunction, kBound>(logits, p.expert_bias, experts, a.s[i], a.choice[i],
+                                          a.lanes[i]);
+      if (p.num_groups > 1) apply_groups<O, kBound>(p, a.choice[i], a.lanes[i]);
+    });
+    each([&](int i, int32_t*) { a.bound[i] = kth_largest<O, kBound>(a.lanes[i], k); });
+    each([&](int i, int32_t*) {
+      a.count[i] = O::collect(a.choice[i], experts, a.bound[i], a.candidates[i]);
+    });
+    each([&](int i, int32_t* indices) {
+      rank<O>(a.choice[i], experts, a.candidates[i], a.count[i], k, indices);
+    });
+    each([&](int i, const int32_t* indices) {
+      float* weights = p.weights + (first + i) * k;
+      float total = 0.0f;
+      for (int j = 0; j < k; ++j) {
+        weights[j] = a.s[i][indices[j]];
+        total += weights[j];
+        ++counts[indices[j]];
       }
-      F c = p.expert_bias ? O::add(score, O::load(p.expert_bias + e, left)) : score;
-      c = O::select(O::is_nan(z), lowest, O::select(O::is_nan(c), lowest, c));
-      if (p.num_groups > 1) O::store(choice + e, c);
-      O::store_int(key + e, O::keep_first(O::sort_keys(c), left, kExcluded));
-    }
-    exclude_groups(p, choice, key);
-    select<O, kBound>(key, experts, k, indices);
-
-    float total = 0.0f;
-    for (int j = 0; j < k; ++j) {
-      weights[j] = s[indices[j]];
-      total += weights[j];
-      ++counts[indices[j]];
-    }
-    const float scale =
-        p.renormalize ? p.scaling_factor / (total + KIMI_TOPK_GATE_EPSILON) : p.scaling_factor;
-    for (int j = 0; j < k; ++j) weights[j] *= scale;
+      const float scale =
+          p.renormalize ? p.scaling_factor / (total + KIMI_TOPK_GATE_EPSILON) : p.scaling_factor;
+      for (int j = 0; j < k; ++j) weights[j] *= scale;
+    });
+    for (int i = 0; p.valid && i < rows; ++i)
+      for (int j = 0; !p.valid[first + i] && j < k; ++j) {
+        p.weights[(first + i) * k + j] = 0.0f;
+        p.indices[(first + i) * k + j] = -1;
+      }
   }
 }
 
