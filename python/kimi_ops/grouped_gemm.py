@@ -136,7 +136,8 @@ def grouped_gemm_wgrad(
     _check_operands(op, a, "a", dc, "dc", a.dim() == 2 and dc.dim() == 2, "[R, K] and [R, N]")
     if a.shape[0] != dc.shape[0]:
         raise ValueError(
-            f"{op}: dc: {a.shape[0]} rows expected, {dc.shape[0]} came; pass the gradient of a's rows"
+            f"{op}: dc: {a.shape[0]} rows expected, {dc.shape[0]} came; "
+            "pass the gradient of a's rows"
         )
     _check_offsets(op, offsets, None, a)
     if out is None:
@@ -188,8 +189,8 @@ def _check_offsets(op: str, offsets: Tensor, experts: int | None, a: Tensor) -> 
         ends = [0, *offsets.tolist(), a.shape[0]]
         if any(end < start for start, end in zip(ends[:-1], ends[1:], strict=True)):
             raise ValueError(
-                f"{op}: offsets: 0 <= offsets[0] <= ... <= offsets[-1] <= R = {a.shape[0]} expected, "
-                f"{_short(ends[1:-1])} came; pass inclusive end rows (a cumulative sum of sizes)"
+                f"{op}: offsets: 0 <= offsets[0] <= ... <= offsets[-1] <= R = {a.shape[0]} "
+                f"expected, {_short(ends[1:-1])} came; pass the cumulative sum of the group sizes"
             )
 
 

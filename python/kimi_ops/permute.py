@@ -61,8 +61,8 @@ def permute_plan(indices: Tensor, num_experts: int, *, align: int = 1) -> Permut
         )
     if indices.dim() != 2 or indices.shape[1] < 1:
         raise ValueError(
-            f"permute_plan: indices: shape [T, K] with K >= 1 expected, {list(indices.shape)} came; "
-            "reshape to one row a token"
+            f"permute_plan: indices: shape [T, K] with K >= 1 expected, {list(indices.shape)} "
+            "came; reshape to one row a token"
         )
     for name, value in (("num_experts", num_experts), ("align", align)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -197,8 +197,8 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        Wrong dtype or shape; on the CPU also sizes that are negative or pass R, and an order that is
-        no permutation.
+        Wrong dtype or shape; on the CPU also sizes that are negative or pass R, and an order that
+        is no permutation.
 
     Notes
     -----

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The routed experts of one layer: permute, gate/up product, activation, down product, unpermute."""
+"""The routed experts of one layer: permute, gate/up, activation, down, unpermute."""
 
 from collections.abc import Callable
 

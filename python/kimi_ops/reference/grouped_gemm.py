@@ -2,8 +2,8 @@
 """One matrix product for every expert's rows, in plain torch.
 
 On the CPU each group with rows is one `torch.mm` into its slice of the output. On other devices
-`torch.nn.functional.grouped_mm` does the groups without a host read; N and K are padded there to its
-16-byte strides, and the rows past the last group, which it leaves unset, are cleared.
+`torch.nn.functional.grouped_mm` does the groups without a host read; N and K are padded there to
+its 16-byte strides, and the rows past the last group, which it leaves unset, are cleared.
 """
 
 from typing import Any
@@ -90,7 +90,7 @@ class _GroupedGemm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
         a, b, offsets, bias = ctx.saved_tensors
         da = db = dbias = None
         dc = dc.contiguous().to(a.dtype)

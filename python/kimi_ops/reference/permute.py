@@ -85,7 +85,7 @@ class _Permute(torch.autograd.Function):
         return _gather(x, source, row_map.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         row_map, source = ctx.saved_tensors
         return _Unpermute.apply(dy, row_map, source, None), None, None
 
@@ -99,7 +99,7 @@ class _Unpermute(torch.autograd.Function):
         return _combine(y, row_map, weights)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         y, row_map, source, weights = ctx.saved_tensors
         rows = _Permute.apply(dout, row_map, source)  # [cap, H]: each row its token's gradient
         if weights is None:

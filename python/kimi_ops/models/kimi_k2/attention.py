@@ -59,7 +59,7 @@ class LatentCache:
         return self.entries.nbytes
 
     def write(self, layer: int, entry: Tensor) -> Tensor:
-        """Store entry [B, S, width] after the `length` tokens; all of them, [B, length + S, width]."""
+        """Store entry [B, S, width] behind the others; all tokens so far, [B, n, width]."""
         end = self.length + entry.shape[1]
         self.entries[layer, :, self.length : end] = entry
         return self.entries[layer, :, :end]

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kimi_ops.models.kimi_k2 import checkpoint
 from kimi_ops.models.kimi_k2.attention import Attention, LatentCache
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.generate import generate
 from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm
 from kimi_ops.models.kimi_k2.moe import MoE
 from kimi_ops.models.kimi_k2.rope import rotary_tables
@@ -44,8 +46,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: KimiK2Config, **factory: Any) -> None:
         super().__init__()
-        weight = torch.empty(config.vocab_size, config.hidden_size, **factory)
-        self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
         layers = [DecoderLayer(config, n, **factory) for n in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
@@ -153,6 +154,118 @@ class KimiK2(nn.Module):
         if cache is not None:
             cache.length += length
         return self.lm_head(self.model.norm(x))
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        eos_token_id: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continue every sequence by up to `max_new_tokens` tokens.
+
+        Parameters
+        ----------
+        input_ids : Tensor [B, S] int64
+        max_new_tokens : int
+        temperature : float
+            0 takes the most likely token.
+        top_p : float
+            Draw only among the most likely tokens whose probabilities reach this sum.
+        seed, generator : int or torch.Generator, optional
+            Source of randomness; without either torch's own generator is used.
+        eos_token_id : int, optional
+            End of a sequence, from the config where absent. A finished sequence is filled with it;
+            generation stops when all are finished.
+        use_cache : bool
+            Keep latents of the tokens so far instead of computing them again.
+
+        Returns
+        -------
+        Tensor [B, S + new] int64
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `forward`; also a number out of its range.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
+        >>> model = KimiK2(KimiK2Config.tiny())
+        >>> model.generate(torch.tensor([[1, 2]]), max_new_tokens=3).shape
+        torch.Size([1, 5])
+        """
+        return generate(
+            self,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            generator=generator,
+            eos_token_id=eos_token_id,
+            use_cache=use_cache,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> "KimiK2":
+        """Load a Hugging Face checkpoint of the Kimi K2 / DeepSeek-V3 layout.
+
+        Parameters
+        ----------
+        folder : path
+            Holds ``config.json`` and one or more safetensors files. FP8 weights with block scales
+            (``weight_scale_inv``) are dequantised.
+        device : torch.device or str
+        dtype : torch.dtype, optional
+            Of the parameters; `torch_dtype` of the config where absent. The router's bias stays
+            fp32.
+
+        Raises
+        ------
+        ValueError
+            Files that are missing, truncated or belong to another model; named in the message.
+        """
+        config = KimiK2Config.from_file(Path(folder) / "config.json")
+        if dtype is None:
+            dtype = getattr(torch, config.torch_dtype or "float32")
+        model = cls(config, device="meta", dtype=dtype)
+        checkpoint.load_weights(model, folder, device=device)
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+        """Write ``config.json`` and safetensors in the Hugging Face layout, one tensor an expert.
+
+        Every file is written under another name, made durable and renamed when all are complete: a
+        full disk leaves the folder as it was. Files of an older checkpoint that no longer belong
+        are removed.
+
+        Parameters
+        ----------
+        folder : path
+            Made where absent.
+        max_shard_bytes : int
+            Above this size the weights are split into shards with an index.
+
+        Raises
+        ------
+        OSError
+            The folder cannot be written.
+        """
+        checkpoint.save(self, folder, max_shard_bytes=max_shard_bytes)
 
     def _check(self, input_ids: Tensor, cache: LatentCache | None) -> int:
         """Refuse bad input before anything changes; the number of tokens in the cache."""

@@ -7,10 +7,23 @@ if TYPE_CHECKING:
     from kimi_ops.models.kimi_k2.config import KimiK2Config
 
 _POSITIVE = (
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
-    "num_attention_heads n_routed_experts num_experts_per_tok moe_layer_freq n_group topk_group "
-    "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_layer_freq",
+    "n_group",
+    "topk_group",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "max_position_embeddings",
+)
 _CHOICES = {
     "scoring_func": ("sigmoid", "softmax", "sqrtsoftplus"),
     "topk_method": ("noaux_tc",),

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""Hugging Face checkpoints: ``config.json`` and safetensors, one tensor for each expert matrix.
+
+In memory the experts of a layer are two stacks; in a file every expert has its own gate_proj,
+up_proj and down_proj. `checkpoint_tensors` pairs the file's names with views of the stacks, for
+writing and for reading. FP8 weights with 128 x 128 block scales are dequantised on loading.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.files import staging
+from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME, Shards
+
+if TYPE_CHECKING:
+    from kimi_ops.models.kimi_k2.model import KimiK2
+
+__all__ = ["checkpoint_tensors", "dequantize_fp8", "load_weights", "save"]
+
+
+def checkpoint_tensors(model: "KimiK2") -> Iterator[tuple[str, Tensor]]:
+    """(name in the file, view of the model's memory) of every tensor of a checkpoint."""
+    width = model.config.moe_intermediate_size
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if name.endswith("experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            for expert, both in enumerate(tensor):
+                yield f"{prefix}{expert}.gate_proj.weight", both[:width]
+                yield f"{prefix}{expert}.up_proj.weight", both[width:]
+        elif name.endswith("experts.down_proj"):
+            prefix = name.removesuffix("down_proj")
+            for expert, matrix in enumerate(tensor):
+                yield f"{prefix}{expert}.down_proj.weight", matrix
+        else:
+            yield name, tensor
+
+
+def dequantize_fp8(
+    weight: Tensor, scale_inv: Tensor, block: tuple[int, int] = (128, 128)
+) -> Tensor:
+    """W[i, j] = float32(q[i, j]) * scale_inv[i // block[0], j // block[1]].
+
+    Despite its name the scale is multiplied (DeepSeek-V3's README_WEIGHTS). The last block of a row
+    or column may be ragged.
+
+    Parameters
+    ----------
+    weight : Tensor [N, K] float8_e4m3fn
+    scale_inv : Tensor [ceil(N / block[0]), ceil(K / block[1])] float32
+
+    Returns
+    -------
+    Tensor [N, K] float32
+    """
+    rows, columns = weight.shape
+    scale = scale_inv.float().repeat_interleave(block[0], 0)[:rows]
+    return weight.float() * scale.repeat_interleave(block[1], 1)[:, :columns]
+
+
+def save(model: "KimiK2", folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write ``config.json`` and the weights; see `KimiK2.save_pretrained`."""
+    if max_shard_bytes < 1:
+        raise ValueError(
+            f"save_pretrained: max_shard_bytes: at least 1 expected, {max_shard_bytes} came; "
+            "raise it"
+        )
+    if model.lm_head.weight.is_meta:
+        raise ValueError(
+            "save_pretrained: model: allocated weights expected, the meta device came; "
+            "call allocate and init_weights or from_pretrained first"
+        )
+    folder = Path(folder)
+    plan = _plan_shards(model, max_shard_bytes)
+    values = model.config.to_dict()
+    values["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    values.pop("quantization_config", None)  # what is written is not quantised
+    try:
+        _write(model, folder, plan, json.dumps(values, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"save_pretrained: folder: a place to write {folder} expected, {error} came; "
+            "free space or choose another folder (no file there was changed)"
+        ) from error
+
+
+def _plan_shards(model: "KimiK2", limit: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors; one tensor above the limit gets a file of its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in checkpoint_tensors(model):
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {SINGLE_NAME: shards[0]}
+    total = len(shards)
+    return {f"model-{n:05d}-of-{total:05d}.safetensors": s for n, s in enumerate(shards, 1)}
+
+
+def _write(model: "KimiK2", folder: Path, plan: dict[str, list[str]], config: str) -> None:
+    tensors = dict(checkpoint_tensors(model))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with staging(folder) as stage:
+        for file, names in plan.items():
+            content = {name: tensors[name].detach().cpu().contiguous() for name in names}
+            stage.write(file, partial(save_file, content, metadata={"format": "pt"}))
+        if len(plan) > 1:
+            weight_map = {name: file for file, names in plan.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            stage.write(INDEX_NAME, lambda path: _write_text(path, text))
+        stage.write("config.json", lambda path: _write_text(path, config))
+    stale = {SINGLE_NAME, INDEX_NAME, *(path.name for path in folder.glob("model-*-of-*"))}
+    for name in stale - plan.keys() - ({INDEX_NAME} if len(plan) > 1 else set()):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def load_weights(
+    model: "KimiK2", folder: str | Path, *, device: torch.device | str | None = None
+) -> None:
+    """Read every tensor of `model` from the safetensors in `folder`, converting dtypes.
+
+    All names and shapes are compared before memory is allocated or a value is written.
+
+    Parameters
+    ----------
+    model : KimiK2
+        A model on the meta device is allocated on `device` first.
+    folder : path
+    device : torch.device or str, optional
+
+    Raises
+    ------
+    ValueError
+        A file that is missing, truncated or no safetensors; a tensor that is missing, unknown or
+        has another shape.
+    """
+    config = model.config
+    block = _fp8_block(config)
+    with Shards(Path(folder)) as shards:
+        quantized = _compare(dict(checkpoint_tensors(model)), shards, config, block)
+        if model.lm_head.weight.is_meta:
+            model.allocate(device or "cpu")
+        targets = dict(checkpoint_tensors(model))
+        for name, target in targets.items():
+            value = shards.tensor(name)
+            if name in quantized:
+                value = dequantize_fp8(value, shards.tensor(f"{name}_scale_inv"), block)
+            target.copy_(value)
+
+
+def _fp8_block(config: KimiK2Config) -> tuple[int, int]:
+    rows, columns = (config.quantization_config or {}).get("weight_block_size", (128, 128))
+    return int(rows), int(columns)
+
+
+def _ignored(name: str, config: KimiK2Config) -> bool:
+    """Tensors of old checkpoints that carry nothing: rotary tables, multi-token prediction."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        return True
+    parts = name.split(".")
+    is_layer = name.startswith("model.layers.") and parts[2].isdecimal()
+    return is_layer and int(parts[2]) >= config.num_hidden_layers
+
+
+def _compare(
+    targets: dict[str, Tensor], shards: Shards, config: KimiK2Config, block: tuple[int, int]
+) -> set[str]:
+    """Refuse a checkpoint of another model; the names of its FP8 weights."""
+    missing = [name for name in targets if name not in shards]
+    if missing:
+        raise _mismatch("every tensor of the model", "without", missing, shards.folder)
+    scales = {f"{name}_scale_inv" for name in targets}
+    unknown = [
+        name
+        for name in shards.names()
+        if name not in targets and name not in scales and not _ignored(name, config)
+    ]
+    if unknown:
+        raise _mismatch("only tensors of the model", "with", unknown, shards.folder)
+    quantized = set()
+    for name, target in targets.items():
+        shape, dtype = shards.header(name)
+        if shape != list(target.shape):
+            raise ValueError(
+                f"from_pretrained: {name}: shape {list(target.shape)} expected, {shape} came; "
+                f"{shards.folder} belongs to another config.json"
+            )
+        if dtype != "F8_E4M3":
+            continue
+        quantized.add(name)
+        grid = [-(-size // step) for size, step in zip(shape, block, strict=True)]
+        scale = f"{name}_scale_inv"
+        if scale not in shards or shards.header(scale)[0] != grid:
+            came = shards.header(scale)[0] if scale in shards else "no such tensor"
+            raise ValueError(
+                f"from_pretrained: {scale}: shape {grid} expected beside an FP8 weight, {came} "
+                "came; restore the file or correct weight_block_size"
+            )
+    return quantized
+
+
+def _mismatch(expected: str, with_or_without: str, names: list[str], folder: Path) -> ValueError:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ValueError(
+        f"from_pretrained: folder: {expected} expected, {folder} came {with_or_without} {shown}; "
+        "use the config.json that belongs to these files"
+    )

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""Sampling continuations."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kimi_ops.models.kimi_k2.attention import LatentCache
+
+if TYPE_CHECKING:
+    from kimi_ops.models.kimi_k2.model import KimiK2
+
+__all__ = ["generate", "sample"]
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One id for each row of logits [B, V]: [B] int64.
+
+    Temperature 0 takes the largest logit (the lowest id of equals). Otherwise ids are drawn from
+    softmax(logits / temperature), restricted to the most likely ids whose probabilities first reach
+    `top_p` together.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p, 0.0)  # the first is always kept
+        probabilities = torch.zeros_like(ordered).scatter(-1, ids, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    model: "KimiK2",
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    eos_token_id: int | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """Continue every sequence; see `KimiK2.generate`."""
+    _check(model, input_ids, max_new_tokens, temperature, top_p, seed, generator)
+    if seed is not None:
+        generator = torch.Generator(device=input_ids.device).manual_seed(seed)
+    eos = eos_token_id if eos_token_id is not None else model.config.eos_token_id
+    batch, length = input_ids.shape
+    weight = model.lm_head.weight
+    cache = None
+    if use_cache:
+        capacity = length + max_new_tokens
+        cache = LatentCache(model.config, batch, capacity, device=weight.device, dtype=weight.dtype)
+    was_training = model.training
+    model.eval()
+    try:
+        ids, new = input_ids, input_ids
+        finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+        for _ in range(max_new_tokens):
+            logits = model(ids if cache is None else new, cache=cache)[:, -1]
+            chosen = sample(logits, temperature=temperature, top_p=top_p, generator=generator)
+            if eos is not None:
+                chosen = chosen.masked_fill(finished, eos)
+                finished = finished | (chosen == eos)
+            new = chosen[:, None]
+            ids = torch.cat((ids, new), dim=1)
+            if eos is not None and bool(finished.all()):
+                break
+        return ids
+    finally:
+        model.train(was_training)
+
+
+def _check(
+    model: "KimiK2",
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    generator: torch.Generator | None,
+) -> None:
+    if input_ids.dim() != 2 or input_ids.shape[1] < 1:
+        raise ValueError(
+            f"generate: input_ids: shape [B, S] with S >= 1 expected, {list(input_ids.shape)} "
+            "came; start with at least one token"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(
+            f"generate: max_new_tokens: at least 1 expected, {max_new_tokens} came; raise it"
+        )
+    limit = model.config.max_position_embeddings
+    if input_ids.shape[1] + max_new_tokens > limit:
+        raise ValueError(
+            f"generate: max_new_tokens: at most {limit - input_ids.shape[1]} expected after "
+            f"{input_ids.shape[1]} tokens, {max_new_tokens} came; lower it or shorten the prompt"
+        )
+    if not temperature >= 0:
+        raise ValueError(
+            f"generate: temperature: at least 0 expected, {temperature} came; raise it"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p: 0 < top_p <= 1 expected, {top_p} came; use 1 for all")
+    if seed is not None and generator is not None:
+        raise ValueError("generate: seed: no seed expected beside a generator; pass one of them")

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints in the Hugging Face layout: exchange with transformers, FP8, damage."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, checkpoint
+from kimi_ops.models.kimi_k2.checkpoint import dequantize_fp8
+from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
+from safetensors.torch import load_file, save_file
+
+IDS = torch.arange(40).view(2, 20)
+
+
+@pytest.fixture
+def model() -> KimiK2:
+    model = KimiK2(KimiK2Config.tiny()).eval()
+    model.init_weights(3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for moe in model.moe_layers():
+            moe.gate.e_score_correction_bias.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def assert_same_weights(a: KimiK2, b: KimiK2) -> None:
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("limit", [5_000_000_000, 20_000, 1])
+def test_a_round_trip_keeps_every_bit(model, tmp_path, limit):
+    model.save_pretrained(tmp_path, max_shard_bytes=limit)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert not [name for name in files if name.startswith(".")]
+    assert (SINGLE_NAME in files) == (limit > 20_000) != (INDEX_NAME in files)
+    if INDEX_NAME in files:
+        index = json.loads((tmp_path / INDEX_NAME).read_text())
+        stored = {p.name: load_file(p) for p in tmp_path.glob("*.safetensors")}
+        assert all(name in stored[file] for name, file in index["weight_map"].items())
+        total = sum(t.nbytes for tensors in stored.values() for t in tensors.values())
+        assert index["metadata"]["total_size"] == total
+        if limit > 1:
+            assert all(sum(t.nbytes for t in s.values()) <= limit for s in stored.values())
+    again = KimiK2.from_pretrained(tmp_path)
+    assert_same_weights(model, again)
+    assert torch.equal(model(IDS), again.eval()(IDS))
+
+
+def test_names_and_shapes_in_the_file(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / SINGLE_NAME)
+    config = model.config
+    for expert in (0, config.n_routed_experts - 1):
+        prefix = f"model.layers.1.mlp.experts.{expert}."
+        assert stored[prefix + "gate_proj.weight"].shape == (16, 32)
+        assert stored[prefix + "up_proj.weight"].shape == (16, 32)
+        assert stored[prefix + "down_proj.weight"].shape == (32, 16)
+    both = model.moe_layers()[0].experts.gate_up_proj
+    assert torch.equal(stored["model.layers.1.mlp.experts.2.up_proj.weight"], both[2, 16:])
+    assert stored["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert "model.layers.0.mlp.gate_proj.weight" in stored  # the dense layer
+    experts = 3 * config.n_routed_experts * 2
+    attention, norms = 7 * config.num_hidden_layers, 2 * config.num_hidden_layers
+    assert len(stored) == 3 + attention + norms + 3 + 2 * (3 + 2) + experts
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_bfloat16_keeps_the_router_bias_in_float32(model, tmp_path):
+    bias = model.moe_layers()[0].gate.e_score_correction_bias.clone()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    again = KimiK2.from_pretrained(tmp_path)
+    assert again.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(again.moe_layers()[0].gate.e_score_correction_bias, bias)
+    assert_same_weights(model, again)
+    wide = KimiK2.from_pretrained(tmp_path, dtype=torch.float32)
+    assert wide.lm_head.weight.dtype == torch.float32
+    assert torch.equal(wide.lm_head.weight, model.lm_head.weight.float())
+
+
+def test_tied_embeddings_are_stored_once(tmp_path):
+    config = dataclasses.replace(KimiK2Config.tiny(), tie_word_embeddings=True)
+    model = KimiK2(config)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / SINGLE_NAME)
+    again = KimiK2.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert_same_weights(model, again)
+
+
+def test_an_older_checkpoint_is_replaced_whole(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_bytes=20_000)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", SINGLE_NAME}
+    model.save_pretrained(tmp_path, max_shard_bytes=50_000)
+    assert not (tmp_path / SINGLE_NAME).exists()
+    assert_same_weights(model, KimiK2.from_pretrained(tmp_path))
+
+
+def test_transformers_loads_our_checkpoint(model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model.config.model_type = "deepseek_v3"  # transformers has no class for kimi_k2
+    model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    other, report = transformers.DeepseekV3ForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    other.set_experts_implementation("eager")
+    torch.testing.assert_close(model(IDS), other.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", ["5GB", "30KB"])
+def test_we_load_a_checkpoint_of_transformers(tmp_path, limit):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeepseekV3Config(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.827,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        max_position_embeddings=1024,
+        rope_theta=50000.0,
+        rope_scaling=KimiK2Config.k2().to_dict()["rope_scaling"] | {"factor": 4.0},
+        num_mtp_layers=0,
+    )
+    torch.manual_seed(5)
+    other = transformers.DeepseekV3ForCausalLM(config).eval()
+    other.model.layers[1].mlp.gate.e_score_correction_bias.normal_(0, 0.2)
+    other.save_pretrained(tmp_path, max_shard_size=limit)
+    assert (limit == "30KB") == (tmp_path / INDEX_NAME).exists()
+    other.set_experts_implementation("eager")
+    ours = KimiK2.from_pretrained(tmp_path).eval()
+    assert ours.config.softmax_scale == pytest.approx(other.model.layers[0].self_attn.scaling)
+    ids = torch.arange(60).view(2, 30)
+    torch.testing.assert_close(ours(ids), other(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def quantize(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 with s = max|block| / 448, block by block."""
+    rows, columns = weight.shape
+    grid = (-(-rows // block[0]), -(-columns // block[1]))
+    q = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(grid)
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            part = (
+                slice(i * block[0], (i + 1) * block[0]),
+                slice(j * block[1], (j + 1) * block[1]),
+            )
+            scale[i, j] = weight[part].abs().max() / 448
+            q[part] = (weight[part] / scale[i, j]).to(torch.float8_e4m3fn)
+    return q, scale
+
+
+def test_fp8_blocks_are_multiplied_by_their_scale():
+    torch.manual_seed(6)
+    weight = torch.randn(576, 300) * torch.logspace(-3, 3, 576)[:, None]
+    q, scale = quantize(weight, (128, 128))
+    assert scale.shape == (5, 3)  # both edges are ragged
+    value = dequantize_fp8(q, scale)
+    for i, j in [(0, 0), (127, 128), (128, 127), (575, 299), (512, 256)]:
+        assert value[i, j] == q[i, j].float() * scale[i // 128, j // 128]
+    assert float((value - weight).abs().max() / weight.abs().max()) < 2**-4
+
+
+def fp8_checkpoint(model: KimiK2, folder, block) -> dict[str, torch.Tensor]:
+    """Replace the MLP and attention matrices of a saved checkpoint; what loading must give."""
+    model.save_pretrained(folder)
+    stored = load_file(folder / SINGLE_NAME)
+    expected = dict(stored)
+    for name, weight in list(stored.items()):
+        kept = "norm" in name or "embed" in name or "lm_head" in name or "mlp.gate." in name
+        if not kept:
+            stored[name], stored[f"{name}_scale_inv"] = quantize(weight, block)
+            scale = stored[f"{name}_scale_inv"].repeat_interleave(block[0], 0)
+            scale = scale.repeat_interleave(block[1], 1)[: weight.shape[0], : weight.shape[1]]
+            expected[name] = stored[name].float() * scale
+    save_file(stored, folder / SINGLE_NAME)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(block)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return expected
+
+
+def test_an_fp8_checkpoint_is_dequantised(model, tmp_path):
+    expected = fp8_checkpoint(model, tmp_path, (8, 12))
+    again = KimiK2.from_pretrained(tmp_path)
+    loaded = dict(checkpoint.checkpoint_tensors(again))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    again.save_pretrained(tmp_path)  # plain again: no quantisation may be claimed
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert_same_weights(again, KimiK2.from_pretrained(tmp_path))
+
+
+NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def truncate(folder):
+    path = folder / SINGLE_NAME
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(folder, change):
+    stored = load_file(folder / SINGLE_NAME)
+    change(stored)
+    save_file(stored, folder / SINGLE_NAME)
+
+
+DAMAGE = {
+    "truncated": (truncate, "truncated"),
+    "header cut": (
+        lambda f: (f / SINGLE_NAME).write_bytes((f / SINGLE_NAME).read_bytes()[:20]),
+        "truncated",
+    ),
+    "empty": (lambda f: (f / SINGLE_NAME).write_bytes(b""), "truncated"),
+    "no weights": (lambda f: (f / SINGLE_NAME).unlink(), "holds neither"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    "missing tensor": (lambda f: edit(f, lambda s: s.pop(NAME)), f"without {NAME}"),
+    "wrong shape": (
+        lambda f: edit(f, lambda s: s.update({NAME: torch.zeros(4, 5)})),
+        rf"{NAME}: shape \[16, 32\] expected, \[4, 5\] came",
+    ),
+    "unknown tensor": (
+        lambda f: edit(f, lambda s: s.update({"model.wrong": torch.zeros(1)})),
+        "with model.wrong",
+    ),
+    "fp8 without scale": (
+        lambda f: edit(f, lambda s: s.update({NAME: s[NAME].to(torch.float8_e4m3fn)})),
+        "no such tensor came",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(model, tmp_path, damage, message):
+    model.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        KimiK2.from_pretrained(tmp_path)
+    if message != "config.json does not exist":
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load_weights(model, tmp_path)
+        assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def test_damaged_shards_are_refused(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    file = tmp_path / index["weight_map"][NAME]
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file.name} expected, it does not exist"):
+        KimiK2.from_pretrained(tmp_path)
+    save_file({"other": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="it is not there"):
+        KimiK2.from_pretrained(tmp_path)
+    file.write_bytes(content)
+    (tmp_path / INDEX_NAME).write_text("{}")
+    with pytest.raises(ValueError, match="an index with a weight_map"):
+        KimiK2.from_pretrained(tmp_path)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {NAME: "../secret"}}))
+    with pytest.raises(ValueError, match="no plain files"):
+        KimiK2.from_pretrained(tmp_path)
+
+
+def test_rotary_tables_and_prediction_layers_of_old_files_are_skipped(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+        "model.layers.3.embed_tokens.weight": torch.zeros(2, 2),
+    }
+    edit(tmp_path, lambda s: s.update(extra))
+    assert_same_weights(model, KimiK2.from_pretrained(tmp_path))
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    written = []
+
+    def full(content, path, metadata):
+        if written:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        save_file(content, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="save_pretrained: folder: .*No space left"):
+        model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    assert written and {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_bad_arguments_of_saving(model, tmp_path):
+    with pytest.raises(ValueError, match="max_shard_bytes: at least 1 expected, 0 came"):
+        model.save_pretrained(tmp_path, max_shard_bytes=0)
+    with pytest.raises(ValueError, match="the meta device came"):
+        KimiK2(KimiK2Config.tiny(), device="meta").save_pretrained(tmp_path / "meta")
+    assert not (tmp_path / "meta").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="save_pretrained: folder"):
+        model.save_pretrained(tmp_path / "file")

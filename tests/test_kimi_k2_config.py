@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""Configuration, rotary frequencies, softmax scale and parameter counts."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, RopeScaling
+from kimi_ops.models.kimi_k2.parameters import parameter_report
+from kimi_ops.models.kimi_k2.rope import inverse_frequencies, rotary_tables, rotate
+
+K2 = KimiK2Config.k2()
+
+
+def test_k2_on_the_meta_device_counts_exactly():
+    model = KimiK2(K2, device="meta")
+    parameters = sum(p.numel() for p in model.parameters())
+    biases = sum(moe.gate.e_score_correction_bias.numel() for moe in model.moe_layers())
+    assert parameters == 1_026_408_209_408
+    assert parameters + biases == 1_026_408_232_448
+
+
+def test_the_report_of_k2():
+    report = parameter_report(K2)
+    assert report.parameters == 1_026_408_209_408
+    assert report.total == 1_026_408_232_448
+    assert report.active == 32_861_500_928
+    assert report.active_without_embedding == 31_687_095_808
+    assert report.active_without_embedding_and_head == 30_512_690_688
+    assert report.kv_cache_bytes_per_token == 70_272
+    totals = {part.name: part.total for part in report.parts}
+    assert totals["attention"] + totals["attention norms"] == 6_168_569_856
+    assert totals["routed experts"] == 1_014_686_023_680
+    assert totals["shared experts"] == 2_642_411_520
+    assert totals["routers"] == 165_150_720
+    # 16 x 56 blocks in each of an expert's three matrices, 576 rows are 5 blocks, the last ragged.
+    scales = {part.name: part.scales for part in report.parts}
+    assert scales["routed experts"] == 3 * 16 * 56
+    assert scales["attention"] == 12 * 56 + 96 * 12 + 5 * 56 + 128 * 4 + 56 * 64
+    text = str(report)
+    assert "1,026,408,232,448" in text and "98.86 %" in text and "70,272 B" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"q_lora_rank": None}, {"attention_bias": True}, {"n_shared_experts": 0}]
+    + [{"tie_word_embeddings": True}, {"first_k_dense_replace": 0}, {"moe_layer_freq": 2}],
+    ids=str,
+)
+def test_the_report_equals_a_built_model(changes):
+    config = dataclasses.replace(KimiK2Config.tiny(), **changes)
+    model = KimiK2(config)
+    report = parameter_report(config)
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert report.bias_buffers == sum(
+        moe.gate.e_score_correction_bias.numel() for moe in model.moe_layers()
+    )
+
+
+def test_softmax_scales_of_the_releases():
+    def scale(factor):
+        scaling = dataclasses.replace(K2.rope_scaling, factor=factor)
+        return dataclasses.replace(K2, rope_scaling=scaling).softmax_scale
+
+    assert K2.softmax_scale == pytest.approx(0.13086080, abs=1e-8)
+    assert scale(64.0) == pytest.approx(0.14467963, abs=1e-8)
+    assert scale(1.0) == pytest.approx(0.07216878, abs=1e-8)
+    plain = dataclasses.replace(K2, rope_scaling=None)
+    assert plain.softmax_scale == pytest.approx(192**-0.5)
+
+
+def test_yarn_of_k2_is_a_cut_after_pair_19():
+    stretched = inverse_frequencies(K2)
+    plain = inverse_frequencies(dataclasses.replace(K2, rope_scaling=None))
+    expected = torch.tensor([50000.0 ** (-2 * i / 64) for i in range(32)], dtype=torch.float64)
+    torch.testing.assert_close(plain.double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(stretched[:20], plain[:20])
+    torch.testing.assert_close(stretched[20:], plain[20:] / 32)
+    cos, sin = rotary_tables(K2, torch.arange(5))
+    assert float((cos**2 + sin**2 - 1).abs().max()) < 1e-6  # no growth: mscale = mscale_all_dim
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        K2.rope_scaling,
+        RopeScaling(factor=8.0, original_max_position_embeddings=4096),
+        RopeScaling(factor=40.0, beta_fast=32, beta_slow=1, mscale=0.7, mscale_all_dim=1.0),
+    ],
+)
+def test_frequencies_equal_transformers(scaling):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+
+    config = dataclasses.replace(K2, rope_scaling=scaling)
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "torch_dtype"):
+        del values[name]
+    rotary = DeepseekV3RotaryEmbedding(transformers.DeepseekV3Config(**values))
+    torch.testing.assert_close(inverse_frequencies(config), rotary.inv_freq, rtol=1e-6, atol=0)
+    positions = torch.arange(300)
+    cos, sin = rotary_tables(config, positions)
+    theirs = rotary(torch.zeros(1, dtype=torch.float32), positions[None])
+    for ours, other in zip((cos, sin), theirs, strict=True):
+        torch.testing.assert_close(ours, other[0, :, :32], rtol=1e-5, atol=2e-5)
+
+
+def test_rotation_turns_interleaved_pairs():
+    x = torch.randn(3, 7, 8, dtype=torch.float32)
+    angle = torch.rand(7, 4)
+    turned = rotate(x, angle.cos(), angle.sin())
+    pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)))
+    expected = torch.view_as_real(pairs * torch.polar(torch.ones(7, 4), angle)).flatten(-2)
+    torch.testing.assert_close(turned, expected)
+
+
+@pytest.mark.parametrize("preset", ["k2", "mini", "tiny"])
+def test_presets_survive_a_round_trip_through_json(preset):
+    config = getattr(KimiK2Config, preset)()
+    assert KimiK2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_new_spellings_and_unknown_keys_are_kept():
+    values = KimiK2Config.tiny().to_dict()
+    rope = {**values.pop("rope_scaling"), "rope_theta": values.pop("rope_theta")}
+    rope["rope_type"] = rope.pop("type")
+    values |= {"rope_parameters": rope, "dtype": values.pop("torch_dtype"), "answer": 42}
+    config = KimiK2Config.from_dict(values)
+    assert config == dataclasses.replace(KimiK2Config.tiny(), extra={"answer": 42})
+    assert config.to_dict()["answer"] == 42
+    plain = KimiK2Config.from_dict({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
+    assert plain.rope_scaling is None and plain.rope_theta == 7.0
+    assert math.isclose(plain.softmax_scale, 192**-0.5)
+
+
+BAD_VALUES = [
+    ({"num_experts_per_tok": 9}, ValueError, "num_experts_per_tok: at most 8 selectable"),
+    ({"n_group": 3}, ValueError, "n_group: a divisor of n_routed_experts = 8"),
+    ({"n_group": 4, "topk_group": 5}, ValueError, "topk_group: at most n_group = 4"),
+    ({"n_group": 8, "topk_group": 1}, ValueError, "num_experts_per_tok: at most 1 selectable"),
+    ({"num_key_value_heads": 1}, ValueError, "num_key_value_heads: num_attention_heads = 2"),
+    ({"qk_rope_head_dim": 7}, ValueError, "qk_rope_head_dim: an even number"),
+    ({"hidden_size": 0}, ValueError, "hidden_size: at least 1"),
+    ({"hidden_size": "32"}, TypeError, "hidden_size: an int expected, str came"),
+    ({"q_lora_rank": 0}, ValueError, "q_lora_rank: at least 1 or None"),
+    ({"attention_dropout": 0.1}, ValueError, "attention_dropout: 0 expected"),
+    ({"rms_norm_eps": 0.0}, ValueError, "rms_norm_eps: a number > 0"),
+    ({"scoring_func": "tanh"}, ValueError, "scoring_func: one of"),
+    ({"hidden_act": "relu"}, ValueError, "hidden_act: one of"),
+    ({"torch_dtype": "int4"}, ValueError, "torch_dtype: one of"),
+    ({"n_shared_experts": -1}, ValueError, "n_shared_experts: an int >= 0"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ValueError, "type yarn expected"),
+    ({"rope_scaling": {"type": "yarn"}}, ValueError, "rope_scaling: a factor expected"),
+    ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, ValueError, "factor >= 1"),
+    ({"rope_scaling": 3}, TypeError, "rope_scaling: a dict or null expected, int came"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_VALUES)
+def test_bad_values(changes, error, message):
+    with pytest.raises(error, match=f"KimiK2Config: {message}|{message}"):
+        KimiK2Config.from_dict({**KimiK2Config.tiny().to_dict(), **changes})
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        KimiK2Config.from_file(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"hidden_size": ')
+    with pytest.raises(ValueError, match="JSON expected"):
+        KimiK2Config.from_file(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(TypeError, match="a dict expected, list came"):
+        KimiK2Config.from_file(tmp_path / "config.json")
