@@ -106,7 +106,7 @@ class _Unpermute(torch.autograd.Function):
             return rows, None, None, None
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
         # d(weights) comes from the same gathered rows: one dot product for each.
-        dots = torch.linalg.vecdot(rows.to(wide), y.to(wide))[:, None]
+        dots = torch.bmm(rows.to(wide)[:, None], y.to(wide)[:, :, None])[:, 0]  # [cap, 1]
         dweights = _Permute.apply(dots, source[:, None], row_map.flatten()).view(weights.shape)
         scale = _Permute.apply(weights.reshape(-1, 1), row_map.view(-1, 1), source)
         return (rows * scale).to(y.dtype), None, None, dweights.to(weights.dtype)
@@ -124,6 +124,8 @@ def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Te
 
 def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
     """The chunks of x [R, H] in a new order; rows past the last chunk become zero rows."""
+    if order.numel() == 0 or x.shape[0] == 0:
+        return x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)
     order = order.long()
     ends = split_sizes.long().cumsum(0)
     new_sizes = split_sizes.long()[order]
@@ -131,9 +133,7 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
     row = torch.arange(x.shape[0], device=x.device)
     chunk = torch.searchsorted(new_ends, row, right=True)  # one past the last for the tail
     inside = chunk < order.numel()
-    chunk = chunk.clamp(max=max(order.numel() - 1, 0))
-    if order.numel() == 0 or x.shape[0] == 0:
-        return torch.zeros_like(x)
+    chunk = chunk.clamp(max=order.numel() - 1)
     shift = (ends - split_sizes.long())[order] - (new_ends - new_sizes)
     source = torch.where(inside, row + shift[chunk], row)
     return x.index_select(0, source).masked_fill(~inside[:, None], 0)
