@@ -35,6 +35,9 @@ inline Status memset_async(void* destination, int byte, size_t bytes, void* /*st
   return Status::ok();
 }
 
+/// Of the current device. The host runner has three, so that persistent kernels go round.
+inline int multiprocessor_count() { return 3; }
+
 #else
 
 inline Status cuda_status(const char* what, cudaError_t code) {
@@ -72,6 +75,15 @@ inline Status memset_async(void* destination, int byte, size_t bytes, void* stre
   if (bytes == 0) return Status::ok();
   return cuda_status("memset",
                      cudaMemsetAsync(destination, byte, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+/// Of the current device; 1 where the runtime cannot say (the launch then reports why).
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 1;
+  return count;
 }
 
 #endif

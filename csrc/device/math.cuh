@@ -1,43 +1,56 @@
 // SPDX-License-Identifier: MIT
 //
 // fp32 arithmetic that is rounded once, to nearest even, exactly where it is written: the compiler
-// neither contracts a product and a sum into an fma nor replaces a division. Host code gets the
+// neither contracts a product and a sum into an fma nor approximates a division. Host code gets the
 // same bits when it is built with -ffp-contract=off and without -ffast-math, as every target of
 // this project is.
 #pragma once
 
 #include <cmath>
 
-#include "device/platform.cuh"
+#include "common/dtype.h"
+
+#if defined(__FAST_MATH__)
+#error "device/math.cuh needs exact arithmetic: build without -ffast-math"
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define KIMI_DEVICE_OR_HOST(device, host) return device
+#else
+#define KIMI_DEVICE_OR_HOST(device, host) return host
+#endif
 
 namespace kimi {
 
-#if defined(KIMI_HOST_SIMT)
-#if defined(__FAST_MATH__)
-#error "device/math.cuh: the host models need exact arithmetic; build without -ffast-math"
-#endif
-inline float add_rn(float a, float b) { return a + b; }
-inline float sub_rn(float a, float b) { return a - b; }
-inline float mul_rn(float a, float b) { return a * b; }
-inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float div_rn(float a, float b) { return a / b; }
-inline float reciprocal_rn(float a) { return 1.0f / a; }
-inline float sqrt_rn(float a) { return std::sqrt(a); }
-#else
 /// add.rn.f32
-__device__ inline float add_rn(float a, float b) { return __fadd_rn(a, b); }
+KIMI_HOST_DEVICE float add_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fadd_rn(a, b), a + b); }
 /// sub.rn.f32
-__device__ inline float sub_rn(float a, float b) { return __fsub_rn(a, b); }
+KIMI_HOST_DEVICE float sub_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fsub_rn(a, b), a - b); }
 /// mul.rn.f32
-__device__ inline float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+KIMI_HOST_DEVICE float mul_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fmul_rn(a, b), a * b); }
 /// fma.rn.f32: a * b + c, rounded once
-__device__ inline float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+KIMI_HOST_DEVICE float fma_rn(float a, float b, float c) {
+  KIMI_DEVICE_OR_HOST(__fmaf_rn(a, b, c), std::fma(a, b, c));
+}
 /// div.rn.f32
-__device__ inline float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+KIMI_HOST_DEVICE float div_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fdiv_rn(a, b), a / b); }
 /// rcp.rn.f32
-__device__ inline float reciprocal_rn(float a) { return __frcp_rn(a); }
-/// sqrt.rn.f32
-__device__ inline float sqrt_rn(float a) { return __fsqrt_rn(a); }
+KIMI_HOST_DEVICE float reciprocal_rn(float a) { KIMI_DEVICE_OR_HOST(__frcp_rn(a), 1.0f / a); }
+/// rcp.approx.ftz.f32 for normal numbers: within one ulp. The host model errs by one ulp, up or
+/// down, on most arguments, so that a result that depends on the estimate does not pass the tests
+/// there.
+KIMI_HOST_DEVICE float reciprocal_estimate(float a) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+#else
+  return float_of(bits_of(1.0f / a) + bits_of(a) % 3 - 1);
 #endif
+}
+/// sqrt.rn.f32
+KIMI_HOST_DEVICE float sqrt_rn(float a) { KIMI_DEVICE_OR_HOST(__fsqrt_rn(a), std::sqrt(a)); }
 
 }  // namespace kimi
+
+#undef KIMI_DEVICE_OR_HOST

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT
+// What the gate's CUDA kernels share: the arithmetic of score.h on a GPU, the scores of a row that
+// a warp holds (lane l owns experts l, l+32, ...), and the launch shape of one warp a token.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cstdint>
+
+#include "device/launch.cuh"
+#include "device/math.cuh"
+#include "device/warp.cuh"
+#include "topk_gate/score.h"
+#include "topk_gate/topk_gate.h"
+
+namespace kimi::gate {
+
+inline constexpr int kWarps = 8;  // of a block
+// 40 registers a thread up to 256 experts: 6 blocks are resident; 80 above: 3, so two full waves.
+inline constexpr int kBlocksPerSm = 6;
+
+struct CudaOps {
+  using F = float;
+  static KIMI_HOST_DEVICE F set(float x) { return x; }
+  static KIMI_HOST_DEVICE F add(F a, F b) { return add_rn(a, b); }
+  static KIMI_HOST_DEVICE F sub(F a, F b) { return sub_rn(a, b); }
+  static KIMI_HOST_DEVICE F mul(F a, F b) { return mul_rn(a, b); }
+  static KIMI_HOST_DEVICE F div(F a, F b) { return div_rn(a, b); }
+  static KIMI_HOST_DEVICE F fma(F a, F b, F c) { return fma_rn(a, b, c); }
+  static KIMI_HOST_DEVICE F sqrt(F a) { return sqrt_rn(a); }
+  // Two Newton steps, without the slow path of a division; score.h says why the last d differs.
+  static KIMI_HOST_DEVICE F reciprocal(F d) {
+    F r = reciprocal_estimate(d);
+    r = fma_rn(r, fma_rn(-d, r, 1.0f), r);
+    r = fma_rn(r, fma_rn(-d, r, 1.0f), r);
+    return d > 0x1.fffffcp0f ? 0.5f : r;
+  }
+  static KIMI_HOST_DEVICE F neg_abs(F a) { return -fabsf(a); }
+  static KIMI_HOST_DEVICE F min_finite(F a) { return a < FLT_MAX ? a : FLT_MAX; }
+  static KIMI_HOST_DEVICE bool is_nan(F a) { return a != a; }
+  static KIMI_HOST_DEVICE bool less(F a, F b) { return a < b; }
+  static KIMI_HOST_DEVICE F select(bool condition, F a, F b) { return condition ? a : b; }
+  static KIMI_HOST_DEVICE F scale_by_exponent_or_zero(bool keep, F p, F shifted) {
+    return keep ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.0f;
+  }
+};
+
+// What softmax needs to know of the whole row; nothing for the other score functions.
+struct RowScale {
+  float peak = 0.0f, factor = 1.0f;
+};
+
+// Calls visit(score_of), where score_of(z) is the score of a cleaned logit: the choice of the
+// function stays outside of the visitor's loops.
+template <class Visitor>
+__device__ inline void with_score(kimi_score_function function, RowScale row, Visitor visit) {
+  if (function == KIMI_SCORE_SIGMOID)
+    visit([](float z) { return sigmoid<CudaOps>(z); });
+  else if (function == KIMI_SCORE_SQRTSOFTPLUS)
+    visit([](float z) { return sqrtsoftplus<CudaOps>(z); });
+  else
+    visit([=](float z) { return mul_rn(softmax_numerator<CudaOps>(z, row.peak), row.factor); });
+}
+
+__device__ inline float score(float z, kimi_score_function function, RowScale row) {
+  float s = 0.0f;
+  with_score(function, row, [&](auto score_of) { s = score_of(z); });
+  return s;
+}
+
+// The inverse of sort_key on keys.
+__device__ inline float value_of_key(int32_t key) {
+  return float_of(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
+}
+
+// From every lane's largest logit and a function that sums its numerators for a given peak.
+template <class SumNumerators>
+__device__ inline RowScale softmax_scale(float largest, SumNumerators sum_numerators) {
+  RowScale row;
+  row.peak = value_of_key(warp_max(sort_key(largest)));
+  float sum = sum_numerators(row.peak);
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) sum = add_rn(sum, warp_exchange(sum, half));
+  row.factor = sum > 0.0f ? div_rn(1.0f, sum) : 0.0f;
+  return row;
+}
+
+inline LaunchConfig one_warp_per_token(int64_t num_tokens, size_t smem_bytes, void* stream) {
+  const int64_t blocks = (num_tokens + kWarps - 1) / kWarps;
+  const int64_t resident = int64_t{multiprocessor_count()} * kBlocksPerSm;
+  return {dim3(static_cast<unsigned>(std::min(blocks, resident))), dim3(kWarps * kWarpSize),
+          smem_bytes, stream};
+}
+
+}  // namespace kimi::gate

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT
+// The gate's gradient on CUDA (any sm_80+): one warp a token.
+//
+//   lane k < K   slot k: fetches its logit, scores it, has the gradient of its score; sums over
+//                slots go by broadcasts in slot order
+//   row          float [E] in shared memory: zero but for the K slots; written out whole
+//   softmax      reads the logits thrice (peak, sum, scores): from L1 after the first time
+//
+// Predicted for an H200, not measured: 32768 x 384 fp32, sigmoid: 50 MB written, 12 us at 4.2 TB/s.
+#include <cfloat>
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "topk_gate/score.cuh"
+
+namespace kimi {
+namespace {
+
+using namespace gate;
+
+// Dynamic shared memory: for each warp the row's gradient, float [E].
+template <class T>
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    topk_gate_backward_kernel(const __grid_constant__ TopkGateBackwardParams p) {
+  KIMI_SHARED(float, shared);
+  const int lane = lane_id(), num_experts = p.num_experts;
+  const bool softmax = p.score_function == KIMI_SCORE_SOFTMAX;
+  float* gradient = shared + warp_id() * num_experts;
+  const int64_t stride = int64_t{gridDim.x} * kWarps;
+  for (int64_t t = int64_t{blockIdx.x} * kWarps + warp_id(); t < p.num_tokens; t += stride) {
+    const T* logits = static_cast<const T*>(p.logits) + t * p.logits_stride;
+    T* out = static_cast<T*>(p.grad_logits) + t * num_experts;
+    const auto logit = [&](int e) { return clean<CudaOps>(to_float(logits[e])); };
+    const bool slot = lane < p.top_k;
+    const int id = slot ? p.indices[t * p.top_k + lane] : -1;
+    const bool dropped = warp_broadcast(id, 0) < 0;
+    for (int e = lane; e < num_experts; e += kWarpSize) gradient[e] = 0.0f;
+    RowScale row;
+    if (softmax && !dropped) {
+      float largest = -FLT_MAX;
+      for (int e = lane; e < num_experts; e += kWarpSize) largest = fmaxf(largest, logit(e));
+      row = softmax_scale(largest, [&](float peak) {
+        float sum = 0.0f;
+        for (int e = lane; e < num_experts; e += kWarpSize)
+          sum = add_rn(sum, softmax_numerator<CudaOps>(logit(e), peak));
+        return sum;
+      });
+    }
+    warp_barrier();
+    float flow = 0.0f;
+    if (!dropped) {
+      const float z = slot ? logit(id) : 0.0f, u = slot ? score(z, p.score_function, row) : 0.0f;
+      const float g = slot ? p.grad_weights[t * p.top_k + lane] : 0.0f;
+      float total = 0.0f, dot = 0.0f;
+      for (int k = 0; k < p.top_k; ++k) {
+        const float u_k = warp_broadcast(u, k);
+        total = add_rn(total, u_k);
+        dot = fma_rn(warp_broadcast(g, k), u_k, dot);
+      }
+      const float inverse = div_rn(1.0f, add_rn(total, KIMI_TOPK_GATE_EPSILON));
+      const float scale = p.renormalize ? mul_rn(p.scaling_factor, inverse) : p.scaling_factor;
+      const float mean = p.renormalize ? mul_rn(dot, inverse) : 0.0f;
+      const float du = mul_rn(sub_rn(g, mean), scale);
+      for (int k = 0; k < p.top_k; ++k)
+        flow = fma_rn(warp_broadcast(du, k), warp_broadcast(u, k), flow);
+      if (slot) {
+        const bool sigmoid = p.score_function == KIMI_SCORE_SIGMOID;
+        const float slope = sigmoid ? sigmoid_slope<CudaOps>(u) : sqrtsoftplus_slope<CudaOps>(z, u);
+        gradient[id] = softmax ? du : mul_rn(du, slope);
+      }
+    }
+    warp_barrier();
+    for (int e = lane; e < num_experts; e += kWarpSize) {
+      float d = gradient[e];
+      if (softmax && !dropped) d = mul_rn(score(logit(e), p.score_function, row), sub_rn(d, flow));
+      out[e] = from_float<T>(d);
+    }
+    // The next token zeroes only what this lane has read: no barrier is needed here.
+  }
+}
+
+}  // namespace
+
+Status topk_gate_backward_cuda(const TopkGateBackwardParams& p, void* stream) {
+  const LaunchConfig config = one_warp_per_token(
+      p.num_tokens, sizeof(float) * static_cast<size_t>(kWarps * p.num_experts), stream);
+  return dispatch(p.logits_dtype,
+                  [&]<class T>() { return launch(topk_gate_backward_kernel<T>, config, p); });
+}
+
+}  // namespace kimi
