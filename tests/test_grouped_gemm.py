@@ -154,9 +154,12 @@ def test_gradients_equal_those_of_the_loop(dtype, sizes):
 
 def test_weight_gradients_keep_the_layout_of_the_weights():
     a, b, offsets, _ = tensors([2, 3], 4, 6, torch.float32)
-    weight = b.transpose(1, 2).contiguous().requires_grad_()  # [E, N, K] as nn.Linear has it
-    grouped_gemm(a, weight.transpose(1, 2), offsets).sum().backward()
-    assert weight.grad.is_contiguous()
+    turned = b.transpose(1, 2).contiguous().transpose(1, 2)  # stored [E, N, K], as nn.Linear does
+    for weight in (b, turned):
+        weight.requires_grad_()
+        c = grouped_gemm(a, weight, offsets)
+        (gradient,) = torch.autograd.grad(c.sum(), [weight])
+        assert gradient.stride() == weight.stride()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

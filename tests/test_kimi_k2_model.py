@@ -24,8 +24,8 @@ def randomize(model: KimiK2, seed: int = 0) -> None:
     """Large weights, random gains and router biases: no part may hide behind a neutral value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0, 0.15, generator=generator)
@@ -75,7 +75,7 @@ def test_logits_and_gradients_equal_transformers(changes):
     expected = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        assert relative_error(parameter.grad, expected[name].grad) < 2e-5, name
+        assert relative_error(parameter.grad, expected[name].grad) < 1e-5, name
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -160,7 +160,7 @@ def test_statistics_and_auxiliary_loss_of_training_forwards():
     loss = model.auxiliary_loss()
     assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad
     # A perfectly even router has the loss alpha for each layer; a real one is near it.
-    assert 0.5 < float(loss) / (0.01 * len(model.moe_layers())) < 2
+    assert 0.5 < float(loss.detach()) / (0.01 * len(model.moe_layers())) < 2
     loss.backward()
     assert model.moe_layers()[0].gate.weight.grad.abs().sum() > 0
 
