@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: MIT
+"""Training the reference model on text, byte by byte."""
+
+from kimi_ops.train.checkpoint import CheckpointError
+from kimi_ops.train.data import DataError
+from kimi_ops.train.loop import TrainResult, train
+from kimi_ops.train.settings import TrainSettings
+
+__all__ = ["CheckpointError", "DataError", "TrainResult", "TrainSettings", "train"]

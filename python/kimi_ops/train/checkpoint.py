@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints of a run: whole or absent.
+
+    run/step_000100/   config.json, model.safetensors     the model, in the Hugging Face layout
+                       optimizer.safetensors              momenta and AdamW moments
+                       training.json                      step, settings, sizes and SHA-256 of all
+                       files
+    run/latest.json    {"checkpoint": "step_000100"}
+
+A checkpoint is written into a hidden folder, made durable and renamed in one step; then
+`latest.json` is replaced in one step. Whatever happens in between, `latest.json` names a complete
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from kimi_ops.models.kimi_k2 import KimiK2
+
+_LATEST = "latest.json"
+_STATE = "training.json"
+_OPTIMIZER = "optimizer.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names the file and what is left."""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `path` so that a reader sees the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        _write(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def split_optimizer_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Tensors by "<parameter number>.<key>", and the groups as plain values."""
+    tensors = {}
+    for number, entries in state["state"].items():
+        for key, value in entries.items():
+            tensors[f"{number}.{key}"] = value.contiguous()
+    return tensors, state["param_groups"]
+
+
+def join_optimizer_state(
+    tensors: dict[str, Tensor], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The inverse of :func:`split_optimizer_state`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split(".")
+        state.setdefault(int(number), {})[key] = tensor
+    return {"state": state, "param_groups": groups}
+
+
+def save_checkpoint(
+    run: Path, model: KimiK2, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint of step ``state["step"]`` and make it the latest; older ones but `keep`
+    go.
+
+    Raises
+    ------
+    CheckpointError
+        The disk is full or not writable. Nothing half-written stays, the previous checkpoint does.
+    """
+    target = run / f"step_{state['step']:06d}"
+    temporary = run / f".{target.name}.tmp"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+        temporary.mkdir()
+        model.save_pretrained(temporary)
+        tensors, groups = split_optimizer_state(optimizer.state_dict())
+        _write(temporary / _OPTIMIZER, save_tensors(tensors))
+        files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+        content = json.dumps({**state, "optimizer_groups": groups, "files": files}, indent=1)
+        _write(temporary / _STATE, content.encode())
+        _sync(temporary)
+        shutil.rmtree(target, ignore_errors=True)  # left without latest.json naming it
+        os.replace(temporary, target)
+        _sync(run)
+        set_latest(run, target)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        previous = _latest_name(run)
+        left = f"{run / previous} is intact" if previous else "there is no earlier checkpoint"
+        raise CheckpointError(
+            f"train: checkpoint: cannot write {target}: {error}; {left}"
+        ) from error
+    _prune(run, target.name, keep)
+    return target
+
+
+def _latest_name(run: Path) -> str | None:
+    try:
+        return str(json.loads((run / _LATEST).read_text())["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _prune(run: Path, newest: str, keep: int) -> None:
+    complete = sorted(p for p in run.glob("step_*") if p.is_dir() and p.name <= newest)
+    for old in complete[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def set_latest(run: Path, checkpoint: Path) -> None:
+    """Make `checkpoint` the one that its run goes on from."""
+    replace_file(run / _LATEST, json.dumps({"checkpoint": checkpoint.name}).encode())
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the latest of a run folder.
+
+    Raises
+    ------
+    CheckpointError
+        Neither is there.
+    """
+    if (path / _STATE).is_file():
+        return path
+    name = _latest_name(path)
+    if name is None:
+        raise CheckpointError(
+            f"train: checkpoint: expected a run or a checkpoint folder, {path} has no {_LATEST} "
+            f"or {_STATE}; "
+            "train first, or give the folder that --out named"
+        )
+    return path / name
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``training.json`` of a checkpoint whose files are all complete.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing, has another size or another SHA-256 than when it was written.
+    """
+    try:
+        state = json.loads((checkpoint / _STATE).read_text())
+        files = dict(state["files"])
+        step = int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"train: checkpoint: cannot read {checkpoint / _STATE}: {error}"
+        ) from error
+    if step < 0 or _OPTIMIZER not in files:
+        raise CheckpointError(f"train: checkpoint: {checkpoint / _STATE} is not of a training run")
+    for name, written in files.items():
+        try:
+            found = _digest(checkpoint / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"train: checkpoint: cannot read {checkpoint / name}: {error.strerror}; "
+                "resume from another step_* folder"
+            ) from error
+        if found != written:
+            raise CheckpointError(
+                f"train: checkpoint: {checkpoint / name} is damaged: expected {written['bytes']} "
+                f"bytes, found "
+                f"{found['bytes']}"
+                + (", other content" if found["bytes"] == written["bytes"] else "")
+                + "; resume from another step_* folder"
+            )
+    return state
+
+
+def load_optimizer(
+    checkpoint: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> None:
+    """Put the saved moments into `optimizer`, which was built for the same model."""
+    tensors = load_tensors((checkpoint / _OPTIMIZER).read_bytes())
+    optimizer.load_state_dict(join_optimizer_state(tensors, state["optimizer_groups"]))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""Everything that decides what a training run computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Numbers of a run; two runs with equal settings, data and thread count give equal bits.
+
+    Attributes
+    ----------
+    preset : str
+        Shape of the model, a preset of KimiK2Config with 256 byte values as its vocabulary.
+    steps : int
+        Optimizer steps in all.
+    sequences, window, accumulate : int
+        Sequences of a micro-batch, bytes of a sequence, micro-batches of a step.
+    lr, weight_decay : float
+        Peak learning rate, shared by Muon (scaled to AdamW's update size) and AdamW.
+    warmup, decay : float
+        Shares of the run.
+    ns_dtype : str
+        Arithmetic of Newton-Schulz. fp32 is as fast as bf16 at these sizes and fast on every CPU.
+    tau : float
+        Largest attention logit that QK-Clip allows.
+    bias_rate : float
+        Step of the expert bias at the peak learning rate; it follows the schedule.
+    clip_norm : float
+        Largest gradient norm of the AdamW groups (Muon does not see the scale of a gradient).
+    validate_every, validation_sequences : int
+        Steps between validations, windows of each.
+    checkpoint_every, keep_checkpoints : int
+        Steps between checkpoints, how many stay.
+    seed, threads : int
+        Threads 0: as many as torch has.
+    """
+
+    preset: str = "mini"
+    steps: int = 300
+    sequences: int = 16
+    window: int = 256
+    accumulate: int = 1
+    lr: float = 4e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    decay: float = 0.3
+    ns_dtype: str = "float32"
+    tau: float = 100.0
+    bias_rate: float = 0.01
+    clip_norm: float = 1.0
+    validate_every: int = 50
+    validation_sequences: int = 64
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    seed: int = 0
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences", "window", "accumulate", "validate_every"):
+            self._require(name, getattr(self, name) >= 1, "a number >= 1")
+        for name in ("validation_sequences", "checkpoint_every", "keep_checkpoints"):
+            self._require(name, getattr(self, name) >= 1, "a number >= 1")
+        for name in ("weight_decay", "bias_rate", "seed", "threads"):
+            self._require(name, getattr(self, name) >= 0, "a number >= 0")
+        for name in ("lr", "tau", "clip_norm"):
+            self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
+        self._require("preset", self.preset in ("mini", "tiny"), "'mini' or 'tiny'")
+        names = ("float32", "bfloat16")
+        self._require("ns_dtype", self.ns_dtype in names, f"one of {names}")
+        for name in ("warmup", "decay"):
+            self._require(name, 0 <= getattr(self, name) <= 0.5, "a share of 0 to 0.5")
+
+    def _require(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ValueError(f"train: {name}: expected {expected}, came {getattr(self, name)}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences * self.window * self.accumulate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""The command line: what it prints, how it fails."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kimi_ops.cli import app
+from kimi_ops.train import train
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text("def function(argument):\n    return argument\n\n" * 200)
+    overrides = {
+        **{"preset": "tiny", "window": 32, "sequences": 4, "steps": 30, "validate_every": 30},
+        **{"warmup": 0.0, "lr": 0.01, "validation_sequences": 4, "threads": 1},
+    }
+    train(
+        folder / "run",
+        data=folder / "text.txt",
+        overrides=overrides,
+        say=lambda line: None,
+        progress=False,
+    )
+    return folder / "run"
+
+
+def test_info_counts_kimi_k2():
+    result = runner.invoke(app, ["info", "--model", "k2"])
+    assert result.exit_code == 0, result.output
+    for text in ("torch", "topk_gate", "1,026,408,232,448", "32,861,500,928"):
+        assert text in result.output
+    assert runner.invoke(app, ["info", "--model", "k9"]).exit_code == 1
+
+
+def test_generate_is_reproducible_and_knows_its_limits(finished: Path):
+    def call(*more: str):
+        return runner.invoke(app, ["generate", str(finished), "--prompt=def ", *more])
+
+    first = call("--max-tokens=20", "--seed=1")
+    assert first.exit_code == 0, first.output
+    assert first.output.startswith("def ")
+    assert call("--max-tokens=20", "--seed=1").output == first.output
+    greedy = call("--max-tokens=20", "--temperature=0", "--seed=1").output
+    assert greedy == call("--max-tokens=20", "--temperature=0", "--seed=2").output
+    long = call("--max-tokens=1000")
+    assert long.exit_code == 1 and "within 128 bytes" in long.output
+
+
+def test_generate_without_a_checkpoint(tmp_path: Path):
+    result = runner.invoke(app, ["generate", str(tmp_path)])
+    assert result.exit_code == 1 and "train first" in result.output
+
+
+def test_train_reports_errors_without_a_traceback(tmp_path: Path):
+    arguments = ["train", f"--out={tmp_path / 'run'}", f"--data={tmp_path / 'absent'}"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1 and "does not exist" in result.output
+    result = runner.invoke(app, ["train", f"--out={tmp_path / 'run'}", "--lr=-1"])
+    assert result.exit_code == 1 and "train: lr: expected a positive number" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_demo_of_a_finished_run_shows_it_again(finished: Path):
+    text = finished.parent / "text.txt"
+    result = runner.invoke(app, ["demo", f"--out={finished}", f"--data={text}", "--no-progress"])
+    assert result.exit_code == 0, result.output
+    assert "engines " in result.output and "byte bigram" in result.output
+    for name in ("loss", "expert_balance", "max_logit"):
+        assert (finished / f"{name}.png").exists() and f"{name}.png" in result.output
+    assert "a sample" in result.output
+
+
+def test_bench_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, ["bench"])
+    assert result.exit_code == 1 and "source checkout" in result.output

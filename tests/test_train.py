@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: MIT
+"""The parts of a training run: text, baseline, schedule, settings, metrics, plots."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kimi_ops.train import DataError, TrainSettings
+from kimi_ops.train.bigram import bigram_loss
+from kimi_ops.train.data import list_files, load_corpus, training_batch, validation_set
+from kimi_ops.train.metrics import MetricsWriter, read_metrics
+from kimi_ops.train.plot import plot_run
+from kimi_ops.train.schedule import warmup_stable_decay
+from kimi_ops.train.trainer import Trainer
+
+TINY = {"preset": "tiny", "window": 32, "sequences": 4, "steps": 6}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "text"
+    for i in range(60):
+        path = root / f"part{i % 3}" / f"file{i}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"line {i}\n" * (20 + i))
+    return root
+
+
+def test_the_standard_library_is_real_text_without_its_tests():
+    files = list_files(None)
+    assert len(files) > 150
+    assert all(f.suffix == ".py" for f in files)
+    assert not any({"test", "tests", "site-packages"} & set(f.parts) for f in files)
+
+
+def test_the_split_follows_content_and_nothing_else(folder: Path, tmp_path: Path):
+    first = load_corpus(folder, window=16, validation_fraction=0.3)
+    assert len(first.validation) > 0 and first.files == 60
+    total = sum(f.stat().st_size + 1 for f in list_files(folder))
+    assert len(first.train) + len(first.validation) == total
+    again = load_corpus(folder, window=16, validation_fraction=0.3)
+    assert again.fingerprint == first.fingerprint
+    train, validation = bytes(first.train).split(b"\0"), bytes(first.validation).split(b"\0")
+    assert not (set(train) - {b""}) & (set(validation) - {b""})
+    (folder / "part0" / "file0.txt").write_text("other")
+    assert load_corpus(folder, window=16, validation_fraction=0.3).fingerprint != first.fingerprint
+
+
+def test_one_file_is_split_by_position(tmp_path: Path):
+    text = bytes(range(1, 201)) * 40
+    (tmp_path / "one.bin").write_bytes(text)
+    corpus = load_corpus(tmp_path / "one.bin", window=16)
+    assert bytes(corpus.train[:-1]) + bytes(corpus.validation[:-1]) == text
+    assert 0.04 < len(corpus.validation) / len(text) < 0.06
+
+
+def test_unusable_text_is_a_clear_error(tmp_path: Path):
+    with pytest.raises(DataError, match="does not exist"):
+        load_corpus(tmp_path / "absent", window=16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds none"):
+        load_corpus(tmp_path / "empty", window=16)
+    (tmp_path / "empty" / "short.txt").write_text("short")
+    with pytest.raises(DataError, match="enough text"):
+        load_corpus(tmp_path / "empty", window=16)
+    (tmp_path / "empty" / "nothing.txt").write_text("")
+    with pytest.raises(DataError, match="enough text"):
+        load_corpus(tmp_path / "empty", window=16)
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "secret.txt").write_text("x" * 1000)
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(
+        Path, "read_bytes", refuse
+    )  # root may read anything, so chmod proves little
+    with pytest.raises(DataError, match=r"cannot read .*secret.txt: Permission denied"):
+        load_corpus(tmp_path, window=16)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root lists every folder")
+def test_an_unreadable_folder_is_named(tmp_path: Path):
+    (tmp_path / "locked").mkdir(mode=0)
+    with pytest.raises(DataError, match="cannot list"):
+        load_corpus(tmp_path, window=16)
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    data = np.arange(5000, dtype=np.int64).astype(np.uint8)
+    batch = training_batch(data, seed=1, step=7, batch=4, window=9)
+    assert batch.shape == (4, 10) and batch.dtype == torch.int64
+    assert torch.equal(batch, training_batch(data, seed=1, step=7, batch=4, window=9))
+    assert not torch.equal(batch, training_batch(data, seed=1, step=8, batch=4, window=9))
+    assert not torch.equal(batch, training_batch(data, seed=2, step=7, batch=4, window=9))
+    assert ((batch[:, 1:] - batch[:, :-1]) % 256 == 1).all()  # windows are contiguous
+
+
+def test_validation_windows_do_not_overlap():
+    data = np.arange(1000, dtype=np.int64)
+    starts = validation_set(data, count=7, window=9)[:, 0]
+    assert len(starts) == 7 and (starts.diff() >= 10).all()
+    assert len(validation_set(data[:35], count=7, window=9)) == 3
+
+
+def test_bigram_of_a_known_source():
+    # after a: b or c with equal odds; after b and c: a. The entropy is ln(2) / 2 a byte.
+    random = np.random.default_rng(0)
+    pairs = np.stack([np.full(20000, 97), random.integers(98, 100, 20000)], axis=1)
+    data = pairs.reshape(-1).astype(np.uint8)
+    sequences = validation_set(data, count=100, window=100)
+    assert abs(bigram_loss(data, sequences) - math.log(2) / 2) < 0.01
+
+
+def test_bigram_counts_no_transition_across_the_ends():
+    train = np.frombuffer(b"ab" * 50, dtype=np.uint8)
+    only_ab = torch.tensor([[97, 98]])
+    expected = -math.log((50 + 0.01) / (50 + 2.56))
+    assert bigram_loss(train, only_ab) == pytest.approx(expected)
+
+
+def test_schedule():
+    values = [warmup_stable_decay(s, 100, warmup=10, decay=30, floor=0.1) for s in range(100)]
+    assert values[0] == 0.1 and values[9] == 1.0 and set(values[10:71]) == {1.0}
+    assert values == sorted(values[:10]) + values[10:71] + sorted(values[71:], reverse=True)
+    assert 0.1 < values[-1] < 0.15
+    assert warmup_stable_decay(5, 6, warmup=0, decay=0) == 1.0
+    with pytest.raises(ValueError, match="within 6 steps"):
+        warmup_stable_decay(0, 6, warmup=4, decay=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"lr": 0.0}, {"lr": math.inf}, {"warmup": 0.9}, {"preset": "k2"}, {"seed": -1}],
+)
+def test_bad_settings(change: dict):
+    with pytest.raises(ValueError, match=f"train: {next(iter(change))}: expected"):
+        TrainSettings(**change)
+
+
+def test_metrics_survive_a_cut_and_are_trimmed_on_resume(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": s}) for s in range(1, 6)]
+    path.write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    writer = MetricsWriter(path, 3)
+    writer.write({"step": 4, "loss": 1.0})
+    writer.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+    assert path.read_text().endswith('{"step": 4, "loss": 1.0}\n')
+
+
+def test_a_step_balances_clips_and_learns():
+    settings = TrainSettings(**TINY, lr=5e-3, warmup=0.0, decay=0.0, tau=1e-3)
+    trainer = Trainer(settings)
+    batch = torch.randint(97, 105, (4, 33), generator=torch.Generator().manual_seed(0))
+    bias = trainer.model.moe_layers()[0].gate.e_score_correction_bias
+    first = trainer.step(batch, 0)
+    assert torch.isfinite(torch.tensor(first.loss)) and first.loss == pytest.approx(5.55, abs=0.2)
+    assert set(bias.abs().tolist()) <= {0.0, float(torch.tensor(settings.bias_rate))} and bias.any()
+    assert first.clipped_heads > 0 and first.load_max_over_mean >= 1.0
+    losses = [trainer.step(batch, s).loss for s in range(1, 6)]
+    assert losses[-1] < first.loss - 0.5
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert int(trainer.model.moe_layers()[0].tokens_per_expert.sum()) == 0
+
+
+def test_accumulation_equals_one_large_batch():
+    batch = torch.randint(0, 256, (8, 33), generator=torch.Generator().manual_seed(1))
+    losses, weights = [], []
+    for sequences, accumulate in ((8, 1), (4, 2)):
+        options = {**TINY, "sequences": sequences, "accumulate": accumulate}
+        trainer = Trainer(TrainSettings(**options))
+        losses.append(trainer.step(batch, 0).loss)
+        weights.append(trainer.model.lm_head.weight.detach())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+
+
+def test_validation_leaves_training_untouched():
+    batch = torch.randint(0, 256, (4, 33), generator=torch.Generator().manual_seed(2))
+    trainers = [Trainer(TrainSettings(**TINY)) for _ in range(2)]
+    assert trainers[0].validate(batch) == trainers[0].validate(batch)
+    assert trainers[0].model.training
+    for trainer in trainers:
+        trainer.step(batch, 0)
+    for x, y in zip(*(t.model.state_dict().values() for t in trainers), strict=True):
+        assert torch.equal(x, y)
+    assert trainers[0].step(batch, 1) == trainers[1].step(batch, 1)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update():
+    trainer = Trainer(TrainSettings(**TINY))
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = math.nan
+    before = trainer.model.model.embed_tokens.weight.clone()
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        trainer.step(torch.ones(4, 33, dtype=torch.int64), 0)
+    assert torch.equal(trainer.model.model.embed_tokens.weight, before)
+
+
+def test_plots(tmp_path: Path):
+    rows = [
+        {"step": s, "loss": 5 / s, "max_logit": 40.0 * s, "load_layers": [2.0, 1.5]}
+        for s in range(1, 9)
+    ]
+    rows[3]["validation_loss"] = 2.0
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = plot_run(tmp_path / "m.jsonl", tmp_path, bigram=2.5, tau=100.0)
+    assert [p.name for p in paths] == ["loss.png", "expert_balance.png", "max_logit.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+    with pytest.raises(ValueError, match="train first"):
+        plot_run(tmp_path / "absent.jsonl", tmp_path, bigram=2.5, tau=100.0)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints: whole or absent, and a resumed run gives the bits of an uninterrupted one."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kimi_ops.models.kimi_k2 import KimiK2
+from kimi_ops.train import CheckpointError, DataError, TrainSettings, train
+from kimi_ops.train.checkpoint import find_checkpoint, read_state, save_checkpoint
+from kimi_ops.train.metrics import read_metrics
+from kimi_ops.train.trainer import Trainer
+
+TINY = {
+    "preset": "tiny",
+    "window": 32,
+    "sequences": 4,
+    "steps": 24,
+    "validate_every": 8,
+    "validation_sequences": 8,
+    "checkpoint_every": 4,
+    "threads": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"value {i} is {i * i}\n" for i in range(2000)))
+    return path
+
+
+def run(out: Path, text: Path, **options):
+    resume = options.pop("resume", False)
+    overrides = {} if resume else {**TINY, **options}
+    return train(
+        out, data=text, resume=resume, overrides=overrides, say=lambda line: None, progress=False
+    )
+
+
+def same_state(a: Path, b: Path) -> bool:
+    """Weights, biases and moments of two checkpoints, bit for bit."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        x, y = load_file(a / name), load_file(b / name)
+        if x.keys() != y.keys() or not all(torch.equal(x[key], y[key]) for key in x):
+            return False
+    return True
+
+
+def command(out: Path, text: Path, *more: str) -> list[str]:
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+    options = [o for o in options if not o.startswith("--validation-sequences")]
+    return [
+        *(sys.executable, "-m", "kimi_ops.cli", "train", f"--out={out}", f"--data={text}"),
+        *("--no-progress", *(more or options)),
+    ]
+
+
+def start_and_wait_for(step: int, out: Path, text: Path, *more: str) -> subprocess.Popen:
+    """The command in a process of its own, once its metrics show `step`."""
+    process = subprocess.Popen(
+        command(out, text, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    limit = time.monotonic() + 60
+    while not any(row["step"] >= step for row in read_metrics(out / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()[0]
+        time.sleep(0.005)
+    return process
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, text: Path):
+    process = start_and_wait_for(6, tmp_path / "killed", text)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    interrupted = read_state(find_checkpoint(tmp_path / "killed"))["step"]
+    assert 4 <= interrupted < 24
+    done = subprocess.run(
+        command(tmp_path / "killed", text, "--resume"), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"after step {interrupted} of 24" in done.stdout
+
+    whole = subprocess.run(command(tmp_path / "whole", text), capture_output=True, timeout=120)
+    assert whole.returncode == 0
+    last = [find_checkpoint(tmp_path / name) for name in ("killed", "whole")]
+    assert last[0].name == last[1].name == "step_000024"
+    assert same_state(*last)
+    a, b = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("killed", "whole"))
+    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 25))
+    assert [r["loss"] for r in a] == [r["loss"] for r in b]
+    assert a[-1]["validation_loss"] == b[-1]["validation_loss"]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, text: Path):
+    process = start_and_wait_for(2, tmp_path / "run", text)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    state = read_state(find_checkpoint(tmp_path / "run"))
+    assert process.returncode == 130 and "Traceback" not in output
+    assert f"stopped after step {state['step']}" in output and "--resume" in output
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == state["step"]
+
+
+def test_two_runs_give_the_same_bits_and_the_seed_matters(tmp_path: Path, text: Path):
+    results = [run(tmp_path / name, text, steps=6) for name in ("a", "b")]
+    assert same_state(results[0].checkpoint, results[1].checkpoint)
+    other = run(tmp_path / "c", text, steps=6, seed=1)
+    assert not same_state(results[0].checkpoint, other.checkpoint)
+
+
+def test_a_finished_run_resumes_to_itself_and_old_checkpoints_go(tmp_path: Path, text: Path):
+    first = run(tmp_path / "run", text)
+    again = run(tmp_path / "run", text, resume=True)
+    assert again.finished and again.checkpoint == first.checkpoint
+    assert again.validation_loss == first.validation_loss
+    folders = sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir())
+    assert folders == ["step_000020", "step_000024"]
+
+
+def test_the_model_of_a_checkpoint_loads_as_a_model(tmp_path: Path, text: Path):
+    result = run(tmp_path / "run", text, steps=4)
+    model = KimiK2.from_pretrained(result.checkpoint)
+    trained = load_file(result.checkpoint / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, trained["lm_head.weight"])
+    assert model.config.vocab_size == 256
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, text: Path):
+    result = run(tmp_path / "run", text, steps=4)
+    trainer = Trainer(TrainSettings(**TINY))
+    before = sorted(tmp_path.joinpath("run").iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no file may grow beyond 20 kB
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"cannot write .*step_000009.*step_000004 is intact"
+        ):
+            save_checkpoint(tmp_path / "run", trainer.model, trainer.optimizer, {"step": 9}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(tmp_path.joinpath("run").iterdir()) == before
+    assert find_checkpoint(tmp_path / "run") == result.checkpoint
+    read_state(result.checkpoint)
+
+
+@pytest.mark.parametrize("moment", ["_write", "replace", "set_latest"])
+def test_a_failure_at_any_moment_leaves_a_whole_checkpoint(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    result = run(tmp_path / "run", text, steps=4)
+    trainer = Trainer(TrainSettings(**TINY))
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    if moment == "replace":
+        monkeypatch.setattr(os, "replace", full)
+    else:
+        monkeypatch.setattr(f"kimi_ops.train.checkpoint.{moment}", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(tmp_path / "run", trainer.model, trainer.optimizer, {"step": 9}, 2)
+    monkeypatch.undo()
+    assert find_checkpoint(tmp_path / "run") == result.checkpoint
+    read_state(result.checkpoint)
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    saved = save_checkpoint(tmp_path / "run", trainer.model, trainer.optimizer, {"step": 9}, 2)
+    assert find_checkpoint(tmp_path / "run") == saved
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training.json"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_damaged_checkpoint_is_a_clear_error(tmp_path: Path, text: Path, name: str, damage: str):
+    file = run(tmp_path / "run", text, steps=4).checkpoint / name
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2 if name != "training.json" else 0] ^= 0x55
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        run(tmp_path / "run", text, resume=True)
+
+
+def test_what_a_resumed_run_may_not_change(tmp_path: Path, text: Path):
+    run(tmp_path / "run", text, steps=4)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        run(tmp_path / "run", text)
+    with pytest.raises(ValueError, match="train: lr: the run was started with"):
+        train(tmp_path / "run", data=text, resume=True, overrides={"lr": 1.0}, progress=False)
+    with pytest.raises(CheckpointError, match="train first"):
+        run(tmp_path / "absent", text, resume=True)
+    text.write_text(text.read_text() + "more")
+    with pytest.raises(CheckpointError, match="content differs"):
+        run(tmp_path / "run", text, resume=True)
+
+
+def test_bad_text_leaves_no_run_behind(tmp_path: Path):
+    with pytest.raises(DataError):
+        run(tmp_path / "run", tmp_path / "absent")
+    assert not (tmp_path / "run").exists()
+    assert json.loads(json.dumps(TrainSettings().to_dict())) == TrainSettings().to_dict()
