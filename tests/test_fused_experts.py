@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from kimi_ops.fused_experts import fused_experts
 from kimi_ops.topk_gate import topk_gate
-from torch import Tensor
 
 
 def activation(name: str, gate: Tensor, up: Tensor) -> Tensor:

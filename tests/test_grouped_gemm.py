@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kimi_ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from torch import Tensor
+
+from kimi_ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = {

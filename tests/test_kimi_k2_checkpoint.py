@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, checkpoint
 from kimi_ops.models.kimi_k2.checkpoint import dequantize_fp8
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
-from safetensors.torch import load_file, save_file
 
 IDS = torch.arange(40).view(2, 20)
 

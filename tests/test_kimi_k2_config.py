@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, RopeScaling
 from kimi_ops.models.kimi_k2.parameters import parameter_report
 from kimi_ops.models.kimi_k2.rope import inverse_frequencies, rotary_tables, rotate

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, LatentCache
 from kimi_ops.models.kimi_k2.generate import sample
 

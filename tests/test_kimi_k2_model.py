@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 
 transformers = pytest.importorskip("transformers")

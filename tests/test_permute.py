@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kimi_ops.permute import PermutePlan, permute, permute_plan, sort_chunks, unpermute
 from torch import Tensor
+
+from kimi_ops.permute import PermutePlan, permute, permute_plan, sort_chunks, unpermute
 
 
 def random_ids(tokens: int, experts: int, k: int, drop: float, seed: int) -> Tensor:
