@@ -105,6 +105,17 @@ def test_gradients_in_float64(name):
     assert torch.autograd.gradcheck(lambda *t: fused_experts(*t, indices, activation=name), floats)
 
 
+def test_autocast_casts_tokens_and_matrices():
+    x, w_gate_up, w_down, weights, indices = tensors(40, 8, 3, 32, 24)
+    w_down.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fused_experts(x, w_gate_up, w_down, weights, indices)
+    half = (x.bfloat16(), w_gate_up.bfloat16(), w_down.bfloat16())
+    assert torch.equal(y, fused_experts(*half, weights, indices))
+    y.sum().backward()
+    assert w_down.grad.dtype == torch.float32 and w_down.grad.any()
+
+
 def test_no_tokens_and_no_experts_chosen():
     x, w_gate_up, w_down, weights, indices = tensors(4, 3, 2, 6, 5)
     w_gate_up.requires_grad_()

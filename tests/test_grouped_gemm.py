@@ -190,6 +190,20 @@ def test_wgrad(dtype, sizes):
     assert error(turned, expected) < 1e-6
 
 
+def test_autocast_casts_as_it_does_for_mm():
+    a, b, offsets, bias = tensors([5, 0, 9], 16, 8, torch.float32, tail=0)
+    weight = b.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.mm(a, b[0]).dtype == torch.bfloat16
+        c = grouped_gemm(a.half(), weight, offsets, bias=bias)
+        wide = grouped_gemm(a.double(), b.double(), offsets)
+    assert c.dtype == torch.bfloat16 and wide.dtype == torch.float64
+    expected = grouped_gemm(a.half().bfloat16(), b.bfloat16(), offsets, bias=bias.bfloat16())
+    assert torch.equal(c, expected)
+    c.sum().backward()
+    assert weight.grad.dtype == torch.float32 and weight.grad.any()
+
+
 def test_twenty_runs_have_the_same_bits():
     a, b, offsets, bias = tensors([33, 0, 61, 7], 40, 24, torch.float32)
     results = []

@@ -217,3 +217,17 @@ BAD_INPUT = [
 def test_bad_input(ids, error, message):
     with pytest.raises(error, match=message):
         KimiK2(KimiK2Config.tiny())(ids)
+
+
+def test_training_under_autocast_is_near_to_float32():
+    model = KimiK2(KimiK2Config.tiny())
+    ids = torch.arange(60).view(2, 30)
+    grads = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(ids)
+        assert logits.dtype == (torch.bfloat16 if enabled else torch.float32)
+        F.cross_entropy(logits.float().flatten(0, 1), ids.flatten()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert 1e-6 < relative_error(grads[1], grads[0]) < 0.05

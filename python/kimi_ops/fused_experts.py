@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from kimi_ops.grouped_gemm import autocast
 from kimi_ops.reference import fused_experts as reference
 
 __all__ = ["fused_experts"]
@@ -48,7 +49,8 @@ def fused_experts(
     Notes
     -----
     Differentiable in x, both weights and the router weights. The activation and the weighted sum
-    are computed in fp32 and rounded once. Cost: 6 T K F H operations.
+    are computed in fp32 and rounded once. Under `torch.autocast` x and the experts' matrices are
+    cast as those of `torch.mm` are. Cost: 6 T K F H operations.
 
     Examples
     --------
@@ -67,6 +69,7 @@ def fused_experts(
             f"{op}: activation: one of {sorted(reference.ACTIVATIONS)} expected, {activation!r} "
             "came; choose one of these"
         )
+    x, w_gate_up, w_down = autocast(x), autocast(w_gate_up), autocast(w_down)
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise TypeError(
             f"{op}: x: bfloat16, float16, float32 or float64 expected, {x.dtype} came; convert it"

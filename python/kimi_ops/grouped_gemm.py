@@ -52,7 +52,8 @@ def grouped_gemm(
 
     Notes
     -----
-    Differentiable in a, b and bias; an expert without rows has a zero gradient. A superset of
+    Differentiable in a, b and bias; an expert without rows has a zero gradient. Under
+    `torch.autocast` the operands are cast as those of `torch.mm` are. A superset of
     `torch.nn.functional.grouped_mm`. Cost: 2 R K N operations.
 
     Examples
@@ -65,6 +66,7 @@ def grouped_gemm(
     [[1.0, 2.0], [6.0, 8.0], [0.0, 0.0]]
     """
     op = "grouped_gemm"
+    a, b, bias = autocast(a), autocast(b), None if bias is None else autocast(bias)
     _check_operands(op, a, "a", b, "b", a.dim() == 2 and b.dim() == 3, "[R, K] and [E, K, N]")
     if b.shape[1] != a.shape[1]:
         raise ValueError(
@@ -148,6 +150,16 @@ def grouped_gemm_wgrad(
         _check_out(op, out, [offsets.numel(), a.shape[1], dc.shape[1]], a)
     with torch.no_grad():
         return reference.grouped_gemm_wgrad(a, dc, offsets, out, accumulate)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype of an enclosing `torch.autocast`, which leaves float64 alone; else x."""
+    kind = x.device.type
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return x
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _check_operands(
