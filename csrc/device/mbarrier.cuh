@@ -33,6 +33,18 @@ inline void check_alive(const MBarrier& b, const char* what) {
   if (b.state != MBarrier::kAlive)
     simt::fail(std::string(what) + ": " + name_of(b) + " has not been initialised");
 }
+/// What memory is ordered by: another address for the other phase.
+inline const void* meeting(const MBarrier& b, uint32_t phase) {
+  return reinterpret_cast<const char*>(&b) + (phase & 1);
+}
+inline void publish(const MBarrier& b) {
+  uint32_t phase;
+  {
+    const simt::InsideModel inside;
+    phase = b.phase;
+  }
+  simt::release(meeting(b, phase));
+}
 inline void settle(MBarrier& b) {
   if (b.pending == 0 && b.bytes == 0) {
     b.phase ^= 1;
@@ -43,6 +55,7 @@ inline void settle(MBarrier& b) {
 }  // namespace detail
 
 inline void mbarrier_init(MBarrier& b, uint32_t arrivals) {
+  const simt::InsideModel inside;
   if (arrivals < 1 || arrivals >= 1u << 20)
     simt::fail("mbarrier_init: arrivals: expected 1 to 2^20-1, got " + std::to_string(arrivals));
   if (reinterpret_cast<uintptr_t>(&b) % 8 != 0)
@@ -54,20 +67,22 @@ inline void mbarrier_init(MBarrier& b, uint32_t arrivals) {
 }
 inline void mbarrier_fence_init() {}
 inline void mbarrier_expect_tx(MBarrier& b, uint32_t bytes) {
+  const simt::InsideModel inside;
   detail::check_alive(b, "mbarrier_expect_tx");
   if (b.bytes + static_cast<int64_t>(bytes) >= 1 << 20)
     simt::fail("mbarrier_expect_tx: " + detail::name_of(b) + ": 2^20 bytes or more are awaited");
   b.bytes = (b.bytes + static_cast<int64_t>(bytes)) & ((1 << 21) - 1);
 }
 inline void mbarrier_arrive(MBarrier& b) {
-  detail::check_alive(b, "mbarrier_arrive");
   simt::preemption_point();
+  detail::publish(b);
+  const simt::InsideModel inside;
+  detail::check_alive(b, "mbarrier_arrive");
   if (b.pending == 0)
     simt::fail("mbarrier_arrive: over-arrival at " + detail::name_of(b) + ": all " +
                std::to_string(b.expected) + " arrivals of phase " + std::to_string(b.phase) +
                " have come, " + std::to_string(b.bytes) + " bytes have not");
   b.pending = (b.pending - 1) & 0xfffff;
-  simt::release(&b);
   detail::settle(b);
 }
 inline void mbarrier_arrive_expect_tx(MBarrier& b, uint32_t bytes) {
@@ -76,16 +91,21 @@ inline void mbarrier_arrive_expect_tx(MBarrier& b, uint32_t bytes) {
 }
 /// What an asynchronous copy does when `bytes` of it have landed; models of copies call it.
 inline void mbarrier_complete_tx(MBarrier& b, uint32_t bytes) {
+  detail::publish(b);
+  const simt::InsideModel inside;
   detail::check_alive(b, "mbarrier_complete_tx");
   b.bytes = (b.bytes - static_cast<int64_t>(bytes)) & ((1 << 21) - 1);
-  simt::release(&b);
   detail::settle(b);
 }
 inline bool mbarrier_try_wait(MBarrier& b, uint32_t parity) {
-  detail::check_alive(b, "mbarrier_try_wait");
-  if (b.phase == (parity & 1)) return false;
-  simt::acquire(&b);
-  return true;
+  bool complete = false;
+  {
+    const simt::InsideModel inside;
+    detail::check_alive(b, "mbarrier_try_wait");
+    complete = b.phase != (parity & 1);
+  }
+  if (complete) simt::acquire(detail::meeting(b, parity));
+  return complete;
 }
 inline void mbarrier_wait(MBarrier& b, uint32_t parity,
                           std::source_location where = std::source_location::current()) {

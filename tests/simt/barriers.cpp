@@ -11,10 +11,6 @@
 #if defined(__SANITIZE_ADDRESS__)
 #define KIMI_SIMT_ASAN 1
 #endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-#endif
-
 namespace simt {
 namespace detail {
 namespace {
@@ -63,6 +59,7 @@ std::string SharedMemory::damage() const {
 void* dynamic_shared() { return Runner::instance().self("KIMI_SHARED").block->dynamic->data(); }
 
 void* static_shared(const void* site, size_t bytes, size_t alignment) {
+  const InsideModel inside;
   auto& statics = Runner::instance().self("KIMI_STATIC_SHARED").block->statics;
   for (const auto& [key, memory] : statics)
     if (key == site) return memory->data();
@@ -75,6 +72,7 @@ void* static_shared(const void* site, size_t bytes, size_t alignment) {
 // with a true predicate.
 int block_barrier(const char* name, int id, int expected, bool predicate,
                   std::source_location where) {
+  const InsideModel inside;
   Runner& runner = Runner::instance();
   Thread& self = runner.self(name);
   Block& block = *self.block;
@@ -106,7 +104,8 @@ int block_barrier(const char* name, int id, int expected, bool predicate,
   }
   barrier.satisfied_predicates += predicate;
   barrier.arrived.push_back(&self);
-  release(&barrier);
+  const void* meeting = &barrier.meetings[barrier.generation % 2];
+  release_as(self, meeting);
   Wait wait;
   wait.kind = Wait::kBlockBarrier;
   wait.name = name;
@@ -118,16 +117,18 @@ int block_barrier(const char* name, int id, int expected, bool predicate,
       if (thread != &self) runner.make_ready(thread);
     }
     barrier.arrived.clear();
+    ++barrier.generation;
     runner.yield();
   } else {
     runner.park(wait);
   }
-  acquire(&barrier);
+  acquire_as(self, meeting);
   return static_cast<int>(self.result);
 }
 
 uint64_t warp_operation(const char* name, Resolve resolve, uint32_t mask, uint64_t value,
-                        uint32_t argument, std::source_location where) {
+                        uint32_t argument, std::source_location where, bool orders_memory) {
+  const InsideModel inside;
   Runner& runner = Runner::instance();
   Thread& self = runner.self(name);
   Warp& warp = self.block->warps[static_cast<size_t>(self.warp())];
@@ -148,9 +149,12 @@ uint64_t warp_operation(const char* name, Resolve resolve, uint32_t mask, uint64
   };
   auto pending = std::find_if(warp.pending.begin(), warp.pending.end(), same);
   if (pending == warp.pending.end()) {
-    warp.pending.push_back({resolve, 0, {mask, {}, {}}});
+    const void* meeting = &warp.meetings[warp.next_meeting++ % sizeof warp.meetings];
+    warp.pending.push_back({meeting, resolve, 0, {mask, {}, {}}});
     pending = warp.pending.end() - 1;
   }
+  const void* meeting = pending->meeting;
+  if (orders_memory) release_as(self, meeting);
   pending->arrived |= 1u << lane;
   pending->slots.value[lane] = value;
   pending->slots.argument[lane] = argument;
@@ -173,6 +177,7 @@ uint64_t warp_operation(const char* name, Resolve resolve, uint32_t mask, uint64
     wait.where = where;
     runner.park(wait);
   }
+  if (orders_memory) acquire_as(self, meeting);
   return self.result;
 }
 
@@ -184,29 +189,19 @@ uint64_t shuffled(const WarpSlots& slots, int lane, int source) {
 }
 
 }  // namespace detail
-
-#if defined(__SANITIZE_THREAD__)
-void release(const void* object) { __tsan_release(const_cast<void*>(object)); }
-void acquire(const void* object) { __tsan_acquire(const_cast<void*>(object)); }
-#else
-void release(const void*) {}
-void acquire(const void*) {}
-#endif
-
 }  // namespace simt
 
-// Of the warp operations only __syncwarp orders memory.
 void __syncwarp(uint32_t mask, std::source_location where) {
-  const simt::detail::Warp& warp =
-      simt::detail::Runner::instance()
-          .self("__syncwarp")
-          .block
-          ->warps[static_cast<size_t>(simt::detail::Runner::instance().self("__syncwarp").warp())];
-  simt::release(&warp);
-  simt::detail::warp_operation(
-      "__syncwarp", [](const simt::detail::WarpSlots&, int) { return uint64_t{0}; }, mask, 0, 0,
-      where);
-  simt::acquire(&warp);
+  const simt::detail::Resolve nothing = [](const simt::detail::WarpSlots&, int) {
+    return uint64_t{0};
+  };
+  simt::detail::warp_operation("__syncwarp", nothing, mask, 0, 0, where, true);
+}
+
+void __threadfence() {
+  const void* fences = &simt::detail::Runner::instance();
+  simt::release(fences);
+  simt::acquire(fences);
 }
 
 namespace {

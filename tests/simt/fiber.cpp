@@ -12,9 +12,6 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-#endif
 
 namespace simt {
 namespace {
@@ -60,11 +57,7 @@ kimi_simt_switch:
 )");
 #endif
 
-Fiber::Fiber() {
-#if defined(__SANITIZE_THREAD__)
-  tsan_fiber_ = __tsan_get_current_fiber();
-#endif
-}
+Fiber::Fiber() = default;
 
 Fiber::Fiber(Entry entry, void* argument, size_t stack_bytes) : entry_(entry), argument_(argument) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -93,16 +86,10 @@ Fiber::Fiber(Entry entry, void* argument, size_t stack_bytes) : entry_(entry), a
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   stack_pointer_ = top;
 #endif
-#if defined(__SANITIZE_THREAD__)
-  tsan_fiber_ = __tsan_create_fiber(0);
-#endif
 }
 
 Fiber::~Fiber() {
   if (mapping_ == nullptr) return;
-#if defined(__SANITIZE_THREAD__)
-  __tsan_destroy_fiber(tsan_fiber_);
-#endif
 #if defined(__SANITIZE_ADDRESS__)
   // Frames that never returned have left poison behind, and the next mapping may get this address.
   __asan_unpoison_memory_region(stack_bottom_, stack_bytes_);
@@ -117,17 +104,11 @@ void Fiber::after_switch([[maybe_unused]] Fiber& self) {
 #endif
 }
 
-#if defined(__SANITIZE_THREAD__)
-__attribute__((no_sanitize("thread")))
-#endif
 void Fiber::switch_to(Fiber& from, Fiber& to) {
   t_from = &from;
   t_to = &to;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from.asan_fake_stack_, to.stack_bottom_, to.stack_bytes_);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(to.tsan_fiber_, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(KIMI_SIMT_UCONTEXT)
   swapcontext(&from.context_, &to.context_);

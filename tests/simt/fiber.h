@@ -6,7 +6,7 @@
 // On x86-64 a switch saves the six callee-saved registers and the stack pointer, nothing else;
 // elsewhere (or with KIMI_SIMT_UCONTEXT defined) it is swapcontext, which also makes a system call
 // for the signal mask. Stacks are mapped with a guard page below, so that an overflow faults at
-// once. AddressSanitizer and ThreadSanitizer are told of every switch.
+// once. AddressSanitizer is told of every switch; ThreadSanitizer is the runner's concern.
 #pragma once
 
 #include <cstddef>
@@ -38,9 +38,6 @@ class Fiber {
   /// resumes `from`.
   static void switch_to(Fiber& from, Fiber& to);
 
-  /// The identity under which ThreadSanitizer books what this fiber does; null in other builds.
-  void* sanitizer_thread() const { return tsan_fiber_; }
-
  private:
   static void trampoline();
   static void after_switch(Fiber& self);
@@ -57,7 +54,6 @@ class Fiber {
   const void* stack_bottom_ = nullptr;
   size_t stack_bytes_ = 0;
   void* asan_fake_stack_ = nullptr;
-  void* tsan_fiber_ = nullptr;
 };
 
 }  // namespace simt

@@ -28,6 +28,7 @@ struct Wait {
 
 struct Thread {
   explicit Thread(size_t stack_bytes);
+  ~Thread();
   Builtins builtins;
   Block* block = nullptr;
   Wait wait;
@@ -38,10 +39,12 @@ struct Thread {
   int lane() const { return builtins.linear_thread % 32; }
   int warp() const { return builtins.linear_thread / 32; }
   Fiber fiber;
+  void* sanitizer_thread = nullptr;  // ThreadSanitizer's name for what the kernel does here
 };
 
 /// One warp operation under way: lanes that have arrived wait for the rest of the mask.
 struct Rendezvous {
+  const void* meeting;  // what memory is ordered by, if the operation orders memory
   Resolve resolve;
   uint32_t arrived;
   WarpSlots slots;
@@ -51,12 +54,18 @@ struct Warp {
   uint32_t present = 0;  // lanes that exist
   uint32_t exited = 0;
   std::vector<Rendezvous> pending;
+  unsigned char meetings[128];  // addresses for ThreadSanitizer, one after the other
+  unsigned next_meeting = 0;
 };
 
 struct Barrier {
   int expected = 0;
   int satisfied_predicates = 0;
   std::vector<Thread*> arrived;
+  // Addresses for ThreadSanitizer: a fast thread may be at the next barrier before a slow one has
+  // left this one, and must not be ordered before it.
+  unsigned char meetings[2];
+  unsigned generation = 0;
 };
 
 /// Memory of exactly the bytes asked for, filled with 0xff (NaN, -1), with a canary on both sides.
@@ -139,6 +148,15 @@ class Runner {
   std::exception_ptr error_;
   bool giving_up_ = false;
 };
+
+/// ThreadSanitizer keeps books by thread. The runner's own work goes to the launching thread, with
+/// memory accesses ignored; a kernel's goes to `Thread::sanitizer_thread`. Null in other builds.
+void* make_sanitizer_thread();
+void destroy_sanitizer_thread(void* thread);
+void* switch_sanitizer_thread(void* to);  // the one before; null means the launching thread
+void ignore_accesses(bool ignore);        // of the launching thread
+void release_as(const Thread& thread, const void* object);
+void acquire_as(const Thread& thread, const void* object);
 
 /// Who runs, for error texts: "block (1,0,0) thread 37".
 std::string name_of(const Thread& thread);

@@ -39,7 +39,10 @@ Runner& Runner::instance() {
   return runner;
 }
 
-Thread::Thread(size_t stack_bytes) : fiber(&Runner::thread_main, nullptr, stack_bytes) {}
+Thread::Thread(size_t stack_bytes)
+    : fiber(&Runner::thread_main, nullptr, stack_bytes),
+      sanitizer_thread(make_sanitizer_thread()) {}
+Thread::~Thread() { destroy_sanitizer_thread(sanitizer_thread); }
 
 Thread& Runner::self(const char* what) {
   if (current_ == nullptr) fail_outside_kernel(what);
@@ -74,9 +77,11 @@ void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) 
   if (order_of(settings.seed) >= kWarpByWarp)
     std::shuffle(waiting_blocks_.begin(), waiting_blocks_.end(), random_);
   release(&body_);
+  ignore_accesses(true);
   start_blocks();
   switch_to(next_ready());  // comes back when nothing is left to run
   if (error_) give_up();
+  ignore_accesses(false);
   acquire(&main_);
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
@@ -248,16 +253,18 @@ void Runner::thread_main(void*) {
   Runner& runner = instance();
   for (;;) {
     Thread& self = *runner.current_;
+    self.started = true;
+    switch_sanitizer_thread(self.sanitizer_thread);
     try {
-      self.started = true;
       acquire(&runner.body_);
       runner.body_(runner.argument_);
     } catch (const Cancelled&) {
     } catch (...) {
       if (!runner.error_) runner.error_ = std::current_exception();
     }
+    release(&runner.main_);
+    switch_sanitizer_thread(nullptr);
     try {
-      release(&runner.main_);
       runner.thread_exits(self);
     } catch (...) {
       if (!runner.error_) runner.error_ = std::current_exception();
@@ -290,6 +297,7 @@ void run(const LaunchShape& shape, void (*body)(void*), void* argument) {
 
 void park_spinning(std::string (*describe)(const void*), const void* context,
                    std::source_location where) {
+  const InsideModel inside;
   Runner& runner = Runner::instance();
   runner.self("a spin");
   Wait wait;
@@ -307,11 +315,13 @@ Settings& settings() { return detail::Runner::instance().settings; }
 Statistics last_statistics() { return detail::Runner::instance().statistics; }
 
 void notify_spinners() {
+  const InsideModel inside;
   detail::Runner& runner = detail::Runner::instance();
   if (runner.running()) runner.wake_spinners();
 }
 
 void preemption_point() {
+  const InsideModel inside;
   detail::Runner& runner = detail::Runner::instance();
   if (runner.running() && runner.one_in(4)) runner.yield();
 }

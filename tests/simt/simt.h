@@ -3,22 +3,22 @@
 // Runs CUDA kernels on the host, for tests: one fiber for every CUDA thread, switched at barriers,
 // warp operations and spins.
 //
-//   grid ──► blocks, `resident_blocks` of them live at a time, started in random order
-//   block ─► warps of 32 fibers; exactly sized shared memory between canaries (and ASan's red
-//   zones) fiber ─► runs until it must wait; then the next ready one, in an order drawn from the
-//   seed
+//   grid  -> blocks, `resident_blocks` of them live at a time, started in random order
+//   block -> warps of 32 fibers; shared memory of exactly the bytes asked for, between canaries
+//            (and the red zones of AddressSanitizer)
+//   fiber -> runs until it must wait; then the next ready one, in an order drawn from the seed
 //
-// The seed chooses the order of blocks and fibers: seed % 4 is 0 ascending, 1 descending, 2 warp by
-// warp (each as far ahead of the others as the barriers allow), 3 uniformly random. Set it with
-// simt::settings().seed or KIMI_SIMT_SEED. One OS thread runs it all, so a failing seed fails
-// again.
+// The seed chooses the order: seed % 4 is 0 ascending, 1 descending, 2 warp by warp (each as far
+// ahead of the others as the barriers allow), 3 uniformly random. Set it with
+// simt::settings().seed or KIMI_SIMT_SEED. One OS thread runs it all: a failing seed fails again.
 //
-// What a kernel does wrong becomes a simt::Error thrown by launch(): deadlock (with what each
+// What a kernel does wrong becomes a simt::Error thrown by launch(): a deadlock (with what each
 // thread waits for), a barrier that some threads of the block do not reach, a warp operation whose
 // mask names an exited lane, a shuffle from a lane outside the mask, writes beyond shared memory,
 // misuse of an mbarrier. The rules are stricter than the hardware's where its behaviour is
-// undefined or depends on the architecture. docs/testing_without_a_gpu.md says what this cannot
-// see.
+// undefined or depends on the architecture. Under ThreadSanitizer every CUDA thread is a thread of
+// its own, ordered by barriers alone: a race on shared or global memory is reported even if the
+// result came out right. docs/testing_without_a_gpu.md says what all this cannot see.
 #pragma once
 
 #include <bit>
@@ -95,7 +95,8 @@ void* static_shared(const void* site, size_t bytes, size_t alignment);
 int block_barrier(const char* name, int id, int expected_threads, bool predicate,
                   std::source_location where);
 uint64_t warp_operation(const char* name, Resolve resolve, uint32_t mask, uint64_t value,
-                        uint32_t argument, std::source_location where);
+                        uint32_t argument, std::source_location where,
+                        bool orders_memory = false);  // only __syncwarp does
 void park_spinning(std::string (*describe)(const void*), const void* context,
                    std::source_location where);
 std::string shared_address(const void* address);
@@ -104,6 +105,19 @@ std::string shared_address(const void* address);
 
 /// Throws simt::Error naming the running thread.
 [[noreturn]] void fail(const std::string& message);
+
+/// For primitives: between construction and destruction the thread's memory accesses belong to the
+/// model and not to the kernel, so that ThreadSanitizer does not see them.
+class InsideModel {
+ public:
+  InsideModel();
+  ~InsideModel();
+  InsideModel(const InsideModel&) = delete;
+  InsideModel& operator=(const InsideModel&) = delete;
+
+ private:
+  void* kernel_thread_;
+};
 
 /// For primitives: something that a spinning thread may wait for has changed.
 void notify_spinners();
@@ -121,8 +135,8 @@ void spin_until(Ready ready, Describe describe,
                           &describe, where);
 }
 
-/// For primitives, under ThreadSanitizer: what this thread did before becomes visible to whoever
-/// acquires `object` later.
+/// For primitives, under ThreadSanitizer and outside of InsideModel: what this thread did before
+/// becomes visible to whoever acquires `object` later.
 void release(const void* object);
 void acquire(const void* object);
 

@@ -68,6 +68,43 @@ std::vector<uint64_t> wrong_seeds(void (*kernel)(const int*, int*, Omission), Om
   return wrong;
 }
 
+#if defined(__SANITIZE_THREAD__)
+
+// Whether ThreadSanitizer reports anything while a child process does `work`.
+template <class Work>
+bool races(Work work) {
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    if (!freopen("/dev/null", "w", stderr)) _exit(2);
+    work();
+    std::exit(0);  // ThreadSanitizer replaces the status if it has reported a race
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return !(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+bool races(void (*kernel)(const int*, int*, Omission), Omission omission, uint64_t seed) {
+  return races([=] {
+    std::vector<int> in(256), out(256);
+    simt::settings().seed = seed;
+    simt::launch(kernel, {1, 128, 128 * sizeof(int)}, in.data(), out.data(), omission);
+  });
+}
+
+TEST(missing_barriers_are_races_for_every_seed) {
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    CHECK(!races(reverse_kernel, kNothing, seed));
+    CHECK(races(reverse_kernel, kAfterStore, seed));
+    CHECK(races(reverse_kernel, kBeforeReuse, seed));
+    CHECK(!races(reverse_warp_kernel, kNothing, seed));
+    CHECK(races(reverse_warp_kernel, kWarpBarrier, seed));
+  }
+}
+
+#else
+
 TEST(missing_block_barrier_gives_a_wrong_result) {
   CHECK(wrong_seeds(reverse_kernel, kNothing).empty());
   CHECK(wrong_seeds(reverse_kernel, kAfterStore).size() == 40);
@@ -80,6 +117,8 @@ TEST(missing_warp_barrier_gives_a_wrong_result) {
 }
 
 // ---- shared memory
+#endif
+
 // -----------------------------------------------------------------------------------------
 
 __global__ void overflow_kernel(int dynamic_at, int static_at) {
@@ -244,7 +283,7 @@ TEST(misused_mbarriers) {
 __global__ void throwing_kernel(int* done) {
   struct Cleanup {
     int* done;
-    ~Cleanup() { ++*done; }
+    ~Cleanup() { __atomic_fetch_add(done, 1, __ATOMIC_RELAXED); }
   } cleanup{done};
   __syncthreads();
   if (threadIdx.x == 5) throw std::runtime_error("from the kernel");

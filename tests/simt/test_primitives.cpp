@@ -300,6 +300,7 @@ __global__ void grid_barrier_kernel(unsigned* arrived, const int* in, int* parti
     atomicAdd(arrived, 1);
     simt::spin_until([&] { return atomicAdd(arrived, 0) == gridDim.x; },
                      [] { return std::string("all blocks"); });
+    __threadfence();
   }
   __syncthreads();
   if (threadIdx.x == 1) out[b] = std::accumulate(partial, partial + gridDim.x, 0);
