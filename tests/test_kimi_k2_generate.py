@@ -106,8 +106,14 @@ def test_the_end_token_ends_each_sequence(model):
         stop = int(stop[0]) if len(stop) else 10
         assert torch.equal(row[:stop], expected[: min(stop, len(row))])
         assert bool((row[stop:] == end).all())
-    both = model.generate(prompt[:1], max_new_tokens=10, eos_token_id=end)
-    assert both.shape[1] <= 7  # it stopped
+    alone = model.generate(prompt[:1], max_new_tokens=10, eos_token_id=end)
+    assert alone.shape[1] <= 7  # it stopped
+    other = next(i for i in range(64) if i not in free)
+    several = model.generate(prompt, max_new_tokens=10, eos_token_id=[end, other])
+    assert torch.equal(several, ended)
+    several = model.generate(prompt, max_new_tokens=10, eos_token_id=[other, end])
+    assert torch.equal(several[0, : alone.shape[1]], alone[0])
+    assert bool((several[0, alone.shape[1] :] == other).all())
 
 
 def test_sampled_frequencies_follow_the_distribution():

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops.grouped_gemm import autocast
+from kimi_ops.permute import check_ids
 from kimi_ops.reference import fused_experts as reference
 
 __all__ = ["fused_experts"]
@@ -44,7 +45,7 @@ def fused_experts(
     Raises
     ------
     TypeError, ValueError
-        Wrong dtype, shape, device or activation; on the CPU also an id outside -1 .. E - 1.
+        Wrong dtype, shape, device or activation; an id outside -1 .. E - 1 (see `permute_plan`).
 
     Notes
     -----
@@ -107,11 +108,5 @@ def fused_experts(
         raise ValueError(
             f"{op}: weights: shape {list(indices.shape)} expected, {list(weights.shape)} came"
         )
-    if x.device.type == "cpu" and indices.numel():
-        low, high = (int(v) for v in indices.aminmax())
-        if low < -1 or high >= experts:
-            raise ValueError(
-                f"{op}: indices: ids in -1 .. {experts - 1} expected, {low} .. {high} came; "
-                "mark dropped slots with -1"
-            )
+    check_ids(op, indices, experts)
     return reference.fused_experts(x, w_gate_up, w_down, weights, indices, activation)

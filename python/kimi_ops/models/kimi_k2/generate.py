@@ -48,7 +48,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     generator: torch.Generator | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
     use_cache: bool = True,
 ) -> Tensor:
     """Continue every sequence; see `KimiK2.generate`."""
@@ -56,6 +56,7 @@ def generate(
     if seed is not None:
         generator = torch.Generator(device=input_ids.device).manual_seed(seed)
     eos = eos_token_id if eos_token_id is not None else model.config.eos_token_id
+    ends = torch.tensor([] if eos is None else eos, device=input_ids.device).long().view(-1)
     batch, length = input_ids.shape
     weight = model.lm_head.weight
     cache = None
@@ -70,12 +71,12 @@ def generate(
         for _ in range(max_new_tokens):
             logits = model(ids if cache is None else new, cache=cache)[:, -1]
             chosen = sample(logits, temperature=temperature, top_p=top_p, generator=generator)
-            if eos is not None:
-                chosen = chosen.masked_fill(finished, eos)
-                finished = finished | (chosen == eos)
+            if len(ends):
+                chosen = torch.where(finished, ends[0], chosen)
+                finished = finished | torch.isin(chosen, ends)
             new = chosen[:, None]
             ids = torch.cat((ids, new), dim=1)
-            if eos is not None and bool(finished.all()):
+            if len(ends) and bool(finished.all()):
                 break
         return ids
     finally:

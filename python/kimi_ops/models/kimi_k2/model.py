@@ -164,7 +164,7 @@ class KimiK2(nn.Module):
         top_p: float = 1.0,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
         use_cache: bool = True,
     ) -> Tensor:
         """Continue every sequence by up to `max_new_tokens` tokens.
@@ -179,9 +179,9 @@ class KimiK2(nn.Module):
             Draw only among the most likely tokens whose probabilities reach this sum.
         seed, generator : int or torch.Generator, optional
             Source of randomness; without either torch's own generator is used.
-        eos_token_id : int, optional
-            End of a sequence, from the config where absent. A finished sequence is filled with it;
-            generation stops when all are finished.
+        eos_token_id : int or list of int, optional
+            Ends of a sequence, from the config where absent. A finished sequence is filled with the
+            first of them; generation stops when all are finished.
         use_cache : bool
             Keep latents of the tokens so far instead of computing them again.
 
