@@ -188,6 +188,8 @@ def test_validation_leaves_training_untouched():
     trainers = [Trainer(TrainSettings(**TINY)) for _ in range(2)]
     assert trainers[0].validate(batch) == trainers[0].validate(batch)
     assert trainers[0].model.training
+    for layer in trainers[0].model.attention_layers():
+        assert torch.isneginf(layer.max_logits).all() and layer.track_max_logits
     for trainer in trainers:
         trainer.step(batch, 0)
     for x, y in zip(*(t.model.state_dict().values() for t in trainers), strict=True):
