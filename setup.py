@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Runs CMake for the native library; everything else stands in pyproject.toml and CMakeLists.txt.
 
-``python setup.py build_ext --inplace`` (what editable installs do) leaves libkimi_ops.so and _C in
-python/kimi_ops. The environment variables KIMI_OPS_CUDA (auto | on | off), KIMI_OPS_TESTS (ON | OFF)
-and CMAKE_ARGS reach CMake.
+``python setup.py build_ext --inplace`` (what editable installs do) leaves libkimi_ops.so and _C
+in python/kimi_ops. The environment variables KIMI_OPS_CUDA (auto | on | off), KIMI_OPS_TESTS (ON |
+OFF) and CMAKE_ARGS reach CMake.
 """
 
 import os

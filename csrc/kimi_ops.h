@@ -66,6 +66,9 @@ KIMI_API kimi_isa kimi_current_isa(void);
 KIMI_API kimi_status kimi_set_isa(kimi_isa isa); /* refuses one that the machine lacks */
 KIMI_API const char* kimi_isa_name(kimi_isa isa);
 
+/* The instruction set whose engine serves CPU tensors of an op ("topk_gate"); NULL: no such op. */
+KIMI_API const char* kimi_cpu_engine(const char* op);
+
 /* Threads that CPU ops use from this thread; 0 restores OpenMP's own number. */
 KIMI_API kimi_status kimi_set_num_threads(int num_threads);
 KIMI_API int kimi_num_threads(void);
@@ -94,7 +97,7 @@ typedef struct kimi_topk_gate_params {
   int32_t* indices;           /* out [T, K], best first; -1 for a dropped token */
   int32_t* tokens_per_expert; /* out [E] */
   int64_t num_tokens;         /* T */
-  int64_t logits_stride;      /* in elements, >= E */
+  int64_t logits_stride;      /* in elements, usually E; 0: every token reads the same row */
   int32_t num_experts;        /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
   int32_t top_k;              /* K, at most KIMI_TOPK_GATE_MAX_K */
   int32_t num_groups;         /* a divisor of E; 1: no groups */

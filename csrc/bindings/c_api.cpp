@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The C API: turns statuses into codes and keeps exceptions inside. No mathematics, no loops.
+#include <cstring>
 #include <exception>
 #include <string>
 
@@ -55,6 +56,11 @@ kimi_status kimi_set_isa(kimi_isa isa) {
   return guard([&] { return kimi::cpu::set_isa(isa); });
 }
 const char* kimi_isa_name(kimi_isa isa) { return kimi::cpu::isa_name(isa); }
+
+const char* kimi_cpu_engine(const char* op) {
+  if (op && std::strcmp(op, "topk_gate") == 0) return kimi_isa_name(kimi::topk_gate_isa());
+  return nullptr;
+}
 
 kimi_status kimi_set_num_threads(int num_threads) {
   return guard([&] {

@@ -98,6 +98,7 @@ PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
   m.def("current_isa", [] { return kimi_isa_name(kimi_current_isa()); });
   m.def("set_isa",
         [](const std::string& isa) { raise_if_error(kimi_set_isa(isa_from_name(isa))); });
+  m.def("cpu_engine", &kimi_cpu_engine);
   m.def("num_threads", &kimi_num_threads);
   m.def("set_num_threads", [](int n) { raise_if_error(kimi_set_num_threads(n)); });
   m.def("cuda_architectures", &kimi_cuda_architectures);

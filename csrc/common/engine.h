@@ -31,11 +31,12 @@ template <class Engine>
 struct CpuEngines {
   const Engine* by_isa[4];  // portable, avx2, avx512, amx; nullptr: the next weaker one serves
 
-  const Engine& best() const {
+  kimi_isa isa() const {
     int isa = cpu::current_isa();
-    while (isa > 0 && !by_isa[isa]) --isa;
-    return *by_isa[isa];
+    while (isa > KIMI_ISA_PORTABLE && !by_isa[isa]) --isa;
+    return kimi_isa(isa);
   }
+  const Engine& best() const { return *by_isa[isa()]; }
 };
 
 }  // namespace kimi

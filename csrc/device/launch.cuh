@@ -35,8 +35,12 @@ inline Status memset_async(void* destination, int byte, size_t bytes, void* /*st
   return Status::ok();
 }
 
-/// Of the current device. The host runner has three, so that persistent kernels go round.
-inline int multiprocessor_count() { return 3; }
+/// Blocks of the kernel that run at the same time on the whole device. Few on the host runner, so
+/// that persistent kernels go round.
+template <class... Parameters>
+int resident_blocks(void (*)(Parameters...), int /*threads*/, size_t /*smem_bytes*/) {
+  return 5;
+}
 
 #else
 
@@ -77,13 +81,18 @@ inline Status memset_async(void* destination, int byte, size_t bytes, void* stre
                      cudaMemsetAsync(destination, byte, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-/// Of the current device; 1 where the runtime cannot say (the launch then reports why).
-inline int multiprocessor_count() {
-  int device = 0, count = 0;
+/// Blocks of the kernel that run at the same time on the whole current device; 1 where the runtime
+/// cannot say (the launch then reports why).
+template <class... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), int threads, size_t smem_bytes) {
+  int device = 0, multiprocessors = 0, blocks = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
+          cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, smem_bytes) !=
+          cudaSuccess)
     return 1;
-  return count;
+  return blocks > 0 ? blocks * multiprocessors : 1;
 }
 
 #endif

@@ -16,8 +16,6 @@
 namespace kimi::gate {
 
 inline constexpr int kWarps = 8;  // of a block
-// 40 registers a thread up to 256 experts: 6 blocks are resident; 80 above: 3, so two full waves.
-inline constexpr int kBlocksPerSm = 6;
 
 struct CudaOps {
   using F = float;
@@ -85,11 +83,15 @@ __device__ inline RowScale softmax_scale(float largest, SumNumerators sum_numera
   return row;
 }
 
-inline LaunchConfig one_warp_per_token(int64_t num_tokens, size_t smem_bytes, void* stream) {
-  const int64_t blocks = (num_tokens + kWarps - 1) / kWarps;
-  const int64_t resident = int64_t{multiprocessor_count()} * kBlocksPerSm;
-  return {dim3(static_cast<unsigned>(std::min(blocks, resident))), dim3(kWarps * kWarpSize),
-          smem_bytes, stream};
+// A grid that the device holds at once; warps go on to further tokens by themselves.
+template <class Params>
+Status launch_warp_per_token(void (*kernel)(Params), const Params& p, size_t smem_bytes,
+                             void* stream) {
+  constexpr int kThreads = kWarps * kWarpSize;
+  const int64_t blocks = (p.num_tokens + kWarps - 1) / kWarps;
+  const int64_t resident = resident_blocks(kernel, kThreads, smem_bytes);
+  const dim3 grid(static_cast<unsigned>(std::min(blocks, resident)));
+  return launch(kernel, LaunchConfig{grid, dim3(kThreads), smem_bytes, stream}, p);
 }
 
 }  // namespace kimi::gate

@@ -83,10 +83,13 @@ KIMI_HOST_DEVICE F softmax_numerator(F z, F peak) {
   return exp_nonpositive<O>(O::sub(z, peak));
 }
 
-// d sigmoid / dz = s (1 - s);  d sqrtsoftplus / dz = sigmoid(z) / (2 s), 0 where s is 0.
+// d sigmoid / dz = e / (1 + e)^2 with e = exp(-|z|): exact where s is close to 1.
+// d sqrtsoftplus / dz = sigmoid(z) / (2 s), 0 where s is 0.
 template <class O, class F = typename O::F>
-KIMI_HOST_DEVICE F sigmoid_slope(F s) {
-  return O::mul(s, O::sub(O::set(1.0f), s));
+KIMI_HOST_DEVICE F sigmoid_slope(F z, F /*s*/) {
+  const F e = exp_nonpositive<O>(O::neg_abs(z));
+  const F r = O::reciprocal(O::add(e, O::set(1.0f)));
+  return O::mul(O::mul(e, r), r);
 }
 template <class O, class F = typename O::F>
 KIMI_HOST_DEVICE F sqrtsoftplus_slope(F z, F s) {

@@ -198,23 +198,23 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 
 // The smallest kernel that holds a row: 2, 8, 12, 28 values a lane are 64, 256, 384, 896 experts.
 template <class T, int kValues, int... kLarger>
-Status launch_smallest(const TopkGateParams& p, const LaunchConfig& config) {
+Status launch_smallest(const TopkGateParams& p, size_t smem_bytes, void* stream) {
   if constexpr (sizeof...(kLarger) > 0)
-    if (p.num_experts > kValues * kWarpSize) return launch_smallest<T, kLarger...>(p, config);
-  return launch(topk_gate_kernel<T, kValues>, config, p);
+    if (p.num_experts > kValues * kWarpSize)
+      return launch_smallest<T, kLarger...>(p, smem_bytes, stream);
+  return launch_warp_per_token(topk_gate_kernel<T, kValues>, p, smem_bytes, stream);
 }
 
 }  // namespace
 
 Status topk_gate_cuda(const TopkGateParams& p, void* stream) {
-  KIMI_RETURN_IF_ERROR(memset_async(p.tokens_per_expert, 0,
-                                    sizeof(int32_t) * static_cast<size_t>(p.num_experts), stream));
+  const size_t histogram = sizeof(int32_t) * static_cast<size_t>(p.num_experts);
+  KIMI_RETURN_IF_ERROR(memset_async(p.tokens_per_expert, 0, histogram, stream));
   if (p.num_tokens == 0) return Status::ok();
-  const int grouped = p.num_groups > 1 ? kWarps * (p.num_experts + p.num_groups) : 0;
-  const LaunchConfig config = one_warp_per_token(
-      p.num_tokens, sizeof(int32_t) * static_cast<size_t>(p.num_experts + grouped), stream);
+  const size_t keys =
+      p.num_groups > 1 ? sizeof(int32_t) * kWarps * (p.num_experts + p.num_groups) : 0;
   return dispatch(p.logits_dtype, [&]<class T>() {
-    return launch_smallest<T, 2, 4, 8, 12, 16, 28, 32>(p, config);
+    return launch_smallest<T, 2, 4, 8, 12, 16, 28, 32>(p, histogram + keys, stream);
   });
 }
 

@@ -34,6 +34,8 @@ using TopkGateBackwardParams = kimi_topk_gate_backward_params;
 Status topk_gate(const TopkGateParams& p, kimi_device device, void* stream);
 Status topk_gate_backward(const TopkGateBackwardParams& p, kimi_device device, void* stream);
 
+kimi_isa topk_gate_isa();  // of the engine that serves CPU tensors
+
 // topk_gate.cu. Arguments have been checked; T > 0.
 Status topk_gate_cuda(const TopkGateParams& p, void* stream);
 Status topk_gate_backward_cuda(const TopkGateBackwardParams& p, void* stream);

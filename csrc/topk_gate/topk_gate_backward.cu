@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
         flow = fma_rn(warp_broadcast(du, k), warp_broadcast(u, k), flow);
       if (slot) {
         const bool sigmoid = p.score_function == KIMI_SCORE_SIGMOID;
-        const float slope = sigmoid ? sigmoid_slope<CudaOps>(u) : sqrtsoftplus_slope<CudaOps>(z, u);
+        const float slope =
+            sigmoid ? sigmoid_slope<CudaOps>(z, u) : sqrtsoftplus_slope<CudaOps>(z, u);
         gradient[id] = softmax ? du : mul_rn(du, slope);
       }
     }
@@ -82,10 +83,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 }  // namespace
 
 Status topk_gate_backward_cuda(const TopkGateBackwardParams& p, void* stream) {
-  const LaunchConfig config = one_warp_per_token(
-      p.num_tokens, sizeof(float) * static_cast<size_t>(kWarps * p.num_experts), stream);
-  return dispatch(p.logits_dtype,
-                  [&]<class T>() { return launch(topk_gate_backward_kernel<T>, config, p); });
+  const size_t rows = sizeof(float) * kWarps * static_cast<size_t>(p.num_experts);
+  return dispatch(p.logits_dtype, [&]<class T>() {
+    return launch_warp_per_token(topk_gate_backward_kernel<T>, p, rows, stream);
+  });
 }
 
 }  // namespace kimi

@@ -132,7 +132,7 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
       const int e = indices[j];
       const float z = clean<ScalarOps>(to_float(logits[e]));
       const float slope = p.score_function == KIMI_SCORE_SIGMOID
-                              ? sigmoid_slope<ScalarOps>(s[e])
+                              ? sigmoid_slope<ScalarOps>(z, s[e])
                               : sqrtsoftplus_slope<ScalarOps>(z, s[e]);
       grad[e] = from_float<T>(du[e] * slope);
     }

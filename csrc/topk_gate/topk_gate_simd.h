@@ -257,9 +257,9 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
     } else {
       for (int j = 0; j < k; j += O::kLanes) {
         const F uj = O::load_all(u + j);
-        const F slope = kFunction == KIMI_SCORE_SIGMOID
-                            ? sigmoid_slope<O>(uj)
-                            : sqrtsoftplus_slope<O>(clean<O>(O::load_all(z + j)), uj);
+        const F zj = clean<O>(O::load_all(z + j));
+        const F slope = kFunction == KIMI_SCORE_SIGMOID ? sigmoid_slope<O>(zj, uj)
+                                                        : sqrtsoftplus_slope<O>(zj, uj);
         O::store(u + j, O::mul(O::load_all(d + j), slope));
       }
       for (int j = 0; j < k; ++j) grad[indices[j]] = from_float<T>(u[j]);

@@ -1,12 +1,42 @@
 # SPDX-License-Identifier: MIT
-"""Kernels of a Kimi-K2-class mixture-of-experts model as drop-in PyTorch ops."""
+"""Kernels of a Kimi-K2-class mixture-of-experts model as drop-in PyTorch ops.
 
-from kimi_ops.topk_gate import (
-    TopkGate,
-    sequence_balance_loss,
-    topk_gate,
-    update_expert_bias_,
-    z_loss,
-)
+Every op has one name: ``kimi_ops.topk_gate``, ``torch.ops.kimi_ops.topk_gate``,
+``kimi_ops.reference.topk_gate``, ``kimi_topk_gate()`` in C. The reference model is in
+``kimi_ops.models.kimi_k2``.
+"""
 
-__all__ = ["TopkGate", "sequence_balance_loss", "topk_gate", "update_expert_bias_", "z_loss"]
+from kimi_ops import _native
+from kimi_ops.balance import sequence_balance_loss, update_expert_bias_, z_loss
+from kimi_ops.fused_experts import fused_experts
+from kimi_ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
+from kimi_ops.info import info
+from kimi_ops.muon_clip import MuonClip, QKClip
+from kimi_ops.muon_groups import muon_param_groups
+from kimi_ops.newton_schulz import newton_schulz
+from kimi_ops.permute import permute, permute_plan, sort_chunks, unpermute
+from kimi_ops.qk_clip import attention_max_logits, qk_clip_
+from kimi_ops.topk_gate import TopkGate, topk_gate
+
+__version__ = _native._C.version()
+__all__ = [
+    "MuonClip",
+    "QKClip",
+    "TopkGate",
+    "attention_max_logits",
+    "fused_experts",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "info",
+    "muon_param_groups",
+    "newton_schulz",
+    "permute",
+    "permute_plan",
+    "qk_clip_",
+    "sequence_balance_loss",
+    "sort_chunks",
+    "topk_gate",
+    "unpermute",
+    "update_expert_bias_",
+    "z_loss",
+]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Router scores, top-k selection and balancing in plain torch."""
+"""Router scores and top-k selection in plain torch."""
 
 import torch
 from torch import Tensor
@@ -14,14 +14,14 @@ def _wide(x: Tensor) -> Tensor:
 def scores(logits: Tensor, score_function: str) -> Tensor:
     """s [T, E] from logits [T, E]; a NaN logit counts as -inf and scores 0."""
     z = _wide(logits)
-    z = z.masked_fill(z.isnan(), -torch.inf)
+    z = z.masked_fill(z.isnan(), -torch.inf).clamp(max=torch.finfo(z.dtype).max)
     if score_function == "sigmoid":
         return z.sigmoid()
     if score_function == "softmax":
-        peak = z.amax(dim=-1, keepdim=True).nan_to_num(neginf=0.0, posinf=torch.inf)
-        exponentials = (z - peak.detach()).exp()
+        peak = z.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
+        exponentials = (z - peak).exp()
         total = exponentials.sum(dim=-1, keepdim=True)
-        return (exponentials / total.masked_fill(total == 0, 1.0)).nan_to_num(nan=0.0)
+        return exponentials / total.masked_fill(total == 0, 1.0)
     softplus = torch.nn.functional.softplus(z)
     positive = softplus > 0  # the square root has no gradient at 0
     return softplus.masked_fill(~positive, 1.0).sqrt() * positive
@@ -83,44 +83,3 @@ def count(indices: Tensor, num_experts: int) -> Tensor:
     flat = indices.flatten().long()
     flat = flat.masked_fill(flat < 0, num_experts)
     return counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))[:num_experts]
-
-
-def update_expert_bias_(
-    bias: Tensor, tokens_per_expert: Tensor, rate: float, centered: bool = False
-) -> Tensor:
-    load = tokens_per_expert.double()
-    direction = (load.mean() - load).sign()
-    if centered:
-        direction = direction - direction.mean()
-    return bias.add_((rate * direction).to(bias.dtype))
-
-
-def sequence_balance_loss(
-    logits: Tensor,
-    indices: Tensor,
-    num_sequences: int = 1,
-    score_function: str = "sigmoid",
-    coefficient: float = 1e-4,
-) -> Tensor:
-    tokens, experts = logits.shape
-    if tokens == 0:
-        return _wide(logits).sum() * 0.0
-    length, k = tokens // num_sequences, indices.shape[1]
-    s = scores(logits, score_function).view(num_sequences, length, experts)
-    share = s / (s.sum(dim=-1, keepdim=True) + EPSILON)
-    mean_share = share.mean(dim=1)  # P [num_sequences, E]
-    ids = indices.view(num_sequences, length * k).long()
-    ids = ids.masked_fill(ids < 0, experts)
-    load = torch.zeros(num_sequences, experts + 1, dtype=torch.int32, device=logits.device)
-    load = load.scatter_add(1, ids, torch.ones_like(ids, dtype=torch.int32))[:, :experts]
-    frequency = load.to(share.dtype) * (experts / (k * length))  # f [num_sequences, E]
-    return coefficient * (frequency * mean_share).sum(dim=1).mean()
-
-
-def z_loss(logits: Tensor, coefficient: float = 1e-3, valid: Tensor | None = None) -> Tensor:
-    square = _wide(logits).logsumexp(dim=-1).square()
-    if valid is None:
-        return coefficient * square.sum() / max(logits.shape[0], 1)
-    keep = valid.bool()
-    square = square.masked_fill(~keep, 0.0)
-    return coefficient * square.sum() / keep.sum().clamp(min=1)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""topk_gate against the same work in torch: sigmoid, bias, topk, gather, normalise, bincount.
+
+Roof: bytes read (logits) and written (ids, weights) at the read bandwidth of this run. On a CPU the
+arithmetic of the scores is the limit, so the percentage says how far from memory-bound it is.
+
+    python -m benchmarks.bench_topk_gate [--quick] [--json FILE] [--plot FILE] [--device cuda]
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.cases import GateCase, arguments, gate_cases
+from benchmarks.measure import measure, peak_memory, read_bandwidth
+from benchmarks.report import Report, Row
+from kimi_ops import topk_gate
+
+SCALE = 2.827
+
+
+def torch_gate(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    scores = logits.sigmoid()
+    ids = (scores + bias).topk(k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * SCALE
+    return weights, ids, torch.bincount(ids.flatten(), minlength=logits.shape[1])
+
+
+def functions(case: GateCase, device: str, compiled: bool) -> dict[str, Callable[[], object]]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(case.tokens, case.experts, generator=generator).to(device)
+    bias = (torch.randn(case.experts, generator=generator) * 0.1).to(device)
+    named: dict[str, Callable[[], object]] = {
+        "kimi_ops": lambda: topk_gate(logits, case.k, expert_bias=bias, scaling_factor=SCALE),
+        "torch": lambda: torch_gate(logits, bias, case.k),
+    }
+    if compiled:
+        function = torch.compile(torch_gate, dynamic=case.tokens > 1)
+        named["torch.compile"] = lambda: function(logits, bias, case.k)
+    return named
+
+
+def main(argv: list[str] | None = None) -> Report:
+    options = arguments(__doc__ or "").parse_args(argv)
+    report = Report("topk_gate", options.device, options)
+    roof = read_bandwidth(options.device)
+    print(f"read bandwidth of this run: {roof / 1e9:.1f} GB/s\n")
+    for case in gate_cases(options.quick):
+        with torch.no_grad():
+            named = functions(case, options.device, not options.no_compile)
+            times = measure(named, options.device, options.quick)
+            moved = case.tokens * (4 * case.experts + 8 * case.k)
+            ours = times.pop("kimi_ops")
+            row = Row(str(case), ours, moved, "GB/s", roof, times)
+            row.peak_bytes = peak_memory(named["kimi_ops"], options.device)
+            row.peer_bytes = peak_memory(named["torch"], options.device)
+        report.add(row)
+    report.finish()
+    return report
+
+
+@pytest.mark.parametrize("case", gate_cases(quick=True), ids=str)
+@pytest.mark.parametrize("way", ["kimi_ops", "torch"])
+def test_topk_gate(benchmark, case, way):  # type: ignore[no-untyped-def]
+    benchmark.group = f"topk_gate {case}"
+    with torch.no_grad():
+        benchmark(functions(case, "cpu", compiled=False)[way])
+
+
+if __name__ == "__main__":
+    main()

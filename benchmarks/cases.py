@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""The shapes that are measured, and the command line that all benchmarks share."""
+
+import argparse
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GateCase:
+    tokens: int
+    experts: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"T {self.tokens}, E {self.experts}, K {self.k}"
+
+
+def gate_cases(quick: bool) -> list[GateCase]:
+    """Moonlight (64 experts), DeepSeek-V3 (256), Kimi K2 (384) and Kimi K3 (896) routers."""
+    models = [(384, 8)] if quick else [(64, 6), (256, 8), (384, 8), (896, 16)]
+    tokens = [1, 64, 4096] if quick else [1, 64, 512, 4096, 32768]
+    return [GateCase(t, e, k) for e, k in models for t in tokens]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="few cases, short samples")
+    parser.add_argument("--json", metavar="FILE", help="write the rows and the machine as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (svg, png)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    return parser

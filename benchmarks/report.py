@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""The table of a benchmark: header with hardware and versions, rows, JSON and a plot."""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Time
+from kimi_ops.info import describe, info
+
+
+@dataclass
+class Row:
+    case: str
+    time: Time
+    work: float  # FLOP or bytes of one call
+    unit: str  # "TFLOP/s" or "GB/s"
+    roof: float  # of the same unit, in FLOP/s or bytes/s
+    peers: dict[str, Time] = field(default_factory=dict)
+    peak_bytes: int = 0
+    peer_bytes: int = 0
+
+    def rate(self) -> float:
+        return self.work / self.time.median
+
+    def ratios(self) -> dict[str, float]:
+        return {name: peer.median / self.time.median for name, peer in self.peers.items()}
+
+
+class Report:
+    """Prints rows as they come and keeps them for JSON and plots."""
+
+    def __init__(self, op: str, device: str, arguments: Any) -> None:
+        self.op, self.device, self.arguments = op, device, arguments
+        self.rows: list[Row] = []
+        print(f"# {op} on {device}\n{describe()}\ncommand   {self._command()}\n")
+
+    @staticmethod
+    def _command() -> str:
+        name = sys.modules["__main__"].__spec__
+        return " ".join(["python -m", name.name if name else sys.argv[0], *sys.argv[1:]])
+
+    def add(self, row: Row) -> None:
+        if not self.rows:
+            peers = "".join(f"{'x ' + name:>16}" for name in row.peers)
+            print(
+                f"{'case':<34}{'median':>10}{'p10':>10}{'p90':>10}{row.unit:>10}{'% roof':>8}"
+                f"{peers}{'peak':>10}{'torch':>10}"
+            )
+        self.rows.append(row)
+        scale = 1e12 if row.unit == "TFLOP/s" else 1e9
+        ratios = "".join(f"{ratio:>16.2f}" for ratio in row.ratios().values())
+        print(
+            f"{row.case:<34}{_us(row.time.median):>10}{_us(row.time.p10):>10}"
+            f"{_us(row.time.p90):>10}{row.rate() / scale:>10.2f}{100 * row.rate() / row.roof:>8.1f}"
+            f"{ratios}{_mb(row.peak_bytes):>10}{_mb(row.peer_bytes):>10}",
+            flush=True,
+        )
+
+    def finish(self) -> None:
+        if self.arguments.json:
+            path = Path(self.arguments.json)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+            print(f"wrote {path}")
+        if self.arguments.plot:
+            self._plot(Path(self.arguments.plot))
+
+    def as_dict(self) -> dict[str, Any]:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        )
+        return {
+            "op": self.op,
+            "device": self.device,
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": self._command(),
+            "commit": commit.stdout.strip(),
+            "machine": platform.machine(),
+            "info": info(),
+            "rows": [
+                asdict(row) | {"rate": row.rate(), "ratios": row.ratios()} for row in self.rows
+            ],
+        }
+
+    def _plot(self, path: Path) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(self.rows) * 2 + 1.5))
+        names = list(self.rows[0].peers)
+        for i, name in enumerate(names):
+            places = [r + 0.8 * i / len(names) for r in range(len(self.rows))]
+            values = [row.ratios()[name] for row in self.rows]
+            axes.barh(places, values, height=0.8 / len(names), label=f"against {name}")
+        axes.set_yticks(range(len(self.rows)), [row.case for row in self.rows], fontsize=8)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel("times faster (ratio of medians)")
+        cpu = info()["cpu"]
+        hardware = cpu["processor"] if self.device == "cpu" else info()["cuda"]["device"]
+        axes.set_title(f"{self.op}: {hardware}, {cpu['threads']} threads, {cpu['isa']}", fontsize=9)
+        axes.legend(fontsize=8)
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        print(f"wrote {path}")
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f}us" if seconds < 1e-3 else f"{seconds * 1e3:.2f}ms"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.2f}MB"

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: MIT
+# _simt: the Python module again, over a library whose CUDA kernels run on the host (tests/simt). It
+# is never installed; the Python tests load it as one more engine.
+if(kimi_has_python)
+  file(GLOB kimi_kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu)
+  add_library(kimi_ops_simt STATIC ${kimi_host_sources})
+  kimi_set_isa_flags(${kimi_host_sources})
+  target_link_libraries(kimi_ops_simt PUBLIC kimi_build_flags kimi_simt)
+  target_compile_definitions(kimi_ops_simt PRIVATE KIMI_OPS_CUDA)
+  kimi_simt_kernels(kimi_ops_simt ${kimi_kernels})
+  kimi_add_python_module(_simt)
+  target_link_libraries(_simt PRIVATE kimi_ops_simt)
+endif()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""The native module, the operator library, and the one way from a tensor op to a kernel."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+try:
+    from kimi_ops import _C
+except ImportError as error:
+    raise ImportError(
+        f"kimi_ops: native module kimi_ops._C: expected beside {__file__}, could not be loaded "
+        f"({error}); build it with `pip install .` (or `python setup.py build_ext --inplace` in "
+        "the source tree) using this Python"
+    ) from error
+
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # kimi_dtype
+CPU: Final = 0  # kimi_device
+CUDA: Final = 1
+
+library = torch.library.Library("kimi_ops", "DEF")
+
+# (module, kimi_device) that serves CPU tensors. Tests put the host-run CUDA kernels here.
+cpu_engine: tuple[ModuleType, int] = (_C, CPU)
+
+
+def openmp_runtimes() -> list[str]:
+    """The OpenMP runtimes loaded in this process, by file name (Linux)."""
+    maps = Path("/proc/self/maps")
+    text = maps.read_text() if maps.exists() else ""
+    return sorted(set(re.findall(r"/([^/\n]*lib(?:gomp|iomp5|omp)[^/\n]*\.so[^/\n]*)", text)))
+
+
+# With one runtime torch.set_num_threads() reaches our kernels by itself; a second copy (some wheels
+# bring a renamed one) has to be told.
+_own_openmp = len(openmp_runtimes()) > 1
+
+
+def call(op: str, device: torch.device, *arguments: Any) -> None:
+    """Runs a native op on `device`, on its current stream; tensors go by address, None as 0."""
+    values = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            getattr(_C, op)(*values, CUDA, stream)
+        return
+    module, code = cpu_engine
+    if _own_openmp:
+        module.set_num_threads(torch.get_num_threads())
+    getattr(module, op)(*values, code, 0)
+
+
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Defines ``kimi_ops::<schema>`` for CPU and CUDA tensors and returns its overload."""
+    name = schema[: schema.index("(")]
+    library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    for key in ("CPU", "CUDA"):
+        library.impl(name, implementation, key)
+    torch.library.register_fake(f"kimi_ops::{name}", fake, lib=library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"kimi_ops::{name}", backward, setup_context=setup_context, lib=library
+        )
+    return getattr(torch.ops.kimi_ops, name).default

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""What this installation is made of and which engine serves each op."""
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from kimi_ops import _native
+
+OPS = (
+    "topk_gate", "balance", "permute", "grouped_gemm", "fused_experts", "newton_schulz", "qk_clip",
+    "muon_clip",
+)  # fmt: skip
+
+
+def info() -> dict[str, Any]:
+    """Versions, instruction sets, architectures, threads and the engine of every op.
+
+    Returns
+    -------
+    dict
+        ``version``, ``python``, ``torch``; ``cpu`` (``isa`` in use, ``detected``, ``threads``,
+        ``openmp`` runtimes and whether torch's is ``shared``); ``cuda`` (``built`` architectures,
+        ``device`` or the reason for none); ``engines``: op -> engine of CPU and of CUDA tensors.
+
+    Examples
+    --------
+    >>> import kimi_ops
+    >>> sorted(kimi_ops.info()["engines"])[:3]
+    ['balance', 'fused_experts', 'grouped_gemm']
+    """
+    native = _native._C
+    runtimes = _native.openmp_runtimes()
+    isa, built = native.current_isa(), native.cuda_architectures()
+    cuda = f"cuda ({built})" if built else "none in this build"
+    engines = {}
+    for op in OPS:
+        engine = native.cpu_engine(op)  # None: no kernels yet, kimi_ops.reference serves it
+        reference = "reference (torch)"
+        engines[op] = {"cpu": engine or reference, "cuda": cuda if engine else reference}
+    return {
+        "version": native.version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": {
+            "processor": _processor(),
+            "isa": isa,
+            "detected": native.detected_isa(),
+            "forced": os.environ.get("KIMI_OPS_ISA"),
+            "threads": torch.get_num_threads(),
+            "openmp": runtimes,
+            "shared": len(runtimes) == 1,
+        },
+        "cuda": {"built": built, "device": _gpu()},
+        "engines": engines,
+    }
+
+
+def describe() -> str:
+    """:func:`info` as aligned text, for people and bug reports."""
+    facts = info()
+    cpu, cuda = facts["cpu"], facts["cuda"]
+    openmp = ", ".join(cpu["openmp"]) or "none"
+    forced = f", forced by KIMI_OPS_ISA={cpu['forced']}" if cpu["forced"] else ""
+    lines = [
+        f"kimi_ops  {facts['version']}",
+        f"python    {facts['python']}, torch {facts['torch']}",
+        f"cpu       {cpu['processor']}",
+        f"isa       {cpu['isa']} (this machine offers {cpu['detected']}{forced})",
+        f"threads   {cpu['threads']}, OpenMP {openmp} "
+        + (
+            "(shared with torch)" if cpu["shared"] else "(not shared with torch: told at each call)"
+        ),
+        f"cuda      built for {cuda['built'] or 'nothing (no nvcc, or KIMI_OPS_CUDA=off)'}",
+        f"gpu       {cuda['device']}",
+        "engines",
+    ]
+    lines += [
+        f"  {op:<14} cpu: {engine['cpu']:<20} cuda: {engine['cuda']}"
+        for op, engine in facts["engines"].items()
+    ]
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return f"none ({'no device' if built else 'this torch is a CPU build'})"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor}), CUDA {torch.version.cuda}"

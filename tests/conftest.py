@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""The engines that the op tests run on: every instruction set of this machine, the CUDA kernels run
+on the host (simt), and a GPU where there is one. A test that takes `engine` runs on each."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from kimi_ops import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+ISAS = ("portable", "avx2", "avx512", "amx")
+
+
+def _load_simt() -> ModuleType | None:
+    default = ROOT / "build" / f"python-{sys.implementation.cache_tag}"
+    folder = Path(os.environ.get("KIMI_OPS_SIMT_DIR", default))
+    for path in folder.glob("_simt*.so"):
+        spec = importlib.util.spec_from_file_location("_simt", path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return None
+
+
+SIMT = _load_simt()
+AVAILABLE = ISAS[: ISAS.index(_native._C.detected_isa()) + 1]
+
+
+@dataclass(frozen=True)
+class Engine:
+    name: str
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.name == "cuda" else "cpu"
+
+    @property
+    def slow(self) -> bool:
+        """A fiber switch for every barrier: keep the shapes small."""
+        return self.name == "simt"
+
+
+def _skip_reason(name: str) -> str | None:
+    if name in ISAS and name not in AVAILABLE:
+        return f"this machine has no {name}"
+    if name == "simt" and SIMT is None:
+        return "no _simt module: build with KIMI_OPS_TESTS=ON (make test does)"
+    if name == "cuda" and not (_native._C.cuda_architectures() and torch.cuda.is_available()):
+        return "no GPU, or a build without CUDA kernels"
+    return None
+
+
+@pytest.fixture(params=[*ISAS, "simt", "cuda"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    name = request.param
+    if reason := _skip_reason(name):
+        pytest.skip(reason)
+    isa, cpu_engine = _native._C.current_isa(), _native.cpu_engine
+    if name in ISAS:
+        _native._C.set_isa(name)
+    elif name == "simt":
+        assert SIMT is not None
+        _native.cpu_engine = (SIMT, _native.CUDA)
+    yield Engine(name)
+    _native._C.set_isa(isa)
+    _native.cpu_engine = cpu_engine
+
+
+@pytest.fixture
+def two_thread_counts() -> Iterator[tuple[int, int]]:
+    """(1, more than 1); restores torch's number."""
+    before = torch.get_num_threads()
+    yield 1, max(2, before)
+    torch.set_num_threads(before)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+# The library exports the functions that kimi_ops.h declares and nothing else, needs neither torch
+# nor the CUDA driver, and no ISA file emits a symbol that the linker could merge into other files.
+function(run output)
+  execute_process(COMMAND ${ARGN} OUTPUT_VARIABLE text RESULT_VARIABLE code)
+  if(NOT code EQUAL 0)
+    message(FATAL_ERROR "${ARGN} failed")
+  endif()
+  set(${output} "${text}" PARENT_SCOPE)
+endfunction()
+
+run(exported ${NM} -D --defined-only ${LIBRARY})
+string(REGEX MATCHALL "[^ \n]+\n" exported "${exported}")
+list(TRANSFORM exported STRIP)
+file(READ ${HEADER} header)
+string(REGEX MATCHALL "KIMI_API [a-z_ *]*[ *](kimi_[a-z_]+)\\(" declared "${header}")
+list(TRANSFORM declared REPLACE "KIMI_API .*[ *](kimi_[a-z_]+)\\(" "\\1")
+list(SORT exported)
+list(SORT declared)
+if(NOT exported STREQUAL declared)
+  message(FATAL_ERROR "exported: ${exported}\ndeclared: ${declared}")
+endif()
+
+run(needed ${NM} -D --undefined-only ${LIBRARY})
+if(needed MATCHES "(aoti_torch|THPVariable|c10|cuInit|cuTensorMap|PyObject)")
+  message(FATAL_ERROR "the library needs ${CMAKE_MATCH_1}...")
+endif()
+
+foreach(object IN LISTS OBJECTS)
+  if(object MATCHES "_(x86|avx2|avx512|amx)\\.cpp")
+    run(symbols ${NM} -C ${object})
+    if(symbols MATCHES "\n[0-9a-f]+ [WVu] [^\n]*")
+      message(FATAL_ERROR "${object} emits a mergeable symbol: ${CMAKE_MATCH_0}")
+    endif()
+  endif()
+endforeach()

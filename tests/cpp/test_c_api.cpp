@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT
+// The C API: results, refusals with their texts, ISA choice, threads, and a device that is not
+// there.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "kimi_ops.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const char* what, int line) {
+  if (ok) return;
+  std::fprintf(stderr, "line %d: %s (last error: %s)\n", line, what, kimi_last_error());
+  ++failures;
+}
+#define EXPECT(condition) expect((condition), #condition, __LINE__)
+
+bool error_has(const char* text) { return std::strstr(kimi_last_error(), text) != nullptr; }
+
+struct Gate {
+  static constexpr int kTokens = 300, kExperts = 96, kK = 8;
+  std::vector<float> logits = std::vector<float>(kTokens * kExperts);
+  std::vector<float> weights = std::vector<float>(kTokens * kK);
+  std::vector<int32_t> indices = std::vector<int32_t>(kTokens * kK), counts{};
+  kimi_topk_gate_params p = {};
+
+  Gate() : counts(kExperts) {
+    for (size_t i = 0; i < logits.size(); ++i) logits[i] = float(i * 2654435761u % 1000) / 250 - 2;
+    p.logits = logits.data();
+    p.weights = weights.data();
+    p.indices = indices.data();
+    p.tokens_per_expert = counts.data();
+    p.num_tokens = kTokens;
+    p.logits_stride = p.num_experts = kExperts;
+    p.top_k = kK;
+    p.num_groups = p.topk_groups = p.renormalize = 1;
+    p.scaling_factor = 1.0f;
+  }
+  kimi_status run(kimi_device device = KIMI_DEVICE_CPU) {
+    return kimi_topk_gate(&p, device, nullptr);
+  }
+};
+
+void test_result_is_independent_of_isa_and_threads() {
+  Gate want;
+  EXPECT(kimi_set_isa(KIMI_ISA_PORTABLE) == KIMI_OK);
+  EXPECT(want.run() == KIMI_OK);
+  int total = 0;
+  for (int32_t n : want.counts) total += n;
+  EXPECT(total == Gate::kTokens * Gate::kK);
+  for (int isa = KIMI_ISA_PORTABLE; isa <= kimi_detected_isa(); ++isa) {
+    for (int threads : {1, 2, 5}) {
+      Gate got;
+      EXPECT(kimi_set_isa(kimi_isa(isa)) == KIMI_OK);
+      EXPECT(kimi_set_num_threads(threads) == KIMI_OK && kimi_num_threads() == threads);
+      EXPECT(got.run() == KIMI_OK);
+      EXPECT(got.indices == want.indices && got.counts == want.counts);
+      EXPECT(std::memcmp(got.weights.data(), want.weights.data(),
+                         sizeof(float) * want.weights.size()) == 0);
+    }
+  }
+  EXPECT(kimi_set_num_threads(0) == KIMI_OK && kimi_num_threads() >= 1);
+}
+
+void test_calls_at_once() {
+  Gate gates[4];
+  std::vector<std::thread> threads;
+  kimi_status status[4] = {};
+  for (int i = 0; i < 4; ++i) threads.emplace_back([&, i] { status[i] = gates[i].run(); });
+  for (std::thread& thread : threads) thread.join();
+  for (int i = 0; i < 4; ++i) {
+    EXPECT(status[i] == KIMI_OK);
+    EXPECT(gates[i].indices == gates[0].indices && gates[i].counts == gates[0].counts);
+  }
+}
+
+void test_refusals() {
+  EXPECT(kimi_topk_gate(nullptr, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT);
+  EXPECT(error_has("params: expected a pointer, got NULL"));
+  Gate gate;
+  gate.counts.assign(Gate::kExperts, -7);
+  gate.p.top_k = 33;
+  EXPECT(gate.run() == KIMI_INVALID_ARGUMENT && error_has("top_k: expected 1..32"));
+  EXPECT(gate.counts[0] == -7);  // nothing was written
+  gate.p.top_k = Gate::kK;
+  EXPECT(gate.run(kimi_device(9)) == KIMI_INVALID_ARGUMENT && error_has("device: expected"));
+  gate.p.score_function = kimi_score_function(7);
+  EXPECT(gate.run() == KIMI_INVALID_ARGUMENT && error_has("score_function: expected"));
+  gate.p.score_function = KIMI_SCORE_SIGMOID;
+  gate.p.logits_dtype = kimi_dtype(7);
+  EXPECT(gate.run() == KIMI_INVALID_ARGUMENT && error_has("logits_dtype: expected"));
+  EXPECT(kimi_set_num_threads(-1) == KIMI_INVALID_ARGUMENT);
+  if (kimi_detected_isa() < KIMI_ISA_AMX) {
+    EXPECT(kimi_set_isa(KIMI_ISA_AMX) == KIMI_INVALID_ARGUMENT &&
+           error_has("expected portable to"));
+  }
+}
+
+// A build without CUDA says so; a build with it says that the runtime found no device.
+void test_cuda_without_a_device() {
+  if (std::strlen(kimi_cuda_architectures()) == 0) {
+    Gate gate;
+    EXPECT(gate.run(KIMI_DEVICE_CUDA) == KIMI_UNSUPPORTED);
+    EXPECT(error_has("this build has no CUDA kernels") && error_has("KIMI_OPS_CUDA=on"));
+  }
+}
+
+void test_environment_forces_the_isa() {
+  const char* wanted = std::getenv("KIMI_OPS_ISA");
+  const kimi_isa isa = kimi_current_isa();
+  if (!wanted) EXPECT(isa == kimi_detected_isa());
+  if (wanted && std::strcmp(wanted, "portable") == 0) EXPECT(isa == KIMI_ISA_PORTABLE);
+  if (wanted && std::strcmp(wanted, "avx2") == 0 && kimi_detected_isa() >= KIMI_ISA_AVX2) {
+    EXPECT(isa == KIMI_ISA_AVX2 && std::strcmp(kimi_cpu_engine("topk_gate"), "avx2") == 0);
+  }
+  EXPECT(kimi_cpu_engine("no_such_op") == nullptr);
+}
+
+}  // namespace
+
+int main() {
+  test_environment_forces_the_isa();
+  test_refusals();
+  test_result_is_independent_of_isa_and_threads();
+  test_calls_at_once();
+  test_cuda_without_a_device();
+  if (failures == 0) std::puts("c_api: all passed");
+  return failures == 0 ? 0 : 1;
+}
