@@ -217,7 +217,7 @@ TEST(no_tokens) {
 
 TEST(more_tokens_than_the_grid_holds_at_once) {
   Case c;
-  c.tokens = 500;  // three multiprocessors hold 3 * 6 * 8 warps
+  c.tokens = 500;  // the host runner holds 5 blocks of 8 warps
   c.experts = 64;
   c.k = 6;
   for (uint64_t seed : {0, 1, 2, 3}) compare(c, seed);

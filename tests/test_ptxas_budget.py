@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""Every CUDA kernel stays within its register budget, without spills or local memory.
+
+cmake/ptxas_budget.txt holds one line for each kernel. After a change that is meant, renew it with
+``python tests/test_ptxas_budget.py > cmake/ptxas_budget.txt`` and look at the difference.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = ROOT / "cmake" / "ptxas_budget.txt"
+SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings"]
+HEADER = "# SPDX-License-Identifier: MIT\n# registers  architecture  kernel (ptxas of nvcc {})\n"
+
+
+@dataclass(frozen=True)
+class Usage:
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+def parse_ptxas(log: str) -> dict[str, Usage]:
+    """Usage of every kernel (mangled name) in the output of ``ptxas -v``."""
+    pattern = re.compile(
+        r"Compiling entry function '(?P<name>\w+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+        r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        re.DOTALL,
+    )
+    return {
+        m["name"]: Usage(int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
+        for m in pattern.finditer(log)
+    }
+
+
+def readable(mangled: str) -> str:
+    """``topk_gate_kernel<bf16, 32>`` of a mangled kernel name."""
+    demangler = shutil.which("cu++filt") or shutil.which("c++filt")
+    if demangler is None:
+        return mangled
+    name = subprocess.check_output([demangler, mangled], text=True).strip()
+    name = re.sub(r"\b_GLOBAL__N__\w+::|\(anonymous namespace\)::|<unnamed>::", "", name)
+    name = re.sub(r"\((?:int|bool|unsigned int|long)\)(?=-?\d)", "", name)  # cu++filt: (int)32
+    name = name.replace("kimi::", "").removeprefix("void ")
+    return name[: name.rindex("(")] if name.endswith(")") else name
+
+
+def compile_kernels(source: Path) -> dict[tuple[str, str], Usage]:
+    """Usage by (architecture, kernel), for the architecture that the file is built for."""
+    architecture = "sm_90a" if source.stem.endswith("_sm90") else "sm_80"
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch={architecture}", "-Xptxas=-v"]
+        command += ["-cubin", str(source), "-o", f"{folder}/kernels.cubin"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+    usage = parse_ptxas(result.stderr)
+    return {(architecture, readable(name)): value for name, value in usage.items()}
+
+
+def compile_all() -> dict[tuple[str, str], Usage]:
+    with ThreadPoolExecutor(2) as pool:
+        return {k: v for part in pool.map(compile_kernels, SOURCES) for k, v in part.items()}
+
+
+def read_budget() -> dict[tuple[str, str], int]:
+    lines = [line for line in BUDGET.read_text().splitlines() if line and line[0] != "#"]
+    rows = [line.split(maxsplit=2) for line in lines]
+    return {(architecture, kernel): int(registers) for registers, architecture, kernel in rows}
+
+
+def complaints(
+    usage: dict[tuple[str, str], Usage], budget: dict[tuple[str, str], int]
+) -> list[str]:
+    """One line for each kernel that breaks the budget, is not in it, or is gone."""
+    found = []
+    for key, used in sorted(usage.items()):
+        name = f"{key[1]} ({key[0]})"
+        if used.spill_bytes or used.stack_bytes:
+            found.append(f"{name}: {used.spill_bytes} spill, {used.stack_bytes} stack bytes")
+        if key not in budget:
+            found.append(f"{name}: {used.registers} registers, not in {BUDGET.name}")
+        elif used.registers > budget[key]:
+            found.append(f"{name}: {used.registers} registers, the budget is {budget[key]}")
+    return found + [f"{k[1]} ({k[0]}): in {BUDGET.name}, not built" for k in budget.keys() - usage]
+
+
+def release() -> str:
+    text = subprocess.check_output(["nvcc", "--version"], text=True)
+    match = re.search(r"release (\d+\.\d+)", text)
+    return match[1] if match else "unknown"
+
+
+def test_budget() -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on the PATH")
+    written_for = BUDGET.read_text().splitlines()[1]
+    if f"nvcc {release()}" not in written_for:
+        pytest.skip(
+            f"nvcc {release()} allocates registers its own way; the file says: {written_for}"
+        )
+    assert not complaints(compile_all(), read_budget())
+
+
+def test_parser_sees_spills_and_registers() -> None:
+    log = """
+ptxas info    : Compiling entry function '_Z1aPf' for 'sm_80'
+ptxas info    : Function properties for _Z1aPf
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 37 registers, used 1 barriers, 456 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1bPf' for 'sm_80'
+ptxas info    : Function properties for _Z1bPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers
+"""
+    usage = parse_ptxas(log)
+    assert usage == {"_Z1aPf": Usage(37, 8, 16), "_Z1bPf": Usage(255, 0, 0)}
+    keyed = {("sm_80", name): value for name, value in usage.items()}
+    budget = {("sm_80", "_Z1aPf"): 40, ("sm_80", "_Z1bPf"): 128, ("sm_80", "gone"): 1}
+    text = "\n".join(complaints(keyed, budget))
+    assert "_Z1aPf (sm_80): 16 spill, 8 stack bytes" in text
+    assert "255 registers, the budget is 128" in text
+    assert "gone (sm_80): in ptxas_budget.txt, not built" in text
+    assert "not in ptxas_budget.txt" in "\n".join(complaints(keyed, {}))
+
+
+if __name__ == "__main__":
+    rows = sorted((a, k, u.registers) for (a, k), u in compile_all().items())
+    sys.stdout.write(HEADER.format(release()))
+    sys.stdout.writelines(f"{registers:3} {a} {kernel}\n" for a, kernel, registers in rows)
