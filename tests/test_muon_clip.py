@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from kimi_ops.muon_clip import MuonClip, QKClip, muon_param_groups
 from kimi_ops.newton_schulz import newton_schulz
-from torch import nn
 
 
 def rand(*shape: int, seed: int) -> torch.Tensor:

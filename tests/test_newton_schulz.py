@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kimi_ops.newton_schulz import newton_schulz, schedule
 from kimi_ops.reference.newton_schulz import FIXED_SCHEDULES, SCHEDULES
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from kimi_ops.qk_clip import attention_max_logits, qk_clip_
 
 HEADS, NOPE, ROPE, V = 6, 4, 2, 3

@@ -9,11 +9,13 @@ from typing import Any
 
 from kimi_ops.train.metrics import read_metrics
 
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers too
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
+_LAYERS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 Rows = list[dict[str, Any]]
 
 
-def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+def _smoothed(values: list[float], weight: float = 0.8) -> list[float]:
     """Exponential average without bias towards the start."""
     average, norm, out = 0.0, 0.0, []
     for value in values:
@@ -25,7 +27,7 @@ def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
 
 def _loss(axes: Any, rows: Rows, bigram: float, tau: float) -> None:
     steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
-    axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, losses, color=_BLUE, alpha=0.4, linewidth=0.8)
     axes.plot(steps, _smoothed(losses), color=_BLUE, label="training (smoothed)")
     judged = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
     if judged:
@@ -41,7 +43,7 @@ def _balance(axes: Any, rows: Rows, bigram: float, tau: float) -> None:
         axes.plot(
             steps,
             _smoothed([r["load_layers"][layer] for r in rows]),
-            color=_BLUE if layer == 0 else _ORANGE if layer == 1 else None,
+            color=_LAYERS[layer % len(_LAYERS)],
             label=f"MoE layer {layer + 1}",
         )
     axes.axhline(1.0, color=_GREY, linestyle="--", label="perfect balance")

@@ -29,7 +29,7 @@ class TrainSettings:
     tau : float
         Largest attention logit that QK-Clip allows.
     bias_rate : float
-        Step of the expert bias at the peak learning rate; it follows the schedule.
+        Step of the expert bias; it falls with the learning rate at the end.
     clip_norm : float
         Largest gradient norm of the AdamW groups (Muon does not see the scale of a gradient).
     validate_every, validation_sequences : int

@@ -81,18 +81,20 @@ class Trainer:
             ns_dtype=settings.ns_dtype,
             qk_clip=self.qk_clip,
         )
+        self._warmup = round(settings.steps * settings.warmup)
         groups = [g for g in self.optimizer.param_groups if g["algorithm"] == "adamw"]
         self._adamw_parameters = [p for group in groups for p in group["params"]]
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate for a step, counted from 0."""
-        settings = self.settings
-        return warmup_stable_decay(
-            step,
-            settings.steps,
-            warmup=round(settings.steps * settings.warmup),
-            decay=round(settings.steps * settings.decay),
-        )
+        total = self.settings.steps
+        decay = round(total * self.settings.decay)
+        return warmup_stable_decay(step, total, warmup=self._warmup, decay=decay)
+
+    def bias_rate(self, step: int) -> float:
+        """Step of the expert bias: whole from the start, where balance is worst, small at the
+        end."""
+        return self.settings.bias_rate * (self.factor(step) if step >= self._warmup else 1.0)
 
     def step(self, batch: Tensor, step: int) -> StepStatistics:
         """Train on batch [sequences * accumulate, window + 1] int64 as step number `step` (from 0).
@@ -126,7 +128,7 @@ class Trainer:
         for moe in self.model.moe_layers():
             load = moe.tokens_per_expert
             loads.append(float(load.max() / load.float().mean()))
-            update_expert_bias_(moe.gate.e_score_correction_bias, load, settings.bias_rate * factor)
+            update_expert_bias_(moe.gate.e_score_correction_bias, load, self.bias_rate(step))
         self._forget()
         maxima, gamma = self.qk_clip.max_logits, self.qk_clip.gamma
         assert maxima is not None and gamma is not None  # set by the optimizer's step
