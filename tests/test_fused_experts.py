@@ -176,21 +176,21 @@ def test_twenty_runs_have_the_same_bits():
 
 
 BAD_CALLS = [
-    ({"activation": "relu"}, ValueError, r"activation: one of \['gelu', 'silu', 'situ'\]"),
-    ({"x": lambda t: t.int()}, TypeError, "x: bfloat16, float16, float32 or float64"),
-    ({"x": lambda t: t[None]}, ValueError, r"x: shape \[T, H\]"),
-    ({"w_gate_up": lambda t: t.half()}, TypeError, "w_gate_up: torch.float32 expected"),
-    ({"w_gate_up": lambda t: t[:, :9]}, ValueError, r"w_gate_up: shape \[E, 2F, H=6\]"),
-    ({"w_gate_up": lambda t: t[..., :5]}, ValueError, r"w_gate_up: shape \[E, 2F, H=6\]"),
-    ({"w_down": lambda t: t[:, :, :4]}, ValueError, r"w_down: shape \[3, 6, 5\] expected"),
-    ({"w_down": lambda t: t[:2]}, ValueError, r"w_down: shape \[3, 6, 5\] expected"),
-    ({"weights": lambda t: t.bfloat16()}, TypeError, "weights: torch.float32 expected"),
-    ({"weights": lambda t: t[:, :1]}, ValueError, r"weights: shape \[4, 2\] expected"),
-    ({"indices": lambda t: t.long()}, TypeError, "indices: torch.int32 expected"),
-    ({"indices": lambda t: t[:3]}, ValueError, r"indices: shape \[T=4, K >= 1\]"),
-    ({"indices": lambda t: t + 3}, ValueError, r"indices: ids in -1 \.\. 2 expected"),
-    ({"indices": lambda t: t - 2}, ValueError, r"indices: ids in -1 \.\. 2 expected"),
-    ({"w_down": lambda t: t.to("meta")}, ValueError, "w_down: device cpu expected, meta came"),
+    ({"activation": "relu"}, ValueError, r"activation: expected one of \['gelu', 'silu', 'situ'\]"),
+    ({"x": lambda t: t.int()}, TypeError, "x: expected bfloat16, float16, float32 or float64"),
+    ({"x": lambda t: t[None]}, ValueError, r"x: expected shape \[T, H\]"),
+    ({"w_gate_up": lambda t: t.half()}, TypeError, "w_gate_up: expected torch.float32"),
+    ({"w_gate_up": lambda t: t[:, :9]}, ValueError, r"w_gate_up: expected shape \[E, 2F, H=6\]"),
+    ({"w_gate_up": lambda t: t[..., :5]}, ValueError, r"w_gate_up: expected shape \[E, 2F, H=6\]"),
+    ({"w_down": lambda t: t[:, :, :4]}, ValueError, r"w_down: expected shape \[3, 6, 5\]"),
+    ({"w_down": lambda t: t[:2]}, ValueError, r"w_down: expected shape \[3, 6, 5\]"),
+    ({"weights": lambda t: t.bfloat16()}, TypeError, "weights: expected torch.float32"),
+    ({"weights": lambda t: t[:, :1]}, ValueError, r"weights: expected shape \[4, 2\]"),
+    ({"indices": lambda t: t.long()}, TypeError, "indices: expected torch.int32"),
+    ({"indices": lambda t: t[:3]}, ValueError, r"indices: expected shape \[T=4, K >= 1\]"),
+    ({"indices": lambda t: t + 3}, ValueError, r"indices: expected ids in -1 \.\. 2"),
+    ({"indices": lambda t: t - 2}, ValueError, r"indices: expected ids in -1 \.\. 2"),
+    ({"w_down": lambda t: t.to("meta")}, ValueError, "w_down: expected device cpu, got meta"),
 ]
 
 

@@ -233,12 +233,12 @@ DAMAGE = {
         "truncated",
     ),
     "empty": (lambda f: (f / SINGLE_NAME).write_bytes(b""), "truncated"),
-    "no weights": (lambda f: (f / SINGLE_NAME).unlink(), "holds neither"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    "no weights": (lambda f: (f / SINGLE_NAME).unlink(), "with neither"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json, which does not exist"),
     "missing tensor": (lambda f: edit(f, lambda s: s.pop(NAME)), f"without {NAME}"),
     "wrong shape": (
         lambda f: edit(f, lambda s: s.update({NAME: torch.zeros(4, 5)})),
-        rf"{NAME}: shape \[16, 32\] expected, \[4, 5\] came",
+        rf"{NAME}: expected shape \[16, 32\], got \[4, 5\]",
     ),
     "unknown tensor": (
         lambda f: edit(f, lambda s: s.update({"model.wrong": torch.zeros(1)})),
@@ -246,7 +246,7 @@ DAMAGE = {
     ),
     "fp8 without scale": (
         lambda f: edit(f, lambda s: s.update({NAME: s[NAME].to(torch.float8_e4m3fn)})),
-        "no such tensor came",
+        "got no such tensor",
     ),
 }
 
@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(model, tmp_path
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         KimiK2.from_pretrained(tmp_path)
-    if message != "config.json does not exist":
+    if message != "config.json, which does not exist":
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match=message):
             checkpoint.load_weights(model, tmp_path)
@@ -270,10 +270,10 @@ def test_damaged_shards_are_refused(model, tmp_path):
     file = tmp_path / index["weight_map"][NAME]
     content = file.read_bytes()
     file.unlink()
-    with pytest.raises(ValueError, match=f"{file.name} expected, it does not exist"):
+    with pytest.raises(ValueError, match=f"{file.name}, got no such file"):
         KimiK2.from_pretrained(tmp_path)
     save_file({"other": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="it is not there"):
+    with pytest.raises(ValueError, match="got a file without it"):
         KimiK2.from_pretrained(tmp_path)
     file.write_bytes(content)
     (tmp_path / INDEX_NAME).write_text("{}")
@@ -309,17 +309,17 @@ def test_a_full_disk_leaves_the_folder_as_it_was(model, tmp_path, monkeypatch):
         save_file(content, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="save_pretrained: folder: .*No space left"):
+    with pytest.raises(OSError, match="save_pretrained: folder: expected .*No space left"):
         model.save_pretrained(tmp_path, max_shard_bytes=30_000)
     assert written and {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_bad_arguments_of_saving(model, tmp_path):
-    with pytest.raises(ValueError, match="max_shard_bytes: at least 1 expected, 0 came"):
+    with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1, got 0"):
         model.save_pretrained(tmp_path, max_shard_bytes=0)
-    with pytest.raises(ValueError, match="the meta device came"):
+    with pytest.raises(ValueError, match="got the meta device"):
         KimiK2(KimiK2Config.tiny(), device="meta").save_pretrained(tmp_path / "meta")
     assert not (tmp_path / "meta").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="save_pretrained: folder"):
+    with pytest.raises(OSError, match="save_pretrained: folder: expected"):
         model.save_pretrained(tmp_path / "file")

@@ -137,31 +137,39 @@ def test_new_spellings_and_unknown_keys_are_kept():
 
 
 BAD_VALUES = [
-    ({"num_experts_per_tok": 9}, ValueError, "num_experts_per_tok: at most 8 selectable"),
-    ({"n_group": 3}, ValueError, "n_group: a divisor of n_routed_experts = 8"),
-    ({"n_group": 4, "topk_group": 5}, ValueError, "topk_group: at most n_group = 4"),
-    ({"n_group": 8, "topk_group": 1}, ValueError, "num_experts_per_tok: at most 1 selectable"),
-    ({"num_key_value_heads": 1}, ValueError, "num_key_value_heads: num_attention_heads = 2"),
-    ({"qk_rope_head_dim": 7}, ValueError, "qk_rope_head_dim: an even number"),
-    ({"hidden_size": 0}, ValueError, "hidden_size: at least 1"),
-    ({"hidden_size": "32"}, TypeError, "hidden_size: an int expected, str came"),
-    ({"q_lora_rank": 0}, ValueError, "q_lora_rank: at least 1 or None"),
-    ({"attention_dropout": 0.1}, ValueError, "attention_dropout: 0 expected"),
-    ({"rms_norm_eps": 0.0}, ValueError, "rms_norm_eps: a number > 0"),
-    ({"scoring_func": "tanh"}, ValueError, "scoring_func: one of"),
-    ({"hidden_act": "relu"}, ValueError, "hidden_act: one of"),
-    ({"torch_dtype": "int4"}, ValueError, "torch_dtype: one of"),
-    ({"n_shared_experts": -1}, ValueError, "n_shared_experts: an int >= 0"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ValueError, "type yarn expected"),
-    ({"rope_scaling": {"type": "yarn"}}, ValueError, "rope_scaling: a factor expected"),
+    ({"num_experts_per_tok": 9}, ValueError, "num_experts_per_tok: expected at most 8 selectable"),
+    ({"n_group": 3}, ValueError, "n_group: expected a divisor of n_routed_experts = 8"),
+    ({"n_group": 4, "topk_group": 5}, ValueError, "topk_group: expected at most n_group = 4"),
+    (
+        {"n_group": 8, "topk_group": 1},
+        ValueError,
+        "num_experts_per_tok: expected at most 1 selectable",
+    ),
+    (
+        {"num_key_value_heads": 1},
+        ValueError,
+        "num_key_value_heads: expected num_attention_heads = 2",
+    ),
+    ({"qk_rope_head_dim": 7}, ValueError, "qk_rope_head_dim: expected an even number"),
+    ({"hidden_size": 0}, ValueError, "hidden_size: expected at least 1"),
+    ({"hidden_size": "32"}, TypeError, "hidden_size: expected an int, got str"),
+    ({"q_lora_rank": 0}, ValueError, "q_lora_rank: expected at least 1 or None"),
+    ({"attention_dropout": 0.1}, ValueError, "attention_dropout: expected 0"),
+    ({"rms_norm_eps": 0.0}, ValueError, "rms_norm_eps: expected a number > 0"),
+    ({"scoring_func": "tanh"}, ValueError, "scoring_func: expected one of"),
+    ({"hidden_act": "relu"}, ValueError, "hidden_act: expected one of"),
+    ({"torch_dtype": "int4"}, ValueError, "torch_dtype: expected one of"),
+    ({"n_shared_experts": -1}, ValueError, "n_shared_experts: expected an int >= 0"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ValueError, "type yarn"),
+    ({"rope_scaling": {"type": "yarn"}}, ValueError, "rope_scaling: expected a factor"),
     ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, ValueError, "factor >= 1"),
-    ({"rope_scaling": 3}, TypeError, "rope_scaling: a dict or null expected, int came"),
+    ({"rope_scaling": 3}, TypeError, "rope_scaling: expected a dict or null, got int"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_VALUES)
 def test_bad_values(changes, error, message):
-    with pytest.raises(error, match=f"KimiK2Config: {message}|{message}"):
+    with pytest.raises(error, match=f"KimiK2Config: .*{message}"):
         KimiK2Config.from_dict({**KimiK2Config.tiny().to_dict(), **changes})
 
 
@@ -169,8 +177,8 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         KimiK2Config.from_file(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"hidden_size": ')
-    with pytest.raises(ValueError, match="JSON expected"):
+    with pytest.raises(ValueError, match="JSON"):
         KimiK2Config.from_file(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(TypeError, match="a dict expected, list came"):
+    with pytest.raises(TypeError, match="a dict, got list"):
         KimiK2Config.from_file(tmp_path / "config.json")

@@ -46,9 +46,9 @@ def test_a_cache_refuses_what_does_not_fit(model):
     ids = torch.zeros(2, 3, dtype=torch.int64)
     model(ids, cache=cache)
     before = cache.entries.clone()
-    with pytest.raises(ValueError, match="at most 1 more tokens expected, 3 came"):
+    with pytest.raises(ValueError, match="at most 1 more tokens, got 3"):
         model(ids, cache=cache)
-    with pytest.raises(ValueError, match="2 sequences expected, 1 came"):
+    with pytest.raises(ValueError, match="2 sequences, got 1"):
         model(ids[:1, :1], cache=cache)
     with torch.enable_grad(), pytest.raises(ValueError, match="works without gradients"):
         model(ids[:, :1], cache=cache)
@@ -134,15 +134,15 @@ def test_sampled_frequencies_follow_the_distribution():
 
 
 BAD_ARGUMENTS = [
-    ({"max_new_tokens": 0}, "max_new_tokens: at least 1 expected, 0 came"),
-    ({"max_new_tokens": 126}, "max_new_tokens: at most 125 expected after 3 tokens"),
-    ({"temperature": -1.0}, "temperature: at least 0"),
-    ({"temperature": float("nan")}, "temperature: at least 0"),
-    ({"top_p": 0.0}, "top_p: 0 < top_p <= 1"),
-    ({"top_p": 1.1}, "top_p: 0 < top_p <= 1"),
-    ({"seed": 1, "generator": torch.Generator()}, "seed: no seed expected beside a generator"),
-    ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, r"input_ids: shape \[B, S\]"),
-    ({"input_ids": torch.zeros(3, dtype=torch.int64)}, r"input_ids: shape \[B, S\]"),
+    ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+    ({"max_new_tokens": 126}, "max_new_tokens: expected at most 125 after 3 tokens"),
+    ({"temperature": -1.0}, "temperature: expected at least 0"),
+    ({"temperature": float("nan")}, "temperature: expected at least 0"),
+    ({"top_p": 0.0}, "top_p: expected 0 < top_p <= 1"),
+    ({"top_p": 1.1}, "top_p: expected 0 < top_p <= 1"),
+    ({"seed": 1, "generator": torch.Generator()}, "seed: expected none beside a generator"),
+    ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, r"input_ids: expected shape \[B, S\]"),
+    ({"input_ids": torch.zeros(3, dtype=torch.int64)}, r"input_ids: expected shape \[B, S\]"),
     ({"input_ids": torch.full((1, 3), 64)}, r"ids in 0 \.\. 63"),
 ]
 

@@ -204,10 +204,10 @@ def test_tracked_logits_equal_those_of_transformers():
 
 
 BAD_INPUT = [
-    (torch.zeros(1, 4, dtype=torch.int32), TypeError, "input_ids: int64"),
-    (torch.zeros(4, dtype=torch.int64), ValueError, r"input_ids: shape \[B, S\]"),
-    (torch.zeros(1, 0, dtype=torch.int64), ValueError, r"input_ids: shape \[B, S\]"),
-    (torch.tensor([[0, 64]]), ValueError, r"ids in 0 \.\. 63 expected, 0 \.\. 64 came"),
+    (torch.zeros(1, 4, dtype=torch.int32), TypeError, "input_ids: expected int64"),
+    (torch.zeros(4, dtype=torch.int64), ValueError, r"input_ids: expected shape \[B, S\]"),
+    (torch.zeros(1, 0, dtype=torch.int64), ValueError, r"input_ids: expected shape \[B, S\]"),
+    (torch.tensor([[0, 64]]), ValueError, r"ids in 0 \.\. 63, got 0 \.\. 64"),
     (torch.tensor([[-1]]), ValueError, "ids in 0"),
     (torch.zeros(1, 129, dtype=torch.int64), ValueError, "at most 128 positions"),
 ]

@@ -197,15 +197,19 @@ def test_sort_chunks_equals_split_and_concatenate(sizes, random, tail):
 
 IDS = torch.zeros(2, 2, dtype=torch.int32)
 BAD_PLANS = [
-    ((IDS.long(), 4, 1), TypeError, "permute_plan: indices: int32 expected, torch.int64 came"),
-    ((IDS[0], 4, 1), ValueError, r"permute_plan: indices: shape \[T, K\]"),
-    ((IDS[:, :0], 4, 1), ValueError, r"permute_plan: indices: shape \[T, K\] with K >= 1"),
-    ((IDS, 0, 1), ValueError, "permute_plan: num_experts: at least 1"),
-    ((IDS, 2.0, 1), TypeError, "permute_plan: num_experts: an int expected, float came"),
-    ((IDS, 4, 0), ValueError, "permute_plan: align: at least 1"),
-    ((IDS + 4, 4, 1), ValueError, r"permute_plan: indices: ids in -1 \.\. 3 expected, 4 \.\. 4"),
-    ((IDS - 2, 4, 1), ValueError, r"permute_plan: indices: ids in -1 \.\. 3 expected, -2"),
-    ((IDS, 2**20, 2**12), ValueError, "permute_plan: indices: at most 2147483647 rows"),
+    ((IDS.long(), 4, 1), TypeError, "permute_plan: indices: expected int32, got torch.int64"),
+    ((IDS[0], 4, 1), ValueError, r"permute_plan: indices: expected shape \[T, K\]"),
+    ((IDS[:, :0], 4, 1), ValueError, r"permute_plan: indices: expected shape \[T, K\] with K >= 1"),
+    ((IDS, 0, 1), ValueError, "permute_plan: num_experts: expected at least 1"),
+    ((IDS, 2.0, 1), TypeError, "permute_plan: num_experts: expected an int, got float"),
+    ((IDS, 4, 0), ValueError, "permute_plan: align: expected at least 1"),
+    (
+        (IDS + 4, 4, 1),
+        ValueError,
+        r"permute_plan: indices: expected ids in -1 \.\. 3, got 4 \.\. 4",
+    ),
+    ((IDS - 2, 4, 1), ValueError, r"permute_plan: indices: expected ids in -1 \.\. 3, got -2"),
+    ((IDS, 2**20, 2**12), ValueError, "permute_plan: indices: expected at most 2147483647 rows"),
 ]
 
 
@@ -217,25 +221,37 @@ def test_bad_plans(arguments, error, message):
 
 PLAN = permute_plan(torch.tensor([[0, 1], [1, 0]], dtype=torch.int32), 2)
 BAD_CALLS = [
-    (lambda: permute(torch.zeros(3, 4), PLAN), ValueError, r"permute: x: shape \[T=2, H\]"),
-    (lambda: permute(torch.zeros(2), PLAN), ValueError, r"permute: x: shape \[T=2, H\]"),
-    (lambda: permute(IDS, PLAN), TypeError, "permute: x: a floating dtype"),
-    (lambda: permute(torch.zeros(2, 4, device="meta"), PLAN), ValueError, "permute: x: device cpu"),
-    (lambda: unpermute(torch.zeros(2, 4), PLAN), ValueError, r"unpermute: y: shape \[cap=4, H\]"),
+    (
+        lambda: permute(torch.zeros(3, 4), PLAN),
+        ValueError,
+        r"permute: x: expected shape \[T=2, H\]",
+    ),
+    (lambda: permute(torch.zeros(2), PLAN), ValueError, r"permute: x: expected shape \[T=2, H\]"),
+    (lambda: permute(IDS, PLAN), TypeError, "permute: x: expected a floating dtype"),
+    (
+        lambda: permute(torch.zeros(2, 4, device="meta"), PLAN),
+        ValueError,
+        "permute: x: expected device cpu",
+    ),
+    (
+        lambda: unpermute(torch.zeros(2, 4), PLAN),
+        ValueError,
+        r"unpermute: y: expected shape \[cap=4, H\]",
+    ),
     (
         lambda: unpermute(torch.zeros(4, 4), PLAN, torch.zeros(2, 3)),
         ValueError,
-        r"unpermute: weights: shape \[2, 2\] expected, \[2, 3\] came",
+        r"unpermute: weights: expected shape \[2, 2\], got \[2, 3\]",
     ),
     (
         lambda: unpermute(torch.zeros(4, 4), PLAN, torch.zeros(2, 2).bfloat16()),
         TypeError,
-        "unpermute: weights: torch.float32 expected beside torch.float32 rows",
+        "unpermute: weights: expected torch.float32 beside torch.float32 rows",
     ),
     (
         lambda: unpermute(torch.zeros(4, 4), PLAN, torch.zeros(2, 2, device="meta")),
         ValueError,
-        "unpermute: weights: device cpu",
+        "unpermute: weights: expected device cpu",
     ),
 ]
 
@@ -247,12 +263,12 @@ def test_bad_calls(call, error, message):
 
 
 BAD_CHUNKS = [
-    ([1, 2], [0, 0], ValueError, r"order: a permutation of 0 \.\. 1"),
-    ([1, 2], [0, 2], ValueError, r"order: a permutation of 0 \.\. 1"),
-    ([1, 3], [0, 1], ValueError, "split_sizes: sizes >= 0 with a sum <= R = 3"),
-    ([4, -1], [0, 1], ValueError, "split_sizes: sizes >= 0"),
-    ([1, 2], [0], ValueError, r"order: shape \[2\]"),
-    ([1.0, 2.0], [0, 1], TypeError, "split_sizes: int32 expected, torch.float32 came"),
+    ([1, 2], [0, 0], ValueError, r"order: expected a permutation of 0 \.\. 1"),
+    ([1, 2], [0, 2], ValueError, r"order: expected a permutation of 0 \.\. 1"),
+    ([1, 3], [0, 1], ValueError, "split_sizes: expected sizes >= 0 with a sum <= R = 3"),
+    ([4, -1], [0, 1], ValueError, "split_sizes: expected sizes >= 0"),
+    ([1, 2], [0], ValueError, r"order: expected shape \[2\]"),
+    ([1.0, 2.0], [0, 1], TypeError, "split_sizes: expected int32, got torch.float32"),
 ]
 
 

@@ -67,13 +67,13 @@ def fused_experts(
     op = "fused_experts"
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
-            f"{op}: activation: one of {sorted(reference.ACTIVATIONS)} expected, {activation!r} "
-            "came; choose one of these"
+            f"{op}: activation: expected one of {sorted(reference.ACTIVATIONS)}, got "
+            f"{activation!r}; choose one of these"
         )
     x, w_gate_up, w_down = autocast(x), autocast(w_gate_up), autocast(w_down)
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise TypeError(
-            f"{op}: x: bfloat16, float16, float32 or float64 expected, {x.dtype} came; convert it"
+            f"{op}: x: expected bfloat16, float16, float32 or float64, got {x.dtype}; convert it"
         )
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     arguments = {"w_gate_up": w_gate_up, "w_down": w_down, "weights": weights, "indices": indices}
@@ -81,32 +81,32 @@ def fused_experts(
     for name, tensor in arguments.items():
         if tensor.dtype != dtypes[name]:
             raise TypeError(
-                f"{op}: {name}: {dtypes[name]} expected beside {x.dtype} tokens, {tensor.dtype} "
-                "came; convert it"
+                f"{op}: {name}: expected {dtypes[name]} beside {x.dtype} tokens, got "
+                f"{tensor.dtype}; convert it"
             )
         if tensor.device != x.device:
-            raise ValueError(f"{op}: {name}: device {x.device} expected, {tensor.device} came")
+            raise ValueError(f"{op}: {name}: expected device {x.device}, got {tensor.device}")
     if x.dim() != 2:
-        raise ValueError(f"{op}: x: shape [T, H] expected, {list(x.shape)} came; flatten the batch")
+        raise ValueError(f"{op}: x: expected shape [T, H], got {list(x.shape)}; flatten the batch")
     tokens, hidden = x.shape
     if w_gate_up.dim() != 3 or w_gate_up.shape[2] != hidden or w_gate_up.shape[1] % 2:
         raise ValueError(
-            f"{op}: w_gate_up: shape [E, 2F, H={hidden}] expected, {list(w_gate_up.shape)} came; "
+            f"{op}: w_gate_up: expected shape [E, 2F, H={hidden}], got {list(w_gate_up.shape)}; "
             "stack gate rows over up rows"
         )
     experts, both, _ = w_gate_up.shape
     if list(w_down.shape) != [experts, hidden, both // 2]:
         raise ValueError(
-            f"{op}: w_down: shape {[experts, hidden, both // 2]} expected, {list(w_down.shape)} "
-            "came; pass [E, H, F]"
+            f"{op}: w_down: expected shape {[experts, hidden, both // 2]}, got "
+            f"{list(w_down.shape)}; pass [E, H, F]"
         )
     if indices.dim() != 2 or indices.shape[0] != tokens or indices.shape[1] < 1:
         raise ValueError(
-            f"{op}: indices: shape [T={tokens}, K >= 1] expected, {list(indices.shape)} came"
+            f"{op}: indices: expected shape [T={tokens}, K >= 1], got {list(indices.shape)}"
         )
     if weights.shape != indices.shape:
         raise ValueError(
-            f"{op}: weights: shape {list(indices.shape)} expected, {list(weights.shape)} came"
+            f"{op}: weights: expected shape {list(indices.shape)}, got {list(weights.shape)}"
         )
     check_ids(op, indices, experts)
     return reference.fused_experts(x, w_gate_up, w_down, weights, indices, activation)

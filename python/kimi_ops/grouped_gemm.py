@@ -70,18 +70,18 @@ def grouped_gemm(
     _check_operands(op, a, "a", b, "b", a.dim() == 2 and b.dim() == 3, "[R, K] and [E, K, N]")
     if b.shape[1] != a.shape[1]:
         raise ValueError(
-            f"{op}: b: shape [E, K={a.shape[1]}, N] expected, {list(b.shape)} came; "
-            "for weights [E, N, K] pass w.transpose(1, 2)"
+            f"{op}: b: expected shape [E, K={a.shape[1]}, N], got {list(b.shape)}; for weights "
+            "[E, N, K] pass w.transpose(1, 2)"
         )
     _check_offsets(op, offsets, b.shape[0], a)
     dtype = _result_dtype(op, a, out, out_dtype)
     if bias is not None:
         if bias.dtype != a.dtype:
-            raise TypeError(f"{op}: bias: {a.dtype} expected, {bias.dtype} came; convert it")
+            raise TypeError(f"{op}: bias: expected {a.dtype}, got {bias.dtype}; convert it")
         if bias.shape != (b.shape[0], b.shape[2]):
             raise ValueError(
-                f"{op}: bias: shape {[b.shape[0], b.shape[2]]} expected, {list(bias.shape)} came; "
-                "pass one row for each expert"
+                f"{op}: bias: expected shape {[b.shape[0], b.shape[2]]}, got "
+                f"{list(bias.shape)}; pass one row for each expert"
             )
     if out is not None:
         _check_out(op, out, [a.shape[0], b.shape[2]], a)
@@ -138,13 +138,15 @@ def grouped_gemm_wgrad(
     _check_operands(op, a, "a", dc, "dc", a.dim() == 2 and dc.dim() == 2, "[R, K] and [R, N]")
     if a.shape[0] != dc.shape[0]:
         raise ValueError(
-            f"{op}: dc: {a.shape[0]} rows expected, {dc.shape[0]} came; "
-            "pass the gradient of a's rows"
+            f"{op}: dc: expected {a.shape[0]} rows, got {dc.shape[0]}; pass the gradient of a's "
+            "rows"
         )
     _check_offsets(op, offsets, None, a)
     if out is None:
         if accumulate:
-            raise ValueError(f"{op}: accumulate: needs out, none came; pass the tensor to add to")
+            raise ValueError(
+                f"{op}: accumulate: expected out beside it, got none; pass the tensor to add to"
+            )
     else:
         _result_dtype(op, a, out, None)
         _check_out(op, out, [offsets.numel(), a.shape[1], dc.shape[1]], a)
@@ -167,33 +169,33 @@ def _check_operands(
 ) -> None:
     if a.dtype not in _DTYPES:
         raise TypeError(
-            f"{op}: {a_name}: bfloat16, float16, float32 or float64 expected, {a.dtype} came; "
+            f"{op}: {a_name}: expected bfloat16, float16, float32 or float64, got {a.dtype}; "
             "convert it"
         )
     if b.dtype != a.dtype:
-        raise TypeError(f"{op}: {b_name}: {a.dtype} expected, {b.dtype} came; convert one of them")
+        raise TypeError(f"{op}: {b_name}: expected {a.dtype}, got {b.dtype}; convert one of them")
     if not shapes_fit:
         raise ValueError(
-            f"{op}: {a_name}, {b_name}: shapes {shapes} expected, {list(a.shape)} and "
-            f"{list(b.shape)} came; reshape them"
+            f"{op}: {a_name}, {b_name}: expected shapes {shapes}, got {list(a.shape)} and "
+            f"{list(b.shape)}; reshape them"
         )
     if a.device != b.device:
-        raise ValueError(f"{op}: {b_name}: device {a.device} expected, {b.device} came; move it")
+        raise ValueError(f"{op}: {b_name}: expected device {a.device}, got {b.device}; move it")
     if a.dtype == torch.float64 and a.device.type != "cpu":
         raise TypeError(f"{op}: {a_name}: float64 is served on the CPU only; use float32 here")
 
 
 def _check_offsets(op: str, offsets: Tensor, experts: int | None, a: Tensor) -> None:
     if offsets.dtype != torch.int32:
-        raise TypeError(f"{op}: offsets: int32 expected, {offsets.dtype} came; use offsets.int()")
+        raise TypeError(f"{op}: offsets: expected int32, got {offsets.dtype}; use offsets.int()")
     if offsets.dim() != 1 or offsets.numel() < 1 or experts not in (None, offsets.numel()):
         raise ValueError(
-            f"{op}: offsets: shape [E={experts or '>= 1'}] expected, {list(offsets.shape)} came; "
+            f"{op}: offsets: expected shape [E={experts or '>= 1'}], got {list(offsets.shape)}; "
             "pass one end row for each expert"
         )
     if offsets.device != a.device:
         raise ValueError(
-            f"{op}: offsets: device {a.device} expected, {offsets.device} came; move them there"
+            f"{op}: offsets: expected device {a.device}, got {offsets.device}; move them there"
         )
     if offsets.device.type == "meta":
         return
@@ -201,8 +203,9 @@ def _check_offsets(op: str, offsets: Tensor, experts: int | None, a: Tensor) -> 
         ends = [0, *offsets.tolist(), a.shape[0]]
         if any(end < start for start, end in zip(ends[:-1], ends[1:], strict=True)):
             raise ValueError(
-                f"{op}: offsets: 0 <= offsets[0] <= ... <= offsets[-1] <= R = {a.shape[0]} "
-                f"expected, {_short(ends[1:-1])} came; pass the cumulative sum of the group sizes"
+                f"{op}: offsets: expected 0 <= offsets[0] <= ... <= offsets[-1] <= R = "
+                f"{a.shape[0]}, got {_short(ends[1:-1])}; pass the cumulative sum of the group "
+                "sizes"
             )
 
 
@@ -215,17 +218,17 @@ def _result_dtype(
 ) -> torch.dtype:
     dtype = out_dtype or (a.dtype if out is None else out.dtype)
     if out is not None and out.dtype != dtype:
-        raise TypeError(f"{op}: out: {dtype} expected, {out.dtype} came; leave out_dtype away")
+        raise TypeError(f"{op}: out: expected {dtype}, got {out.dtype}; leave out_dtype away")
     if dtype not in (a.dtype, torch.float32) or (a.dtype == torch.float64 != dtype):
         name = "out_dtype" if out is None else "out"
         allowed = "float64" if a.dtype == torch.float64 else f"{a.dtype} or torch.float32"
-        raise TypeError(f"{op}: {name}: {allowed} expected, {dtype} came; choose one of these")
+        raise TypeError(f"{op}: {name}: expected {allowed}, got {dtype}; choose one of these")
     return dtype
 
 
 def _check_out(op: str, out: Tensor, shape: list[int], a: Tensor) -> None:
     if list(out.shape) != shape or out.device != a.device:
         raise ValueError(
-            f"{op}: out: shape {shape} on {a.device} expected, {list(out.shape)} on {out.device} "
-            "came; allocate it with that shape"
+            f"{op}: out: expected shape {shape} on {a.device}, got {list(out.shape)} on "
+            f"{out.device}; allocate it with that shape"
         )

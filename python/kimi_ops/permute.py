@@ -60,25 +60,25 @@ def permute_plan(indices: Tensor, num_experts: int, *, align: int = 1) -> Permut
     """
     if indices.dtype != torch.int32:
         raise TypeError(
-            f"permute_plan: indices: int32 expected, {indices.dtype} came; use indices.int()"
+            f"permute_plan: indices: expected int32, got {indices.dtype}; use indices.int()"
         )
     if indices.dim() != 2 or indices.shape[1] < 1:
         raise ValueError(
-            f"permute_plan: indices: shape [T, K] with K >= 1 expected, {list(indices.shape)} "
-            "came; reshape to one row a token"
+            "permute_plan: indices: expected shape [T, K] with K >= 1, got "
+            f"{list(indices.shape)}; reshape to one row a token"
         )
     for name, value in (("num_experts", num_experts), ("align", align)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(
-                f"permute_plan: {name}: an int expected, {type(value).__name__} came; pass a number"
+                f"permute_plan: {name}: expected an int, got {type(value).__name__}; pass a number"
             )
         if value < 1:
-            raise ValueError(f"permute_plan: {name}: at least 1 expected, {value} came; raise it")
+            raise ValueError(f"permute_plan: {name}: expected at least 1, got {value}; raise it")
     capacity = indices.numel() + num_experts * (align - 1)
     if capacity > _MAX_ROWS:
         raise ValueError(
-            f"permute_plan: indices: at most {_MAX_ROWS} rows fit int32 row ids, T*K + E*(align-1) "
-            f"= {capacity} came; split the tokens"
+            f"permute_plan: indices: expected at most {_MAX_ROWS} rows (row ids are int32), got "
+            f"T*K + E*(align-1) = {capacity}; split the tokens"
         )
     check_ids("permute_plan", indices, num_experts)
     return reference.permute_plan(indices, num_experts, align)
@@ -157,18 +157,18 @@ def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Te
     if weights is not None:
         if weights.shape != plan.row_map.shape:
             raise ValueError(
-                f"unpermute: weights: shape {list(plan.row_map.shape)} expected, "
-                f"{list(weights.shape)} came; pass one weight for each pair of the plan"
+                f"unpermute: weights: expected shape {list(plan.row_map.shape)}, got "
+                f"{list(weights.shape)}; pass one weight for each pair of the plan"
             )
         expected = torch.float64 if y.dtype == torch.float64 else torch.float32
         if weights.dtype != expected:
             raise TypeError(
-                f"unpermute: weights: {expected} expected beside {y.dtype} rows, {weights.dtype} "
-                f"came; convert with .to({expected})"
+                f"unpermute: weights: expected {expected} beside {y.dtype} rows, got "
+                f"{weights.dtype}; convert with .to({expected})"
             )
         if weights.device != y.device:
             raise ValueError(
-                f"unpermute: weights: device {y.device} expected, {weights.device} came; move them"
+                f"unpermute: weights: expected device {y.device}, got {weights.device}; move them"
             )
     return reference.unpermute(y, plan, weights)
 
@@ -213,24 +213,24 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
     for name, value in (("split_sizes", split_sizes), ("order", order)):
         if value.dtype != torch.int32:
             raise TypeError(
-                f"sort_chunks: {name}: int32 expected, {value.dtype} came; use {name}.int()"
+                f"sort_chunks: {name}: expected int32, got {value.dtype}; use {name}.int()"
             )
         if value.dim() != 1 or value.shape != split_sizes.shape or value.device != x.device:
             raise ValueError(
-                f"sort_chunks: {name}: shape [{split_sizes.numel()}] on {x.device} expected, "
-                f"{list(value.shape)} on {value.device} came; pass one entry for each chunk"
+                f"sort_chunks: {name}: expected shape [{split_sizes.numel()}] on {x.device}, "
+                f"got {list(value.shape)} on {value.device}; pass one entry for each chunk"
             )
     if x.device.type == "cpu":
         sizes = split_sizes.tolist()
         if any(size < 0 for size in sizes) or sum(sizes) > x.shape[0]:
             raise ValueError(
-                f"sort_chunks: split_sizes: sizes >= 0 with a sum <= R = {x.shape[0]} expected, "
-                f"{sizes} came; correct the sizes"
+                f"sort_chunks: split_sizes: expected sizes >= 0 with a sum <= R = {x.shape[0]}, "
+                f"got {sizes}; correct the sizes"
             )
         if sorted(order.tolist()) != list(range(len(sizes))):
             raise ValueError(
-                f"sort_chunks: order: a permutation of 0 .. {len(sizes) - 1} expected, "
-                f"{order.tolist()} came; name every chunk once"
+                f"sort_chunks: order: expected a permutation of 0 .. {len(sizes) - 1}, got "
+                f"{order.tolist()}; name every chunk once"
             )
     return reference.sort_chunks(x, split_sizes, order)
 
@@ -244,8 +244,8 @@ def check_ids(op: str, indices: Tensor, num_experts: int) -> None:
     low, high = (int(value) for value in indices.aminmax())
     if low < -1 or high >= num_experts:
         raise ValueError(
-            f"{op}: indices: ids in -1 .. {num_experts - 1} expected, {low} .. {high} came; "
-            "mark dropped pairs with -1"
+            f"{op}: indices: expected ids in -1 .. {num_experts - 1}, got {low} .. {high}; mark "
+            "dropped pairs with -1"
         )
 
 
@@ -253,11 +253,11 @@ def _check_matrix(
     op: str, name: str, x: Tensor, rows: int, letter: str, device: torch.device
 ) -> None:
     if not x.is_floating_point():
-        raise TypeError(f"{op}: {name}: a floating dtype expected, {x.dtype} came; convert it")
+        raise TypeError(f"{op}: {name}: expected a floating dtype, got {x.dtype}; convert it")
     if x.dim() != 2 or x.shape[0] != rows:
         raise ValueError(
-            f"{op}: {name}: shape [{letter}={rows}, H] expected, {list(x.shape)} came; "
-            "use the plan made for these rows"
+            f"{op}: {name}: expected shape [{letter}={rows}, H], got {list(x.shape)}; use the "
+            "plan made for these rows"
         )
     if x.device != device:
-        raise ValueError(f"{op}: {name}: device {device} expected, {x.device} came; move it there")
+        raise ValueError(f"{op}: {name}: expected device {device}, got {x.device}; move it there")

@@ -68,13 +68,13 @@ class LatentCache:
         """Raise a ValueError where `tokens` more of `batch_size` sequences do not fit."""
         if batch_size != self.entries.shape[1]:
             raise ValueError(
-                f"LatentCache: batch: {self.entries.shape[1]} sequences expected, {batch_size} "
-                "came; make a cache for this batch"
+                f"LatentCache: batch: expected {self.entries.shape[1]} sequences, got "
+                f"{batch_size}; make a cache for this batch"
             )
         if self.length + tokens > self.capacity:
             raise ValueError(
-                f"LatentCache: capacity: at most {self.capacity - self.length} more tokens "
-                f"expected, {tokens} came; make a larger cache"
+                f"LatentCache: capacity: expected at most {self.capacity - self.length} more "
+                f"tokens, got {tokens}; make a larger cache"
             )
 
 

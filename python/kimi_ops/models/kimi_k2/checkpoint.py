@@ -72,13 +72,13 @@ def save(model: "KimiK2", folder: str | Path, *, max_shard_bytes: int = 5_000_00
     """Write ``config.json`` and the weights; see `KimiK2.save_pretrained`."""
     if max_shard_bytes < 1:
         raise ValueError(
-            f"save_pretrained: max_shard_bytes: at least 1 expected, {max_shard_bytes} came; "
+            f"save_pretrained: max_shard_bytes: expected at least 1, got {max_shard_bytes}; "
             "raise it"
         )
     if model.lm_head.weight.is_meta:
         raise ValueError(
-            "save_pretrained: model: allocated weights expected, the meta device came; "
-            "call allocate and init_weights or from_pretrained first"
+            "save_pretrained: model: expected allocated weights, got the meta device; call "
+            "allocate and init_weights or from_pretrained first"
         )
     folder = Path(folder)
     plan = _plan_shards(model, max_shard_bytes)
@@ -89,8 +89,8 @@ def save(model: "KimiK2", folder: str | Path, *, max_shard_bytes: int = 5_000_00
         _write(model, folder, plan, json.dumps(values, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"save_pretrained: folder: a place to write {folder} expected, {error} came; "
-            "free space or choose another folder (no file there was changed)"
+            f"save_pretrained: folder: expected a place to write {folder}, got {error}; free "
+            "space or choose another folder (no file there was changed)"
         ) from error
 
 
@@ -203,7 +203,7 @@ def _compare(
         shape, dtype = shards.header(name)
         if shape != list(target.shape):
             raise ValueError(
-                f"from_pretrained: {name}: shape {list(target.shape)} expected, {shape} came; "
+                f"from_pretrained: {name}: expected shape {list(target.shape)}, got {shape}; "
                 f"{shards.folder} belongs to another config.json"
             )
         if dtype != "F8_E4M3":
@@ -214,8 +214,8 @@ def _compare(
         if scale not in shards or shards.header(scale)[0] != grid:
             came = shards.header(scale)[0] if scale in shards else "no such tensor"
             raise ValueError(
-                f"from_pretrained: {scale}: shape {grid} expected beside an FP8 weight, {came} "
-                "came; restore the file or correct weight_block_size"
+                f"from_pretrained: {scale}: expected shape {grid} beside an FP8 weight, got "
+                f"{came}; restore the file or correct weight_block_size"
             )
     return quantized
 
@@ -223,6 +223,6 @@ def _compare(
 def _mismatch(expected: str, with_or_without: str, names: list[str], folder: Path) -> ValueError:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return ValueError(
-        f"from_pretrained: folder: {expected} expected, {folder} came {with_or_without} {shown}; "
+        f"from_pretrained: folder: expected {expected}, got {folder} {with_or_without} {shown}; "
         "use the config.json that belongs to these files"
     )

@@ -118,7 +118,8 @@ class KimiK2Config:
         """A byte-level K2 that learns on two CPU cores in minutes.
 
         `routed_scaling_factor` follows the rule that gives 2.827 for 8 of 384 experts: the mean of
-        1 / |p| over random scores, p the renormalised sigmoids of the chosen ones; 4 of 32 give 2.0.
+        1 / |p| over random scores, p the renormalised sigmoids of the chosen ones; 4 of 32 give
+        2.0.
         """
         return cls(
             vocab_size=256,
@@ -230,7 +231,7 @@ class KimiK2Config:
         """
         if not isinstance(values, dict):
             raise TypeError(
-                f"KimiK2Config: values: a dict expected, {type(values).__name__} came; pass the "
+                f"KimiK2Config: values: expected a dict, got {type(values).__name__}; pass the "
                 "object that config.json holds"
             )
         values = dict(values)
@@ -256,12 +257,12 @@ class KimiK2Config:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(
-                f"KimiK2Config: path: a config.json expected, {path} does not exist; "
+                f"KimiK2Config: path: expected a config.json, got {path}, which does not exist; "
                 "pass the folder of a checkpoint"
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"KimiK2Config: path: JSON expected, {path} is not ({error}); restore the file"
+                f"KimiK2Config: path: expected JSON, got {path} ({error}); restore the file"
             ) from None
         return cls.from_dict(values)
 
@@ -271,15 +272,15 @@ def _rope_scaling(values: Any) -> RopeScaling | None:
         return values
     if not isinstance(values, dict):
         raise TypeError(
-            f"KimiK2Config: rope_scaling: a dict or null expected, {type(values).__name__} came"
+            f"KimiK2Config: rope_scaling: expected a dict or null, got {type(values).__name__}"
         )
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ValueError(f"KimiK2Config: rope_scaling: type yarn expected, {kind!r} came")
+        raise ValueError(f"KimiK2Config: rope_scaling: expected type yarn, got {kind!r}")
     names = {f.name for f in dataclasses.fields(RopeScaling)}
     known = {k: v for k, v in values.items() if k in names and v is not None}
     if "factor" not in known:
-        raise ValueError("KimiK2Config: rope_scaling: a factor expected, none came; add it")
+        raise ValueError("KimiK2Config: rope_scaling: expected a factor, got none; add it")
     return RopeScaling(**known)

@@ -94,24 +94,24 @@ def _check(
 ) -> None:
     if input_ids.dim() != 2 or input_ids.shape[1] < 1:
         raise ValueError(
-            f"generate: input_ids: shape [B, S] with S >= 1 expected, {list(input_ids.shape)} "
-            "came; start with at least one token"
+            "generate: input_ids: expected shape [B, S] with S >= 1, got "
+            f"{list(input_ids.shape)}; start with at least one token"
         )
     if max_new_tokens < 1:
         raise ValueError(
-            f"generate: max_new_tokens: at least 1 expected, {max_new_tokens} came; raise it"
+            f"generate: max_new_tokens: expected at least 1, got {max_new_tokens}; raise it"
         )
     limit = model.config.max_position_embeddings
     if input_ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
-            f"generate: max_new_tokens: at most {limit - input_ids.shape[1]} expected after "
-            f"{input_ids.shape[1]} tokens, {max_new_tokens} came; lower it or shorten the prompt"
+            f"generate: max_new_tokens: expected at most {limit - input_ids.shape[1]} after "
+            f"{input_ids.shape[1]} tokens, got {max_new_tokens}; lower it or shorten the prompt"
         )
     if not temperature >= 0:
-        raise ValueError(
-            f"generate: temperature: at least 0 expected, {temperature} came; raise it"
-        )
+        raise ValueError(f"generate: temperature: expected at least 0, got {temperature}; raise it")
     if not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p: 0 < top_p <= 1 expected, {top_p} came; use 1 for all")
+        raise ValueError(f"generate: top_p: expected 0 < top_p <= 1, got {top_p}; use 1 for all")
     if seed is not None and generator is not None:
-        raise ValueError("generate: seed: no seed expected beside a generator; pass one of them")
+        raise ValueError(
+            "generate: seed: expected none beside a generator, got both; pass one of them"
+        )

@@ -271,25 +271,25 @@ class KimiK2(nn.Module):
         """Refuse bad input before anything changes; the number of tokens in the cache."""
         if input_ids.dtype != torch.int64:
             raise TypeError(
-                f"KimiK2: input_ids: int64 expected, {input_ids.dtype} came; use input_ids.long()"
+                f"KimiK2: input_ids: expected int64, got {input_ids.dtype}; use input_ids.long()"
             )
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(
-                f"KimiK2: input_ids: shape [B, S] with B, S >= 1 expected, "
-                f"{list(input_ids.shape)} came; add a batch dimension"
+                "KimiK2: input_ids: expected shape [B, S] with B, S >= 1, got "
+                f"{list(input_ids.shape)}; add a batch dimension"
             )
         if input_ids.device.type == "cpu":
             low, high = (int(v) for v in input_ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
-                    f"KimiK2: input_ids: ids in 0 .. {self.config.vocab_size - 1} expected, "
-                    f"{low} .. {high} came; use this model's tokenizer"
+                    f"KimiK2: input_ids: expected ids in 0 .. {self.config.vocab_size - 1}, got "
+                    f"{low} .. {high}; use this model's tokenizer"
                 )
         past = 0 if cache is None else cache.length
         if past + input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
-                f"KimiK2: input_ids: at most {self.config.max_position_embeddings} positions "
-                f"expected, {past + input_ids.shape[1]} came; shorten the sequence"
+                f"KimiK2: input_ids: expected at most {self.config.max_position_embeddings} "
+                f"positions, got {past + input_ids.shape[1]}; shorten the sequence"
             )
         if cache is not None:
             if torch.is_grad_enabled():

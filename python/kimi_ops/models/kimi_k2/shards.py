@@ -15,7 +15,7 @@ SINGLE_NAME = "model.safetensors"
 
 
 def _error(expected: str, came: str, mend: str) -> ValueError:
-    return ValueError(f"from_pretrained: folder: {expected} expected, {came}; {mend}")
+    return ValueError(f"from_pretrained: folder: expected {expected}, got {came}; {mend}")
 
 
 class Shards:
@@ -43,7 +43,7 @@ class Shards:
                 if name not in opened[file].keys():  # noqa: SIM118 (the file is no mapping)
                     raise _error(
                         f"{name} in {file}, as {index.name} says",
-                        "it is not there",
+                        "a file without it",
                         "restore the file",
                     )
                 self._file_of[name] = opened[file]
@@ -53,7 +53,7 @@ class Shards:
         else:
             raise _error(
                 f"{SINGLE_NAME} or {INDEX_NAME}",
-                f"{self.folder} holds neither",
+                f"{self.folder} with neither",
                 "pass the folder of a checkpoint",
             )
 
@@ -64,7 +64,7 @@ class Shards:
             if not all(isinstance(v, str) and Path(v).name == v for v in weight_map.values()):
                 raise TypeError("weight_map names no plain files")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            came = f"{path} came ({error})"
+            came = f"{path} ({error})"
             raise _error("an index with a weight_map", came, "restore the file") from None
         return weight_map
 
@@ -72,9 +72,9 @@ class Shards:
         try:
             return self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         except FileNotFoundError:
-            raise _error(f"{path}", "it does not exist", "restore the file") from None
+            raise _error(f"{path}", "no such file", "restore the file") from None
         except (SafetensorError, OSError) as error:
-            came = f"{path} is truncated or no such file ({error})"
+            came = f"{path}, truncated or of another kind ({error})"
             raise _error("a whole safetensors file", came, "restore it") from None
 
     def __enter__(self) -> "Shards":

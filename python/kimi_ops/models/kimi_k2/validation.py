@@ -33,7 +33,7 @@ _CHOICES = {
 
 
 def _error(field: str, expected: str, came: object, mend: str) -> ValueError:
-    return ValueError(f"KimiK2Config: {field}: {expected} expected, {came!r} came; {mend}")
+    return ValueError(f"KimiK2Config: {field}: expected {expected}, got {came!r}; {mend}")
 
 
 def validate(config: "KimiK2Config") -> None:
@@ -42,7 +42,7 @@ def validate(config: "KimiK2Config") -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(
-                f"KimiK2Config: {name}: an int expected, {type(value).__name__} came; pass a number"
+                f"KimiK2Config: {name}: expected an int, got {type(value).__name__}; pass a number"
             )
         if value < 1:
             raise _error(name, "at least 1", value, "raise it")
