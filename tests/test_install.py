@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""`pip install .` in pip's isolated build, without torch there and without CUDA kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A copy of the tracked tree, installed into a folder of its own."""
+    folder = tmp_path_factory.mktemp("install")
+    tree, target = folder / "tree", folder / "target"
+    tree.mkdir()
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    subprocess.run(
+        ["tar", "-cf", folder / "tree.tar", "--files-from=-"],
+        cwd=ROOT, input="\n".join(n for n in names if n and (ROOT / n).exists()), text=True,
+        check=True,
+    )  # fmt: skip
+    subprocess.run(["tar", "-xf", folder / "tree.tar", "-C", tree], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
+    environment = os.environ | {"KIMI_OPS_CUDA": "off", "KIMI_OPS_TESTS": "OFF"}
+    subprocess.run([*pip, tree], check=True, env=environment)
+    return target
+
+
+def run(target, code):
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=target, capture_output=True, text=True
+    )
+
+
+def test_installed_package_runs(installed):
+    code = (
+        "import torch, kimi_ops; print(kimi_ops.__file__, kimi_ops.topk_gate(torch.randn(3, 9), 2))"
+    )
+    result = run(installed, code)
+    assert result.returncode == 0, result.stderr
+    assert str(installed) in result.stdout
+    assert (installed / "kimi_ops" / "include" / "kimi_ops.h").exists()
+
+
+def test_cpu_only_build_refuses_cuda_tensors_and_says_what_to_do(installed):
+    code = """
+import torch
+from kimi_ops import _C
+assert _C.cuda_architectures() == ""
+x = torch.zeros(4, 16)
+z, w, i, n = (row.data_ptr() for row in x)
+_C.topk_gate(z, 0, 0, w, i, n, 1, 16, 16, 2, 1, 1, 2, True, 1.0, 0, 0, 1, 0)
+"""
+    result = run(installed, code)
+    assert "RuntimeError: topk_gate: device: expected cpu, got cuda" in result.stderr
+    assert "KIMI_OPS_CUDA=on" in result.stderr
+
+
+def test_missing_native_module_is_explained(installed):
+    for path in (installed / "kimi_ops").glob("_C*.so"):
+        path.rename(path.with_suffix(".moved"))
+    result = run(installed, "import kimi_ops")
+    assert "native module kimi_ops._C" in result.stderr and "pip install ." in result.stderr
+
+
+def test_cuda_on_without_nvcc_is_an_error(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{tmp_path}"
+    for tool in ("cc", "c++", "g++", "gcc", "ld", "as", "ar", "ranlib", "nm", "cmake", "ninja"):
+        found = subprocess.run(["which", tool], capture_output=True, text=True).stdout.strip()
+        if found and not (tmp_path / tool).exists():
+            (tmp_path / tool).symlink_to(found)
+    result = subprocess.run(
+        ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", "-DKIMI_OPS_CUDA=on",
+         "-DKIMI_OPS_PYTHON=off", "-DCMAKE_CUDA_COMPILER="],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode != 0 and "no CUDA compiler was found" in result.stderr

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""The rules of the tree: one name everywhere, asm and intrinsics in their places, short files."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import kimi_ops
+from kimi_ops import _native
+from kimi_ops.info import OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = [op for op in OPS if _native._C.cpu_engine(op)]
+SOURCES = {".py", ".pyi", ".h", ".c", ".cpp", ".cu", ".cuh", ".cmake", ".toml"}
+
+
+def tracked(*suffixes):
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listing.stdout.split()]
+    return [f for f in files if f.suffix in (suffixes or SOURCES) and f.exists()]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_a_python_function_a_twin_and_tests(op):
+    for place in ("python/kimi_ops/{}.py", "python/kimi_ops/reference/{}.py", "tests/test_{}.py"):
+        assert (ROOT / place.format(op)).exists(), place.format(op)
+
+
+@pytest.mark.parametrize("op", NATIVE)
+def test_native_ops_mirror_their_name_everywhere(op):
+    for place in (
+        "csrc/{0}/{0}.h", "csrc/{0}/{0}.cpp", "csrc/{0}/{0}.cu", "benchmarks/bench_{0}.py",
+        "docs/ops/{0}.md", "tests/simt/test_{0}.cpp",
+    ):  # fmt: skip
+        assert (ROOT / place.format(op)).exists(), place.format(op)
+    header = (ROOT / "csrc/kimi_ops.h").read_text()
+    assert f"- {op}" in header or f" {op}:" in header
+    assert re.search(rf"^\| \[?`{op}`", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def test_public_names_exist_and_are_documented():
+    for name in kimi_ops.__all__:
+        assert getattr(kimi_ops, name).__doc__, name
+
+
+def test_asm_stands_in_device_headers_only():
+    for path in tracked(".h", ".cpp", ".cu", ".cuh"):
+        if path.relative_to(ROOT).parts[:2] in (("csrc", "device"), ("tests", "simt")):
+            continue
+        assert not re.search(r"\basm\b\s*(volatile)?\s*[({]", path.read_text()), path
+
+
+def test_intrinsics_stand_in_files_of_their_instruction_set():
+    for path in tracked(".h", ".cpp", ".cu", ".cuh"):
+        if path.parts[-3:-1] == ("tests", "simt") or "csrc" not in path.parts:
+            continue
+        if not re.search(r"_(x86|avx2|avx512|amx)\.(cpp|h)$", path.name):
+            assert not re.search(r"\b_mm\d*_|immintrin", path.read_text()), path
+
+
+def test_files_are_short_and_licensed():
+    for path in tracked():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 500, f"{path}: over 500 lines"
+        if path.suffix != ".toml":
+            assert "SPDX-License-Identifier: MIT" in text[:200], f"{path}: no SPDX line"
+
+
+def test_the_c_header_stands_alone():
+    source = (
+        '#include "kimi_ops.h"\nint main(void) { kimi_topk_gate_params p = {0}; return p.top_k; }\n'
+    )
+    command = ["cc", "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"]
+    subprocess.run([*command, f"-I{ROOT}/csrc", "-xc", "-"], input=source, text=True, check=True)
