@@ -152,9 +152,10 @@ def _forward(
     mask = None if valid is None else valid.contiguous()
     weights, indices, counts = _outputs(logits, k)
     _native.call(
-        "topk_gate", logits.device, logits, bias, mask, weights, indices, counts, tokens,
-        logits.stride(0), experts, k, num_groups, topk_groups, group_score_topk,
-        renormalize, scaling_factor, _native.DTYPES[logits.dtype], SCORE_FUNCTIONS[score_function],
+        "topk_gate", logits, logits.data_ptr(), _native.address(bias), _native.address(mask),
+        weights.data_ptr(), indices.data_ptr(), counts.data_ptr(), tokens, logits.stride(0),
+        experts, k, num_groups, topk_groups, group_score_topk, renormalize, scaling_factor,
+        _native.DTYPES[logits.dtype], SCORE_FUNCTIONS[score_function],
     )  # fmt: skip
     return weights, indices, counts
 
@@ -188,11 +189,11 @@ def _backward_implementation(
     tokens, experts = logits.shape
     logits = _rows(logits)
     grad = _like_rows(grad_weights, logits)
+    grad_weights, indices = grad_weights.contiguous(), indices.contiguous()
     _native.call(
-        "topk_gate_backward", logits.device, grad_weights.contiguous(), logits,
-        indices.contiguous(), grad, tokens, logits.stride(0), experts,
-        indices.shape[1], renormalize, scaling_factor, _native.DTYPES[logits.dtype],
-        SCORE_FUNCTIONS[score_function],
+        "topk_gate_backward", logits, grad_weights.data_ptr(), logits.data_ptr(),
+        indices.data_ptr(), grad.data_ptr(), tokens, logits.stride(0), experts, indices.shape[1],
+        renormalize, scaling_factor, _native.DTYPES[logits.dtype], SCORE_FUNCTIONS[score_function],
     )  # fmt: skip
     return grad
 
