@@ -78,7 +78,7 @@ T reduce(const char* name, uint32_t mask, T value, Combine, Where where) {
 
 }  // namespace simt::detail
 
-// ---- barriers ---------------------------------------------------------------------------------
+// ---- barriers -----------------------------------------------------------------------------------
 
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   simt::detail::block_barrier("__syncthreads", 0, 0, false, where);
@@ -97,8 +97,7 @@ inline int __syncthreads_and(int predicate,
 }
 void __syncwarp(uint32_t mask = ~0u, std::source_location where = std::source_location::current());
 
-// ---- shuffles, votes, matches, reductions over the lanes of `mask`
-// ---------------------------------
+// ---- shuffles, votes, matches, reductions over the lanes of `mask` ------------------------------
 
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int source, int width = 32,
@@ -188,8 +187,7 @@ KIMI_SIMT_REDUCE(__reduce_or_sync, uint32_t, a | b)
 KIMI_SIMT_REDUCE(__reduce_xor_sync, uint32_t, a ^ b)
 #undef KIMI_SIMT_REDUCE
 
-// ---- atomics: relaxed, on 32- and 64-bit integers; the old value is returned
-// ------------------------
+// ---- atomics: relaxed, on 32- and 64-bit integers; the old value is returned --------------------
 
 namespace simt::detail {
 template <class T>
@@ -236,8 +234,7 @@ T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T>
 void __threadfence();
 inline void __threadfence_block() { __threadfence(); }
 
-// ---- bits
-// ------------------------------------------------------------------------------------------
+// ---- bits ---------------------------------------------------------------------------------------
 
 inline int __popc(uint32_t x) { return std::popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

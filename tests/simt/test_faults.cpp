@@ -19,8 +19,7 @@ bool contains(const std::string& text, const char* part) {
   return text.find(part) != std::string::npos;
 }
 
-// ---- a missing barrier gives a wrong result for some seeds
-// ------------------------------------------
+// ---- a missing barrier gives a wrong result for some seeds --------------------------------------
 
 enum Omission { kNothing, kAfterStore, kBeforeReuse, kWarpBarrier };
 
@@ -116,10 +115,9 @@ TEST(missing_warp_barrier_gives_a_wrong_result) {
   CHECK(wrong_seeds(reverse_warp_kernel, kWarpBarrier).size() == 40);
 }
 
-// ---- shared memory
 #endif
 
-// -----------------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
 __global__ void overflow_kernel(int dynamic_at, int static_at) {
   KIMI_SHARED(char, bytes);
@@ -160,8 +158,7 @@ TEST(overflow_of_shared_memory_by_one_byte) {
 #endif
 }
 
-// ---- barriers that not all threads reach
-// ------------------------------------------------------------------
+// ---- barriers that not all threads reach --------------------------------------------------------
 
 __global__ void early_exit_kernel() {
   if (threadIdx.x >= 40) return;
@@ -199,8 +196,7 @@ TEST(divergent_barriers) {
   }
 }
 
-// ---- warp operations
-// -------------------------------------------------------------------------------------------
+// ---- warp operations ----------------------------------------------------------------------------
 
 __global__ void exited_lane_kernel() {
   if (lane_id() == 9) return;
@@ -226,8 +222,7 @@ TEST(misused_warp_operations) {
   }
 }
 
-// ---- mbarrier
-// ------------------------------------------------------------------------------------------------
+// ---- mbarrier -----------------------------------------------------------------------------------
 
 enum Mistake { kRight, kWrongPhase, kOverArrival, kNotInitialised, kBytesMissing };
 
@@ -277,8 +272,7 @@ TEST(misused_mbarriers) {
   }
 }
 
-// ---- after a failed launch
-// --------------------------------------------------------------------------------------
+// ---- after a failed launch ----------------------------------------------------------------------
 
 __global__ void throwing_kernel(int* done) {
   struct Cleanup {

@@ -29,8 +29,7 @@ void for_each_seed(Body body) {
   }
 }
 
-// ---- warp operations
-// --------------------------------------------------------------------------------
+// ---- warp operations ----------------------------------------------------------------------------
 
 enum Operation {
   kIdx,
@@ -201,8 +200,7 @@ TEST(shuffles_carry_64_bits) {
     CHECK(out[lane] == 1.0 / (1 + (lane ^ 5)) + static_cast<double>(1ll << 40));
 }
 
-// ---- blocks
-// ------------------------------------------------------------------------------------------------------------------
+// ---- blocks -------------------------------------------------------------------------------------
 
 // Hillis-Steele inclusive scan, 3-dimensional block, and a static array beside the dynamic one.
 __global__ void scan_kernel(const int* in, int* out, int* odd) {
@@ -321,8 +319,7 @@ TEST(cooperative_launch_keeps_all_blocks_live) {
   });
 }
 
-// ---- mbarrier: a ring of three tiles between one producing and two consuming warps
-// ----------------------
+// ---- mbarrier: a ring of three tiles between one producing and two consuming warps --------------
 
 __global__ void ring_kernel(const int* in, int* out, int steps) {
   constexpr int kStages = 3;
@@ -372,8 +369,7 @@ TEST(mbarrier_ring_of_producer_and_consumers) {
   });
 }
 
-// ---- vectors, arithmetic, launches
-// ---------------------------------------------------------------------------
+// ---- vectors, arithmetic, launches --------------------------------------------------------------
 
 __global__ void copy_kernel(const uint32_t* in, uint32_t* out, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * 4;
