@@ -74,6 +74,15 @@ def test_train_reports_errors_without_a_traceback(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plot_that_cannot_be_drawn_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = runner.invoke(app, ["train", f"--out={tmp_path / 'run'}", "--plot"])
+    assert result.exit_code == 1 and "pip install matplotlib" in result.output
+    assert not (tmp_path / "run").exists()
+
+
 def test_demo_of_a_finished_run_shows_it_again(finished: Path):
     text = finished.parent / "text.txt"
     result = runner.invoke(app, ["demo", f"--out={finished}", f"--data={text}", "--no-progress"])

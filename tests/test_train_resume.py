@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,9 @@ def test_bad_text_leaves_no_run_behind(tmp_path: Path):
         run(tmp_path / "run", tmp_path / "absent")
     assert not (tmp_path / "run").exists()
     assert json.loads(json.dumps(TrainSettings().to_dict())) == TrainSettings().to_dict()
+
+
+def test_train_in_a_thread_of_its_own(tmp_path: Path, text: Path):
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run, tmp_path / "run", text, steps=2).result()
+    assert result.finished

@@ -114,13 +114,22 @@ def _train(
     """Run, then say how it ended."""
     from kimi_ops.train import CheckpointError
     from kimi_ops.train import train as run
+    from kimi_ops.train.plot import require_matplotlib
 
     typer.echo(engines_line())
     try:
+        if plot:
+            require_matplotlib()
         result = run(
             out, data=data, resume=resume, overrides=overrides, say=typer.echo, progress=progress
         )
-    except (ValueError, CheckpointError, FloatingPointError, OSError) as error:
+    except (
+        ValueError,
+        CheckpointError,
+        FloatingPointError,
+        OSError,
+        ImportError,
+    ) as error:
         raise _fail(error) from None
     typer.echo(f"checkpoint {result.checkpoint}\nmetrics    {result.metrics}")
     if plot:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,11 @@ class TrainResult:
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C breaks it
     off."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python handles signals only there
+        yield lambda: False
+        return
     asked = False
 
     def ask(number: int, frame: Any) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ _PLOTS: dict[str, Callable[[Any, Rows, float, float], None]] = {
 }
 
 
+def require_matplotlib() -> None:
+    """Raise an ImportError that says how to mend it; called before a long run, not after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "plot: expected matplotlib, which is not installed; pip install matplotlib, or train "
+            "without --plot"
+        )
+
+
 def plot_run(metrics: Path, out: Path, *, bigram: float, tau: float) -> list[Path]:
     """Draw a run's metrics as PNG files.
 
@@ -90,10 +100,13 @@ def plot_run(metrics: Path, out: Path, *, bigram: float, tau: float) -> list[Pat
     ------
     ValueError
         No metrics yet.
+    ImportError
+        matplotlib is not installed.
     """
     rows = read_metrics(metrics)
     if not rows:
         raise ValueError(f"plot: metrics: expected lines in {metrics}, found none; train first")
+    require_matplotlib()
     import matplotlib
 
     matplotlib.use("Agg")
