@@ -11,10 +11,10 @@ target_compile_options(kimi_build_flags INTERFACE
 target_compile_definitions(kimi_build_flags INTERFACE
   KIMI_OPS_VERSION="${PROJECT_VERSION}")
 if(KIMI_OPS_SANITIZE)
-  target_compile_options(kimi_build_flags INTERFACE
-    $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=${KIMI_OPS_SANITIZE} -fno-sanitize-recover=all
-    -fno-omit-frame-pointer>)
-  target_link_options(kimi_build_flags INTERFACE -fsanitize=${KIMI_OPS_SANITIZE})
+  add_compile_options($<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=${KIMI_OPS_SANITIZE}>
+    $<$<COMPILE_LANGUAGE:C,CXX>:-fno-sanitize-recover=all>
+    $<$<COMPILE_LANGUAGE:C,CXX>:-fno-omit-frame-pointer>)
+  add_link_options(-fsanitize=${KIMI_OPS_SANITIZE})
 endif()
 
 set(KIMI_ISA_SUFFIXES x86 avx2 avx512 amx)

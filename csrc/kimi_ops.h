@@ -13,7 +13,7 @@
  *     how to mend it. Arguments are checked before anything is launched or written.
  *   - Thread-safe: calls on different data may run at once; the error text is per thread.
  *
- * Shape letters: T tokens, E experts, K experts chosen a token (top-k), S tokens of one sequence.
+ * Shape letters: T tokens, E experts, K experts chosen a token (top-k), N sequences of S tokens.
  */
 #ifndef KIMI_OPS_H_
 #define KIMI_OPS_H_
@@ -27,25 +27,27 @@
 #define KIMI_API __attribute__((visibility("default")))
 #endif
 
+/* 32 bits, and in C++ any value is a valid object: a wrong one is refused, not undefined. */
+#if defined(__cplusplus)
+#define KIMI_ENUM(name) enum name : int32_t
+#else
+#define KIMI_ENUM(name) enum name
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-typedef enum kimi_status {
-  KIMI_OK = 0,
-  KIMI_INVALID_ARGUMENT = 1, /* a params field is wrong; nothing was written */
-  KIMI_UNSUPPORTED = 2,      /* no engine for this device or architecture in this build */
-  KIMI_CUDA_ERROR = 3,       /* the CUDA runtime refused */
-  KIMI_INTERNAL_ERROR = 4    /* out of memory, or a defect of this library */
+typedef KIMI_ENUM(kimi_status){
+    KIMI_OK = 0, KIMI_INVALID_ARGUMENT = 1, /* a params field is wrong; nothing was written */
+    KIMI_UNSUPPORTED = 2,   /* no engine for this device or architecture in this build */
+    KIMI_CUDA_ERROR = 3,    /* the CUDA runtime refused */
+    KIMI_INTERNAL_ERROR = 4 /* out of memory, or a defect of this library */
 } kimi_status;
 
-typedef enum kimi_device { KIMI_DEVICE_CPU = 0, KIMI_DEVICE_CUDA = 1 } kimi_device;
+typedef KIMI_ENUM(kimi_device){KIMI_DEVICE_CPU = 0, KIMI_DEVICE_CUDA = 1} kimi_device;
 
-typedef enum kimi_dtype {
-  KIMI_FLOAT32 = 0,
-  KIMI_BFLOAT16 = 1,
-  KIMI_FLOAT16 = 2
-} kimi_dtype;
+typedef KIMI_ENUM(kimi_dtype){KIMI_FLOAT32 = 0, KIMI_BFLOAT16 = 1, KIMI_FLOAT16 = 2} kimi_dtype;
 
 /* ---- the library ---------------------------------------------------------------------------- */
 
@@ -54,11 +56,10 @@ KIMI_API const char* kimi_last_error(void);
 
 /* CPU instruction sets, weakest first. The best one that this machine offers is taken; the
  * environment variable KIMI_OPS_ISA (portable | avx2 | avx512 | amx) or kimi_set_isa forces one. */
-typedef enum kimi_isa {
-  KIMI_ISA_PORTABLE = 0,
-  KIMI_ISA_AVX2 = 1,   /* AVX2, FMA, F16C */
-  KIMI_ISA_AVX512 = 2, /* AVX-512 F, BW, VL, DQ, CD */
-  KIMI_ISA_AMX = 3     /* AVX-512 with BF16, and AMX-TILE, AMX-BF16 granted by the kernel */
+typedef KIMI_ENUM(kimi_isa){
+    KIMI_ISA_PORTABLE = 0, KIMI_ISA_AVX2 = 1, /* AVX2, FMA, F16C */
+    KIMI_ISA_AVX512 = 2,                      /* AVX-512 F, BW, VL, DQ, CD */
+    KIMI_ISA_AMX = 3 /* AVX-512 with BF16, and AMX-TILE, AMX-BF16 granted by the kernel */
 } kimi_isa;
 
 KIMI_API kimi_isa kimi_detected_isa(void);
@@ -78,10 +79,9 @@ KIMI_API const char* kimi_cuda_architectures(void);
 
 /* ---- topk_gate: router scores, top-k selection, expert counts ------------------------------- */
 
-typedef enum kimi_score_function {
-  KIMI_SCORE_SIGMOID = 0,
-  KIMI_SCORE_SOFTMAX = 1,
-  KIMI_SCORE_SQRTSOFTPLUS = 2 /* sqrt(log(1 + exp(z))) */
+typedef KIMI_ENUM(kimi_score_function){
+    KIMI_SCORE_SIGMOID = 0, KIMI_SCORE_SOFTMAX = 1,
+    KIMI_SCORE_SQRTSOFTPLUS = 2 /* sqrt(log(1 + exp(z))) */
 } kimi_score_function;
 
 #define KIMI_TOPK_GATE_MAX_EXPERTS 1024
@@ -130,6 +130,98 @@ typedef struct kimi_topk_gate_backward_params {
 
 KIMI_API kimi_status kimi_topk_gate_backward(const kimi_topk_gate_backward_params* params,
                                              kimi_device device, void* stream);
+
+/* ---- balance: what keeps the experts' loads even and the logits small ------------------------- */
+/* csrc/balance/balance.h defines the mathematics. Losses are sums in a fixed order: the same bits on
+ * every device and for any number of threads. */
+
+typedef struct kimi_update_expert_bias_params {
+  float* bias;                   /* in, out [E] */
+  const void* tokens_per_expert; /* [E] int32_t, or int64_t where counts_are_int64 */
+  int64_t num_experts;           /* E */
+  float rate;
+  int32_t counts_are_int64; /* 0 or 1 */
+  int32_t centered;         /* 0: DeepSeek-V3's rule; 1: Moonlight's, without its mean */
+} kimi_update_expert_bias_params;
+
+KIMI_API kimi_status kimi_update_expert_bias(const kimi_update_expert_bias_params* params,
+                                             kimi_device device, void* stream);
+
+typedef struct kimi_sequence_balance_loss_params {
+  const void* logits;         /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+  const int32_t* indices;     /* [T, K] chosen experts; ids outside 0..E-1 count for none */
+  float* loss;                /* out [1] */
+  int32_t* tokens_per_expert; /* out [N, E], counts of each sequence; the backward reads them */
+  void* workspace;            /* kimi_sequence_balance_loss_workspace_bytes() */
+  int64_t num_tokens;         /* T = N * S, the tokens of a sequence side by side; below 2^31 */
+  int64_t num_sequences;      /* N, a divisor of T */
+  int64_t logits_stride;      /* in elements, usually E */
+  int32_t num_experts;        /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
+  int32_t top_k;              /* K, the width of indices */
+  float coefficient;
+  kimi_dtype logits_dtype;
+  kimi_score_function score_function;
+} kimi_sequence_balance_loss_params;
+
+/* Device bytes, 4-byte aligned, for sizes that the op accepts. */
+KIMI_API size_t kimi_sequence_balance_loss_workspace_bytes(int64_t num_tokens,
+                                                           int64_t num_sequences,
+                                                           int32_t num_experts);
+KIMI_API kimi_status kimi_sequence_balance_loss(const kimi_sequence_balance_loss_params* params,
+                                                kimi_device device, void* stream);
+
+typedef struct kimi_sequence_balance_loss_backward_params {
+  const float* grad_loss;           /* [1], read on the device */
+  const void* logits;               /* [T, E] logits_dtype, row stride logits_stride */
+  const int32_t* tokens_per_expert; /* [N, E] of the forward */
+  void* grad_logits;                /* out [T, E] dense, logits_dtype */
+  int64_t num_tokens;
+  int64_t num_sequences;
+  int64_t logits_stride;
+  int32_t num_experts;
+  int32_t top_k;
+  float coefficient;
+  kimi_dtype logits_dtype;
+  kimi_score_function score_function;
+} kimi_sequence_balance_loss_backward_params;
+
+KIMI_API kimi_status kimi_sequence_balance_loss_backward(
+    const kimi_sequence_balance_loss_backward_params* params, kimi_device device, void* stream);
+
+typedef struct kimi_z_loss_params {
+  const void* logits;    /* [T, E] logits_dtype, row stride logits_stride */
+  const uint8_t* valid;  /* [T] or NULL; 0 leaves the token out, its logits are not read */
+  float* loss;           /* out [1] */
+  float* log_sum_exp;    /* out [T], 0 for a token left out; the backward reads them */
+  int32_t* valid_tokens; /* out [1], how many tokens were not left out */
+  void* workspace;       /* kimi_z_loss_workspace_bytes() */
+  int64_t num_tokens;    /* T, below 2^31 */
+  int64_t logits_stride; /* in elements, usually E */
+  int32_t num_experts;   /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
+  float coefficient;
+  kimi_dtype logits_dtype;
+} kimi_z_loss_params;
+
+/* Device bytes, 4-byte aligned. */
+KIMI_API size_t kimi_z_loss_workspace_bytes(int64_t num_tokens);
+KIMI_API kimi_status kimi_z_loss(const kimi_z_loss_params* params, kimi_device device,
+                                 void* stream);
+
+typedef struct kimi_z_loss_backward_params {
+  const float* grad_loss;      /* [1], read on the device */
+  const void* logits;          /* [T, E] logits_dtype, row stride logits_stride */
+  const float* log_sum_exp;    /* [T] of the forward */
+  const int32_t* valid_tokens; /* [1] of the forward */
+  void* grad_logits;           /* out [T, E] dense, logits_dtype */
+  int64_t num_tokens;
+  int64_t logits_stride;
+  int32_t num_experts;
+  float coefficient;
+  kimi_dtype logits_dtype;
+} kimi_z_loss_backward_params;
+
+KIMI_API kimi_status kimi_z_loss_backward(const kimi_z_loss_backward_params* params,
+                                          kimi_device device, void* stream);
 
 #ifdef __cplusplus
 }
