@@ -41,6 +41,13 @@ struct CudaOps {
   static KIMI_HOST_DEVICE F scale_by_exponent_or_zero(bool keep, F p, F shifted) {
     return keep ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.0f;
   }
+  // x = significand(x) * 2^exponent(x) for normal positive x, the significand in [1, 2).
+  static KIMI_HOST_DEVICE F exponent(F a) {
+    return static_cast<float>(static_cast<int>(bits_of(a) >> 23) - 127);
+  }
+  static KIMI_HOST_DEVICE F significand(F a) {
+    return float_of((bits_of(a) & 0x007fffffu) | 0x3f800000u);
+  }
 };
 
 // What softmax needs to know of the whole row; nothing for the other score functions.

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The fp32 mathematics of the gate, written once for every engine.
+// The fp32 mathematics of the gate and its losses, written once for every engine.
 //
 // Every function is a template over an `Ops` class: F (a float or a vector of floats) with add,
 // sub, mul, fma, div, sqrt, each rounded once and never contracted, reciprocal (see below),
-// neg_abs, min_finite, is_nan, less, select, and scale_by_exponent_or_zero(c, p, m) = c ? 2^(low
-// bits of m) p : 0. All engines therefore agree bit for bit, the CUDA ones included: the selection
-// cannot depend on where it ran.
+// neg_abs, min_finite, is_nan, less, select, exponent, significand, and
+// scale_by_exponent_or_zero(c, p, m) = c ? 2^(low bits of m) p : 0. All engines therefore agree bit
+// for bit, the CUDA ones included: the selection cannot depend on where it ran.
 //
 //   exp(x), x <= 0:  n = round(x log2 e), r = x - n ln 2, exp(x) = 2^n p(r); 0 below -87
 //                    p: degree 6, relative error 0.05 ulp before rounding; ln 2 in one part adds
@@ -51,6 +51,13 @@ KIMI_HOST_DEVICE F log1p_unit(F x) {
   g = O::fma(g, u, O::set(0.3333321f));
   const F twice = O::add(t, t);
   return O::fma(O::mul(twice, u), g, twice);
+}
+
+// log(x) for x in [1, 2^24]: exponent ln 2 + log1p(significand - 1), within 1 ulp.
+template <class O, class F = typename O::F>
+KIMI_HOST_DEVICE F log_at_least_one(F x) {
+  const F fraction = log1p_unit<O>(O::sub(O::significand(x), O::set(1.0f)));
+  return O::fma(O::exponent(x), O::set(0x1.62e43p-1f), fraction);
 }
 
 // A NaN logit counts as -inf, +inf as the largest finite number.
