@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-# CUDA compilation: `_sm90.cu` for sm_90a, every other `.cu` for sm_80 with PTX for later chips.
+# CUDA compilation: `_sm90.cu` for sm_90a, every other `.cu` for sm_80 with its PTX, which the driver
+# compiles for later chips.
 # The runtime is linked statically and the driver never, so the library loads without either.
 if(NOT KIMI_OPS_CUDA MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "KIMI_OPS_CUDA: expected auto, on or off, got '${KIMI_OPS_CUDA}'")
@@ -23,7 +24,11 @@ set(KIMI_OPS_CUDA_ARCHITECTURES "")
 if(kimi_has_cuda)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   set(CMAKE_CUDA_STANDARD 20)
-  set(KIMI_OPS_CUDA_ARCHITECTURES "sm_80 sm_90a")
+  file(GLOB kimi_hopper_files CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*_sm90.cu)
+  set(KIMI_OPS_CUDA_ARCHITECTURES "sm_80")
+  if(kimi_hopper_files)
+    string(APPEND KIMI_OPS_CUDA_ARCHITECTURES " sm_90a")
+  endif()
   set(KIMI_OPS_CUDA_SUMMARY
       "${KIMI_OPS_CUDA_ARCHITECTURES} (nvcc ${CMAKE_CUDA_COMPILER_VERSION})")
   target_compile_definitions(kimi_build_flags INTERFACE KIMI_OPS_CUDA)

@@ -33,10 +33,11 @@ struct Avx512 {
     const I exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
     return _mm512_castsi512_ps(_mm512_maskz_add_epi32(keep, _mm512_castps_si512(p), exponent));
   }
-  static F reciprocal(F d) {  // 14 bits, 28 bits, exact (see reciprocal_by_division)
+  static F reciprocal(F d) {  // 14 bits, 28 bits, exact
     const F one = set(1.0f), first = _mm512_rcp14_ps(d);
     const F second = fma(first, _mm512_fnmadd_ps(d, first, one), first);
-    return fma(second, _mm512_fnmadd_ps(d, second, one), second);
+    const F third = fma(second, _mm512_fnmadd_ps(d, second, one), second);
+    return select(less(set(0x1.fffffcp0f), d), set(0.5f), third);
   }
   static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 

@@ -34,8 +34,9 @@ KIMI_HOST_DEVICE F exp_nonpositive(F x) {
   return O::scale_by_exponent_or_zero(O::less(O::set(-87.0f), x), p, shifted);
 }
 
-// 1 / d for d in [1, 2], correctly rounded but for d = 2 - 2^-23, where it is 1/2: so two Newton
-// steps from any good estimate come out, and an engine may take either way.
+// 1 / d for d in [1, 2], correctly rounded but for d = 2 - 2^-23, where it is 1/2. For that d alone
+// two Newton steps end on either side of the tie, as their first estimate goes; with it fixed an
+// engine may divide or iterate.
 template <class O, class F = typename O::F>
 KIMI_HOST_DEVICE F reciprocal_by_division(F d) {
   return O::select(O::less(O::set(0x1.fffffcp0f), d), O::set(0.5f), O::div(O::set(1.0f), d));
