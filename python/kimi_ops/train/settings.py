@@ -41,17 +41,17 @@ class TrainSettings:
     """
 
     preset: str = "mini"
-    steps: int = 300
+    steps: int = 350
     sequences: int = 16
     window: int = 256
     accumulate: int = 1
-    lr: float = 4e-3
+    lr: float = 0.012
     weight_decay: float = 0.1
     warmup: float = 0.05
     decay: float = 0.3
     ns_dtype: str = "float32"
     tau: float = 100.0
-    bias_rate: float = 0.01
+    bias_rate: float = 0.02
     clip_norm: float = 1.0
     validate_every: int = 50
     validation_sequences: int = 64
