@@ -131,9 +131,10 @@ typedef struct kimi_topk_gate_backward_params {
 KIMI_API kimi_status kimi_topk_gate_backward(const kimi_topk_gate_backward_params* params,
                                              kimi_device device, void* stream);
 
-/* ---- balance: what keeps the experts' loads even and the logits small ------------------------- */
-/* csrc/balance/balance.h defines the mathematics. Losses are sums in a fixed order: the same bits on
- * every device and for any number of threads. */
+/* ---- balance: what keeps the experts' loads even and the logits small ----------------------- */
+
+/* csrc/balance/balance.h defines the mathematics. Losses are sums in a fixed order: the same bits
+ * on every device and for any number of threads. */
 
 typedef struct kimi_update_expert_bias_params {
   float* bias;                   /* in, out [E] */

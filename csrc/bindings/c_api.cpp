@@ -4,6 +4,7 @@
 #include <exception>
 #include <string>
 
+#include "balance/balance.h"
 #include "common/status.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
@@ -59,6 +60,7 @@ const char* kimi_isa_name(kimi_isa isa) { return kimi::cpu::isa_name(isa); }
 
 const char* kimi_cpu_engine(const char* op) {
   if (op && std::strcmp(op, "topk_gate") == 0) return kimi_isa_name(kimi::topk_gate_isa());
+  if (op && std::strcmp(op, "balance") == 0) return kimi_isa_name(kimi::balance_isa());
   return nullptr;
 }
 
@@ -79,6 +81,36 @@ kimi_status kimi_topk_gate(const kimi_topk_gate_params* params, kimi_device devi
 kimi_status kimi_topk_gate_backward(const kimi_topk_gate_backward_params* params,
                                     kimi_device device, void* stream) {
   return call("topk_gate_backward", kimi::topk_gate_backward, params, device, stream);
+}
+
+kimi_status kimi_update_expert_bias(const kimi_update_expert_bias_params* params,
+                                    kimi_device device, void* stream) {
+  return call("update_expert_bias", kimi::update_expert_bias, params, device, stream);
+}
+
+size_t kimi_sequence_balance_loss_workspace_bytes(int64_t num_tokens, int64_t num_sequences,
+                                                  int32_t num_experts) {
+  return kimi::balance::loss_workspace_bytes(num_tokens, num_sequences, num_experts);
+}
+kimi_status kimi_sequence_balance_loss(const kimi_sequence_balance_loss_params* params,
+                                       kimi_device device, void* stream) {
+  return call("sequence_balance_loss", kimi::sequence_balance_loss, params, device, stream);
+}
+kimi_status kimi_sequence_balance_loss_backward(
+    const kimi_sequence_balance_loss_backward_params* params, kimi_device device, void* stream) {
+  return call("sequence_balance_loss_backward", kimi::sequence_balance_loss_backward, params,
+              device, stream);
+}
+
+size_t kimi_z_loss_workspace_bytes(int64_t num_tokens) {
+  return kimi::balance::z_workspace_bytes(num_tokens);
+}
+kimi_status kimi_z_loss(const kimi_z_loss_params* params, kimi_device device, void* stream) {
+  return call("z_loss", kimi::z_loss, params, device, stream);
+}
+kimi_status kimi_z_loss_backward(const kimi_z_loss_backward_params* params, kimi_device device,
+                                 void* stream) {
+  return call("z_loss_backward", kimi::z_loss_backward, params, device, stream);
 }
 
 }  // extern "C"

@@ -83,6 +83,95 @@ void topk_gate_backward(Address grad_weights, Address logits, Address indices, A
   call(kimi_topk_gate_backward, p, device, stream);
 }
 
+void update_expert_bias(Address bias, Address tokens_per_expert, int64_t num_experts, float rate,
+                        bool counts_are_int64, bool centered, int device, Address stream) {
+  kimi_update_expert_bias_params p = {};
+  p.bias = pointer<float>(bias);
+  p.tokens_per_expert = pointer<const void>(tokens_per_expert);
+  p.num_experts = num_experts;
+  p.rate = rate;
+  p.counts_are_int64 = counts_are_int64;
+  p.centered = centered;
+  call(kimi_update_expert_bias, p, device, stream);
+}
+
+void sequence_balance_loss(Address logits, Address indices, Address loss, Address tokens_per_expert,
+                           Address workspace, int64_t num_tokens, int64_t num_sequences,
+                           int64_t logits_stride, int num_experts, int top_k, float coefficient,
+                           int dtype, int score_function, int device, Address stream) {
+  kimi_sequence_balance_loss_params p = {};
+  p.logits = pointer<const void>(logits);
+  p.indices = pointer<const int32_t>(indices);
+  p.loss = pointer<float>(loss);
+  p.tokens_per_expert = pointer<int32_t>(tokens_per_expert);
+  p.workspace = pointer<void>(workspace);
+  p.num_tokens = num_tokens;
+  p.num_sequences = num_sequences;
+  p.logits_stride = logits_stride;
+  p.num_experts = num_experts;
+  p.top_k = top_k;
+  p.coefficient = coefficient;
+  p.logits_dtype = kimi_dtype(dtype);
+  p.score_function = kimi_score_function(score_function);
+  call(kimi_sequence_balance_loss, p, device, stream);
+}
+
+void sequence_balance_loss_backward(Address grad_loss, Address logits, Address tokens_per_expert,
+                                    Address grad_logits, int64_t num_tokens, int64_t num_sequences,
+                                    int64_t logits_stride, int num_experts, int top_k,
+                                    float coefficient, int dtype, int score_function, int device,
+                                    Address stream) {
+  kimi_sequence_balance_loss_backward_params p = {};
+  p.grad_loss = pointer<const float>(grad_loss);
+  p.logits = pointer<const void>(logits);
+  p.tokens_per_expert = pointer<const int32_t>(tokens_per_expert);
+  p.grad_logits = pointer<void>(grad_logits);
+  p.num_tokens = num_tokens;
+  p.num_sequences = num_sequences;
+  p.logits_stride = logits_stride;
+  p.num_experts = num_experts;
+  p.top_k = top_k;
+  p.coefficient = coefficient;
+  p.logits_dtype = kimi_dtype(dtype);
+  p.score_function = kimi_score_function(score_function);
+  call(kimi_sequence_balance_loss_backward, p, device, stream);
+}
+
+void z_loss(Address logits, Address valid, Address loss, Address log_sum_exp, Address valid_tokens,
+            Address workspace, int64_t num_tokens, int64_t logits_stride, int num_experts,
+            float coefficient, int dtype, int device, Address stream) {
+  kimi_z_loss_params p = {};
+  p.logits = pointer<const void>(logits);
+  p.valid = pointer<const uint8_t>(valid);
+  p.loss = pointer<float>(loss);
+  p.log_sum_exp = pointer<float>(log_sum_exp);
+  p.valid_tokens = pointer<int32_t>(valid_tokens);
+  p.workspace = pointer<void>(workspace);
+  p.num_tokens = num_tokens;
+  p.logits_stride = logits_stride;
+  p.num_experts = num_experts;
+  p.coefficient = coefficient;
+  p.logits_dtype = kimi_dtype(dtype);
+  call(kimi_z_loss, p, device, stream);
+}
+
+void z_loss_backward(Address grad_loss, Address logits, Address log_sum_exp, Address valid_tokens,
+                     Address grad_logits, int64_t num_tokens, int64_t logits_stride,
+                     int num_experts, float coefficient, int dtype, int device, Address stream) {
+  kimi_z_loss_backward_params p = {};
+  p.grad_loss = pointer<const float>(grad_loss);
+  p.logits = pointer<const void>(logits);
+  p.log_sum_exp = pointer<const float>(log_sum_exp);
+  p.valid_tokens = pointer<const int32_t>(valid_tokens);
+  p.grad_logits = pointer<void>(grad_logits);
+  p.num_tokens = num_tokens;
+  p.logits_stride = logits_stride;
+  p.num_experts = num_experts;
+  p.coefficient = coefficient;
+  p.logits_dtype = kimi_dtype(dtype);
+  call(kimi_z_loss_backward, p, device, stream);
+}
+
 kimi_isa isa_from_name(const std::string& name) {
   for (int isa = KIMI_ISA_PORTABLE; isa <= KIMI_ISA_AMX; ++isa)
     if (name == kimi_isa_name(kimi_isa(isa))) return kimi_isa(isa);
@@ -104,4 +193,11 @@ PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
   m.def("cuda_architectures", &kimi_cuda_architectures);
   m.def("topk_gate", &topk_gate);
   m.def("topk_gate_backward", &topk_gate_backward);
+  m.def("update_expert_bias", &update_expert_bias);
+  m.def("sequence_balance_loss", &sequence_balance_loss);
+  m.def("sequence_balance_loss_backward", &sequence_balance_loss_backward);
+  m.def("sequence_balance_loss_workspace_bytes", &kimi_sequence_balance_loss_workspace_bytes);
+  m.def("z_loss", &z_loss);
+  m.def("z_loss_backward", &z_loss_backward);
+  m.def("z_loss_workspace_bytes", &kimi_z_loss_workspace_bytes);
 }

@@ -32,7 +32,7 @@ def sequence_balance_loss(
     share = s / (s.sum(dim=-1, keepdim=True) + EPSILON)
     mean_share = share.mean(dim=1)  # P [num_sequences, E]
     ids = indices.view(num_sequences, length * k).long()
-    ids = ids.masked_fill(ids < 0, experts)
+    ids = ids.masked_fill((ids < 0) | (ids >= experts), experts)
     load = torch.zeros(num_sequences, experts + 1, dtype=torch.int32, device=logits.device)
     load = load.scatter_add(1, ids, torch.ones_like(ids, dtype=torch.int32))[:, :experts]
     frequency = load.to(share.dtype) * (experts / (k * length))  # f [num_sequences, E]
@@ -40,7 +40,11 @@ def sequence_balance_loss(
 
 
 def z_loss(logits: Tensor, coefficient: float = 1e-3, valid: Tensor | None = None) -> Tensor:
-    square = _wide(logits).logsumexp(dim=-1).square()
+    z = _wide(logits)
+    z = z.masked_fill(z.isnan(), -torch.inf).clamp(max=torch.finfo(z.dtype).max)
+    empty = z.isneginf().all(dim=-1)  # nothing to sum: the loss is inf, the gradient 0
+    lse = z.masked_fill(empty[:, None], 0.0).logsumexp(dim=-1)
+    square = lse.square().masked_fill(empty, torch.inf)
     if valid is None:
         return coefficient * square.sum() / max(logits.shape[0], 1)
     keep = valid.bool()
