@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The command line: what it prints, how it fails."""
 
+import shlex
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,66 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_training(
     result = runner.invoke(app, ["train", f"--out={tmp_path / 'run'}", "--plot"])
     assert result.exit_code == 1 and "pip install matplotlib" in result.output
     assert not (tmp_path / "run").exists()
+
+
+def stop_after(steps: int):
+    """A stand-in for stop_on_signal: a signal arrives while step `steps` runs."""
+
+    @contextmanager
+    def stopped():
+        calls = iter(range(10**6))
+        yield lambda: next(calls) >= steps
+
+    return stopped
+
+
+def test_the_printed_command_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("some text.txt").write_text("def function(argument):\n    return argument\n\n" * 200)
+    options = ["--preset=tiny", "--window=32", "--sequences=4", "--steps=6", "--no-progress"]
+    with monkeypatch.context() as patch:
+        patch.setattr("kimi_ops.train.loop.stop_on_signal", stop_after(2))
+        result = runner.invoke(app, ["train", "--out=my run", "--data=some text.txt", *options])
+    assert result.exit_code == 130, result.output
+    line = result.output.strip().splitlines()[-1]
+    assert line.startswith("stopped after step 2; go on with: kimi-ops train ")
+    again = runner.invoke(app, shlex.split(line.split("kimi-ops ")[1]))
+    assert again.exit_code == 0 and "after step 2 of 6" in again.output, again.output
+
+
+def test_a_second_ctrl_c_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken_off(self, batch, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kimi_ops.train.trainer.Trainer.step", broken_off)
+    arguments = ["train", f"--out={tmp_path / 'run'}", "--preset=tiny", "--window=32"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 130
+    assert "broken off without saving; there is no checkpoint yet" in result.output
+
+
+def test_wrong_inputs_are_errors_in_one_line(finished: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_text("[]")
+    cases = [
+        (["generate", str(tmp_path)], "expected a dict, got list"),
+        (["generate", str(finished), f"--seed={2**64}"], "generate: seed: expected 0 to 2"),
+        (["train", f"--out={tmp_path / 'run'}", f"--seed={2**64}"], "train: seed: expected"),
+        # the folder is looked at before the text is
+        (["train", f"--out={tmp_path / 'config.json'}", "--data=absent"], "expected a folder, got"),
+    ]
+    for arguments, message in cases:
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit), arguments
+        assert message in result.output and result.output.count("\n") <= 2, result.output
+
+
+def test_a_plot_that_fails_is_an_error(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kimi_ops.train.plot.plot_run", full)
+    result = runner.invoke(app, ["train", f"--out={finished}", "--resume", "--plot"])
+    assert result.exit_code == 1 and "error: [Errno 28] No space left" in result.output
 
 
 def test_demo_of_a_finished_run_shows_it_again(finished: Path):

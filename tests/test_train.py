@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The parts of a training run: text, baseline, schedule, settings, metrics, plots."""
 
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from kimi_ops.train import DataError, TrainSettings
-from kimi_ops.train.bigram import bigram_loss
+from kimi_ops.train.bigram import bigram_counts, bigram_loss
 from kimi_ops.train.data import list_files, load_corpus, training_batch, validation_set
 from kimi_ops.train.metrics import MetricsWriter, read_metrics
 from kimi_ops.train.plot import plot_run
@@ -57,6 +58,21 @@ def test_one_file_is_split_by_position(tmp_path: Path):
     corpus = load_corpus(tmp_path / "one.bin", window=16)
     assert bytes(corpus.train[:-1]) + bytes(corpus.validation[:-1]) == text
     assert 0.04 < len(corpus.validation) / len(text) < 0.06
+
+
+def test_a_few_unequal_files_are_split_by_position(tmp_path: Path):
+    """By content, whole files would go to one side: here most bytes would validate."""
+    for size in (6_000, 300_000):
+        for seed in range(40):  # some content whose hash makes the large file validate
+            text = bytes(np.random.default_rng(seed).integers(1, 256, size, dtype=np.uint8))
+            low = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < 0.05 * 2**64
+            if low == (size > 6_000):
+                break
+        assert low == (size > 6_000)
+        (tmp_path / f"{size}.bin").write_bytes(text)
+    corpus = load_corpus(tmp_path, window=16)
+    assert len(corpus.validation) / (len(corpus.train) + len(corpus.validation)) < 0.06
+    assert len(corpus.train) > 250_000 and Path(corpus.source).is_absolute()
 
 
 def test_unusable_text_is_a_clear_error(tmp_path: Path):
@@ -126,6 +142,15 @@ def test_bigram_counts_no_transition_across_the_ends():
     assert bigram_loss(train, only_ab) == pytest.approx(expected)
 
 
+def test_bigram_counts_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    data = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8)
+    expected = np.zeros((256, 256), dtype=np.int64)
+    np.add.at(expected, (data[:-1], data[1:]), 1)
+    for chunk in (1, 7, 998, 999, 1000, 5000):
+        monkeypatch.setattr("kimi_ops.train.bigram._CHUNK", chunk)
+        assert np.array_equal(bigram_counts(data), expected)
+
+
 def test_schedule():
     values = [warmup_stable_decay(s, 100, warmup=10, decay=30, floor=0.1) for s in range(100)]
     assert values[0] == 0.1 and values[9] == 1.0 and set(values[10:71]) == {1.0}
@@ -138,7 +163,15 @@ def test_schedule():
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"lr": 0.0}, {"lr": math.inf}, {"warmup": 0.9}, {"preset": "k2"}, {"seed": -1}],
+    [
+        {"steps": 0},
+        {"lr": 0.0},
+        {"lr": math.inf},
+        {"warmup": 0.9},
+        {"preset": "k2"},
+        {"seed": -1},
+        {"seed": 2**63},
+    ],
 )
 def test_bad_settings(change: dict):
     with pytest.raises(ValueError, match=f"train: {next(iter(change))}: expected"):
@@ -205,6 +238,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         trainer.step(torch.ones(4, 33, dtype=torch.int64), 0)
     assert torch.equal(trainer.model.model.embed_tokens.weight, before)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update():
+    trainer = Trainer(TrainSettings(**TINY))
+    weight = trainer.model.lm_head.weight
+
+    def overflow(grad: torch.Tensor) -> torch.Tensor:
+        return grad.index_fill(0, torch.tensor([3]), math.inf)
+
+    weight.register_hook(overflow)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="got a gradient of norm inf at lm_head.weight"):
+        trainer.step(torch.ones(4, 33, dtype=torch.int64), 0)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert weight.grad is None and not trainer.optimizer.state
 
 
 def test_plots(tmp_path: Path):

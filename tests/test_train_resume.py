@@ -13,11 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.train import CheckpointError, DataError, TrainSettings, train
-from kimi_ops.train.checkpoint import find_checkpoint, read_state, save_checkpoint
+from kimi_ops.train.checkpoint import (
+    find_checkpoint,
+    load_optimizer,
+    read_state,
+    save_checkpoint,
+)
 from kimi_ops.train.metrics import read_metrics
 from kimi_ops.train.trainer import Trainer
 
@@ -202,10 +207,102 @@ def test_a_damaged_checkpoint_is_a_clear_error(tmp_path: Path, text: Path, name:
         run(tmp_path / "run", text, resume=True)
 
 
+def test_resuming_from_an_older_checkpoint_stays_in_the_run(tmp_path: Path, text: Path):
+    """What the message about a damaged checkpoint advises."""
+    first = run(tmp_path / "run", text, steps=8)
+    whole = load((first.checkpoint / "model.safetensors").read_bytes())
+    (first.checkpoint / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="step_000008.*another step_.* folder: give it as"):
+        run(tmp_path / "run", text, resume=True)
+    older = tmp_path / "run" / "step_000004"
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        run(older, text)
+    again = run(older, text, resume=True)
+    assert again.checkpoint == first.checkpoint and again.metrics == first.metrics
+    assert find_checkpoint(tmp_path / "run") == first.checkpoint
+    trained = load_file(again.checkpoint / "model.safetensors")
+    assert all(torch.equal(trained[name], whole[name]) for name in whole)
+    assert [row["step"] for row in read_metrics(first.metrics)] == list(range(1, 9))
+    assert not (older / "latest.json").exists() and not (older / "metrics.jsonl").exists()
+
+
+def test_a_checkpoint_is_found_from_inside_itself(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = run(tmp_path / "run", text, steps=4).checkpoint
+    monkeypatch.chdir(folder)
+    assert run(Path("."), text, resume=True).checkpoint == folder
+
+
+def test_a_full_disk_under_the_metrics_keeps_the_steps(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write, lines = os.write, []
+
+    def fill(descriptor: int, content: bytes) -> int:
+        lines.append(content)
+        if len(lines) == 7:
+            return write(descriptor, bytes(content)[:9])
+        if len(lines) == 8:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, content)
+
+    monkeypatch.setattr(os, "write", fill)
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl.*No space.*step_000007 was saved"):
+        run(tmp_path / "run", text, steps=8)
+    monkeypatch.undo()
+    assert read_state(find_checkpoint(tmp_path / "run"))["step"] == 7
+    content = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert content.count("\n") == 6 and content.endswith("}\n")
+    again, whole = run(tmp_path / "run", text, resume=True), run(tmp_path / "b", text, steps=8)
+    assert same_state(again.checkpoint, whole.checkpoint)
+
+
+def test_a_full_disk_at_the_start_of_a_run(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kimi_ops.train.metrics.replace_file", full)
+    with pytest.raises(CheckpointError, match="train: --out: .*No space left"):
+        run(tmp_path / "run", text)
+
+
+def test_ctrl_c_during_a_save_leaves_nothing_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = Trainer(TrainSettings(**TINY))
+    left = tmp_path / ".step_000003.tmp"  # by a kill
+    left.mkdir()
+
+    def broken_off(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kimi_ops.train.checkpoint._sync", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, trainer.model, trainer.optimizer, {"step": 9}, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loaded_optimizer_does_not_live_in_the_file(tmp_path: Path, text: Path):
+    result = run(tmp_path / "run", text, steps=4)
+    trainer = Trainer(TrainSettings(**TINY))
+    load_optimizer(result.checkpoint, read_state(result.checkpoint), trainer.optimizer)
+    file = result.checkpoint / "optimizer.safetensors"
+    before = [v.clone() for s in trainer.optimizer.state.values() for v in s.values()]
+    with open(file, "r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    after = [v for s in trainer.optimizer.state.values() for v in s.values()]
+    assert len(before) > 10
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
 def test_what_a_resumed_run_may_not_change(tmp_path: Path, text: Path):
     run(tmp_path / "run", text, steps=4)
     with pytest.raises(CheckpointError, match="already holds a run"):
         run(tmp_path / "run", text)
+    assert train(tmp_path / "run", resume=True, overrides={"threads": 0}, progress=False).finished
     with pytest.raises(ValueError, match="train: lr: the run was started with"):
         train(tmp_path / "run", data=text, resume=True, overrides={"lr": 1.0}, progress=False)
     with pytest.raises(CheckpointError, match="train first"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-kInterrupted = 130  # exit status of a program that Ctrl-C ended
+INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
 
 
 def engines_line() -> str:
@@ -57,7 +58,11 @@ def info(
 
 Out = Annotated[Path, typer.Option(help="Folder of the run.")]
 Data = Annotated[
-    Path | None, typer.Option(help="Text: a file or a folder. Default: Python's standard library.")
+    Path | None,
+    typer.Option(
+        help="Text: a file or a folder. Default: what a resumed run read, else Python's standard "
+        "library."
+    ),
 ]
 
 
@@ -114,6 +119,7 @@ def _train(
     """Run, then say how it ended."""
     from kimi_ops.train import CheckpointError
     from kimi_ops.train import train as run
+    from kimi_ops.train.checkpoint import find_checkpoint
     from kimi_ops.train.plot import require_matplotlib
 
     typer.echo(engines_line())
@@ -131,24 +137,39 @@ def _train(
         ImportError,
     ) as error:
         raise _fail(error) from None
+    except KeyboardInterrupt:  # the second one: the first lets the run end by itself
+        try:
+            left = f"go on with: {_again(find_checkpoint(out).parent)}"
+        except CheckpointError:
+            left = "there is no checkpoint yet"
+        typer.echo(f"broken off without saving; {left}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     typer.echo(f"checkpoint {result.checkpoint}\nmetrics    {result.metrics}")
     if plot:
-        for path in _plots(out, result.metrics, result.bigram_loss):
+        try:
+            paths = _plots(result.checkpoint, result.metrics, result.bigram_loss)
+        except (ValueError, CheckpointError, OSError, ImportError) as error:
+            raise _fail(error) from None
+        for path in paths:
             typer.echo(f"plot       {path}")
     if not result.finished:
-        typer.echo(
-            f"stopped after step {result.step}; go on with: kimi-ops train --out {out} --resume"
-        )
-        raise typer.Exit(kInterrupted)
+        again = _again(result.metrics.parent)
+        typer.echo(f"stopped after step {result.step}; go on with: {again}")
+        raise typer.Exit(INTERRUPTED)
     typer.echo(_table(result.validation_loss, result.bigram_loss))
 
 
-def _plots(out: Path, metrics: Path, bigram: float) -> list[Path]:
-    from kimi_ops.train.checkpoint import find_checkpoint, read_state
+def _again(run: Path) -> str:
+    """The command that resumes a run; it needs no other option."""
+    return f"kimi-ops train --out {shlex.quote(str(run))} --resume"
+
+
+def _plots(checkpoint: Path, metrics: Path, bigram: float) -> list[Path]:
+    from kimi_ops.train.checkpoint import read_state
     from kimi_ops.train.plot import plot_run
 
-    tau = read_state(find_checkpoint(out))["settings"]["tau"]
-    return plot_run(metrics, out, bigram=bigram, tau=tau)
+    tau = read_state(checkpoint)["settings"]["tau"]
+    return plot_run(metrics, metrics.parent, bigram=bigram, tau=tau)
 
 
 def _table(validation: float | None, bigram: float) -> str:
@@ -185,7 +206,7 @@ def generate(
             top_p=top_p,
             seed=seed,
         )
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, TypeError, OSError, CheckpointError) as error:
         raise _fail(error) from None
     typer.echo(text)
 
@@ -226,7 +247,7 @@ def demo(
             top_p=0.95,
             seed=0,
         )
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, TypeError, OSError, CheckpointError) as error:
         raise _fail(error) from None
     typer.echo(f"\na sample, temperature 0.7:\n\n{text}")
     typer.echo(f"\nmore: kimi-ops generate {out} --prompt 'class ' --temperature 0.5")

@@ -6,13 +6,18 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+_CHUNK = 1 << 20  # transitions counted at once: a pair takes 8 bytes while it is counted
 _SMOOTHING = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 
 def bigram_counts(data: np.ndarray) -> np.ndarray:
     """How often byte b follows byte a, [256, 256] int64."""
-    pairs = data[:-1].astype(np.int64) * 256 + data[1:]
-    return np.bincount(pairs, minlength=256 * 256).reshape(256, 256)
+    counts = np.zeros(256 * 256, dtype=np.int64)
+    for start in range(0, len(data) - 1, _CHUNK):
+        piece = data[start : start + _CHUNK + 1]  # the last byte of one is the first of the next
+        pairs = piece[:-1].astype(np.int64) * 256 + piece[1:]
+        counts += np.bincount(pairs, minlength=256 * 256)
+    return counts.reshape(256, 256)
 
 
 def bigram_loss(train: np.ndarray, sequences: Tensor) -> float:

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kimi_ops.models.kimi_k2 import KimiK2
@@ -31,6 +30,7 @@ from kimi_ops.models.kimi_k2 import KimiK2
 _LATEST = "latest.json"
 _STATE = "training.json"
 _OPTIMIZER = "optimizer.safetensors"
+_OTHER = "resume from another step_* folder: give it as --out"
 
 
 class CheckpointError(RuntimeError):
@@ -64,8 +64,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    with open(path, "rb") as file:  # read in pieces: a checkpoint may be larger than memory
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
 
 
 def split_optimizer_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -103,11 +104,13 @@ def save_checkpoint(
     temporary = run / f".{target.name}.tmp"
     try:
         run.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+        for left_by_a_kill in run.glob(".step_*.tmp"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
         temporary.mkdir()
         model.save_pretrained(temporary)
         tensors, groups = split_optimizer_state(optimizer.state_dict())
-        _write(temporary / _OPTIMIZER, save_tensors(tensors))
+        save_file(tensors, temporary / _OPTIMIZER)
+        _sync(temporary / _OPTIMIZER)
         files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
         content = json.dumps({**state, "optimizer_groups": groups, "files": files}, indent=1)
         _write(temporary / _STATE, content.encode())
@@ -116,12 +119,15 @@ def save_checkpoint(
         os.replace(temporary, target)
         _sync(run)
         set_latest(run, target)
-    except Exception as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         previous = _latest_name(run)
         left = f"{run / previous} is intact" if previous else "there is no earlier checkpoint"
         raise CheckpointError(
-            f"train: checkpoint: cannot write {target}: {error}; {left}"
+            f"train: checkpoint: cannot write {target}: {error}; {left}; free space or make the "
+            "folder writable, then resume"
         ) from error
     _prune(run, target.name, keep)
     return target
@@ -145,6 +151,11 @@ def set_latest(run: Path, checkpoint: Path) -> None:
     replace_file(run / _LATEST, json.dumps({"checkpoint": checkpoint.name}).encode())
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a checkpoint itself, and not the folder of a run."""
+    return (path / _STATE).is_file()
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the latest of a run folder.
 
@@ -153,14 +164,13 @@ def find_checkpoint(path: Path) -> Path:
     CheckpointError
         Neither is there.
     """
-    if (path / _STATE).is_file():
-        return path
+    if is_checkpoint(path):
+        return path if path.name not in ("", "..") else path.resolve()
     name = _latest_name(path)
     if name is None:
         raise CheckpointError(
-            f"train: checkpoint: expected a run or a checkpoint folder, {path} has no {_LATEST} "
-            f"or {_STATE}; "
-            "train first, or give the folder that --out named"
+            f"train: checkpoint: expected a run or a checkpoint folder, got {path} without "
+            f"{_LATEST} or {_STATE}; train first, or give the folder that --out named"
         )
     return path / name
 
@@ -179,25 +189,26 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         step = int(state["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"train: checkpoint: cannot read {checkpoint / _STATE}: {error}"
+            f"train: checkpoint: cannot read {checkpoint / _STATE}: {error}; {_OTHER}"
         ) from error
     if step < 0 or _OPTIMIZER not in files:
-        raise CheckpointError(f"train: checkpoint: {checkpoint / _STATE} is not of a training run")
+        raise CheckpointError(
+            f"train: checkpoint: expected the state of a training run, got {checkpoint / _STATE}; "
+            f"{_OTHER}"
+        )
     for name, written in files.items():
         try:
             found = _digest(checkpoint / name)
         except OSError as error:
             raise CheckpointError(
-                f"train: checkpoint: cannot read {checkpoint / name}: {error.strerror}; "
-                "resume from another step_* folder"
+                f"train: checkpoint: cannot read {checkpoint / name}: {error.strerror}; {_OTHER}"
             ) from error
         if found != written:
             raise CheckpointError(
                 f"train: checkpoint: {checkpoint / name} is damaged: expected {written['bytes']} "
-                f"bytes, found "
-                f"{found['bytes']}"
+                f"bytes, got {found['bytes']}"
                 + (", other content" if found["bytes"] == written["bytes"] else "")
-                + "; resume from another step_* folder"
+                + f"; {_OTHER}"
             )
     return state
 
@@ -206,5 +217,7 @@ def load_optimizer(
     checkpoint: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> None:
     """Put the saved moments into `optimizer`, which was built for the same model."""
-    tensors = load_tensors((checkpoint / _OPTIMIZER).read_bytes())
+    mapped = load_file(checkpoint / _OPTIMIZER)
+    # copies, one at a time: moments that went on living in the mapped file would change with it
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     optimizer.load_state_dict(join_optimizer_state(tensors, state["optimizer_groups"]))

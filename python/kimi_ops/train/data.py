@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-kEndOfFile = 0  # a byte that does not occur in text; it stands after every file
-kVocabulary = 256
-kMaxBytes = 1 << 30  # the corpus is held in memory
+END_OF_FILE = 0  # a byte that does not occur in text; it stands after every file
+VOCABULARY = 256
+MAX_BYTES = 1 << 30  # the corpus is held in memory
+SHARE_BOUNDS = (0.4, 3.0)  # of the validation bytes over those asked for: 2 % to 15 % for 5 %
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -85,7 +86,8 @@ def load_corpus(source: Path | None, *, window: int, validation_fraction: float 
 
     A file validates if its SHA-256, read as a fraction, is below `validation_fraction`: the choice
     needs no seed, and equal files land on the same side. If that leaves a side shorter than a few
-    windows (one big file, say), the last part of every file validates instead.
+    windows, or the validation bytes far from their share (few or very unequal files), the last part
+    of every file validates instead.
 
     Parameters
     ----------
@@ -106,21 +108,23 @@ def load_corpus(source: Path | None, *, window: int, validation_fraction: float 
     for file in list_files(source):
         try:
             total += file.stat().st_size
-            if total > kMaxBytes:
+            if total > MAX_BYTES:
                 raise DataError(
-                    f"train: --data: expected at most {kMaxBytes} bytes, {source} has more"
+                    f"train: --data: expected at most {MAX_BYTES} bytes, {source} has more"
                 )
             texts.append(file.read_bytes())
         except OSError as error:
             raise DataError(f"train: --data: cannot read {file}: {error.strerror}") from error
-    end = bytes([kEndOfFile])
+    end = bytes([END_OF_FILE])
     sides: tuple[list[bytes], list[bytes]] = ([], [])
     for text in texts:
         fraction = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
         sides[fraction < validation_fraction].append(text + end)
     train, validation = b"".join(sides[0]), b"".join(sides[1])
     shortest = 4 * (window + 1)
-    if min(len(train), len(validation)) < shortest:
+    share = len(validation) / (len(train) + len(validation)) / validation_fraction
+    uneven = not SHARE_BOUNDS[0] <= share <= SHARE_BOUNDS[1]
+    if uneven or min(len(train), len(validation)) < shortest:
         cuts = [round(len(text) * (1 - validation_fraction)) for text in texts]
         train = b"".join(t[:c] + end for t, c in zip(texts, cuts, strict=True))
         validation = b"".join(t[c:] + end for t, c in zip(texts, cuts, strict=True))
@@ -135,7 +139,7 @@ def load_corpus(source: Path | None, *, window: int, validation_fraction: float 
         train=np.frombuffer(train, dtype=np.uint8),
         validation=np.frombuffer(validation, dtype=np.uint8),
         files=len(texts),
-        source=str(standard_library() if source is None else source),
+        source=str(standard_library() if source is None else source.absolute()),
         fingerprint=digest,
     )
 

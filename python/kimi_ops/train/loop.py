@@ -22,13 +22,20 @@ from kimi_ops.train.bigram import bigram_loss
 from kimi_ops.train.checkpoint import (
     CheckpointError,
     find_checkpoint,
+    is_checkpoint,
     load_optimizer,
     read_state,
     save_checkpoint,
     set_latest,
 )
-from kimi_ops.train.data import Corpus, load_corpus, training_batch, validation_set
-from kimi_ops.train.metrics import MetricsWriter
+from kimi_ops.train.data import (
+    Corpus,
+    load_corpus,
+    standard_library,
+    training_batch,
+    validation_set,
+)
+from kimi_ops.train.metrics import MetricsError, MetricsWriter
 from kimi_ops.train.settings import TrainSettings
 from kimi_ops.train.trainer import Trainer
 
@@ -81,6 +88,8 @@ def _saved_settings(state: dict[str, Any], requested: dict[str, Any]) -> TrainSe
             f"train: checkpoint: its settings are not of this version: {error}"
         ) from error
     for name, value in requested.items():
+        if name == "threads" and value == 0:
+            continue  # no number asked for: the run keeps its own
         if getattr(saved, name) != value:
             raise ValueError(
                 f"train: {name}: the run was started with {getattr(saved, name)}, came {value}; "
@@ -102,8 +111,28 @@ def _resume(
         )
     trainer = Trainer(settings, KimiK2.from_pretrained(checkpoint))
     load_optimizer(checkpoint, state, trainer.optimizer)
-    set_latest(checkpoint.parent, checkpoint)
     return trainer
+
+
+def _open_run(out: Path, step: int, checkpoint: Path | None) -> MetricsWriter:
+    """Make the folder of a run ready for the step after `step`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if checkpoint is not None:
+            set_latest(out, checkpoint)
+        return MetricsWriter(out / "metrics.jsonl", step)
+    except OSError as error:
+        raise CheckpointError(
+            f"train: --out: expected a folder to write in, got {out}: {error}; free space or name "
+            "another (no checkpoint was changed)"
+        ) from error
+
+
+def _saved_source(state: dict[str, Any]) -> Path | None:
+    """The text that a run read, as `data` of :func:`train`."""
+    source = Path(state["data"]["source"])
+    default = state["data"].get("default", source == standard_library())
+    return None if default else source
 
 
 def train(
@@ -120,9 +149,10 @@ def train(
     Parameters
     ----------
     out : Path
-        Folder of the run: checkpoints, ``latest.json``, ``metrics.jsonl``.
+        Folder of the run: checkpoints, ``latest.json``, ``metrics.jsonl``. To resume, one of its
+        checkpoints may be given instead, which then becomes the latest.
     data : Path, optional
-        A file or a folder; the standard library's sources where absent.
+        A file or a folder. Absent: what a resumed run read, else the standard library's sources.
     resume : bool
         Go on from the latest checkpoint in `out`, bit for bit as if never interrupted (same machine
         and thread count).
@@ -139,11 +169,16 @@ def train(
         With a message for the user; what was saved before stays.
     """
     overrides = overrides or {}
+    checkpoint = None
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"train: --out: expected a folder, got the file {out}; name another")
     if resume:
         checkpoint = find_checkpoint(out)
         state = read_state(checkpoint)
         settings = _saved_settings(state, overrides)
-    elif (out / "latest.json").exists():
+        out = checkpoint.parent  # `out` may have named the checkpoint itself
+        data = _saved_source(state) if data is None else data
+    elif (out / "latest.json").exists() or is_checkpoint(out):
         raise CheckpointError(
             f"train: --out: {out} already holds a run; pass --resume, or another folder"
         )
@@ -154,7 +189,7 @@ def train(
     settings = dataclasses.replace(settings, threads=torch.get_num_threads())
     corpus = load_corpus(data, window=settings.window)
     step, seconds, validation = 0, 0.0, None
-    if resume:
+    if checkpoint is not None:
         trainer = _resume(checkpoint, state, settings, corpus)
         step, seconds, validation = state["step"], state["seconds"], state["validation_loss"]
         say(f"resumed {out} after step {step} of {settings.steps}")
@@ -172,8 +207,7 @@ def train(
     say(f"model  {settings.preset}, {parameters:,} parameters; {settings.threads} threads")
     say(f"bigram {baseline:.4f} nats a byte on the validation windows")
 
-    out.mkdir(parents=True, exist_ok=True)
-    metrics = MetricsWriter(out / "metrics.jsonl", step)
+    metrics = _open_run(out, step, checkpoint)
     started = time.monotonic() - seconds
     saved: int | None = step if resume else None
 
@@ -187,7 +221,11 @@ def train(
             "bigram_loss": baseline,
             "validation_loss": validation,
             "torch": torch.__version__,
-            "data": {"source": corpus.source, "fingerprint": corpus.fingerprint},
+            "data": {
+                "source": corpus.source,
+                "default": data is None,
+                "fingerprint": corpus.fingerprint,
+            },
         }
         return save_checkpoint(
             out, trainer.model, trainer.optimizer, state, settings.keep_checkpoints
@@ -219,7 +257,10 @@ def train(
                 if step % settings.validate_every == 0 or step == settings.steps:
                     validation = row["validation_loss"] = trainer.validate(sequences)
                 row["seconds"] = time.monotonic() - started
-                metrics.write(row)
+                try:
+                    metrics.write(row)
+                except MetricsError as error:  # the step was made: keep it if there is still room
+                    raise MetricsError(f"{error}; {_kept(save)}") from error
                 bar.set_postfix_str(_describe(row, validation), refresh=False)
                 bar.update()
                 if step % settings.checkpoint_every == 0 or step == settings.steps:
@@ -238,6 +279,14 @@ def train(
         parameters=parameters,
         seconds=time.monotonic() - started,
     )
+
+
+def _kept(save: Callable[[], Path]) -> str:
+    """Save after a failure, and say what that left."""
+    try:
+        return f"{save()} was saved; free space and resume"
+    except CheckpointError as error:
+        return str(error)
 
 
 def _describe(row: dict[str, Any], validation: float | None) -> str:

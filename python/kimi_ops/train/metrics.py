@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from kimi_ops.train.checkpoint import replace_file
+from kimi_ops.train.checkpoint import CheckpointError, replace_file
+
+
+class MetricsError(CheckpointError):
+    """A line of metrics cannot be written."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -28,12 +33,26 @@ class MetricsWriter:
     def __init__(self, path: Path, step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file: TextIO = open(path, "a")  # noqa: SIM115 (closed by close)
+        self._path = path
+        # without a buffer: nothing is left that a later close could fail to write
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one line and hand it to the operating system, so that a kill loses nothing."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Append one line and hand it to the operating system, so that a kill loses nothing.
+
+        Raises
+        ------
+        MetricsError
+            The disk is full, say; the file then holds whole lines only.
+        """
+        end = self._file.tell()
+        try:
+            rest = memoryview((json.dumps(row) + "\n").encode())
+            while rest:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+        except OSError as error:
+            self._file.truncate(end)
+            raise MetricsError(f"train: metrics: cannot write {self._path}: {error}") from error
 
     def close(self) -> None:
         self._file.close()

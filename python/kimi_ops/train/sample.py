@@ -9,7 +9,7 @@ import torch
 
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.train.checkpoint import CheckpointError, find_checkpoint
-from kimi_ops.train.data import kEndOfFile, kVocabulary
+from kimi_ops.train.data import END_OF_FILE, VOCABULARY
 
 
 def load_model(path: Path) -> KimiK2:
@@ -23,13 +23,12 @@ def load_model(path: Path) -> KimiK2:
     folder = path if (path / "config.json").is_file() else find_checkpoint(path)
     try:
         model = KimiK2.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"generate: {folder} cannot be loaded: {error}") from error
-    if model.config.vocab_size != kVocabulary:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"generate: {folder}: cannot be loaded: {error}") from error
+    if model.config.vocab_size != VOCABULARY:
         raise CheckpointError(
-            f"generate: {folder}: expected a model of {kVocabulary} byte values, its vocabulary "
-            f"has "
-            f"{model.config.vocab_size}"
+            f"generate: {folder}: expected a model of {VOCABULARY} byte values, got a vocabulary "
+            f"of {model.config.vocab_size}; give a run of kimi-ops train"
         )
     return model.eval()
 
@@ -44,9 +43,11 @@ def sample_text(
     Raises
     ------
     ValueError
-        The prompt and the tokens do not fit into the model's positions.
+        The prompt and the tokens do not fit into the model's positions, or a number out of range.
     """
-    prefix = bytes([kEndOfFile]) + prompt.encode()
+    prefix = bytes([END_OF_FILE]) + prompt.encode()
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"generate: seed: expected 0 to 2**63 - 1, got {seed}; choose another")
     limit = model.config.max_position_embeddings
     if len(prefix) + max_tokens > limit:
         raise ValueError(
@@ -60,7 +61,7 @@ def sample_text(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            eos_token_id=kEndOfFile,
+            eos_token_id=END_OF_FILE,
         )
     text = bytes(ids[0, 1:].tolist())
-    return text.split(bytes([kEndOfFile]))[0].decode(errors="replace")
+    return text.split(bytes([END_OF_FILE]))[0].decode(errors="replace")

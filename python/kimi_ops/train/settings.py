@@ -37,7 +37,7 @@ class TrainSettings:
     checkpoint_every, keep_checkpoints : int
         Steps between checkpoints, how many stay.
     seed, threads : int
-        Threads 0: as many as torch has.
+        Threads 0: as many as torch has; a resumed run keeps its number.
     """
 
     preset: str = "mini"
@@ -65,8 +65,9 @@ class TrainSettings:
             self._require(name, getattr(self, name) >= 1, "a number >= 1")
         for name in ("validation_sequences", "checkpoint_every", "keep_checkpoints"):
             self._require(name, getattr(self, name) >= 1, "a number >= 1")
-        for name in ("weight_decay", "bias_rate", "seed", "threads"):
+        for name in ("weight_decay", "bias_rate", "threads"):
             self._require(name, getattr(self, name) >= 0, "a number >= 0")
+        self._require("seed", 0 <= self.seed < 2**63, "a number from 0 to 2**63 - 1")
         for name in ("lr", "tau", "clip_norm"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
         self._require("preset", self.preset in ("mini", "tiny"), "'mini' or 'tiny'")
@@ -77,7 +78,9 @@ class TrainSettings:
 
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
-            raise ValueError(f"train: {name}: expected {expected}, came {getattr(self, name)}")
+            raise ValueError(
+                f"train: {name}: expected {expected}, got {getattr(self, name)}; change it"
+            )
 
     @property
     def tokens_per_step(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kimi_ops import update_expert_bias_
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.muon_clip import MuonClip, QKClip, muon_param_groups
-from kimi_ops.train.data import kVocabulary
+from kimi_ops.train.data import VOCABULARY
 from kimi_ops.train.schedule import warmup_stable_decay
 from kimi_ops.train.settings import TrainSettings
 
@@ -57,7 +57,7 @@ def byte_config(settings: TrainSettings) -> KimiK2Config:
             f"train: window: expected at most the {config.max_position_embeddings} positions of "
             f"{settings.preset}, came {settings.window}"
         )
-    return dataclasses.replace(config, vocab_size=kVocabulary)
+    return dataclasses.replace(config, vocab_size=VOCABULARY)
 
 
 class Trainer:
@@ -102,7 +102,7 @@ class Trainer:
         Raises
         ------
         FloatingPointError
-            The loss is not finite; nothing was updated.
+            The loss or a gradient is not finite; nothing was updated.
         """
         settings = self.settings
         micro_batches = batch.split(settings.sequences)
@@ -113,11 +113,12 @@ class Trainer:
             (loss + balance).backward()
             total += loss.detach()
             auxiliary += balance.detach()
-        if not torch.isfinite(total):
+        wrong = self._not_finite(total)
+        if wrong is not None:
             self._forget()
             raise FloatingPointError(
-                f"train: step {step + 1}: the loss is {float(total)}; lower the learning rate (lr "
-                f"{settings.lr}) and resume from the last checkpoint"
+                f"train: step {step + 1}: expected finite numbers, got {wrong}; lower the learning "
+                f"rate (lr {settings.lr}) and resume from the last checkpoint"
             )
         factor = self.factor(step)
         for group in self.optimizer.param_groups:
@@ -145,6 +146,17 @@ class Trainer:
     def _loss(self, batch: Tensor) -> Tensor:
         logits = self.model(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def _not_finite(self, loss: Tensor) -> str | None:
+        """The loss or the first gradient that must not reach a weight."""
+        if not torch.isfinite(loss):
+            return f"the loss {float(loss)}"
+        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
+        norms = torch.stack([grad.norm() for _, grad in named])
+        if torch.isfinite(norms).all():
+            return None
+        first = int((~torch.isfinite(norms)).nonzero()[0])
+        return f"a gradient of norm {float(norms[first])} at {named[first][0]}"
 
     def _forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
