@@ -4,6 +4,7 @@ QK-Clip."""
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -229,6 +230,75 @@ def test_qk_clip_after_the_update():
     assert torch.equal(layer.kv_b_proj.weight[11:], twin.kv_b_proj.weight[11:])
     assert clip.max_logits.tolist() == [[5.0, 40.0]] and clip.gamma.tolist() == [[1.0, 0.25]]
     assert layer.max_logits.tolist() == [-math.inf] * 2
+
+
+def test_qk_clip_of_a_query_without_compression():
+    layer = Attention()
+    layer.q_proj = layer.q_b_proj
+    del layer.q_b_proj
+    before = layer.q_proj.weight.detach().clone()
+    layer.max_logits.copy_(torch.tensor([5.0, 40.0]))
+    QKClip([layer], tau=10.0).step()
+    factor = torch.tensor([1.0] * 6 + [0.5] * 4 + [0.25] * 2)[:, None]
+    assert torch.equal(layer.q_proj.weight, before * factor)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_step_and_clip(clone):
+    layer = Attention()
+    optimizer = MuonClip(layer.parameters(), lr=0.1, qk_clip=QKClip([layer], tau=10.0))
+    twin, again = clone((layer, optimizer))
+    assert again.qk_clip.layers[0] is twin
+    for module, its in ((layer, optimizer), (twin, again)):
+        module.max_logits.copy_(torch.tensor([5.0, 40.0]))
+        for _ in run(its, list(module.parameters()), 1):
+            pass
+        assert its.qk_clip.gamma.tolist() == [[1.0, 0.25]]
+    for x, y in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_state_of_torch_muon_keeps_what_torch_does_not_know():
+    shapes = [(12, 10), (10, 6), (6,)]
+    plain = [nn.Parameter(rand(*s, seed=i)) for i, s in enumerate(shapes)]
+    muon = torch.optim.Muon([{"params": plain[:1]}, {"params": plain[1:2]}], lr=0.02)
+    list(run(muon, plain[:2], 2))
+    ours = [nn.Parameter(rand(*s, seed=i)) for i, s in enumerate(shapes)]
+    clip = MuonClip(
+        [{"params": ours[:1], "split_sizes": (6, 6)}, {"params": ours[1:2], "algorithm": "adamw"}]
+    )
+    saved = muon.state_dict()
+    saved["state"].pop(1)  # its momentum is no state of AdamW
+    clip.load_state_dict(saved)
+    first, second = clip.param_groups
+    assert first["split_sizes"] == (6, 6) and first["lr"] == 0.02
+    assert second["algorithm"] == "adamw"
+
+
+def test_a_state_of_torch_adamw_brings_its_eps():
+    ours, theirs = nn.Parameter(rand(6, seed=1)), nn.Parameter(rand(6, seed=1))
+    adamw = torch.optim.AdamW([theirs], lr=0.02, eps=0.5, betas=(0.9, 0.95), weight_decay=0.1)
+    list(run(adamw, [theirs], 2))
+    clip = MuonClip([{"params": [ours], "algorithm": "adamw"}], lr=9.0)
+    with torch.no_grad():
+        ours.copy_(theirs)
+    clip.load_state_dict(copy.deepcopy(adamw.state_dict()))
+    for _ in zip(run(clip, [ours], 3, seed=2), run(adamw, [theirs], 3, seed=2), strict=True):
+        pass
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_eps_of_an_adamw_group_is_its_own():
+    results = []
+    for keys in ({"eps": 0.5}, {"adamw_eps": 0.5}, {"eps": 1e-7, "adamw_eps": 0.5}, {}):
+        param = nn.Parameter(rand(6, seed=1))
+        optimizer = MuonClip([{"params": [param], "algorithm": "adamw", **keys}], lr=0.1)
+        list(run(optimizer, [param], 2))
+        results.append(param.detach())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[3])
+    with pytest.raises(ValueError, match="eps"):
+        MuonClip([{"params": [torch.ones(2)], "algorithm": "adamw", "eps": -1.0}])
 
 
 class Tiny(nn.Module):

@@ -26,7 +26,8 @@ _ALGORITHMS = ("muon", "adamw")
 class QKClip:
     """Which attention layers MuonClip clips, and the last maxima it saw.
 
-    Each layer is an MLA module with ``q_b_proj``, ``kv_b_proj``, the head dimensions and a buffer
+    Each layer is an MLA module with ``q_b_proj`` (``q_proj`` where the query is not compressed),
+    ``kv_b_proj``, the head dimensions and a buffer
     ``max_logits`` [heads] that its forward fills while ``track_max_logits`` is set, which this
     class does. After every step the buffers are back at -inf.
 
@@ -57,7 +58,7 @@ class QKClip:
             raise ValueError(f"QKClip: tau: expected a positive finite number, came {self.tau}")
         for layer in self.layers:
             for name in (
-                "q_b_proj",
+                "q_proj" if hasattr(layer, "q_proj") else "q_b_proj",
                 "kv_b_proj",
                 "max_logits",
                 "qk_nope_head_dim",
@@ -66,8 +67,8 @@ class QKClip:
             ):
                 if not hasattr(layer, name):
                     raise TypeError(
-                        f"QKClip: layers: {type(layer).__name__} has no {name}; give MLA "
-                        f"attention modules"
+                        f"QKClip: layers: expected MLA attention modules, got a "
+                        f"{type(layer).__name__} without {name}; give model.attention_layers()"
                     )
             layer.track_max_logits = True  # type: ignore[assignment]
 
@@ -78,11 +79,12 @@ class QKClip:
         maxima, gammas = [], []
         for layer in self.layers:
             module: Any = layer
+            query = module.q_proj if hasattr(module, "q_proj") else module.q_b_proj
             maxima.append(module.max_logits.clone())
             gammas.append(
                 qk_clip_(
                     module.max_logits,
-                    q_weight=module.q_b_proj.weight,
+                    q_weight=query.weight,
                     k_weight=module.kv_b_proj.weight,
                     tau=self.tau,
                     alpha=self.alpha,
@@ -131,7 +133,7 @@ class MuonClip(torch.optim.Optimizer):
     maximize : bool
         Both algorithms.
     betas, adamw_eps
-        AdamW.
+        AdamW. A group with ``algorithm="adamw"`` may write ``eps`` for ``adamw_eps``.
     qk_clip : QKClip, optional
         Applied after each update.
 
@@ -198,15 +200,28 @@ class MuonClip(torch.optim.Optimizer):
         self.qk_clip = qk_clip
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "qk_clip": self.qk_clip}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        current = list(self.__dict__.get("param_groups", []))
         super().__setstate__(state)
-        for group in self.param_groups:  # a checkpoint of torch.optim.Muon has only torch's keys
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+        self.__dict__.setdefault("qk_clip", None)
+        # a checkpoint of torch.optim.Muon or AdamW has only torch's keys: the others stay
+        current += [self.defaults] * (len(self.param_groups) - len(current))
+        for group, old in zip(self.param_groups, current, strict=True):
+            algorithm = group.get("algorithm", old["algorithm"])
+            if algorithm == "adamw" and "adamw_eps" not in group and "eps" in group:
+                group["adamw_eps"] = group["eps"]
+            for key in self.defaults:
+                group.setdefault(key, old.get(key, self.defaults[key]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it is checked as a whole first, and a refused group leaves the optimizer as
         it was."""
+        adamw = isinstance(param_group, dict) and param_group.get("algorithm") == "adamw"
+        if adamw and "eps" in param_group:  # torch.optim.AdamW's name; adamw_eps comes before it
+            param_group = {"adamw_eps": param_group["eps"], **param_group}
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
