@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints in the Hugging Face layout: exchange with transformers, FP8, damage."""
 
+import copy
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, checkpoint, shards
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, checkpoint, files, shards
 from kimi_ops.models.kimi_k2.checkpoint import dequantize_fp8
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
 
@@ -339,6 +342,126 @@ def test_a_full_disk_leaves_the_folder_as_it_was(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="save_pretrained: folder: expected .*No space left"):
         model.save_pretrained(tmp_path, max_shard_bytes=30_000)
     assert written and {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+LIMITS = [(70_000, 70_000), (70_000, 10**9), (10**9, 70_000), (10**9, 10**9)]
+
+
+def changed(model: KimiK2, config: KimiK2Config | None = None) -> KimiK2:
+    """Another model of the same shapes."""
+    other = copy.deepcopy(model)
+    other.config = config or other.config
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    return other
+
+
+def fail_at(monkeypatch, call: int) -> list:
+    """Let the rename or removal with number `call` raise."""
+    calls = []
+
+    def counting(function):
+        def count(*arguments, **options):
+            calls.append(arguments)
+            if len(calls) == call + 1:
+                raise OSError(5, "Input/output error")
+            return function(*arguments, **options)
+
+        return count
+
+    monkeypatch.setattr(os, "replace", counting(os.replace))
+    monkeypatch.setattr(Path, "unlink", counting(Path.unlink))
+    return calls
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("reader", ["ours", "transformers"])
+def test_a_save_that_dies_leaves_all_old_or_all_new_weights(model, tmp_path, limits, reader):
+    """The process dies before each rename and each removal in turn."""
+    if reader == "transformers":
+        transformers = pytest.importorskip("transformers")
+        model.config.model_type = "deepseek_v3"
+    states, new, step = [], changed(model), 0
+    while True:
+        folder = tmp_path / str(step)
+        model.save_pretrained(folder, max_shard_bytes=limits[0])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files.Staging, "discard", lambda _: None)  # the dead clean nothing up
+            calls = fail_at(patch, step)
+            try:
+                new.save_pretrained(folder, max_shard_bytes=limits[1])
+            except OSError as error:
+                assert "still whole" in str(error)
+        if reader == "ours":
+            seen = KimiK2.from_pretrained(folder).state_dict()
+        else:
+            seen = transformers.DeepseekV3ForCausalLM.from_pretrained(folder).state_dict()
+        old = torch.equal(seen["lm_head.weight"], model.lm_head.weight)
+        for name, value in (model if old else new).state_dict().items():
+            assert torch.equal(seen[name], value), (step, name)
+        states.append(old)
+        if len(calls) <= step:
+            break
+        new.save_pretrained(folder, max_shard_bytes=limits[1])  # sweeps what the other left
+        assert_same_weights(new, KimiK2.from_pretrained(folder))
+        left = {path.name for path in folder.iterdir()} - {"config.json", INDEX_NAME, SINGLE_NAME}
+        weights = json.loads((folder / INDEX_NAME).read_text()) if left else {"weight_map": {}}
+        assert left == set(weights["weight_map"].values())
+        step += 1
+    assert states[0] and not states[-1] and states == sorted(states, reverse=True)
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_rename_that_fails_is_taken_back(model, tmp_path, step):
+    model.save_pretrained(tmp_path, max_shard_bytes=60_000)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    new = changed(model, dataclasses.replace(model.config, rms_norm_eps=1e-5))
+    with pytest.MonkeyPatch.context() as patch:
+        calls = fail_at(patch, step)
+        with pytest.raises(OSError, match="still whole"):
+            new.save_pretrained(tmp_path, max_shard_bytes=60_000)
+    assert len(calls) > step + 1  # it cleaned up
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, step)
+        with pytest.raises(OSError, match="still whole"):
+            new.save_pretrained(tmp_path / "fresh", max_shard_bytes=60_000)
+    assert not list((tmp_path / "fresh").iterdir())
+
+
+def test_only_leftovers_of_our_own_saves_are_swept_first(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    swept = ["model-0123abcd-00001-of-00002.safetensors", ".saving-0123abcd"]
+    kept = ["model-00001-of-00002.safetensors", ".hidden", ".saving-notes"]
+    (tmp_path / swept[1]).mkdir()
+    (tmp_path / swept[1] / ".tmpAb12").write_bytes(b"")
+    for name in swept[:1] + kept:
+        (tmp_path / name).write_bytes(b"")
+    before = {p.name for p in tmp_path.iterdir()} - set(swept)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    assert {p.name for p in tmp_path.iterdir()} == before
+    (tmp_path / swept[0]).write_bytes(b"")
+    (tmp_path / INDEX_NAME).write_text("damaged")
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    assert {p.name for p in tmp_path.iterdir()} == before | {swept[0]}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_permissions_of_the_umask(model, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path, max_shard_bytes=60_000)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
 def test_bad_arguments_of_saving(model, tmp_path):

@@ -7,6 +7,8 @@ writing and for reading. FP8 weights with 128 x 128 block scales are dequantised
 """
 
 import json
+import re
+import secrets
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,13 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.models.kimi_k2.files import staging
+from kimi_ops.models.kimi_k2.files import staging, sync_folder
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME, Shards
 
 if TYPE_CHECKING:
     from kimi_ops.models.kimi_k2.model import KimiK2
 
 __all__ = ["checkpoint_tensors", "dequantize_fp8", "load_weights", "save"]
+
+_SHARD = re.compile(r"model-[0-9a-f]{8}-\d{5,}-of-\d{5,}\.safetensors")
 
 
 def checkpoint_tensors(model: "KimiK2") -> Iterator[tuple[str, Tensor]]:
@@ -90,12 +94,16 @@ def save(model: "KimiK2", folder: str | Path, *, max_shard_bytes: int = 5_000_00
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"save_pretrained: folder: expected a place to write {folder}, got {error}; free "
-            "space or choose another folder (no file there was changed)"
+            "space or choose another folder (a checkpoint that was there is still whole)"
         ) from error
 
 
 def _plan_shards(model: "KimiK2", limit: int) -> dict[str, list[str]]:
-    """File name -> names of its tensors; one tensor above the limit gets a file of its own."""
+    """File name -> names of its tensors; one tensor above the limit gets a file of its own.
+
+    Every plan has its own file names: the shards of two saves never mix, and an index that is
+    there keeps its files until another replaces it.
+    """
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in checkpoint_tensors(model):
@@ -106,14 +114,18 @@ def _plan_shards(model: "KimiK2", limit: int) -> dict[str, list[str]]:
         size += tensor.nbytes
     if len(shards) == 1:
         return {SINGLE_NAME: shards[0]}
-    total = len(shards)
-    return {f"model-{n:05d}-of-{total:05d}.safetensors": s for n, s in enumerate(shards, 1)}
+    prefix, total = f"model-{secrets.token_hex(4)}", len(shards)
+    return {f"{prefix}-{n:05d}-of-{total:05d}.safetensors": s for n, s in enumerate(shards, 1)}
 
 
 def _write(model: "KimiK2", folder: Path, plan: dict[str, list[str]], config: str) -> None:
+    """Everything under new names, then the one rename or removal that makes readers see it."""
+    _remove_orphans(folder)
     tensors = dict(checkpoint_tensors(model))
     total = sum(tensor.nbytes for tensor in tensors.values())
     with staging(folder) as stage:
+        if not _holds(folder / "config.json", config):
+            stage.write("config.json", lambda path: _write_text(path, config))
         for file, names in plan.items():
             content = {name: tensors[name].detach().cpu().contiguous() for name in names}
             stage.write(file, partial(save_file, content, metadata={"format": "pt"}))
@@ -122,10 +134,34 @@ def _write(model: "KimiK2", folder: Path, plan: dict[str, list[str]], config: st
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             stage.write(INDEX_NAME, lambda path: _write_text(path, text))
-        stage.write("config.json", lambda path: _write_text(path, config))
-    stale = {SINGLE_NAME, INDEX_NAME, *(path.name for path in folder.glob("model-*-of-*"))}
-    for name in stale - plan.keys() - ({INDEX_NAME} if len(plan) > 1 else set()):
+    if len(plan) == 1 and (folder / INDEX_NAME).exists():
+        (folder / INDEX_NAME).unlink()  # an index goes before a single file: now readers see it
+        sync_folder(folder)
+    stale = {SINGLE_NAME, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
+    for name in stale - plan.keys():
         (folder / name).unlink(missing_ok=True)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Remove shards that a save renamed before it died: of our names, but in no index."""
+    ours = [path for path in folder.glob("model-*-of-*.safetensors") if _SHARD.fullmatch(path.name)]
+    index = folder / INDEX_NAME
+    try:
+        named = index.read_text(encoding="utf-8") if index.exists() else ""
+    except ValueError:
+        return  # a damaged index: its shards may be worth a rescue
+    if index.exists() and '"weight_map"' not in named:
+        return
+    for path in ours:
+        if path.name not in named:
+            path.unlink(missing_ok=True)
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -248,9 +248,12 @@ class KimiK2(nn.Module):
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
         """Write ``config.json`` and safetensors in the Hugging Face layout, one tensor an expert.
 
-        Every file is written under another name, made durable and renamed when all are complete: a
-        full disk leaves the folder as it was. Files of an older checkpoint that no longer belong
-        are removed.
+        Files are written in a hidden folder, made durable and renamed when all are complete; shards
+        have names of their own in every save, and the index or single file that leads to the new
+        weights comes last. An error leaves the folder as it was. A process that dies leaves the old
+        weights or the new ones, never some of both; what else it left the next save removes. (Only
+        a `config.json` with other content is renamed just before them.) One process at a time may
+        save into a folder.
 
         Parameters
         ----------
