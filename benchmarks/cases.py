@@ -22,6 +22,34 @@ def gate_cases(quick: bool) -> list[GateCase]:
     return [GateCase(t, e, k) for e, k in models for t in tokens]
 
 
+@dataclass(frozen=True)
+class PermuteCase:
+    tokens: int
+    k: int
+    experts: int
+    hidden: int
+    skew: str = "balanced"
+
+    def __str__(self) -> str:
+        shape = f"T {self.tokens}, K {self.k}, E {self.experts}, H {self.hidden}"
+        return shape if self.skew == "balanced" else f"{shape}, {self.skew}"
+
+
+def permute_cases(quick: bool) -> list[PermuteCase]:
+    """Kimi K2 from decode (few tokens) to training, Moonlight, Kimi K3."""
+    if quick:
+        return [PermuteCase(64, 8, 384, 7168), PermuteCase(1024, 8, 384, 7168)]
+    return [
+        PermuteCase(1, 8, 384, 7168),
+        PermuteCase(64, 8, 384, 7168),
+        PermuteCase(512, 8, 384, 7168),
+        PermuteCase(4096, 8, 384, 7168),
+        PermuteCase(4096, 8, 384, 7168, "hot"),
+        PermuteCase(16384, 6, 64, 2048),
+        PermuteCase(8192, 16, 896, 3584),
+    ]
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

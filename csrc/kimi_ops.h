@@ -228,7 +228,7 @@ KIMI_API kimi_status kimi_z_loss_backward(const kimi_z_loss_backward_params* par
 
 /* csrc/permute/permute.h defines the order and the sums. R = T * K + E * (align - 1) rows. */
 typedef struct kimi_permute_plan_params {
-  const int32_t* indices;     /* [T, K]; negative or E: a dropped pair */
+  const int32_t* indices;     /* [T, K]; -1 or E: a dropped pair */
   int32_t* row_map;           /* out [T, K]: row of the pair; -1 dropped */
   int32_t* source;            /* out [R]: t * K + k; -1 padding */
   int32_t* offsets;           /* out [E]: one past the last row of each group, padding included */
@@ -244,7 +244,7 @@ typedef struct kimi_permute_plan_params {
 
 KIMI_API size_t kimi_permute_plan_workspace_bytes(const kimi_permute_plan_params* params,
                                                   kimi_device device);
-/* On a CPU an id above E is refused and the text names it; on CUDA it counts as dropped. */
+/* Any other id: refused on a CPU, where the text names the first; on CUDA it counts as dropped. */
 KIMI_API kimi_status kimi_permute_plan(const kimi_permute_plan_params* params, kimi_device device,
                                        void* stream);
 

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: MIT
 // permute: token rows sorted by expert, and the weighted way back.
 //
-//   plan      pairs (t, k) with 0 <= id < E, in the order (expert, token, slot), are rows; the group
+//   plan      pairs (t, k) with 0 <= id < E, in the order (expert, token, slot), are rows; the
+//   group
 //             of expert e starts at offsets[e-1] and is filled up with padding to a multiple of
 //             align:  offsets[e] = offsets[e-1] + ceil(n_e / align) * align
 //             row_map[t,k] = row of the pair, -1 dropped;  source[row] = t*K + k, -1 padding
-//             Room for R = T*K + E*(align-1) rows: known without reading an id. The order is that of
-//             a stable argsort; no sort is made: it is counted.
+//             Room for R = T*K + E*(align-1) rows: known without reading an id. The order is that
+//             of a stable argsort; no sort is made: it is counted.
 //   permute   y[row] = x[source[row] / K], bytes; padding rows zero
 //   unpermute x[t] = sum_k w[t,k] * y[row_map[t,k]]   from k = 0 on, fp32, rounded once:
 //             acc = fma(w, y, acc), or acc + y without weights, from acc = +0; -1 is left out
 //   backward  dy[row] = w * dx[t] rounded once; padding rows zero
-//             dw[t,k] = sum_h dx[t,h] * y[row,h]: 256 partial sums by h % 256 (fma, ascending h), then
-//             partial l plus partial l + 128, 64, 32, 16, 8, 4, 2, 1
+//             dw[t,k] = sum_h dx[t,h] * y[row,h]: 256 partial sums by h % 256 (fma, ascending h),
+//             then partial l plus partial l + 128, 64, 32, 16, 8, 4, 2, 1
 //   sort_chunks  chunk i of x (split_sizes[i] rows) goes where order names it:
 //             y = concat(chunk[order[0]], chunk[order[1]], ...), then zero rows
 //
@@ -55,12 +56,14 @@ Status sort_chunks_cuda(const SortChunksParams& p, void* stream);
 
 namespace permutation {
 
-// One CPU engine, in the calling thread. Tokens [begin, end) own the rows that row_map names.
+// One CPU engine: tokens (sort_chunks: rows) [begin, end) in the calling thread.
 struct CpuEngine {
-  // Copies `bytes` to `destination`; without the cache where `stream` asks for it.
-  void (*copy)(void* destination, const void* source, int64_t bytes, bool stream);
+  // `stream`: the output will not fit the cache, so it is written around it.
+  void (*permute)(const PermuteParams& p, int64_t begin, int64_t end, bool stream);
   void (*unpermute)(const UnpermuteParams& p, int64_t begin, int64_t end);
-  void (*unpermute_backward)(const UnpermuteBackwardParams& p, int64_t begin, int64_t end);
+  // Writes grad_weights and the rows of grad_y that row_map names; padding rows are not its own.
+  void (*unpermute_backward)(const UnpermuteBackwardParams& p, int64_t begin, int64_t end,
+                             bool stream);
 };
 extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
 
