@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import PermuteCase, arguments, permute_cases
-from benchmarks.measure import measure, peak_memory, read_bandwidth
+from benchmarks.measure import Time, measure, peak_memory, read_bandwidth
 from benchmarks.report import Report, Row
 from kimi_ops import PermutePlan, _native, permute, permute_plan, unpermute
 
@@ -92,45 +92,30 @@ class Setting:
 
 def main(argv: list[str] | None = None) -> None:
     options = arguments(__doc__ or "").parse_args(argv)
-    device, quick = options.device, options.quick
-    reports = {
-        name: Report(f"permute ({name})", device, options) for name in ("plan", "copy", "sum")
-    }
+    device = options.device
     read = read_bandwidth(device)
-    for case in permute_cases(quick):
-        with torch.no_grad():
-            setting = Setting(case, device, not options.no_compile)
-            pairs, row = case.tokens * case.k, 2 * case.hidden
-            copies = setting.copies()
-            times = measure(copies, device, quick)
-            copy_rate = 2 * pairs * row / times["memcpy"].median
-            moved = (case.tokens + pairs) * row
-            _add(reports["copy"], case, times, moved, copy_rate, copies, device)
-            plans = setting.plans()
-            _add(
-                reports["plan"],
-                case,
-                measure(plans, device, quick),
-                12 * pairs,
-                read,
-                plans,
-                device,
-            )
-            sums = setting.sums()
-            _add(reports["sum"], case, measure(sums, device, quick), moved, read, sums, device)
-    for name, report in reports.items():
-        report.finish(f"_{name}")
+    for part in ("plans", "copies", "sums"):
+        report = Report(f"permute ({part})", device, options)
+        for case in permute_cases(options.quick):
+            with torch.no_grad():
+                setting = Setting(case, device, not options.no_compile)
+                named = getattr(setting, part)()
+                times = measure(named, device, options.quick)
+                report.add(_row(part, case, times, read, named, device))
+        report.finish(f"_{part}")
 
 
-def _add(
-    report: Report, case: PermuteCase, times: dict, moved: int, roof: float, named: Functions,
-    device: str,
-) -> None:  # fmt: skip
+def _row(
+    part: str, case: PermuteCase, times: dict[str, Time], read: float, named: Functions, device: str
+) -> Row:
+    pairs, row_bytes = case.tokens * case.k, 2 * case.hidden
+    moved = 12 * pairs if part == "plans" else (case.tokens + pairs) * row_bytes
+    roof = 2 * pairs * row_bytes / times["memcpy"].median if part == "copies" else read
     ours = times.pop("kimi_ops")
     row = Row(str(case), ours, moved, "GB/s", roof, times)
     row.peak_bytes = peak_memory(named["kimi_ops"], device)
     row.peer_bytes = peak_memory(named["torch"], device)
-    report.add(row)
+    return row
 
 
 @pytest.mark.parametrize("case", permute_cases(quick=True), ids=str)
