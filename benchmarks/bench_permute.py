@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""permute_plan, permute and unpermute against torch: argsort + bincount, index_select, weighted sum.
+"""permute_plan, permute, unpermute against torch: argsort + bincount, index_select, weighted sum.
 
 Copies write into buffers that are already there, for both sides (`out=` of index_select), so that
 page faults of fresh memory do not blur the comparison; "memcpy" copies the output's bytes. Roof of
