@@ -16,6 +16,7 @@ BUILD = build/python-$(shell $(BIN)/python -c "import sys; print(sys.implementat
 .PHONY: demo test test-native test-python lint bench clean
 
 demo: .venv/demo.ready
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/kimi-ops demo
 
 test: test-native test-python
@@ -27,7 +28,7 @@ test-native: .venv/test.ready
 	cmake --build --preset asan
 	ctest --preset asan -j2
 
-test-python: .venv/test.ready
+test-python: test-native
 	$(BIN)/python -m pytest --durations=10
 
 lint: .venv/test.ready

@@ -50,6 +50,37 @@ def permute_cases(quick: bool) -> list[PermuteCase]:
     ]
 
 
+@dataclass(frozen=True)
+class BalanceCase:
+    op: str  # "balance loss" | "z loss" | "bias rule"
+    tokens: int
+    experts: int
+    k: int
+    sequences: int
+    dtype: str = "float32"
+    backward: bool = True
+
+    def __str__(self) -> str:
+        if self.op == "bias rule":
+            return f"{self.op}, E {self.experts}"
+        kind = "" if self.dtype == "float32" else f" {self.dtype}"
+        passes = "fwd+bwd" if self.backward else "fwd"
+        return f"{self.op} {passes}, T {self.tokens}, E {self.experts}{kind}"
+
+
+def balance_cases(quick: bool) -> list[BalanceCase]:
+    """Routers of topk_gate's models, in sequences of at most 4096 tokens."""
+    cases = []
+    for op in ("balance loss", "z loss"):
+        for experts, k in [(384, 8)] if quick else [(64, 6), (384, 8), (896, 16)]:
+            for tokens in [4096] if quick else [64, 4096, 32768]:
+                for backward in (False, True):
+                    sequences = max(1, tokens // 4096)
+                    cases.append(BalanceCase(op, tokens, experts, k, sequences, backward=backward))
+        cases.append(BalanceCase(op, 4096, 384, 8, 1, "bfloat16"))
+    return [*cases, BalanceCase("bias rule", 0, 384, 8, 1)]
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

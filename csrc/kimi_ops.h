@@ -7,7 +7,8 @@
  *     cudaStream_t for KIMI_DEVICE_CUDA, ignored for KIMI_DEVICE_CPU). CUDA work is queued, not
  *     awaited; nothing is read back to the host, so every op can be captured in a CUDA graph.
  *   - The caller owns all memory: inputs, outputs, workspace. Nothing is allocated or kept.
- *   - Zero-initialise params (`kimi_topk_gate_params p = {0};`): a zero field is its default.
+ *   - Zero-initialise params (`kimi_topk_gate_params p = {0};`), then set every field whose comment
+ *     names no default: NULL stands for an optional tensor, 0 for no choice.
  *   - Tensors are row-major and dense unless a stride field says otherwise.
  *   - Functions return KIMI_OK or an error; kimi_last_error() says what was expected, what came and
  *     how to mend it. Arguments are checked before anything is launched or written.

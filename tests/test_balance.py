@@ -284,7 +284,13 @@ def test_z_loss_of_nan_and_infinities(engine):
         loss.backward()
         assert loss.item() == math.inf and not z.grad[3].any() and z.grad[0].all()
     logits[3], logits[3, 5] = 0.0, math.inf
-    assert z_loss(logits.to(engine.device)).item() == math.inf
+    z = logits.clone().to(engine.device).requires_grad_()
+    loss = z_loss(z, coefficient=0.1)
+    loss.backward()
+    assert loss.item() == math.inf  # the largest finite number, squared
+    want = torch.zeros(10)
+    want[5] = 0.2 / 4 * MAX
+    torch.testing.assert_close(z.grad[3].cpu(), want)
 
 
 def test_invalid_tokens_are_as_if_absent(engine):

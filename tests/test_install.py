@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,18 @@ _C.topk_gate(z, 0, 0, w, i, n, 1, 16, 16, 2, 1, 1, 2, True, 1.0, 0, 0, 1, 0)
     result = run(installed, code)
     assert "RuntimeError: topk_gate: device: expected cpu, got cuda" in result.stderr
     assert "KIMI_OPS_CUDA=on" in result.stderr
+
+
+def test_source_distribution_holds_what_the_build_needs(installed, tmp_path):
+    tree = installed.parent / "tree"
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.split("/", 1)[-1] for name in files.getnames()}
+    for path in [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "cmake").glob("*.cmake")]:
+        assert str(path.relative_to(ROOT)) in names
+    assert "CMakeLists.txt" in names
 
 
 def test_missing_native_module_is_explained(installed):

@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, checkpoint
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, checkpoint, shards
 from kimi_ops.models.kimi_k2.checkpoint import dequantize_fp8
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
 
@@ -282,6 +283,32 @@ def test_damaged_shards_are_refused(model, tmp_path):
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {NAME: "../secret"}}))
     with pytest.raises(ValueError, match="no plain files"):
         KimiK2.from_pretrained(tmp_path)
+
+
+def test_the_names_of_a_shard_are_listed_once(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    listed = []
+
+    class Counting:
+        def __init__(self, path, **options):
+            self.path, self.file = path, safe_open(path, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.__exit__(None, None, None)
+
+        def keys(self):
+            listed.append(self.path.name)
+            return self.file.keys()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(shards, "safe_open", Counting)
+    assert_same_weights(model, KimiK2.from_pretrained(tmp_path))
+    assert sorted(listed) == sorted(p.name for p in tmp_path.glob("*.safetensors"))
 
 
 def test_rotary_tables_and_prediction_layers_of_old_files_are_skipped(model, tmp_path):

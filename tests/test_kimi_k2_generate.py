@@ -2,12 +2,15 @@
 """The latent cache and sampling."""
 
 import dataclasses
+from itertools import accumulate
 
 import pytest
 import torch
 
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, LatentCache
+from kimi_ops.models.kimi_k2 import Attention, KimiK2, KimiK2Config, LatentCache
+from kimi_ops.models.kimi_k2 import attention as attention_module
 from kimi_ops.models.kimi_k2.generate import sample
+from kimi_ops.models.kimi_k2.rope import rotary_tables
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,46 @@ def test_the_cache_holds_one_latent_and_one_rotary_key_for_each_token():
     config = KimiK2Config.k2()
     cache = LatentCache(config, 1, 10, device="meta", dtype=torch.bfloat16)
     assert cache.nbytes == 10 * 70_272
+
+
+def peak_allocation(run) -> int:
+    """Largest sum of bytes that torch's CPU allocator held at once for `run`."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("new", [1, 3])
+def test_decoding_never_expands_the_cache(new):
+    values = {**KimiK2Config.tiny().to_dict(), "num_attention_heads": 32}
+    values |= {"num_key_value_heads": 32, "max_position_embeddings": 4096}
+    config = KimiK2Config.from_dict(values)
+    attention = Attention(config, dtype=torch.bfloat16)
+    cache = LatentCache(config, 1, 4096, dtype=torch.bfloat16)
+    for tensor in (cache.entries, *attention.parameters()):
+        tensor.normal_(0, 0.1)
+    cache.length = 4000
+    x = torch.randn(1, new, config.hidden_size).bfloat16()
+    tables = rotary_tables(config, torch.arange(4000, 4000 + new))
+    attention(x, *tables, cache, 0)
+    # A copy for every head would be 32 times the layer's entries. A mask has a row for each head
+    # and token, as bool and as the kernel's number.
+    layer = cache.entries[0].nbytes
+    mask = 0 if new == 1 else 32 * new * 4096 * (1 + 4)
+    assert peak_allocation(lambda: attention(x, *tables, cache, 0)) < 3 * layer + mask
+
+
+@torch.no_grad()
+def test_blocks_of_queries_over_a_cache_change_nothing(model, monkeypatch):
+    ids = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(9))
+    expected = model(ids)
+    monkeypatch.setattr(attention_module, "_MASK_ELEMENTS", 2 * 40 * 7)  # seven queries a block
+    cache = LatentCache(model.config, 2, 40)
+    parts = [model(part, cache=cache) for part in ids.split([10, 30], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The model against transformers' DeepseekV3, and its own invariants."""
 
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 
@@ -154,7 +159,11 @@ def test_statistics_and_auxiliary_loss_of_training_forwards():
         attention.track_max_logits = True
     ids = torch.arange(20).view(2, 10)
     model(ids)
-    model(ids)
+    first = [a.max_logits.clone() for a in model.attention_layers()]
+    model(ids[:, :1])  # smaller maxima: one visible key
+    assert all(map(torch.equal, first, (a.max_logits for a in model.attention_layers())))
+    assert all(int(m.tokens_per_expert.sum()) == 22 * 2 for m in model.moe_layers())
+    model(ids[:, 1:])
     for moe in model.moe_layers():
         assert int(moe.tokens_per_expert.sum()) == 2 * ids.numel() * config.num_experts_per_tok
     assert all(torch.isfinite(a.max_logits).all() for a in model.attention_layers())
@@ -166,13 +175,52 @@ def test_statistics_and_auxiliary_loss_of_training_forwards():
     assert model.moe_layers()[0].gate.weight.grad.abs().sum() > 0
 
     before = [moe.tokens_per_expert.clone() for moe in model.moe_layers()]
-    model.eval()(ids)
+    first = [a.max_logits.clone() for a in model.attention_layers()]
+    model.generate(ids + 30, max_new_tokens=2)
+    model.eval()(ids + 20)
+    assert all(map(torch.equal, first, (a.max_logits for a in model.attention_layers())))
     assert float(model.auxiliary_loss()) == 0.0
     for moe, count in zip(model.moe_layers(), before, strict=True):
         assert torch.equal(moe.tokens_per_expert, count)
     model.reset_statistics()
     assert all(int(moe.tokens_per_expert.sum()) == 0 for moe in model.moe_layers())
     assert all(torch.isneginf(a.max_logits).all() for a in model.attention_layers())
+
+
+def test_the_balance_loss_lets_go_of_its_graph():
+    config = variant(aux_loss_alpha=0.01)
+    model = KimiK2(config)
+    model(torch.arange(20).view(2, 10))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(moe.balance_loss is None for moe in twin.moe_layers())
+        assert all(map(torch.equal, twin.state_dict().values(), model.state_dict().values()))
+    assert model.auxiliary_loss().requires_grad
+    graph = weakref.ref(model.moe_layers()[0].balance_loss)
+    model.reset_statistics()
+    assert graph() is None and float(model.auxiliary_loss()) == 0
+
+
+def test_a_forward_repeated_by_checkpointing_is_counted_once():
+    model = KimiK2(variant(aux_loss_alpha=0.01))
+    ids = torch.arange(20).view(2, 10)
+    runs = []
+    for plain in (True, False):
+        model.zero_grad()
+        model.reset_statistics()
+        logits = model(ids) if plain else checkpoint(model, ids, use_reentrant=False)
+        losses = [moe.balance_loss for moe in model.moe_layers()]
+        (logits.logsumexp(-1).sum() + model.auxiliary_loss()).backward()
+        assert losses == [moe.balance_loss for moe in model.moe_layers()]
+        counts = [moe.tokens_per_expert.clone() for moe in model.moe_layers()]
+        runs.append([*counts, *(p.grad.clone() for p in model.parameters())])
+    assert all(map(torch.equal, *runs))
+
+
+def test_hooks_of_the_embedding_are_called():
+    model, seen = KimiK2(KimiK2Config.tiny()), []
+    model.model.embed_tokens.register_forward_hook(lambda *call: seen.append(call[2].shape))
+    model(torch.arange(6).view(2, 3))
+    assert seen == [(2, 3, 32)]
 
 
 def test_tracked_logits_equal_those_of_transformers():

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """topk_gate as a citizen of torch: oracle of transformers, opcheck, compile, bad input."""
 
+import threading
+
+import numpy
 import pytest
 import torch
 
@@ -42,6 +45,8 @@ def test_opcheck(dtype, requires_grad):
     bias, valid = torch.randn(32), torch.arange(12) > 2
     op = torch.ops.kimi_ops.topk_gate.default
     torch.library.opcheck(op, (logits, 4, "sigmoid", bias, 4, 2, 2, True, 2.5, valid))
+    plain = torch.ops.kimi_ops.topk_gate_forward.default  # taken where no gradient is wanted
+    torch.library.opcheck(plain, (logits.detach(), 4, "sigmoid", bias, 4, 2, 2, True, 2.5, valid))
     torch.library.opcheck(
         op, (logits.detach()[:, ::2], 4, "softmax", None, 1, 1, 2, False, 1.0, None)
     )
@@ -68,6 +73,86 @@ def test_compile_full_graph_with_dynamic_tokens():
         y.backward()
         assert torch.equal(x, y) and torch.equal(counts, want) and torch.equal(a.grad, b.grad)
     assert len(torch._dynamo.utils.counters["graph_break"]) == 0
+
+
+def test_inductor_with_dynamic_tokens_and_strided_rows():
+    torch._dynamo.reset()
+
+    def route(x):
+        gate = topk_gate((x * 2)[:, 3:35], 4)
+        return gate.weights * 3, gate.indices
+
+    compiled = torch.compile(route, fullgraph=True, dynamic=True)
+    for tokens in (5, 9):
+        x = torch.randn(tokens, 40)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(x), route(x), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graph_on_a_side_stream_follows_new_routing():
+    logits = torch.randn(64, 384, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        topk_gate(logits, 8)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph, stream=side):
+        gate = topk_gate(logits, 8)
+    logits.copy_(torch.randn(64, 384))
+    graph.replay()
+    torch.cuda.synchronize()
+    want = topk_gate(logits.cpu(), 8)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(gate, want, strict=True))
+
+
+def test_derivatives_beyond_the_first_are_refused_not_zero():
+    logits = torch.randn(3, 8, requires_grad=True)
+    loss = topk_gate(logits, 2).weights.square().sum()
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match="topk_gate_backward: expected to be differentiated once"
+    ):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(lambda z: topk_gate(z, 2).weights, (torch.randn(3, 8),), (torch.ones(3, 8),))
+
+
+def test_threads_of_any_python_thread_follow_torch():
+    from kimi_ops import _C
+
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+
+        def work():
+            topk_gate(torch.randn(4, 8), 2)
+            seen.append((_C.num_threads(), torch.get_num_threads()))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert seen[0][0] == seen[0][1]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_operators_themselves_check():
+    gate, backward = torch.ops.kimi_ops.topk_gate, torch.ops.kimi_ops.topk_gate_backward
+    rest = (1, 1, 2, True, 1.0, None)
+    with pytest.raises(ValueError, match=r"expert_bias: expected shape \[16\], got \[3\]"):
+        gate(LOGITS, 2, "sigmoid", torch.zeros(3), *rest)
+    with pytest.raises(TypeError, match="logits: expected float32"):
+        gate(LOGITS.double(), 2, "sigmoid", None, *rest)
+    ids = torch.zeros(4, 2, dtype=torch.int32)
+    with pytest.raises(TypeError, match="indices: expected int32, got int64"):
+        backward(torch.zeros(4, 2), LOGITS, ids.long(), "sigmoid", True, 1.0)
+    with pytest.raises(TypeError, match="grad_weights: expected float32, got float64"):
+        backward(torch.zeros(4, 2).double(), LOGITS, ids, "sigmoid", True, 1.0)
+
+
+def test_numpy_integers_count_as_integers():
+    want = topk_gate(LOGITS, 2)
+    assert torch.equal(topk_gate(LOGITS, numpy.int64(2)).indices, want.indices)
 
 
 def test_rows_are_addressed_in_64_bits():
@@ -100,6 +185,8 @@ LOGITS = torch.zeros(4, 16)
         (ValueError, "k: expected 1..16 .*got 17", lambda: topk_gate(LOGITS, 17)),
         (ValueError, "k: expected 1..16 .*got 0", lambda: topk_gate(LOGITS, 0)),
         (TypeError, "k: expected an int, got float", lambda: topk_gate(LOGITS, 2.0)),
+        (TypeError, "scaling_factor: expected a number, got str",
+         lambda: topk_gate(LOGITS, 2, scaling_factor="2")),
         (ValueError, "k: expected 1..32 .*got 33", lambda: topk_gate(torch.zeros(1, 64), 33)),
         (ValueError, "num_groups: expected a divisor of the 16 experts, got 3",
          lambda: topk_gate(LOGITS, 2, num_groups=3)),

@@ -12,7 +12,7 @@ from kimi_ops import _native
 from kimi_ops.info import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-NATIVE = [op for op in OPS if _native._C.cpu_engine(op)]
+NATIVE = sorted({path.parent.name for path in (ROOT / "csrc").glob("*/*.cu")})
 SOURCES = {".py", ".pyi", ".h", ".c", ".cpp", ".cu", ".cuh", ".cmake", ".toml"}
 
 
@@ -34,9 +34,11 @@ def test_every_op_has_a_python_function_a_twin_and_tests(op):
 def test_native_ops_mirror_their_name_everywhere(op):
     for place in (
         "csrc/{0}/{0}.h", "csrc/{0}/{0}.cpp", "csrc/{0}/{0}.cu", "benchmarks/bench_{0}.py",
-        "docs/ops/{0}.md", "tests/simt/test_{0}.cpp",
+        "docs/ops/{0}.md", "tests/simt/test_{0}.cpp", "tests/test_{0}_torch.py",
     ):  # fmt: skip
         assert (ROOT / place.format(op)).exists(), place.format(op)
+    assert op in OPS and _native._C.cpu_engine(op), f"{op}: not in info.OPS or kimi_cpu_engine"
+    assert f"def {op}" in (ROOT / "python/kimi_ops/_C.pyi").read_text() or op == "balance"
     header = (ROOT / "csrc/kimi_ops.h").read_text()
     assert f"- {op}" in header or f" {op}:" in header
     assert re.search(rf"^\| \[?`{op}`", (ROOT / "README.md").read_text(), re.MULTILINE)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The losses on AVX-512.
-#include "balance/balance_simd.h"
+#include "balance/balance_z_loss_simd.h"
 #include "topk_gate/ops_avx512.h"
 
 namespace kimi::balance {

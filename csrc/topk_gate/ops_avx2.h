@@ -27,6 +27,7 @@ struct Avx2 {
   static F min_finite(F a) { return _mm256_min_ps(a, set(kMaxFloat)); }
   static F is_nan(F a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
   static F less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static F at_least(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
   static F select(F mask, F a, F b) { return _mm256_blendv_ps(b, a, mask); }
   static F scale_by_exponent_or_zero(F keep, F p, F shifted) {
     const I exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
@@ -63,11 +64,31 @@ struct Avx2 {
     return select(_mm256_castsi256_ps(first(left)), load(x, left), set(other));
   }
   static void store(float* x, F a) { _mm256_storeu_ps(x, a); }
-  template <class T>
-  static void store_as(T* x, int left, F a) {
-    alignas(32) float lanes[kLanes];
-    _mm256_store_ps(lanes, a);
-    for (int i = 0; i < kLanes && i < left; ++i) x[i] = from_float<T>(lanes[i]);
+  // from_float and a store of the first `left` lanes.
+  static void store_as(float* x, int left, F a) {
+    left >= kLanes ? _mm256_storeu_ps(x, a) : _mm256_maskstore_ps(x, first(left), a);
+  }
+  static void store_as(bf16* x, int left, F a) {
+    const I bits = _mm256_castps_si256(a), high = _mm256_srli_epi32(bits, 16);
+    const I odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const I half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const I rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const I nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    store_low_halves(x, left, _mm256_blendv_epi8(rounded, nan, _mm256_castps_si256(is_nan(a))));
+  }
+  static void store_as(fp16* x, int left, F a) {
+    const F sign = _mm256_and_ps(a, set(-0.0f)), nan = _mm256_or_ps(sign, set(__builtin_nanf("")));
+    store_halves(x, left, _mm256_cvtps_ph(select(is_nan(a), nan, a), _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_low_halves(void* x, int left, I a) {
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, a), 0x08);
+    store_halves(x, left, _mm256_castsi256_si128(packed));
+  }
+  static void store_halves(void* x, int left, __m128i a) {
+    if (left >= kLanes) return _mm_storeu_si128(static_cast<__m128i*>(x), a);
+    alignas(16) uint16_t lanes[kLanes];
+    _mm_store_si128(reinterpret_cast<__m128i*>(lanes), a);
+    memcpy(x, lanes, sizeof(uint16_t) * left);
   }
 
   // The sum of all lanes: lane l plus lane l^4, then l^2, then l^1.

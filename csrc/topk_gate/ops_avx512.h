@@ -28,6 +28,7 @@ struct Avx512 {
   static F min_finite(F a) { return _mm512_min_ps(a, set(kMaxFloat)); }
   static __mmask16 is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
   static __mmask16 less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static __mmask16 at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static F select(__mmask16 m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
   static F scale_by_exponent_or_zero(__mmask16 keep, F p, F shifted) {
     const I exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
@@ -56,12 +57,20 @@ struct Avx512 {
     return _mm512_mask_blend_ps(first(left), set(other), load(x, left));
   }
   static void store(float* x, F a) { _mm512_storeu_ps(x, a); }
+  // from_float and a store of the first `left` lanes.
   static void store_as(float* x, int left, F a) { _mm512_mask_storeu_ps(x, first(left), a); }
-  template <class T>
-  static void store_as(T* x, int left, F a) {
-    alignas(64) float lanes[kLanes];
-    _mm512_store_ps(lanes, a);
-    for (int i = 0; i < kLanes && i < left; ++i) x[i] = from_float<T>(lanes[i]);
+  static void store_as(bf16* x, int left, F a) {
+    const I bits = _mm512_castps_si512(a), high = _mm512_srli_epi32(bits, 16);
+    const I odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const I half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const I rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const I result = _mm512_mask_or_epi32(rounded, is_nan(a), high, _mm512_set1_epi32(0x40));
+    _mm256_mask_storeu_epi16(x, first(left), _mm512_cvtepi32_epi16(result));
+  }
+  static void store_as(fp16* x, int left, F a) {
+    const F nan = _mm512_or_ps(_mm512_and_ps(a, set(-0.0f)), set(__builtin_nanf("")));
+    const F cleaned = select(is_nan(a), nan, a);
+    _mm256_mask_storeu_epi16(x, first(left), _mm512_cvtps_ph(cleaned, _MM_FROUND_TO_NEAREST_INT));
   }
 
   // The sum of all lanes: lane l plus lane l^8, then l^4, then l^2, then l^1.

@@ -37,6 +37,7 @@ struct CudaOps {
   static KIMI_HOST_DEVICE F min_finite(F a) { return a < FLT_MAX ? a : FLT_MAX; }
   static KIMI_HOST_DEVICE bool is_nan(F a) { return a != a; }
   static KIMI_HOST_DEVICE bool less(F a, F b) { return a < b; }
+  static KIMI_HOST_DEVICE bool at_least(F a, F b) { return a >= b; }
   static KIMI_HOST_DEVICE F select(bool condition, F a, F b) { return condition ? a : b; }
   static KIMI_HOST_DEVICE F scale_by_exponent_or_zero(bool keep, F p, F shifted) {
     return keep ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.0f;

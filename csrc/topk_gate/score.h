@@ -3,7 +3,7 @@
 //
 // Every function is a template over an `Ops` class: F (a float or a vector of floats) with add,
 // sub, mul, fma, div, sqrt, each rounded once and never contracted, reciprocal (see below),
-// neg_abs, min_finite, is_nan, less, select, exponent, significand, and
+// neg_abs, min_finite, is_nan, less, at_least, select, exponent, significand, and
 // scale_by_exponent_or_zero(c, p, m) = c ? 2^(low bits of m) p : 0. All engines therefore agree bit
 // for bit, the CUDA ones included: the selection cannot depend on where it ran.
 //
@@ -67,12 +67,13 @@ KIMI_HOST_DEVICE F clean(F z) {
   return O::min_finite(O::select(O::is_nan(z), O::set(-__builtin_inff()), z));
 }
 
-// s = 1 / (1 + exp(-z)); e / (1 + e) for negative z keeps its relative accuracy.
+// s = 1 / (1 + exp(-z)); e / (1 + e) for negative z keeps its relative accuracy. Needs no clean():
+// NaN scores 0 and infinity 1 as they are, and so are their slopes 0.
 template <class O, class F = typename O::F>
 KIMI_HOST_DEVICE F sigmoid(F z) {
   const F e = exp_nonpositive<O>(O::neg_abs(z));
   const F r = O::reciprocal(O::add(e, O::set(1.0f)));
-  return O::select(O::less(z, O::set(0.0f)), O::mul(e, r), r);
+  return O::select(O::at_least(z, O::set(0.0f)), r, O::mul(e, r));
 }
 
 // s = sqrt(log(1 + exp(z)))

@@ -29,6 +29,7 @@ struct ScalarOps {
   static F min_finite(F a) { return std::min(a, std::numeric_limits<float>::max()); }
   static bool is_nan(F a) { return a != a; }
   static bool less(F a, F b) { return a < b; }
+  static bool at_least(F a, F b) { return a >= b; }
   static F select(bool condition, F a, F b) { return condition ? a : b; }
   static F scale_by_exponent_or_zero(bool keep, F p, F shifted) {
     return keep ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.0f;

@@ -7,7 +7,6 @@ namespace kimi::gate {
 namespace {
 
 struct Avx2Gate : Avx2 {
-  static F zero_if(F mask, F a) { return _mm256_andnot_ps(mask, a); }
   static F lowest_if(F mask, F a) {  // -inf where mask or where a is NaN
     const F lowest = set(-__builtin_inff());
     return select(mask, lowest, _mm256_max_ps(a, lowest));

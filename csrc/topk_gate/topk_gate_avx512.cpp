@@ -11,7 +11,6 @@ namespace kimi::gate {
 namespace {
 
 struct Avx512Gate : Avx512 {
-  static F zero_if(__mmask16 m, F a) { return _mm512_maskz_mov_ps(_knot_mask16(m), a); }
   static F lowest_if(__mmask16 m, F a) {  // -inf where m or where a is NaN
     const F lowest = set(-__builtin_inff());
     return _mm512_mask_max_ps(lowest, _knot_mask16(m), a, lowest);

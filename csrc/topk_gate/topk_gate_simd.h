@@ -99,9 +99,8 @@ void choose_row(const T* logits, const float* bias, int num_experts, float* s, f
     F score;
     if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
       score = O::load_all(s + e);
-    } else {  // the sigmoid needs no clean(): its NaN is dropped here and infinity is harmless
-      score = O::zero_if(nan,
-                         score_of<O, kFunction>(kFunction == KIMI_SCORE_SIGMOID ? z : clean<O>(z)));
+    } else {  // a NaN scores 0
+      score = score_of<O, kFunction>(kFunction == KIMI_SCORE_SIGMOID ? z : clean<O>(z));
       O::store(s + e, score);
     }
     const F c = bias ? O::add(score, O::load(bias + e, left)) : score;

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Argument checks shared by the ops: ``op: argument: expected, got, how to mend it``."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,8 +50,24 @@ def choice(op: str, name: str, value: Any, expected: Sequence[str]) -> None:
         raise ValueError(f"{op}: {name}: expected one of {', '.join(expected)}, got {value!r}")
 
 
+def integer(op: str, name: str, value: Any) -> Any:
+    """`value` as an int; NumPy's integers count, bool and float do not."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"{op}: {name}: expected an int, got {type(value).__name__}; pass int({name})"
+        )
+    return operator.index(value)
+
+
+def number(op: str, name: str, value: Any) -> Any:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
+    return value
+
+
 def between(op: str, name: str, value: Any, low: int, high: int, why: str = "") -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{op}: {name}: expected an int, got {type(value).__name__}")
+    value = integer(op, name, value)
     if not low <= value <= high:
         raise ValueError(f"{op}: {name}: expected {low}..{high}{why}, got {value}")

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     from kimi_ops import _C
@@ -36,11 +37,6 @@ def openmp_runtimes() -> list[str]:
     return sorted(set(re.findall(r"/([^/\n]*lib(?:gomp|iomp5|omp)[^/\n]*\.so[^/\n]*)", text)))
 
 
-# With one runtime torch.set_num_threads() reaches our kernels by itself; a second copy (some wheels
-# bring a renamed one) has to be told.
-_own_openmp = len(openmp_runtimes()) > 1
-
-
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -59,8 +55,8 @@ def call(op: str, like: Tensor, *arguments: int | float) -> None:
             getattr(_C, op)(*arguments, CUDA, stream)
         return
     module, code = cpu_engine
-    if _own_openmp:
-        module.set_num_threads(torch.get_num_threads())
+    # OpenMP's own number is per thread and per runtime; torch's is the one that the user sets.
+    module.set_num_threads(torch.get_num_threads())
     getattr(module, op)(*arguments, code, 0)
 
 
@@ -73,25 +69,45 @@ def register(
 ) -> Any:
     """Defines ``kimi_ops::<schema>`` for CPU and CUDA tensors and returns a callable.
 
-    An op with a `backward` gets a twin ``<name>_forward`` without one, taken where no gradient can
-    be asked for: that saves 5 us of autograd's Python a call.
+    A functional op gets a twin ``<name>_forward`` without autograd, taken where no gradient can be
+    asked for: that saves 5 us of autograd's Python a call. One without a `backward` refuses to be
+    differentiated; so do all in forward mode.
     """
     name = schema[: schema.index("(")]
     op = _define(name, schema, implementation, fake)
-    if backward is None:
+    if "(a!)" in schema:
         return op
+
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            f"{name}: expected to be differentiated once at most, got a second derivative; "
+            f"kimi_ops.reference is plain torch and has them all"
+        )
+
     torch.library.register_autograd(
-        f"kimi_ops::{name}", backward, setup_context=setup_context, lib=library
+        f"kimi_ops::{name}", backward or refuse, setup_context=setup_context, lib=library
     )
     plain = _define(f"{name}_forward", f"{name}_forward{schema[len(name) :]}", implementation, fake)
 
     def dispatch(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_duals(name, arguments)
         wanted = torch.is_grad_enabled() and any(
             isinstance(a, Tensor) and a.requires_grad for a in arguments
         )
         return op(*arguments) if wanted else plain(*arguments)
 
     return dispatch
+
+
+def _refuse_duals(op: str, arguments: tuple[Any, ...]) -> None:
+    """Without a forward-mode formula torch would carry a zero tangent on in silence."""
+    tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"{op}: expected reverse-mode differentiation, got a forward-mode tangent; "
+            "kimi_ops.reference is plain torch and has both"
+        )
 
 
 def _define(

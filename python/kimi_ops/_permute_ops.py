@@ -6,12 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_ops import _native
+from kimi_ops import _check, _native
 
 
 def _dense_rows(x: Tensor) -> Tensor:
     """x [R, H] with elements of a row side by side; the row stride stays free."""
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _check_maps(op: str, row_map: Tensor, source: Tensor, rows: tuple[str, Tensor]) -> None:
+    """The operators are public too: whatever could lead outside of memory is refused here."""
+    for name, ids in (("row_map", row_map), ("source", source)):
+        _check.dtype(op, name, ids, (torch.int32,))
+        _check.same_device(op, name, ids, *rows)
+    _check.shape(op, "row_map", row_map, ("T", "K"))
+    _check.shape(op, "source", source, ("cap",))
 
 
 # ---- plan
@@ -20,6 +29,8 @@ def _dense_rows(x: Tensor) -> Tensor:
 def _plan_implementation(
     indices: Tensor, num_experts: int, align: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check.dtype("permute_plan", "indices", indices, (torch.int32,))
+    _check.shape("permute_plan", "indices", indices, ("T", "K"))
     tokens, k = indices.shape
     indices = indices.contiguous()
     outputs = _plan_outputs(indices, num_experts, align)
@@ -55,6 +66,8 @@ plan = _native.register(
 
 
 def _permute_implementation(x: Tensor, row_map: Tensor, source: Tensor) -> Tensor:
+    _check_maps("permute", row_map, source, ("x", x))
+    _check.shape("permute", "x", x, (row_map.shape[0], "H"))
     x, row_map, source = _dense_rows(x), row_map.contiguous(), source.contiguous()
     y = _permute_output(x, row_map, source)
     size = x.element_size()
@@ -92,6 +105,12 @@ permute = _native.register(
 def _unpermute_implementation(
     y: Tensor, row_map: Tensor, source: Tensor, weights: Tensor | None
 ) -> Tensor:
+    _check_maps("unpermute", row_map, source, ("y", y))
+    _check.dtype("unpermute", "y", y, tuple(_native.DTYPES))
+    _check.shape("unpermute", "y", y, (source.shape[0], "H"))
+    if weights is not None:
+        _check.dtype("unpermute", "weights", weights, (torch.float32,))
+        _check.shape("unpermute", "weights", weights, tuple(row_map.shape))
     y, row_map = _dense_rows(y), row_map.contiguous()
     weights = None if weights is None else weights.contiguous()
     x = _unpermute_output(y, row_map)
@@ -122,6 +141,14 @@ def _unpermute_backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, Tenso
 def _gradients_implementation(
     dx: Tensor, y: Tensor, row_map: Tensor, source: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
+    op = "unpermute_backward"
+    _check_maps(op, row_map, source, ("y", y))
+    _check.dtype(op, "y", y, tuple(_native.DTYPES))
+    _check.shape(op, "y", y, (source.shape[0], "H"))
+    _check.dtype(op, "grad_x", dx, (y.dtype,))
+    _check.shape(op, "grad_x", dx, (row_map.shape[0], y.shape[1]))
+    _check.dtype(op, "weights", weights, (torch.float32,))
+    _check.shape(op, "weights", weights, tuple(row_map.shape))
     dx, y = _dense_rows(dx), _dense_rows(y)
     row_map, source, weights = row_map.contiguous(), source.contiguous(), weights.contiguous()
     grad_y, grad_weights = _gradients_outputs(dx, y, row_map, source, weights)
@@ -160,6 +187,12 @@ unpermute = _native.register(
 def _sort_chunks_implementation(
     x: Tensor, split_sizes: Tensor, order: Tensor, inverse: bool
 ) -> Tensor:
+    op = "sort_chunks"
+    _check.shape(op, "x", x, ("R", "H"))
+    for name, ids in (("split_sizes", split_sizes), ("order", order)):
+        _check.dtype(op, name, ids, (torch.int32,))
+        _check.shape(op, name, ids, (split_sizes.numel(),))
+        _check.same_device(op, name, ids, "x", x)
     x, split_sizes, order = _dense_rows(x), split_sizes.contiguous(), order.contiguous()
     y = x.new_empty(x.shape)
     size = x.element_size()

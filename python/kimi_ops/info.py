@@ -48,7 +48,7 @@ def info() -> dict[str, Any]:
             "processor": _processor(),
             "isa": isa,
             "detected": native.detected_isa(),
-            "forced": os.environ.get("KIMI_OPS_ISA"),
+            "forced": isa if os.environ.get("KIMI_OPS_ISA") == isa else None,
             "threads": torch.get_num_threads(),
             "openmp": runtimes,
             "shared": len(runtimes) == 1,

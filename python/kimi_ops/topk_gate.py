@@ -99,6 +99,22 @@ def topk_gate(
     """
     op = "topk_gate"
     _check.tensor(op, "logits", logits)
+    weights, indices, tokens_per_expert = _topk_gate(
+        logits, _check.integer(op, "k", k), score_function, expert_bias,
+        _check.integer(op, "num_groups", num_groups),
+        _check.integer(op, "topk_groups", topk_groups),
+        _check.integer(op, "group_score_topk", group_score_topk),
+        bool(renormalize), _check.number(op, "scaling_factor", scaling_factor), valid,
+    )  # fmt: skip
+    return TopkGate(weights, indices, tokens_per_expert)
+
+
+def _check_arguments(
+    logits: Tensor, k: int, score_function: str, expert_bias: Tensor | None, num_groups: int,
+    topk_groups: int, group_score_topk: int, renormalize: bool, scaling_factor: float,
+    valid: Tensor | None,
+) -> None:  # fmt: skip
+    op = "topk_gate"
     _check.dtype(op, "logits", logits, tuple(_native.DTYPES))
     _check.shape(op, "logits", logits, ("T", "E"), "flatten batch and sequence first")
     experts = logits.shape[1]
@@ -115,21 +131,14 @@ def topk_gate(
     if num_groups > 1:
         _check.between(op, "group_score_topk", group_score_topk, 1, size, " (experts of a group)")
     if expert_bias is not None:
-        _check.tensor(op, "expert_bias", expert_bias)
         mend = "keep the bias in float32: bfloat16 cannot hold steps of 0.001"
         _check.dtype(op, "expert_bias", expert_bias, (torch.float32,), mend)
         _check.shape(op, "expert_bias", expert_bias, (experts,))
         _check.same_device(op, "expert_bias", expert_bias, "logits", logits)
     if valid is not None:
-        _check.tensor(op, "valid", valid)
         _check.dtype(op, "valid", valid, (torch.bool,))
         _check.shape(op, "valid", valid, (logits.shape[0],))
         _check.same_device(op, "valid", valid, "logits", logits)
-    weights, indices, tokens_per_expert = _topk_gate(
-        logits, k, score_function, expert_bias, num_groups, topk_groups, group_score_topk,
-        renormalize, scaling_factor, valid,
-    )  # fmt: skip
-    return TopkGate(weights, indices, tokens_per_expert)
 
 
 def _limit_of_k(topk_groups: int, size: int) -> str:
@@ -146,6 +155,10 @@ def _forward(
     topk_groups: int, group_score_topk: int, renormalize: bool, scaling_factor: float,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_arguments(
+        logits, k, score_function, expert_bias, num_groups, topk_groups, group_score_topk,
+        renormalize, scaling_factor, valid,
+    )  # fmt: skip
     tokens, experts = logits.shape
     logits = _rows(logits)
     bias = None if expert_bias is None else expert_bias.contiguous()
@@ -160,7 +173,12 @@ def _forward(
     return weights, indices, counts
 
 
-def _outputs(logits: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(logits: Tensor, k: int, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_arguments(logits, k, *options)
+    return _outputs(logits, k)
+
+
+def _outputs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     return (
         logits.new_empty((tokens, k), dtype=torch.float32),
@@ -186,7 +204,14 @@ def _backward_implementation(
     grad_weights: Tensor, logits: Tensor, indices: Tensor, score_function: str, renormalize: bool,
     scaling_factor: float,
 ) -> Tensor:  # fmt: skip
+    op = "topk_gate_backward"
+    _check.dtype(op, "logits", logits, tuple(_native.DTYPES))
+    _check.shape(op, "logits", logits, ("T", "E"))
     tokens, experts = logits.shape
+    _check.dtype(op, "indices", indices, (torch.int32,))
+    _check.shape(op, "indices", indices, (tokens, "K"))
+    _check.dtype(op, "grad_weights", grad_weights, (torch.float32,))
+    _check.shape(op, "grad_weights", grad_weights, tuple(indices.shape))
     logits = _rows(logits)
     grad = _like_rows(grad_weights, logits)
     grad_weights, indices = grad_weights.contiguous(), indices.contiguous()
@@ -213,7 +238,7 @@ _topk_gate = _native.register(
     "int topk_groups, int group_score_topk, bool renormalize, float scaling_factor, "
     "Tensor? valid) -> (Tensor, Tensor, Tensor)",
     _forward,
-    _outputs,
+    _fake,
     _setup_context,
     _backward,
 )

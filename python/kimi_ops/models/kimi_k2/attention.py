@@ -21,6 +21,7 @@ from kimi_ops.models.kimi_k2.rope import rotate
 from kimi_ops.qk_clip import attention_max_logits
 
 _LATENT_NORM_EPS = 1e-6  # the checkpoint's code uses its class default here, not rms_norm_eps
+_MASK_ELEMENTS = 1 << 24  # of one block of queries over a cache: bounds the mask and the scores
 
 
 class LatentCache:
@@ -150,7 +151,7 @@ class Attention(Float32Buffers):
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.num_heads, -1, -1)), dim=-1)
-        if self.track_max_logits:
+        if self.track_max_logits and self.training:
             with torch.no_grad():
                 largest = attention_max_logits(q, k, self.softmax_scale, causal=True)
                 self.max_logits.copy_(torch.maximum(self.max_logits, largest))
@@ -161,20 +162,37 @@ class Attention(Float32Buffers):
         return self._project(out[..., : self.v_head_dim])
 
     def _attend_latents(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
-        """Tokens after a cache: one shared key and value head, the cached entries [B, n, width]."""
+        """Tokens after a cache: one shared key and value head, the cached entries [B, n, width].
+
+        The heads become rows of one query: a head dimension of the keys, even one of stride 0,
+        would make attention kernels copy the cache for every head.
+        """
         rows = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         to_k, to_v = rows.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q = torch.cat((q_nope @ to_k, q_rope), dim=-1)
-        k = entries[:, None].expand(-1, self.num_heads, -1, -1)
-        new, total = q.shape[2], entries.shape[1]
+        past, new = entries.shape[1] - q.shape[2], q.shape[2]
+        block = max(1, _MASK_ELEMENTS // (self.num_heads * entries.shape[1]))
+        parts = []
+        for start in range(0, new, block):
+            part = q[:, :, start : start + block]
+            seen = entries[:, None, : past + start + part.shape[2]]
+            parts.append(self._attend_shared(part, seen))
+        return self._project(torch.cat(parts, dim=2) @ to_v.transpose(1, 2))
+
+    def _attend_shared(self, q: Tensor, entries: Tensor) -> Tensor:
+        """[B, heads, S, rank] from q [B, heads, S, width] over entries [B, 1, n, width]; the last S
+        entries belong to the queries."""
+        heads, new = q.shape[1:3]
         mask = None
         if new > 1:
-            ones = torch.ones(new, total, dtype=torch.bool, device=q.device)
-            mask = ones.tril(diagonal=total - new)
+            ones = torch.ones(new, entries.shape[2], dtype=torch.bool, device=q.device)
+            mask = ones.tril(diagonal=entries.shape[2] - new).repeat(heads, 1)
+        # The fused CPU kernel wants one head size: let it weigh the rotary keys too and drop them.
+        v = entries if entries.device.type == "cpu" else entries[..., : self.kv_lora_rank]
         out = F.scaled_dot_product_attention(
-            q, k, k[..., : self.kv_lora_rank], attn_mask=mask, scale=self.softmax_scale
+            q.flatten(1, 2)[:, None], entries, v, attn_mask=mask, scale=self.softmax_scale
         )
-        return self._project(out @ to_v.transpose(1, 2))
+        return out[:, 0, :, : self.kv_lora_rank].unflatten(1, (heads, new))
 
     def _project(self, out: Tensor) -> Tensor:
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_ops.models.kimi_k2 import checkpoint
@@ -148,7 +147,7 @@ class KimiK2(nn.Module):
         length = input_ids.shape[1]
         positions = torch.arange(past, past + length, device=input_ids.device)
         cos, sin = rotary_tables(self.config, positions)
-        x = F.embedding(input_ids, self.model.embed_tokens.weight)
+        x = self.model.embed_tokens(input_ids)
         for layer in self.model.layers:
             x = layer(x, cos, sin, cache)
         if cache is not None:
@@ -321,7 +320,7 @@ class KimiK2(nn.Module):
         return sum(losses, zero)
 
     def reset_statistics(self) -> None:
-        """Forget the loads of the experts and the largest attention logits."""
+        """Forget the loads of the experts, the balance losses and the largest attention logits."""
         for moe in self.moe_layers():
             moe.reset_statistics()
         for attention in self.attention_layers():

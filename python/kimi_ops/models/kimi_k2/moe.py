@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kimi_ops.balance import sequence_balance_loss
 from kimi_ops.fused_experts import fused_experts
 from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.models.kimi_k2.layers import MLP, Float32Buffers
+from kimi_ops.models.kimi_k2.layers import MLP, Float32Buffers, recomputing
 from kimi_ops.topk_gate import TopkGate, topk_gate
 
 
@@ -63,7 +63,8 @@ class MoE(nn.Module):
     tokens_per_expert : Tensor [E] int32
         Tokens sent to each expert by the training forwards since `reset_statistics`.
     balance_loss : Tensor or None
-        Sequence-wise balance loss of the last training forward, None where `aux_loss_alpha` is 0.
+        Sequence-wise balance loss of the last training forward, None where `aux_loss_alpha` is 0,
+        after `reset_statistics` and in copies.
     """
 
     tokens_per_expert: Tensor
@@ -87,17 +88,19 @@ class MoE(nn.Module):
         """[B, S, H] from x [B, S, H]."""
         tokens = x.flatten(0, 1)
         logits, gate = self.gate(tokens)
-        self.balance_loss = None
-        if self.training:
-            self.tokens_per_expert += gate.tokens_per_expert
-            if self.config.aux_loss_alpha:
-                self.balance_loss = sequence_balance_loss(
-                    logits,
-                    gate.indices,
-                    num_sequences=x.shape[0] if self.config.seq_aux else 1,
-                    score_function=self.config.scoring_func,
-                    coefficient=self.config.aux_loss_alpha,
-                )
+        balance_loss = None
+        if self.training and self.config.aux_loss_alpha:
+            balance_loss = sequence_balance_loss(
+                logits,
+                gate.indices,
+                num_sequences=x.shape[0] if self.config.seq_aux else 1,
+                score_function=self.config.scoring_func,
+                coefficient=self.config.aux_loss_alpha,
+            )
+        if not recomputing():  # a repeated forward must make the same graph, but counts once
+            self.balance_loss = balance_loss
+            if self.training:
+                self.tokens_per_expert += gate.tokens_per_expert
         y = fused_experts(
             tokens,
             self.experts.gate_up_proj,
@@ -111,5 +114,10 @@ class MoE(nn.Module):
         return y.view_as(x)
 
     def reset_statistics(self) -> None:
-        """Forget the loads."""
+        """Forget the loads and the balance loss, which holds the graph of its forward."""
         self.tokens_per_expert.zero_()
+        self.balance_loss = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the balance loss belongs to a graph and stays behind."""
+        return {**self.__dict__, "balance_loss": None}

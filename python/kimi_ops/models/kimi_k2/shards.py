@@ -39,8 +39,9 @@ class Shards:
         if index.exists():
             weight_map = self._read_index(index)
             opened = {file: self._open(self.folder / file) for file in set(weight_map.values())}
+            held = {file: set(handle.keys()) for file, handle in opened.items()}
             for name, file in weight_map.items():
-                if name not in opened[file].keys():  # noqa: SIM118 (the file is no mapping)
+                if name not in held[file]:
                     raise _error(
                         f"{name} in {file}, as {index.name} says",
                         "a file without it",
