@@ -11,8 +11,8 @@
 //           then row_map[pair] and source[row] of its own pairs; a warp's counts run on
 //
 // source is written once and without a memset: what no pair owns are the ends of the groups, which
-// the blocks share out by expert, and the tail behind the last group. A memset would be one more
-// node in a graph, which costs more than the whole kernel at decode.
+// the blocks share out by expert, and the tail behind the last group. A memset would write the
+// pairs' places twice, and at decode be a second node in a graph where there is one.
 //
 // Cost: 4 N read twice (the second time from L2), 8 N + 8 E written, N = T K; each block reads
 // 4 B E bytes of counts from L2, B <= 128 blocks. Predicted for an H200, not measured: latency
@@ -30,7 +30,7 @@ namespace {
 using namespace permutation;
 
 constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
-constexpr int64_t kPairsOfOneBlock = 4096;  // up to here one launch is faster than two
+constexpr int64_t kPairsOfOneBlock = 4096;  // up to here one launch (predicted: faster than two)
 constexpr int64_t kPairsPerBlock = 1024;    // at least, where there are more
 constexpr int64_t kMaxBlocks = 128;         // keeps the column sums short
 
