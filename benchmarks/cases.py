@@ -23,6 +23,34 @@ def gate_cases(quick: bool) -> list[GateCase]:
 
 
 @dataclass(frozen=True)
+class PermuteCase:
+    tokens: int
+    k: int
+    experts: int
+    hidden: int
+    skew: str = "balanced"
+
+    def __str__(self) -> str:
+        shape = f"T {self.tokens}, K {self.k}, E {self.experts}, H {self.hidden}"
+        return shape if self.skew == "balanced" else f"{shape}, {self.skew}"
+
+
+def permute_cases(quick: bool) -> list[PermuteCase]:
+    """Kimi K2 from decode (few tokens) to training, Moonlight, Kimi K3."""
+    if quick:
+        return [PermuteCase(64, 8, 384, 7168), PermuteCase(1024, 8, 384, 7168)]
+    return [
+        PermuteCase(1, 8, 384, 7168),
+        PermuteCase(64, 8, 384, 7168),
+        PermuteCase(512, 8, 384, 7168),
+        PermuteCase(4096, 8, 384, 7168),
+        PermuteCase(4096, 8, 384, 7168, "hot"),
+        PermuteCase(16384, 6, 64, 2048),
+        PermuteCase(8192, 16, 896, 3584),
+    ]
+
+
+@dataclass(frozen=True)
 class BalanceCase:
     op: str  # "balance loss" | "z loss" | "bias rule"
     tokens: int

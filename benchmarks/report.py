@@ -38,7 +38,7 @@ class Report:
     def __init__(self, op: str, device: str, arguments: Any) -> None:
         self.op, self.device, self.arguments = op, device, arguments
         self.rows: list[Row] = []
-        print(f"# {op} on {device}\n{describe()}\ncommand   {self._command()}\n")
+        print(f"# {op} on {device}\n{describe()}\ncommand   {self._command()}\n", flush=True)
 
     @staticmethod
     def _command() -> str:
@@ -62,14 +62,15 @@ class Report:
             flush=True,
         )
 
-    def finish(self) -> None:
+    def finish(self, suffix: str = "") -> None:
+        """Writes what the command line asks for; `suffix` tells apart the reports of one run."""
         if self.arguments.json:
-            path = Path(self.arguments.json)
+            path = _with_suffix(self.arguments.json, suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
             print(f"wrote {path}")
         if self.arguments.plot:
-            self._plot(Path(self.arguments.plot))
+            self._plot(_with_suffix(self.arguments.plot, suffix))
 
     def as_dict(self) -> dict[str, Any]:
         commit = subprocess.run(
@@ -112,6 +113,11 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         print(f"wrote {path}")
+
+
+def _with_suffix(name: str, suffix: str) -> Path:
+    path = Path(name)
+    return path.with_name(f"{path.stem}{suffix}{path.suffix}")
 
 
 def _us(seconds: float) -> str:

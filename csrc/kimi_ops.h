@@ -225,6 +225,102 @@ typedef struct kimi_z_loss_backward_params {
 KIMI_API kimi_status kimi_z_loss_backward(const kimi_z_loss_backward_params* params,
                                           kimi_device device, void* stream);
 
+/* ---- permute: token rows to their experts' groups and back ----------------------------------- */
+
+/* csrc/permute/permute.h defines the order and the sums. R = T * K + E * (align - 1) rows. */
+typedef struct kimi_permute_plan_params {
+  const int32_t* indices;     /* [T, K]; -1 or E: a dropped pair */
+  int32_t* row_map;           /* out [T, K]: row of the pair; -1 dropped */
+  int32_t* source;            /* out [R]: t * K + k; -1 padding */
+  int32_t* offsets;           /* out [E]: one past the last row of each group, padding included */
+  int32_t* tokens_per_expert; /* out [E]: without padding */
+  void* workspace;            /* kimi_permute_plan_workspace_bytes() bytes, 16-byte aligned */
+  int64_t num_tokens;         /* T; R must stay below 2^31 */
+  int32_t num_experts;        /* E, at most KIMI_PERMUTE_MAX_EXPERTS */
+  int32_t top_k;              /* K */
+  int32_t align;              /* rows of a group are a multiple of it; at least 1 */
+} kimi_permute_plan_params;
+
+#define KIMI_PERMUTE_MAX_EXPERTS 1024
+
+KIMI_API size_t kimi_permute_plan_workspace_bytes(const kimi_permute_plan_params* params,
+                                                  kimi_device device);
+/* Any other id: refused on a CPU, where the text names the first; on CUDA it counts as dropped. */
+KIMI_API kimi_status kimi_permute_plan(const kimi_permute_plan_params* params, kimi_device device,
+                                       void* stream);
+
+/* y[row_map[t, k]] = x[t] byte for byte, rows with source -1 zero. */
+typedef struct kimi_permute_params {
+  const void* x;          /* [T] rows of row_bytes, row t at x + t * x_stride_bytes */
+  const int32_t* row_map; /* [T, K] */
+  const int32_t* source;  /* [R] */
+  void* y;                /* out [R] rows of row_bytes, dense */
+  int64_t num_tokens;
+  int64_t num_rows; /* R */
+  int64_t row_bytes;
+  int64_t x_stride_bytes;
+  int32_t top_k;
+} kimi_permute_params;
+
+KIMI_API kimi_status kimi_permute(const kimi_permute_params* params, kimi_device device,
+                                  void* stream);
+
+/* x[t] = sum over k of weights[t, k] * y[row_map[t, k]], in slot order, fp32, rounded once. */
+typedef struct kimi_unpermute_params {
+  const void* y;          /* [R, H] dtype, row r at y + r * y_stride elements */
+  const int32_t* row_map; /* [T, K]; -1 adds nothing */
+  const float* weights;   /* [T, K], or NULL for 1 */
+  void* x;                /* out [T, H] dense, dtype */
+  int64_t num_tokens;
+  int64_t hidden; /* H */
+  int64_t y_stride;
+  int32_t top_k;
+  kimi_dtype dtype;
+} kimi_unpermute_params;
+
+KIMI_API kimi_status kimi_unpermute(const kimi_unpermute_params* params, kimi_device device,
+                                    void* stream);
+
+/* One pass: grad_y[r] = weights[source[r]] * grad_x[source[r] / K], zero for padding, and
+ * grad_weights[t, k] = <grad_x[t], y[row_map[t, k]]>, 0 for dropped pairs. */
+typedef struct kimi_unpermute_backward_params {
+  const void* grad_x;     /* [T, H] dtype, row t at grad_x + t * grad_x_stride elements */
+  const void* y;          /* [R, H] dtype, row r at y + r * y_stride elements */
+  const int32_t* row_map; /* [T, K] */
+  const int32_t* source;  /* [R] */
+  const float* weights;   /* [T, K] */
+  void* grad_y;           /* out [R, H] dense, dtype */
+  float* grad_weights;    /* out [T, K] */
+  int64_t num_tokens;
+  int64_t num_rows;
+  int64_t hidden;
+  int64_t grad_x_stride;
+  int64_t y_stride;
+  int32_t top_k;
+  kimi_dtype dtype;
+} kimi_unpermute_backward_params;
+
+KIMI_API kimi_status kimi_unpermute_backward(const kimi_unpermute_backward_params* params,
+                                             kimi_device device, void* stream);
+
+/* y = the chunks of x in a new order; rows past the last chunk become zero rows at the end. */
+typedef struct kimi_sort_chunks_params {
+  const void* x;              /* [R] rows of row_bytes, row r at x + r * x_stride_bytes */
+  const int32_t* split_sizes; /* [C] rows of each chunk of x, at most R together */
+  const int32_t* order;       /* [C] a permutation of 0..C-1 */
+  void* y;                    /* out [R] rows of row_bytes, dense */
+  int64_t num_rows;           /* R */
+  int64_t row_bytes;
+  int64_t x_stride_bytes;
+  int32_t num_chunks; /* C, at most KIMI_SORT_CHUNKS_MAX */
+  int32_t inverse;    /* 1: undo; x is in the new order, split_sizes and order are as before */
+} kimi_sort_chunks_params;
+
+#define KIMI_SORT_CHUNKS_MAX 65536
+
+KIMI_API kimi_status kimi_sort_chunks(const kimi_sort_chunks_params* params, kimi_device device,
+                                      void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -9,6 +9,7 @@
 #include "cpu/features.h"
 #include "cpu/parallel.h"
 #include "kimi_ops.h"
+#include "permute/permute.h"
 #include "topk_gate/topk_gate.h"
 
 namespace {
@@ -61,6 +62,7 @@ const char* kimi_isa_name(kimi_isa isa) { return kimi::cpu::isa_name(isa); }
 const char* kimi_cpu_engine(const char* op) {
   if (op && std::strcmp(op, "topk_gate") == 0) return kimi_isa_name(kimi::topk_gate_isa());
   if (op && std::strcmp(op, "balance") == 0) return kimi_isa_name(kimi::balance_isa());
+  if (op && std::strcmp(op, "permute") == 0) return kimi_isa_name(kimi::permute_isa());
   return nullptr;
 }
 
@@ -111,6 +113,29 @@ kimi_status kimi_z_loss(const kimi_z_loss_params* params, kimi_device device, vo
 kimi_status kimi_z_loss_backward(const kimi_z_loss_backward_params* params, kimi_device device,
                                  void* stream) {
   return call("z_loss_backward", kimi::z_loss_backward, params, device, stream);
+}
+
+size_t kimi_permute_plan_workspace_bytes(const kimi_permute_plan_params* params,
+                                         kimi_device device) {
+  return params ? kimi::permute_plan_workspace_bytes(*params, device) : 0;
+}
+kimi_status kimi_permute_plan(const kimi_permute_plan_params* params, kimi_device device,
+                              void* stream) {
+  return call("permute_plan", kimi::permute_plan, params, device, stream);
+}
+kimi_status kimi_permute(const kimi_permute_params* params, kimi_device device, void* stream) {
+  return call("permute", kimi::permute, params, device, stream);
+}
+kimi_status kimi_unpermute(const kimi_unpermute_params* params, kimi_device device, void* stream) {
+  return call("unpermute", kimi::unpermute, params, device, stream);
+}
+kimi_status kimi_unpermute_backward(const kimi_unpermute_backward_params* params,
+                                    kimi_device device, void* stream) {
+  return call("unpermute_backward", kimi::unpermute_backward, params, device, stream);
+}
+kimi_status kimi_sort_chunks(const kimi_sort_chunks_params* params, kimi_device device,
+                             void* stream) {
+  return call("sort_chunks", kimi::sort_chunks, params, device, stream);
 }
 
 }  // extern "C"

@@ -172,6 +172,103 @@ void z_loss_backward(Address grad_loss, Address logits, Address log_sum_exp, Add
   call(kimi_z_loss_backward, p, device, stream);
 }
 
+kimi_permute_plan_params plan_params(int64_t num_tokens, int top_k, int num_experts, int align) {
+  kimi_permute_plan_params p = {};
+  p.num_tokens = num_tokens;
+  p.top_k = top_k;
+  p.num_experts = num_experts;
+  p.align = align;
+  return p;
+}
+
+size_t permute_plan_workspace_bytes(int64_t num_tokens, int top_k, int num_experts, int align,
+                                    int device) {
+  const kimi_permute_plan_params p = plan_params(num_tokens, top_k, num_experts, align);
+  return kimi_permute_plan_workspace_bytes(&p, kimi_device(device));
+}
+
+void permute_plan(Address indices, Address row_map, Address source, Address offsets,
+                  Address tokens_per_expert, Address workspace, int64_t num_tokens, int top_k,
+                  int num_experts, int align, int device, Address stream) {
+  kimi_permute_plan_params p = plan_params(num_tokens, top_k, num_experts, align);
+  p.indices = pointer<const int32_t>(indices);
+  p.row_map = pointer<int32_t>(row_map);
+  p.source = pointer<int32_t>(source);
+  p.offsets = pointer<int32_t>(offsets);
+  p.tokens_per_expert = pointer<int32_t>(tokens_per_expert);
+  p.workspace = pointer<void>(workspace);
+  call(kimi_permute_plan, p, device, stream);
+}
+
+void permute(Address x, Address row_map, Address source, Address y, int64_t num_tokens,
+             int64_t num_rows, int64_t row_bytes, int64_t x_stride_bytes, int top_k, int device,
+             Address stream) {
+  kimi_permute_params p = {};
+  p.x = pointer<const void>(x);
+  p.row_map = pointer<const int32_t>(row_map);
+  p.source = pointer<const int32_t>(source);
+  p.y = pointer<void>(y);
+  p.num_tokens = num_tokens;
+  p.num_rows = num_rows;
+  p.row_bytes = row_bytes;
+  p.x_stride_bytes = x_stride_bytes;
+  p.top_k = top_k;
+  call(kimi_permute, p, device, stream);
+}
+
+void unpermute(Address y, Address row_map, Address weights, Address x, int64_t num_tokens,
+               int64_t hidden, int64_t y_stride, int top_k, int dtype, int device, Address stream) {
+  kimi_unpermute_params p = {};
+  p.y = pointer<const void>(y);
+  p.row_map = pointer<const int32_t>(row_map);
+  p.weights = pointer<const float>(weights);
+  p.x = pointer<void>(x);
+  p.num_tokens = num_tokens;
+  p.hidden = hidden;
+  p.y_stride = y_stride;
+  p.top_k = top_k;
+  p.dtype = kimi_dtype(dtype);
+  call(kimi_unpermute, p, device, stream);
+}
+
+void unpermute_backward(Address grad_x, Address y, Address row_map, Address source, Address weights,
+                        Address grad_y, Address grad_weights, int64_t num_tokens, int64_t num_rows,
+                        int64_t hidden, int64_t grad_x_stride, int64_t y_stride, int top_k,
+                        int dtype, int device, Address stream) {
+  kimi_unpermute_backward_params p = {};
+  p.grad_x = pointer<const void>(grad_x);
+  p.y = pointer<const void>(y);
+  p.row_map = pointer<const int32_t>(row_map);
+  p.source = pointer<const int32_t>(source);
+  p.weights = pointer<const float>(weights);
+  p.grad_y = pointer<void>(grad_y);
+  p.grad_weights = pointer<float>(grad_weights);
+  p.num_tokens = num_tokens;
+  p.num_rows = num_rows;
+  p.hidden = hidden;
+  p.grad_x_stride = grad_x_stride;
+  p.y_stride = y_stride;
+  p.top_k = top_k;
+  p.dtype = kimi_dtype(dtype);
+  call(kimi_unpermute_backward, p, device, stream);
+}
+
+void sort_chunks(Address x, Address split_sizes, Address order, Address y, int64_t num_rows,
+                 int64_t row_bytes, int64_t x_stride_bytes, int num_chunks, bool inverse,
+                 int device, Address stream) {
+  kimi_sort_chunks_params p = {};
+  p.x = pointer<const void>(x);
+  p.split_sizes = pointer<const int32_t>(split_sizes);
+  p.order = pointer<const int32_t>(order);
+  p.y = pointer<void>(y);
+  p.num_rows = num_rows;
+  p.row_bytes = row_bytes;
+  p.x_stride_bytes = x_stride_bytes;
+  p.num_chunks = num_chunks;
+  p.inverse = inverse;
+  call(kimi_sort_chunks, p, device, stream);
+}
+
 kimi_isa isa_from_name(const std::string& name) {
   for (int isa = KIMI_ISA_PORTABLE; isa <= KIMI_ISA_AMX; ++isa)
     if (name == kimi_isa_name(kimi_isa(isa))) return kimi_isa(isa);
@@ -193,6 +290,12 @@ PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
   m.def("cuda_architectures", &kimi_cuda_architectures);
   m.def("topk_gate", &topk_gate);
   m.def("topk_gate_backward", &topk_gate_backward);
+  m.def("permute_plan_workspace_bytes", &permute_plan_workspace_bytes);
+  m.def("permute_plan", &permute_plan);
+  m.def("permute", &permute);
+  m.def("unpermute", &unpermute);
+  m.def("unpermute_backward", &unpermute_backward);
+  m.def("sort_chunks", &sort_chunks);
   m.def("update_expert_bias", &update_expert_bias);
   m.def("sequence_balance_loss", &sequence_balance_loss);
   m.def("sequence_balance_loss_backward", &sequence_balance_loss_backward);

@@ -14,13 +14,21 @@ from kimi_ops.info import info
 from kimi_ops.muon_clip import MuonClip, QKClip
 from kimi_ops.muon_groups import muon_param_groups
 from kimi_ops.newton_schulz import newton_schulz
-from kimi_ops.permute import permute, permute_plan, sort_chunks, unpermute
+from kimi_ops.permute import (
+    PermutePlan,
+    permute,
+    permute_plan,
+    permute_weights,
+    sort_chunks,
+    unpermute,
+)
 from kimi_ops.qk_clip import attention_max_logits, qk_clip_
 from kimi_ops.topk_gate import TopkGate, topk_gate
 
 __version__ = _native._C.version()
 __all__ = [
     "MuonClip",
+    "PermutePlan",
     "QKClip",
     "TopkGate",
     "attention_max_logits",
@@ -32,6 +40,7 @@ __all__ = [
     "newton_schulz",
     "permute",
     "permute_plan",
+    "permute_weights",
     "qk_clip_",
     "sequence_balance_loss",
     "sort_chunks",

@@ -41,6 +41,12 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def workspace_bytes(op: str, like: Tensor, *arguments: int) -> int:
+    """What ``kimi_<op>_workspace_bytes`` says for the device of `like`."""
+    module, code = (_C, CUDA) if like.is_cuda else cpu_engine
+    return getattr(module, f"{op}_workspace_bytes")(*arguments, code)
+
+
 def call(op: str, like: Tensor, *arguments: int | float) -> None:
     """Runs a native op on the device of `like`, on its current stream."""
     if like.is_cuda:

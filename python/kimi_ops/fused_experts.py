@@ -4,8 +4,8 @@
 import torch
 from torch import Tensor
 
-from kimi_ops.grouped_gemm import autocast
-from kimi_ops.permute import check_ids
+from kimi_ops.grouped_gemm import autocast, grouped_gemm
+from kimi_ops.permute import check_ids, permute, permute_plan, unpermute
 from kimi_ops.reference import fused_experts as reference
 
 __all__ = ["fused_experts"]
@@ -109,4 +109,11 @@ def fused_experts(
             f"{op}: weights: expected shape {list(indices.shape)}, got {list(weights.shape)}"
         )
     check_ids(op, indices, experts)
-    return reference.fused_experts(x, w_gate_up, w_down, weights, indices, activation)
+    if x.dtype == torch.float64:
+        return reference.fused_experts(x, w_gate_up, w_down, weights, indices, activation)
+    plan = permute_plan(indices, experts)
+    rows = permute(x, plan)
+    rows = grouped_gemm(rows, w_gate_up.transpose(1, 2), plan.offsets)
+    rows = reference.gated_activation(rows, activation)
+    rows = grouped_gemm(rows, w_down.transpose(1, 2), plan.offsets)
+    return unpermute(rows, plan, weights)

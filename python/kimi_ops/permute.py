@@ -6,12 +6,21 @@ import os
 import torch
 from torch import Tensor
 
-from kimi_ops.reference import permute as reference
+from kimi_ops import _check, _native, _permute_ops
 from kimi_ops.reference.permute import PermutePlan
 
-__all__ = ["PermutePlan", "permute", "permute_plan", "sort_chunks", "unpermute"]
+__all__ = [
+    "PermutePlan",
+    "permute",
+    "permute_plan",
+    "permute_weights",
+    "sort_chunks",
+    "unpermute",
+]
 
-_MAX_ROWS = 2**31 - 1  # rows are int32; row * H is 64-bit arithmetic
+MAX_EXPERTS = 1024
+MAX_CHUNKS = 65536
+MAX_ROWS = 2**31 - 1  # rows are int32; row * H is 64-bit arithmetic
 
 
 def permute_plan(indices: Tensor, num_experts: int, *, align: int = 1) -> PermutePlan:
@@ -24,9 +33,9 @@ def permute_plan(indices: Tensor, num_experts: int, *, align: int = 1) -> Permut
     Parameters
     ----------
     indices : Tensor [T, K] int32
-        Expert of every (token, slot) pair; -1 is a dropped pair.
+        Expert of every (token, slot) pair; -1 or E (transformers' sentinel) is a dropped pair.
     num_experts : int
-        E.
+        E, at most 1024.
     align : int
         Each group's number of rows is rounded up to a multiple of this.
 
@@ -41,13 +50,13 @@ def permute_plan(indices: Tensor, num_experts: int, *, align: int = 1) -> Permut
     Raises
     ------
     TypeError, ValueError
-        Wrong dtype, shape or `align`; an id outside -1 .. E - 1, which is looked at on the CPU and
-        with ``KIMI_OPS_CHECK=1`` elsewhere.
+        Wrong dtype, shape or `align`; an id outside -1 .. E, which is looked at on the CPU (where
+        the text names the first one) and with ``KIMI_OPS_CHECK=1`` elsewhere.
 
     Examples
     --------
     >>> import torch
-    >>> from kimi_ops.permute import permute_plan
+    >>> from kimi_ops import permute_plan
     >>> plan = permute_plan(torch.tensor([[2, 0], [0, -1]], dtype=torch.int32), 3, align=2)
     >>> plan.row_map.tolist(), plan.offsets.tolist()
     ([[2, 0], [1, -1]], [2, 2, 4])
@@ -58,30 +67,22 @@ def permute_plan(indices: Tensor, num_experts: int, *, align: int = 1) -> Permut
     -----
     The dense [T, K] map is the index-map form of TransformerEngine's and vLLM's MoE permutation.
     """
-    if indices.dtype != torch.int32:
-        raise TypeError(
-            f"permute_plan: indices: expected int32, got {indices.dtype}; use indices.int()"
-        )
-    if indices.dim() != 2 or indices.shape[1] < 1:
-        raise ValueError(
-            "permute_plan: indices: expected shape [T, K] with K >= 1, got "
-            f"{list(indices.shape)}; reshape to one row a token"
-        )
-    for name, value in (("num_experts", num_experts), ("align", align)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(
-                f"permute_plan: {name}: expected an int, got {type(value).__name__}; pass a number"
-            )
-        if value < 1:
-            raise ValueError(f"permute_plan: {name}: expected at least 1, got {value}; raise it")
+    op = "permute_plan"
+    _check.tensor(op, "indices", indices)
+    _check.dtype(op, "indices", indices, (torch.int32,))
+    _check.shape(op, "indices", indices, ("T", "K"), "reshape to one row a token")
+    _check.between(op, "indices.shape[1]", indices.shape[1], 1, MAX_ROWS)
+    _check.between(op, "num_experts", num_experts, 1, MAX_EXPERTS)
+    _check.between(op, "align", align, 1, MAX_ROWS)
     capacity = indices.numel() + num_experts * (align - 1)
-    if capacity > _MAX_ROWS:
+    if capacity > MAX_ROWS:
         raise ValueError(
-            f"permute_plan: indices: expected at most {_MAX_ROWS} rows (row ids are int32), got "
+            f"{op}: indices: expected at most {MAX_ROWS} rows (row ids are int32), got "
             f"T*K + E*(align-1) = {capacity}; split the tokens"
         )
-    check_ids("permute_plan", indices, num_experts)
-    return reference.permute_plan(indices, num_experts, align)
+    if indices.device.type != "cpu":  # the CPU engine looks at every id by itself
+        check_ids(op, indices, num_experts, num_experts)
+    return PermutePlan(*_permute_ops.plan(indices, num_experts, align))
 
 
 def permute(x: Tensor, plan: PermutePlan) -> Tensor:
@@ -89,7 +90,9 @@ def permute(x: Tensor, plan: PermutePlan) -> Tensor:
 
     Parameters
     ----------
-    x : Tensor [T, H], floating point
+    x : Tensor [T, H], any dtype but float64
+        Rows may be strided. Quantised payloads travel with their scales by a second call:
+        ``permute(scales, plan)``; weights beside rows by `permute_weights`.
     plan : PermutePlan
         From `permute_plan` with the same T.
 
@@ -101,22 +104,56 @@ def permute(x: Tensor, plan: PermutePlan) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        x is not a floating-point matrix of T rows on the plan's device.
+        x is not a matrix of T rows on the plan's device, or float64.
 
     Notes
     -----
-    Differentiable in x: ``dx[t]`` is the sum of its rows' gradients, added in slot order in fp32.
+    Differentiable in float32, bfloat16 and float16 x: ``dx[t]`` is the sum of its rows' gradients,
+    added in slot order in fp32.
 
     Examples
     --------
     >>> import torch
-    >>> from kimi_ops.permute import permute, permute_plan
+    >>> from kimi_ops import permute, permute_plan
     >>> plan = permute_plan(torch.tensor([[1], [0]], dtype=torch.int32), 2)
     >>> permute(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), plan).tolist()
     [[3.0, 4.0], [1.0, 2.0]]
     """
-    _check_matrix("permute", "x", x, plan.row_map.shape[0], "T", plan.row_map.device)
-    return reference.permute(x, plan)
+    _check_rows("permute", "x", x, plan.row_map, plan.row_map.shape[0], "T")
+    return _permute_ops.permute(x, plan.row_map, plan.source)
+
+
+def permute_weights(weights: Tensor, plan: PermutePlan) -> Tensor:
+    """Carry the weight of every pair to its row: ``w[r] = weights.flatten()[plan.source[r]]``.
+
+    Parameters
+    ----------
+    weights : Tensor [T, K] float32
+    plan : PermutePlan
+
+    Returns
+    -------
+    Tensor [cap] float32
+        0 for padding rows. Differentiable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong dtype, shape or device.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kimi_ops import permute_plan, permute_weights
+    >>> plan = permute_plan(torch.tensor([[1, 0]], dtype=torch.int32), 2, align=2)
+    >>> permute_weights(torch.tensor([[0.25, 0.5]]), plan).tolist()
+    [0.5, 0.0, 0.25, 0.0]
+    """
+    _check_weights("permute_weights", weights, plan)
+    # A pair is a token with one slot.
+    return _permute_ops.permute(
+        weights.reshape(-1, 1), plan.row_map.reshape(-1, 1), plan.source
+    ).view(-1)
 
 
 def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Tensor:
@@ -124,9 +161,9 @@ def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Te
 
     Parameters
     ----------
-    y : Tensor [cap, H], floating point
+    y : Tensor [cap, H], float32, bfloat16 or float16
     plan : PermutePlan
-    weights : Tensor [T, K] float32 (float64 beside float64 rows), optional
+    weights : Tensor [T, K] float32, optional
         1 where absent. Dropped pairs add nothing, whatever their weight.
 
     Returns
@@ -141,36 +178,25 @@ def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Te
 
     Notes
     -----
-    Differentiable in y and weights; both gradients come from one pass over the rows. Rows outside
-    the groups are never read, so an uninitialised tail does no harm.
+    Differentiable in y and weights; both gradients come from one pass over the rows. Padding rows
+    are never read, so an uninitialised tail does no harm. To apply the weights in a later op, leave
+    them out here and take `permute_weights`.
 
     Examples
     --------
     >>> import torch
-    >>> from kimi_ops.permute import permute, permute_plan, unpermute
+    >>> from kimi_ops import permute, permute_plan, unpermute
     >>> plan = permute_plan(torch.tensor([[1, 0]], dtype=torch.int32), 2)
     >>> rows = permute(torch.tensor([[1.0, 2.0]]), plan)
     >>> unpermute(rows, plan, torch.tensor([[0.25, 0.5]])).tolist()
     [[0.75, 1.5]]
     """
-    _check_matrix("unpermute", "y", y, plan.source.shape[0], "cap", plan.row_map.device)
+    op = "unpermute"
+    _check_rows(op, "y", y, plan.row_map, plan.source.shape[0], "cap")
+    _check.dtype(op, "y", y, tuple(_native.DTYPES))
     if weights is not None:
-        if weights.shape != plan.row_map.shape:
-            raise ValueError(
-                f"unpermute: weights: expected shape {list(plan.row_map.shape)}, got "
-                f"{list(weights.shape)}; pass one weight for each pair of the plan"
-            )
-        expected = torch.float64 if y.dtype == torch.float64 else torch.float32
-        if weights.dtype != expected:
-            raise TypeError(
-                f"unpermute: weights: expected {expected} beside {y.dtype} rows, got "
-                f"{weights.dtype}; convert with .to({expected})"
-            )
-        if weights.device != y.device:
-            raise ValueError(
-                f"unpermute: weights: expected device {y.device}, got {weights.device}; move them"
-            )
-    return reference.unpermute(y, plan, weights)
+        _check_weights(op, weights, plan)
+    return _permute_ops.unpermute(y, plan.row_map, plan.source, weights)
 
 
 def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
@@ -181,8 +207,8 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
 
     Parameters
     ----------
-    x : Tensor [R, H], floating point
-    split_sizes : Tensor [C] int32
+    x : Tensor [R, H], any dtype but float64
+    split_sizes : Tensor [C] int32, C at most 65536
         Rows of each chunk, at most R together.
     order : Tensor [C] int32
         A permutation of 0 .. C - 1.
@@ -199,65 +225,64 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
 
     Notes
     -----
-    Differentiable in x. The operation is `moe_sort_chunks_by_index` of TransformerEngine.
+    Differentiable in floating-point x. TransformerEngine calls it `moe_sort_chunks_by_index`.
 
     Examples
     --------
     >>> import torch
-    >>> from kimi_ops.permute import sort_chunks
+    >>> from kimi_ops import sort_chunks
     >>> sizes, order = torch.tensor([1, 2]).int(), torch.tensor([1, 0]).int()
     >>> sort_chunks(torch.tensor([[1.0], [2.0], [3.0]]), sizes, order).tolist()
     [[2.0], [3.0], [1.0]]
     """
-    _check_matrix("sort_chunks", "x", x, x.shape[0] if x.dim() else 0, "R", x.device)
+    op = "sort_chunks"
+    _check_rows(op, "x", x, x, x.shape[0] if isinstance(x, Tensor) and x.dim() else 0, "R")
     for name, value in (("split_sizes", split_sizes), ("order", order)):
-        if value.dtype != torch.int32:
-            raise TypeError(
-                f"sort_chunks: {name}: expected int32, got {value.dtype}; use {name}.int()"
-            )
-        if value.dim() != 1 or value.shape != split_sizes.shape or value.device != x.device:
-            raise ValueError(
-                f"sort_chunks: {name}: expected shape [{split_sizes.numel()}] on {x.device}, "
-                f"got {list(value.shape)} on {value.device}; pass one entry for each chunk"
-            )
-    if x.device.type == "cpu":
-        sizes = split_sizes.tolist()
-        if any(size < 0 for size in sizes) or sum(sizes) > x.shape[0]:
-            raise ValueError(
-                f"sort_chunks: split_sizes: expected sizes >= 0 with a sum <= R = {x.shape[0]}, "
-                f"got {sizes}; correct the sizes"
-            )
-        if sorted(order.tolist()) != list(range(len(sizes))):
-            raise ValueError(
-                f"sort_chunks: order: expected a permutation of 0 .. {len(sizes) - 1}, got "
-                f"{order.tolist()}; name every chunk once"
-            )
-    return reference.sort_chunks(x, split_sizes, order)
+        _check.tensor(op, name, value)
+        _check.dtype(op, name, value, (torch.int32,))
+        _check.shape(op, name, value, ("C",) if value is split_sizes else (len(split_sizes),))
+        _check.same_device(op, name, value, "x", x)
+    _check.between(op, "split_sizes.shape[0]", split_sizes.shape[0], 0, MAX_CHUNKS)
+    return _permute_ops.sort_chunks(x, split_sizes, order, False)
 
 
-def check_ids(op: str, indices: Tensor, num_experts: int) -> None:
+def check_ids(op: str, indices: Tensor, num_experts: int, highest: int | None = None) -> None:
     """Refuse ids out of range, where reading them costs no synchronisation or was asked for."""
     kind = indices.device.type
     readable = kind == "cpu" or (kind != "meta" and os.environ.get("KIMI_OPS_CHECK") == "1")
     if not readable or indices.numel() == 0:
         return
+    highest = num_experts - 1 if highest is None else highest
     low, high = (int(value) for value in indices.aminmax())
-    if low < -1 or high >= num_experts:
+    if low < -1 or high > highest:
         raise ValueError(
-            f"{op}: indices: expected ids in -1 .. {num_experts - 1}, got {low} .. {high}; mark "
+            f"{op}: indices: expected ids in -1 .. {highest}, got {low} .. {high}; mark "
             "dropped pairs with -1"
         )
 
 
-def _check_matrix(
-    op: str, name: str, x: Tensor, rows: int, letter: str, device: torch.device
-) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: {name}: expected a floating dtype, got {x.dtype}; convert it")
+def _check_rows(op: str, name: str, x: Tensor, like: Tensor, rows: int, letter: str) -> None:
+    _check.tensor(op, name, x)
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"{op}: {name}: expected a dtype of at most 32 bits, got float64; "
+            f"kimi_ops.reference.permute.{op} computes in float64"
+        )
     if x.dim() != 2 or x.shape[0] != rows:
         raise ValueError(
             f"{op}: {name}: expected shape [{letter}={rows}, H], got {list(x.shape)}; use the "
             "plan made for these rows"
         )
-    if x.device != device:
-        raise ValueError(f"{op}: {name}: expected device {device}, got {x.device}; move it there")
+    if x.device != like.device:
+        raise ValueError(
+            f"{op}: {name}: expected on {like.device} as the plan, got {x.device}; move it"
+        )
+
+
+def _check_weights(op: str, weights: Tensor, plan: PermutePlan) -> None:
+    _check.tensor(op, "weights", weights)
+    _check.dtype(op, "weights", weights, (torch.float32,))
+    _check.shape(
+        op, "weights", weights, tuple(plan.row_map.shape), "pass one for each pair of the plan"
+    )
+    _check.same_device(op, "weights", weights, "plan.row_map", plan.row_map)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""permute_plan, permute, unpermute against torch: argsort + bincount, index_select, weighted sum.
+
+Copies write into buffers that are already there, for both sides (`out=` of index_select), so that
+page faults of fresh memory do not blur the comparison; "memcpy" copies the output's bytes. Roof of
+the copies: bytes read and written at the rate of that memcpy; of the plan: its bytes at the read
+bandwidth.
+
+    python -m benchmarks.bench_permute [--quick] [--json FILE] [--plot FILE] [--device cuda]
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.cases import PermuteCase, arguments, permute_cases
+from benchmarks.measure import Time, measure, peak_memory, read_bandwidth
+from benchmarks.report import Report, Row
+from kimi_ops import PermutePlan, _native, permute, permute_plan, unpermute
+
+Functions = dict[str, Callable[[], object]]
+
+
+def make_ids(case: PermuteCase) -> Tensor:
+    """Distinct experts a token; hot: a fifth of the tokens share theirs; balanced: uniform."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(case.tokens, case.experts, generator=generator)
+    if case.skew == "hot":
+        noise[: max(1, case.tokens // 5), : case.k] += 1
+    return noise.topk(case.k, dim=1).indices.int()
+
+
+def permute_into(x: Tensor, plan: PermutePlan, y: Tensor) -> None:
+    """permute without the allocation of its output."""
+    size = x.element_size()
+    _native.call(
+        "permute", x, x.data_ptr(), plan.row_map.data_ptr(), plan.source.data_ptr(), y.data_ptr(),
+        x.shape[0], y.shape[0], x.shape[1] * size, x.stride(0) * size, plan.row_map.shape[1],
+    )  # fmt: skip
+
+
+def torch_plan(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    flat = ids.flatten()
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=experts).cumsum(0)
+
+
+def torch_unpermute(y: Tensor, row_map: Tensor, weights: Tensor) -> Tensor:
+    rows = y.index_select(0, row_map.flatten()).view(*row_map.shape, -1)
+    return (rows * weights[..., None].to(y.dtype)).sum(1)
+
+
+class Setting:
+    """One case's tensors and the ways that are compared."""
+
+    def __init__(self, case: PermuteCase, device: str, compiled: bool) -> None:
+        self.case, self.compiled = case, compiled
+        self.ids = make_ids(case).to(device)
+        self.x = torch.randn(case.tokens, case.hidden).bfloat16().to(device)
+        self.weights = torch.rand(case.tokens, case.k).to(device)
+        self.plan = permute_plan(self.ids, case.experts)
+        self.y = permute(self.x, self.plan)
+        self.other = torch.empty_like(self.y)
+
+    def plans(self) -> Functions:
+        ids, experts = self.ids, self.case.experts
+        return {
+            "kimi_ops": lambda: permute_plan(ids, experts),
+            "torch": lambda: torch_plan(ids, experts),
+        }
+
+    def copies(self) -> Functions:
+        token = self.plan.source.long() // self.case.k
+        return {
+            "kimi_ops": lambda: permute_into(self.x, self.plan, self.other),
+            "torch": lambda: torch.index_select(self.x, 0, token, out=self.other),
+            "memcpy": lambda: self.other.copy_(self.y),
+        }
+
+    def sums(self) -> Functions:
+        row_map = self.plan.row_map.long()
+        named: Functions = {
+            "kimi_ops": lambda: unpermute(self.y, self.plan, self.weights),
+            "torch": lambda: torch_unpermute(self.y, row_map, self.weights),
+        }
+        if self.compiled:
+            function = torch.compile(torch_unpermute, dynamic=False)
+            named["torch.compile"] = lambda: function(self.y, row_map, self.weights)
+        return named
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(__doc__ or "").parse_args(argv)
+    device = options.device
+    read = read_bandwidth(device)
+    for part in ("plans", "copies", "sums"):
+        report = Report(f"permute ({part})", device, options)
+        for case in permute_cases(options.quick):
+            with torch.no_grad():
+                setting = Setting(case, device, not options.no_compile)
+                named = getattr(setting, part)()
+                times = measure(named, device, options.quick)
+                report.add(_row(part, case, times, read, named, device))
+        report.finish(f"_{part}")
+
+
+def _row(
+    part: str, case: PermuteCase, times: dict[str, Time], read: float, named: Functions, device: str
+) -> Row:
+    pairs, row_bytes = case.tokens * case.k, 2 * case.hidden
+    moved = 12 * pairs if part == "plans" else (case.tokens + pairs) * row_bytes
+    roof = 2 * pairs * row_bytes / times["memcpy"].median if part == "copies" else read
+    ours = times.pop("kimi_ops")
+    row = Row(str(case), ours, moved, "GB/s", roof, times)
+    row.peak_bytes = peak_memory(named["kimi_ops"], device)
+    row.peer_bytes = peak_memory(named["torch"], device)
+    return row
+
+
+@pytest.mark.parametrize("case", permute_cases(quick=True), ids=str)
+@pytest.mark.parametrize("part", ["plans", "copies", "sums"])
+@pytest.mark.parametrize("way", ["kimi_ops", "torch"])
+def test_permute(benchmark, case, part, way):  # type: ignore[no-untyped-def]
+    benchmark.group = f"permute {part} {case}"
+    with torch.no_grad():
+        benchmark(getattr(Setting(case, "cpu", compiled=False), part)()[way])
+
+
+if __name__ == "__main__":
+    main()
