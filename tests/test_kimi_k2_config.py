@@ -163,7 +163,27 @@ BAD_VALUES = [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ValueError, "type yarn"),
     ({"rope_scaling": {"type": "yarn"}}, ValueError, "rope_scaling: expected a factor"),
     ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, ValueError, "factor >= 1"),
+    ({"rope_scaling": {"type": "yarn", "factor": "2"}}, TypeError, "factor: expected a number"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 0}}, ValueError, "beta_fast: .*0"),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 0}},
+        ValueError,
+        "original_max_position_embeddings: expected at least 1",
+    ),
     ({"rope_scaling": 3}, TypeError, "rope_scaling: expected a dict or null, got int"),
+    ({"rope_parameters": [3]}, TypeError, "rope_parameters: expected a dict or null, got list"),
+    ({"rope_theta": 0}, ValueError, "rope_theta: expected a number > 1, got 0"),
+    ({"rope_theta": 1.0}, ValueError, "rope_theta: expected a number > 1, got 1.0"),
+    ({"rope_theta": float("inf")}, ValueError, "rope_theta: expected a finite number"),
+    (
+        {"routed_scaling_factor": "x"},
+        TypeError,
+        "routed_scaling_factor: expected a number, got str",
+    ),
+    ({"routed_scaling_factor": 0}, ValueError, "routed_scaling_factor: expected a number > 0"),
+    ({"aux_loss_alpha": -1.0}, ValueError, "aux_loss_alpha: expected at least 0"),
+    ({"rms_norm_eps": "1e-6"}, TypeError, "rms_norm_eps: expected a number, got str"),
+    ({"q_lora_rank": "x"}, TypeError, "q_lora_rank: expected an int or None, got str"),
 ]
 
 
@@ -180,5 +200,13 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         KimiK2Config.from_file(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(TypeError, match="a dict, got list"):
+    with pytest.raises(ValueError, match=r"a JSON object, got .*config\.json, which holds a list"):
         KimiK2Config.from_file(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"hidden_size": "x"}')
+    with pytest.raises(ValueError, match=r"hidden_size: expected an int, .*in .*config\.json"):
+        KimiK2Config.from_file(tmp_path / "config.json")
+
+
+def test_a_dict_is_no_rope_scaling_of_the_constructor():
+    with pytest.raises(TypeError, match=r"rope_scaling: expected a RopeScaling .*from_dict"):
+        KimiK2Config(rope_scaling={"type": "yarn", "factor": 2.0})

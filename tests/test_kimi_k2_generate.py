@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The latent cache and sampling."""
 
+import copy
 import dataclasses
 from itertools import accumulate
 
@@ -96,6 +97,18 @@ def test_a_cache_refuses_what_does_not_fit(model):
     with torch.enable_grad(), pytest.raises(ValueError, match="works without gradients"):
         model(ids[:, :1], cache=cache)
     assert cache.length == 3 and torch.equal(cache.entries[:, :, :3], before[:, :, :3])
+
+
+@torch.no_grad()
+def test_a_cache_of_another_dtype_or_device_is_refused(model):
+    half, ids = copy.deepcopy(model).bfloat16(), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"dtype: expected the model's torch.bfloat16, got .*32"):
+        half(ids, cache=LatentCache(model.config, 2, 4))
+    with pytest.raises(ValueError, match="device: expected the model's cpu, got meta"):
+        model(ids, cache=LatentCache(model.config, 2, 4, device="meta"))
+    cache = LatentCache(model.config, 2, 8, dtype=torch.bfloat16)
+    half(ids, cache=cache)
+    assert half(ids, cache=cache).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}], ids=str)

@@ -102,6 +102,28 @@ def test_bfloat16_is_as_near_to_float32_as_transformers():
         assert relative_error(model.to(torch.bfloat16)(ids), exact) < 1.25 * error
 
 
+def test_dtypes_that_no_op_serves_are_refused(tmp_path):
+    config, message = (
+        KimiK2Config.tiny(),
+        "dtype: expected bfloat16, float16 or float32, got torch.f",
+    )
+    for dtype in (torch.float64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=f"KimiK2: {message}"):
+            KimiK2(config, dtype=dtype)
+    KimiK2(config).save_pretrained(tmp_path / "plain")
+    with pytest.raises(TypeError, match=f"KimiK2: {message}"):
+        KimiK2.from_pretrained(tmp_path / "plain", dtype=torch.float64)
+    wide = KimiK2(config).double()
+    with pytest.raises(TypeError, match=f"KimiK2: {message}"):
+        wide(torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(TypeError, match=f"save_pretrained: {message}"):
+        wide.save_pretrained(tmp_path / "wide")
+    assert not (tmp_path / "wide").exists()
+    for dtype in (torch.float16, torch.bfloat16):
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        assert KimiK2(config, dtype=dtype)(ids).dtype == dtype
+
+
 def test_float32_buffers_survive_casts():
     model = KimiK2(KimiK2Config.tiny())
     randomize(model)

@@ -34,7 +34,7 @@ class LatentCache:
     capacity : int
         Largest number of tokens a sequence.
     device, dtype
-        Of the model's activations.
+        Of the model's parameters; the defaults are torch's.
     """
 
     def __init__(
@@ -65,8 +65,19 @@ class LatentCache:
         self.entries[layer, :, self.length : end] = entry
         return self.entries[layer, :, :end]
 
-    def check(self, batch_size: int, tokens: int) -> None:
-        """Raise a ValueError where `tokens` more of `batch_size` sequences do not fit."""
+    def check(self, batch_size: int, tokens: int, weight: Tensor) -> None:
+        """Refuse `tokens` more of `batch_size` sequences, or a model with such a `weight`, where
+        they do not fit: a ValueError, for a dtype a TypeError."""
+        if self.entries.dtype != weight.dtype:
+            raise TypeError(
+                f"LatentCache: dtype: expected the model's {weight.dtype}, got "
+                f"{self.entries.dtype}; make it with dtype=model.lm_head.weight.dtype"
+            )
+        if self.entries.device != weight.device:
+            raise ValueError(
+                f"LatentCache: device: expected the model's {weight.device}, got "
+                f"{self.entries.device}; make it with device=model.lm_head.weight.device"
+            )
         if batch_size != self.entries.shape[1]:
             raise ValueError(
                 f"LatentCache: batch: expected {self.entries.shape[1]} sequences, got "

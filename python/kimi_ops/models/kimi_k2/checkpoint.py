@@ -26,7 +26,7 @@ from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME, Shards
 if TYPE_CHECKING:
     from kimi_ops.models.kimi_k2.model import KimiK2
 
-__all__ = ["checkpoint_tensors", "dequantize_fp8", "load_weights", "save"]
+__all__ = ["check_dtype", "checkpoint_tensors", "dequantize_fp8", "load_weights", "save"]
 
 _SHARD = re.compile(r"model-[0-9a-f]{8}-\d{5,}-of-\d{5,}\.safetensors")
 
@@ -72,6 +72,15 @@ def dequantize_fp8(
     return weight.float() * scale.repeat_interleave(block[1], 1)[:, :columns]
 
 
+def check_dtype(op: str, dtype: torch.dtype) -> None:
+    """Refuse parameters in a dtype that the ops do not compute in or a config cannot name."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(
+            f"{op}: dtype: expected bfloat16, float16 or float32, got {dtype}; the gate computes "
+            "in float32 at most: use one of these, model.float() for example"
+        )
+
+
 def save(model: "KimiK2", folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write ``config.json`` and the weights; see `KimiK2.save_pretrained`."""
     if max_shard_bytes < 1:
@@ -84,6 +93,7 @@ def save(model: "KimiK2", folder: str | Path, *, max_shard_bytes: int = 5_000_00
             "save_pretrained: model: expected allocated weights, got the meta device; call "
             "allocate and init_weights or from_pretrained first"
         )
+    check_dtype("save_pretrained", model.lm_head.weight.dtype)
     folder = Path(folder)
     plan = _plan_shards(model, max_shard_bytes)
     values = model.config.to_dict()

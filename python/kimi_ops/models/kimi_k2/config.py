@@ -237,6 +237,11 @@ class KimiK2Config:
         values = dict(values)
         rope = values.pop("rope_parameters", None)
         if rope is not None:
+            if not isinstance(rope, dict):
+                raise TypeError(
+                    "KimiK2Config: rope_parameters: expected a dict or null, got "
+                    f"{type(rope).__name__}; pass the object that config.json holds"
+                )
             values.setdefault("rope_scaling", rope)
             values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 50000.0))
         if "dtype" in values:
@@ -251,7 +256,7 @@ class KimiK2Config:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "KimiK2Config":
-        """Read a ``config.json``; a missing or broken file is a ValueError that names it."""
+        """Read a ``config.json``; a missing, broken or unfit file is a ValueError that names it."""
         path = Path(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -264,7 +269,15 @@ class KimiK2Config:
             raise ValueError(
                 f"KimiK2Config: path: expected JSON, got {path} ({error}); restore the file"
             ) from None
-        return cls.from_dict(values)
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"KimiK2Config: path: expected a JSON object, got {path}, which holds a "
+                f"{type(values).__name__}; restore the file"
+            )
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{error} (in {path})") from None
 
 
 def _rope_scaling(values: Any) -> RopeScaling | None:
@@ -272,13 +285,16 @@ def _rope_scaling(values: Any) -> RopeScaling | None:
         return values
     if not isinstance(values, dict):
         raise TypeError(
-            f"KimiK2Config: rope_scaling: expected a dict or null, got {type(values).__name__}"
+            f"KimiK2Config: rope_scaling: expected a dict or null, got {type(values).__name__}; "
+            "use null for plain rotary positions"
         )
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ValueError(f"KimiK2Config: rope_scaling: expected type yarn, got {kind!r}")
+        raise ValueError(
+            f"KimiK2Config: rope_scaling: expected type yarn, got {kind!r}; use yarn or null"
+        )
     names = {f.name for f in dataclasses.fields(RopeScaling)}
     known = {k: v for k, v in values.items() if k in names and v is not None}
     if "factor" not in known:

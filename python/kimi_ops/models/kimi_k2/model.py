@@ -62,6 +62,11 @@ class KimiK2(nn.Module):
         elsewhere the weights are those of ``init_weights(0)``. The router's bias and the statistics
         of attention stay fp32 whatever `dtype` is.
 
+    Raises
+    ------
+    TypeError
+        A `dtype` other than bfloat16, float16 and float32.
+
     Examples
     --------
     >>> import torch
@@ -80,7 +85,9 @@ class KimiK2(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        factory = {"device": torch.device("meta"), "dtype": dtype or torch.get_default_dtype()}
+        dtype = dtype or torch.get_default_dtype()
+        checkpoint.check_dtype("KimiK2", dtype)
+        factory = {"device": torch.device("meta"), "dtype": dtype}
         self.model = Backbone(config, **factory)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
         self._tie()
@@ -235,6 +242,8 @@ class KimiK2(nn.Module):
 
         Raises
         ------
+        TypeError
+            A `dtype` other than bfloat16, float16 and float32.
         ValueError
             Files that are missing, truncated or belong to another model; named in the message.
         """
@@ -266,11 +275,14 @@ class KimiK2(nn.Module):
         ------
         OSError
             The folder cannot be written.
+        TypeError, ValueError
+            Weights in a dtype that is not served or on the meta device, a limit below 1.
         """
         checkpoint.save(self, folder, max_shard_bytes=max_shard_bytes)
 
     def _check(self, input_ids: Tensor, cache: LatentCache | None) -> int:
         """Refuse bad input before anything changes; the number of tokens in the cache."""
+        checkpoint.check_dtype("KimiK2", self.lm_head.weight.dtype)
         if input_ids.dtype != torch.int64:
             raise TypeError(
                 f"KimiK2: input_ids: expected int64, got {input_ids.dtype}; use input_ids.long()"
@@ -298,7 +310,8 @@ class KimiK2(nn.Module):
                 raise ValueError(
                     "KimiK2: cache: works without gradients only; call under torch.no_grad()"
                 )
-            cache.check(*input_ids.shape)
+            batch, tokens = input_ids.shape
+            cache.check(batch, tokens, self.lm_head.weight)
         return past
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
