@@ -206,14 +206,91 @@ def test_a_step_balances_clips_and_learns():
 
 def test_accumulation_equals_one_large_batch():
     batch = torch.randint(0, 256, (8, 33), generator=torch.Generator().manual_seed(1))
-    losses, weights = [], []
+    losses, weights, biases, maxima = [], [], [], []
     for sequences, accumulate in ((8, 1), (4, 2)):
         options = {**TINY, "sequences": sequences, "accumulate": accumulate}
         trainer = Trainer(TrainSettings(**options))
-        losses.append(trainer.step(batch, 0).loss)
+        statistics = trainer.step(batch, 0)
+        losses.append(statistics.loss)
+        maxima.append(statistics.max_logit)
         weights.append(trainer.model.lm_head.weight.detach())
+        layers = trainer.model.moe_layers()
+        biases.append(torch.stack([layer.gate.e_score_correction_bias for layer in layers]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+    assert torch.equal(*biases) and biases[0].any()  # by the tokens of all micro-batches
+    assert maxima[0] == pytest.approx(maxima[1], rel=1e-5)
+
+
+def some_batch(sequences: int = 4) -> torch.Tensor:
+    return torch.randint(0, 256, (sequences, 33), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_step_takes_the_rates_of_the_schedule():
+    settings = TrainSettings(**TINY, lr=6e-3, warmup=0.5, decay=0.5)
+    moved = []
+    for step, factor in ((0, 1 / 3), (2, 1.0), (5, 1 / 3)):
+        trainer = Trainer(settings)
+        before = trainer.model.lm_head.weight.detach().clone()
+        assert trainer.step(some_batch(), step).lr == pytest.approx(6e-3 * factor)
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        assert rates == pytest.approx([6e-3 * factor] * len(rates))
+        moved.append(float((trainer.model.lm_head.weight.detach() - before).norm()))
+        bias = trainer.model.moe_layers()[0].gate.e_score_correction_bias
+        # the bias does not wait for the warm-up, but it falls with the decay
+        rate = settings.bias_rate * (factor if step == 5 else 1.0)
+        assert float(bias.abs().max()) == pytest.approx(rate)
+    assert moved[1] == pytest.approx(3 * moved[0], rel=0.01)
+    assert moved[2] == pytest.approx(moved[0], rel=0.01)
+
+
+def test_the_balance_loss_reaches_the_router():
+    with_it, without = (Trainer(TrainSettings(**TINY)) for _ in range(2))
+    without.model.auxiliary_loss = lambda: torch.zeros(())
+    gradients = []
+    for trainer in (with_it, without):
+        seen: list[torch.Tensor] = []
+        gradients.append(seen)
+        gate = trainer.model.moe_layers()[0].gate.weight
+        gate.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(p.grad.clone()))
+        assert (trainer.step(some_batch(), 0).auxiliary > 0) == (trainer is with_it)
+    assert not torch.equal(gradients[0][-1], gradients[1][-1])
+
+
+def test_adamw_gradients_are_clipped_before_the_update(monkeypatch: pytest.MonkeyPatch):
+    trainer = Trainer(TrainSettings(**TINY, clip_norm=1e-3))
+    norms, update = {}, trainer.optimizer.step
+    groups = {group["algorithm"]: group["params"] for group in trainer.optimizer.param_groups}
+
+    def spy() -> None:
+        for algorithm, parameters in groups.items():
+            squares = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
+            norms[algorithm] = float(sum(squares)) ** 0.5
+        update()
+
+    monkeypatch.setattr(trainer.optimizer, "step", spy)
+    trainer.step(some_batch(), 0)
+    assert norms["adamw"] == pytest.approx(1e-3, rel=1e-2) and norms["muon"] > 1e-2
+
+
+def test_the_largest_logit_is_that_of_the_forward_pass():
+    trainer, twin = (Trainer(TrainSettings(**TINY)) for _ in range(2))
+    twin.model(some_batch()[:, :-1])
+    largest = max(float(layer.max_logits.max()) for layer in twin.model.attention_layers())
+    assert trainer.step(some_batch(), 0).max_logit == largest != 0
+
+
+def test_validation_is_the_mean_over_sequences():
+    trainer = Trainer(TrainSettings(**TINY))  # four at once: the fifth comes alone
+    sequences = torch.cat([some_batch(), torch.full((1, 33), 7)])
+    with torch.no_grad():
+        logits = trainer.model.eval()(sequences[:, :-1])
+        trainer.model.lm_head.weight[7] += 5 * logits.new_ones(())  # the fifth unlike the others
+        logits = trainer.model(sequences[:, :-1]).double()
+    log_p = logits.log_softmax(-1).gather(-1, sequences[:, 1:, None])
+    each = -log_p.mean(dim=(1, 2))
+    assert abs(each[4] - each[:4].mean()) > 0.1
+    assert trainer.validate(sequences) == pytest.approx(float(each.mean()), rel=1e-6)
 
 
 def test_validation_leaves_training_untouched():

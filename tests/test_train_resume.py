@@ -319,6 +319,21 @@ def test_bad_text_leaves_no_run_behind(tmp_path: Path):
     assert json.loads(json.dumps(TrainSettings().to_dict())) == TrainSettings().to_dict()
 
 
+def test_the_progress_bar_names_what_matters(tmp_path: Path, text: Path, capsys):
+    overrides = {**TINY, "steps": 2, "validate_every": 2}
+    train(tmp_path / "run", data=text, overrides=overrides, say=lambda line: None)
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    shown = capsys.readouterr().err
+    for field in (
+        f"loss {row['loss']:.3f}",
+        f"val {row['validation_loss']:.3f}",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+        f"max logit {row['max_logit']:.1f}",
+        f"load {row['load_max_over_mean']:.2f}",
+    ):
+        assert field in shown
+
+
 def test_train_in_a_thread_of_its_own(tmp_path: Path, text: Path):
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(run, tmp_path / "run", text, steps=2).result()
