@@ -117,7 +117,7 @@ KIMI_API kimi_status kimi_topk_gate(const kimi_topk_gate_params* params, kimi_de
 typedef struct kimi_topk_gate_backward_params {
   const float* grad_weights; /* [T, K] */
   const void* logits;        /* [T, E] logits_dtype, row stride logits_stride */
-  const int32_t* indices;    /* [T, K], -1 dropped */
+  const int32_t* indices;    /* [T, K]; a slot outside 0..E-1 (-1: dropped) takes no part */
   void* grad_logits;         /* out [T, E] dense, logits_dtype */
   int64_t num_tokens;
   int64_t logits_stride;

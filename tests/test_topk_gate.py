@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """topk_gate against scalar fp64 arithmetic, the torch twin and transformers, on every engine."""
 
+import contextlib
 import itertools
 import math
 
@@ -42,6 +43,19 @@ def hard_rows(tokens, experts, dtype, seed=0):
     for row, special in zip(range(1, tokens, 2), specials, strict=False):
         x[row] = special
     return x.to(dtype)
+
+
+@contextlib.contextmanager
+def portable():
+    """CPU tensors are served by the portable engine."""
+    saved, isa = _native.cpu_engine, _native._C.current_isa()
+    _native.cpu_engine = (_native._C, _native.CPU)
+    _native._C.set_isa("portable")
+    try:
+        yield
+    finally:
+        _native.cpu_engine = saved
+        _native._C.set_isa(isa)
 
 
 def scalar_scores(row, score_function):
@@ -128,14 +142,49 @@ def test_engines_agree_bit_for_bit(engine, score_function, dtype, experts, k):
         return [t.detach().cpu() for t in (*gate, z.grad)]
 
     got = run(engine.device)
-    saved, isa = _native.cpu_engine, _native._C.current_isa()
-    _native.cpu_engine = (_native._C, _native.CPU)
-    _native._C.set_isa("portable")
-    want = run("cpu")
-    _native.cpu_engine = saved
-    _native._C.set_isa(isa)
+    with portable():
+        want = run("cpu")
     for name, a, b in zip(("weights", "indices", "counts", "grad"), got, want, strict=True):
         assert torch.equal(bits(a), bits(b)), name
+
+
+@pytest.mark.parametrize("score_function", SCORES)
+@pytest.mark.parametrize(
+    "experts,k,groups,topk_groups,best_of",
+    [
+        (256, 8, 8, 4, 2),
+        (256, 8, 8, 4, 1),
+        (512, 32, 32, 7, 2),
+        (1024, 17, 64, 5, 2),
+        (1024, 32, 2, 1, 2),
+        (640, 9, 80, 11, 2),  # more groups than are ranked at once
+        (384, 8, 16, 4, 2),  # whole AVX2 vectors, not whole AVX-512 ones
+        (96, 6, 8, 3, 2),  # no whole vectors
+        (256, 8, 8, 4, 3),
+        (1024, 4, 512, 3, 2),  # CUDA: more than 48 KB of shared memory
+    ],
+)
+def test_groups_agree_bit_for_bit(engine, score_function, experts, k, groups, topk_groups, best_of):
+    logits = hard_rows(27, experts, torch.float32, seed=experts)
+    random = torch.Generator().manual_seed(8)
+    biases = [torch.randn(experts, generator=random) * 0.1, None]
+    infinite = torch.where(torch.rand(experts, generator=random) < 0.05, math.inf, 0.0)
+    biases += [infinite, -infinite, infinite * torch.randn(experts, generator=random).sign()]
+    biases[-1] = torch.where(infinite > 0, biases[-1], 0.0)
+    for bias in biases:
+
+        def run(device, bias=bias):
+            return topk_gate(
+                logits.to(device), k, score_function=score_function, num_groups=groups,
+                expert_bias=None if bias is None else bias.to(device), topk_groups=topk_groups,
+                group_score_topk=best_of,
+            )  # fmt: skip
+
+        got = run(engine.device)
+        with portable():
+            want = run("cpu")
+        for name, a, b in zip(want._fields, got, want, strict=True):
+            assert torch.equal(bits(a.cpu()), bits(b)), name
 
 
 @pytest.mark.parametrize(
@@ -200,6 +249,45 @@ def test_adversarial_rows_take_the_slow_path(engine, score_function):
     assert torch.equal(gate.indices.cpu(), twin[1])
 
 
+@pytest.mark.parametrize("score_function", SCORES)
+@pytest.mark.parametrize("experts,k", [(65, 1), (100, 32), (384, 8), (1023, 31), (1024, 32)])
+def test_ties_at_the_bound(engine, score_function, experts, k):
+    """More experts reach the candidate bound than are ranked: it rises, and low ids win the tie."""
+    generator = torch.Generator().manual_seed(experts)
+    ids = torch.arange(experts)
+    rows = [
+        torch.zeros(experts),
+        torch.full((experts,), 60.0),  # sigmoid: saturated
+        torch.randn(experts, generator=generator).round(),
+        torch.where(ids % 2 == 0, -0.0, 0.0),
+        torch.where(ids >= experts - k + 1, 1.0, 0.0),  # k - 1 above the tie
+        torch.where(ids >= experts - k, 1.0, 0.0),  # k above it
+        (ids % 64).float() / 8,  # the large ones in one lane
+        torch.where(ids % 16 == 3, ids / experts + 1.0, torch.tensor(0.5)),
+        torch.where(ids % 2 == 0, -math.inf, math.nan),  # all choices equal, all scores 0
+    ]
+    logits = torch.stack(rows)
+    gate = topk_gate(logits.to(engine.device), k, score_function=score_function)
+    choices = logits.nan_to_num(-math.inf, neginf=-3e38)  # a NaN behind every number
+    if score_function == "sigmoid":
+        choices[1] = 1.0
+    for row, got in zip(choices.tolist(), gate.indices.tolist(), strict=True):
+        assert got == sorted(range(experts), key=lambda e: (-row[e], e))[:k]
+
+
+def test_infinite_choices_tie_too(engine):
+    """A bias of infinity: the raised bound may be infinite."""
+    bias = torch.where(torch.arange(1024) % 2 == 0, math.inf, 0.0)
+    for sign in (1, -1):
+        gate = topk_gate(
+            torch.zeros(1, 1024, device=engine.device),
+            32,
+            expert_bias=(sign * bias).to(engine.device),
+        )
+        first = 0 if sign == 1 else 1
+        assert gate.indices[0].tolist() == list(range(first, 64, 2))
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("score_function", SCORES)
 def test_gradient_against_fp64_reference(engine, score_function, renormalize):
@@ -219,6 +307,49 @@ def test_gradient_against_fp64_reference(engine, score_function, renormalize):
     assert torch.equal(gate.indices.cpu(), twin[1])
     error = (z.grad.cpu().double() - exact.grad).norm() / exact.grad.norm()
     assert error < 5e-7
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("score_function", SCORES)
+@pytest.mark.parametrize("experts,k", [(60, 5), (33, 20), (8, 1)])
+def test_gradient_leaves_out_slots_without_an_expert(
+    engine, score_function, renormalize, experts, k
+):
+    generator = torch.Generator().manual_seed(7)
+    slots = sorted({0, min(1, k - 1), k - 1})
+    ids, dropped = [], []
+    for bad in (-1, experts, 10**8, -(2**31)):
+        for row in (*[[slot] for slot in slots], slots, range(k)):
+            ids.append(torch.randperm(experts, generator=generator)[:k])
+            ids[-1][list(row)] = bad
+            dropped.append(list(row))
+    indices = torch.stack(ids).int()
+    logits = torch.randn(len(ids), experts, generator=generator) * 2
+    grad_weights = torch.randn(len(ids), k, generator=generator)
+    for t, row in enumerate(dropped):
+        grad_weights[t, row] = math.nan  # not looked at
+
+    def run(device):
+        return torch.ops.kimi_ops.topk_gate_backward(
+            grad_weights.to(device), logits.to(device), indices.to(device), score_function,
+            renormalize, 2.827,
+        ).cpu()  # fmt: skip
+
+    got = run(engine.device)
+    with portable():
+        assert torch.equal(bits(got), bits(run("cpu")))
+    for t, row in enumerate(dropped):
+        kept = [j for j in range(k) if j not in row]
+        z = logits[t].double().requires_grad_()
+        s = {
+            "sigmoid": torch.sigmoid,
+            "softmax": lambda z: torch.softmax(z, -1),
+            "sqrtsoftplus": lambda z: torch.log1p(z.exp()).sqrt(),
+        }[score_function](z)
+        u = s[indices[t, kept].long()]
+        weights = (u / u.sum() if renormalize else u) * 2.827
+        (want,) = torch.autograd.grad((weights * grad_weights[t, kept]).sum(), z)
+        torch.testing.assert_close(got[t].double(), want, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("score_function", SCORES)

@@ -74,11 +74,6 @@ __device__ inline float score(float z, kimi_score_function function, RowScale ro
   return s;
 }
 
-// The inverse of sort_key on keys.
-__device__ inline float value_of_key(int32_t key) {
-  return float_of(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
-}
-
 // From every lane's largest logit and a function that sums its numerators for a given peak.
 template <class SumNumerators>
 __device__ inline RowScale softmax_scale(float largest, SumNumerators sum_numerators) {

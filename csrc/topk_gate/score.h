@@ -112,5 +112,9 @@ KIMI_HOST_DEVICE int32_t sort_key(float x) {
   const int32_t i = int32_t(bits_of((x == x ? x : -__builtin_inff()) + 0.0f));
   return i ^ ((i >> 31) & 0x7fffffff);
 }
+// The inverse of sort_key on keys.
+KIMI_HOST_DEVICE float value_of_key(int32_t key) {
+  return float_of(uint32_t(key ^ ((key >> 31) & 0x7fffffff)));
+}
 
 }  // namespace kimi::gate

@@ -16,6 +16,8 @@
 //   du_j = (g_j - (sum_i g_i u_i) / D) * scaling_factor / D    or g_j * scaling_factor
 //   dz_j = du_j * slope(s_j) at the chosen experts, 0 elsewhere; softmax:
 //   dz_e = s_e * (du_e - sum_j du_j u_j), du_e = 0 for experts that were not chosen
+//   A slot whose index is outside 0..E-1 (the -1 of a dropped token, or any other) takes no part:
+//   u = g = du = 0, and nothing is written for it.
 //
 // Cost: T*E logits read once, T*K*8 bytes written. About 20 fp32 operations a logit, so the row's
 // read (1.5 KB at E = 384) hides them on a GPU; on a CPU core the arithmetic leads.

@@ -28,14 +28,25 @@ struct Avx2Gate : Avx2 {
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(k), count));
   }
 
-  // out = ids whose choice reaches `bound`, ascending; returns how many.
-  static int collect(const float* choice, int num_experts, float bound, int32_t* out) {
+  static unsigned bits(F mask) { return unsigned(_mm256_movemask_ps(mask)); }
+
+  // Lane l takes the value of lane l ^ kHalf.
+  template <int kHalf>
+  static F exchange(F a) {
+    if constexpr (kHalf == 4) return _mm256_permute2f128_ps(a, a, 1);
+    return _mm256_permute_ps(a, kHalf == 2 ? 0x4e : 0xb1);
+  }
+  static float first_lane(F a) { return _mm256_cvtss_f32(a); }
+
+  // out = ids whose choice reaches `bound`, ascending; returns how many. It ends after the vector
+  // in which they become more than `most`: out has room for most + kLanes.
+  static int collect(const float* choice, int num_experts, float bound, int most, int32_t* out) {
     const F least = set(bound);
     int count = 0;
-    for (int e = 0; e < num_experts; e += kLanes) {
+    for (int e = 0; e < num_experts && count <= most; e += kLanes) {
       const F hit = _mm256_cmp_ps(load_all(choice + e), least, _CMP_GE_OQ);
-      for (unsigned bits = unsigned(_mm256_movemask_ps(hit)); bits; bits &= bits - 1)
-        out[count++] = e + __builtin_ctz(bits);
+      for (unsigned lanes = bits(hit); lanes; lanes &= lanes - 1)
+        out[count++] = e + __builtin_ctz(lanes);
     }
     return count;
   }

@@ -32,12 +32,24 @@ struct Avx512Gate : Avx512 {
     return _mm512_cmplt_epi32_mask(count, _mm512_set1_epi32(k));
   }
 
-  // out = ids whose choice reaches `bound`, ascending; returns how many.
-  static int collect(const float* choice, int num_experts, float bound, int32_t* out) {
+  static unsigned bits(__mmask16 m) { return m; }
+
+  // Lane l takes the value of lane l ^ kHalf.
+  template <int kHalf>
+  static F exchange(F a) {
+    if constexpr (kHalf == 8) return _mm512_shuffle_f32x4(a, a, 0x4e);
+    if constexpr (kHalf == 4) return _mm512_shuffle_f32x4(a, a, 0xb1);
+    return _mm512_permute_ps(a, kHalf == 2 ? 0x4e : 0xb1);
+  }
+  static float first_lane(F a) { return _mm512_cvtss_f32(a); }
+
+  // out = ids whose choice reaches `bound`, ascending; returns how many. It ends after the vector
+  // in which they become more than `most`: out has room for most + kLanes.
+  static int collect(const float* choice, int num_experts, float bound, int most, int32_t* out) {
     I ids = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const F least = set(bound);
     int count = 0;
-    for (int e = 0; e < num_experts; e += kLanes) {
+    for (int e = 0; e < num_experts && count <= most; e += kLanes) {
       const __mmask16 hit = _mm512_cmp_ps_mask(load_all(choice + e), least, _CMP_GE_OQ);
       _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(hit, ids));
       count += __builtin_popcount(hit);

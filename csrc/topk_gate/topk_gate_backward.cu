@@ -2,7 +2,7 @@
 // The gate's gradient on CUDA (any sm_80+): one warp a token.
 //
 //   lane k < K   slot k: fetches its logit, scores it, has the gradient of its score; sums over
-//                slots go by broadcasts in slot order
+//                slots go by broadcasts in slot order; a dropped slot leaves them as they are
 //   row          float [E] in shared memory: zero but for the K slots; written out whole
 //   softmax      reads the logits thrice (peak, sum, scores): from L1 after the first time
 //
@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     const T* logits = static_cast<const T*>(p.logits) + t * p.logits_stride;
     T* out = static_cast<T*>(p.grad_logits) + t * num_experts;
     const auto logit = [&](int e) { return clean<CudaOps>(to_float(logits[e])); };
-    const bool slot = lane < p.top_k;
-    const int id = slot ? p.indices[t * p.top_k + lane] : -1;
-    const bool dropped = warp_broadcast(id, 0) < 0;
+    const int id = lane < p.top_k ? p.indices[t * p.top_k + lane] : -1;
+    const bool slot = static_cast<uint32_t>(id) < static_cast<uint32_t>(num_experts);
+    const bool dropped = warp_ballot(slot) == 0;
     for (int e = lane; e < num_experts; e += kWarpSize) gradient[e] = 0.0f;
     RowScale row;
     if (softmax && !dropped) {
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     float flow = 0.0f;
     if (!dropped) {
       const float z = slot ? logit(id) : 0.0f, u = slot ? score(z, p.score_function, row) : 0.0f;
-      const float g = slot ? p.grad_weights[t * p.top_k + lane] : 0.0f;
+      // u = 0 and -0 for the others leave a sum as it is, be it a zero of either sign.
+      const float g = slot ? p.grad_weights[t * p.top_k + lane] : -0.0f;
       float total = 0.0f, dot = 0.0f;
       for (int k = 0; k < p.top_k; ++k) {
         const float u_k = warp_broadcast(u, k);
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
       const float inverse = div_rn(1.0f, add_rn(total, KIMI_TOPK_GATE_EPSILON));
       const float scale = p.renormalize ? mul_rn(p.scaling_factor, inverse) : p.scaling_factor;
       const float mean = p.renormalize ? mul_rn(dot, inverse) : 0.0f;
-      const float du = mul_rn(sub_rn(g, mean), scale);
+      const float du = slot ? mul_rn(sub_rn(g, mean), scale) : -0.0f;
       for (int k = 0; k < p.top_k; ++k)
         flow = fma_rn(warp_broadcast(du, k), warp_broadcast(u, k), flow);
       if (slot) {

@@ -56,35 +56,40 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
 
 template <class T>
 void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
-  float s[kMaxExperts], du[kMaxExperts];
+  float s[kMaxExperts], du[kMaxExperts], g[KIMI_TOPK_GATE_MAX_K];
+  int32_t id[KIMI_TOPK_GATE_MAX_K];
   for (int64_t t = begin; t < end; ++t) {
     const T* logits = static_cast<const T*>(p.logits) + t * p.logits_stride;
-    const float* g = p.grad_weights + t * p.top_k;
-    const int32_t* indices = p.indices + t * p.top_k;
     T* grad = static_cast<T*>(p.grad_logits) + t * p.num_experts;
     std::fill_n(grad, p.num_experts, T{});
-    if (indices[0] < 0) continue;
+    int k = 0;  // slots that are not dropped; a dropped one would add zeros to every sum
+    for (int64_t slot = t * p.top_k; slot < (t + 1) * p.top_k; ++slot) {
+      if (p.indices[slot] < 0 || p.indices[slot] >= p.num_experts) continue;
+      id[k] = p.indices[slot];
+      g[k++] = p.grad_weights[slot];
+    }
+    if (k == 0) continue;
     score_row(logits, p.num_experts, p.score_function, s);
     float total = 0.0f, dot = 0.0f, flow = 0.0f;
-    for (int j = 0; j < p.top_k; ++j) {
-      total += s[indices[j]];
-      dot = std::fma(g[j], s[indices[j]], dot);
+    for (int j = 0; j < k; ++j) {
+      total += s[id[j]];
+      dot = std::fma(g[j], s[id[j]], dot);
     }
     const float inverse = 1.0f / (total + KIMI_TOPK_GATE_EPSILON);
     const float scale = p.renormalize ? p.scaling_factor * inverse : p.scaling_factor;
     const float mean = p.renormalize ? dot * inverse : 0.0f;
     std::fill_n(du, p.num_experts, 0.0f);
-    for (int j = 0; j < p.top_k; ++j) {
+    for (int j = 0; j < k; ++j) {
       const float d = (g[j] - mean) * scale;
-      du[indices[j]] = d;
-      flow = std::fma(d, s[indices[j]], flow);
+      du[id[j]] = d;
+      flow = std::fma(d, s[id[j]], flow);
     }
     if (p.score_function == KIMI_SCORE_SOFTMAX) {
       for (int e = 0; e < p.num_experts; ++e) grad[e] = from_float<T>(s[e] * (du[e] - flow));
       continue;
     }
-    for (int j = 0; j < p.top_k; ++j) {
-      const int e = indices[j];
+    for (int j = 0; j < k; ++j) {
+      const int e = id[j];
       const float z = clean<ScalarOps>(to_float(logits[e]));
       const float slope = p.score_function == KIMI_SCORE_SIGMOID
                               ? sigmoid_slope<ScalarOps>(z, s[e])

@@ -9,77 +9,30 @@
 //   bound = K-th largest lane maximum: at least K experts reach it, about 1.4 K do
 //   candidates = ids with c >= bound   --rank by (c, lower id)-->   indices[K]
 //
-// The rank of a candidate is the number of better ones, so no sort and no branch is needed. More
-// than kMaxCandidates (adversarial rows) takes K rounds of arg-max, slow but exact: the bound
-// decides which ids are looked at, never the result. Each stage runs over a block of tokens, so
-// that the processor overlaps their latencies.
+// The rank of a candidate is the number of better ones, so no sort and no branch is needed. Rows of
+// more than kMaxCandidates have ties, or all their large scores in few lanes: then the bound is
+// raised to the K-th largest choice itself, by bisection, and of those that tie with it only the
+// first ids stay. The bound decides which ids are looked at, never the result. Each stage runs over
+// a block of tokens, so that the processor overlaps their latencies.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
 #include "topk_gate/score_row_simd.h"
+#include "topk_gate/select_simd.h"
 #include "topk_gate/topk_gate.h"
 
 namespace kimi::gate {
 namespace {  // every ISA file must have its own copy: nothing here may be merged by the linker
 
 constexpr int kMaxTopK = KIMI_TOPK_GATE_MAX_K;
-constexpr int kMaxCandidates = 64;
-
-// The K-th largest of `lanes` [kBound]: the least value that fewer than K others exceed.
-template <class O, int kBound>
-float kth_largest(const float* lanes, int k) {
-  constexpr int kVectors = kBound / O::kLanes;
-  typename O::F value[kVectors], least = O::set(__builtin_inff());
-  typename O::I above[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    value[v] = O::load_all(lanes + v * O::kLanes);
-    above[v] = O::zero_counts();
-  }
-  for (int l = 0; l < kBound; ++l) {
-    const typename O::F other = O::set(lanes[l]);
-    for (int v = 0; v < kVectors; ++v) above[v] = O::count_greater(above[v], other, value[v]);
-  }
-  for (int v = 0; v < kVectors; ++v)
-    least =
-        O::min(least, O::select(O::count_below(above[v], k), value[v], O::set(__builtin_inff())));
-  return O::reduce_min(least);
-}
-
-// best[0..k) = ids of the k largest choices, descending, lower id first among equals.
-inline void arg_max_rounds(const float* choice, int num_experts, int k, int32_t* best) {
-  int32_t key[kMaxExperts];
-  for (int e = 0; e < num_experts; ++e)
-    key[e] = choice[e] == choice[e] ? sort_key(choice[e]) : kExcluded;
-  for (int j = 0; j < k; ++j) {
-    int top = 0;
-    for (int e = 1; e < num_experts; ++e)
-      if (key[e] > key[top]) top = e;
-    key[top] = kExcluded;
-    best[j] = top;
-  }
-}
-
-// Candidates of one row, best first.
-template <class O>
-void rank(const float* choice, int num_experts, const int32_t* candidates, int count, int k,
-          int32_t* best) {
-  if (count > kMaxCandidates) return arg_max_rounds(choice, num_experts, k, best);
-  alignas(64) int64_t order[kMaxCandidates + 16];
-  alignas(64) int32_t position[kMaxCandidates + 16], ranked[kMaxCandidates];
-  O::order_keys(choice, candidates, count, order);
-  O::rank_descending(order, count, position);
-  for (int i = 0; i < count; ++i) ranked[position[i]] = candidates[i];
-  for (int j = 0; j < k; ++j) best[j] = ranked[j];
-}
-
 constexpr int kBlock = 8;                     // tokens that share a pass through the stages
 constexpr int kRowLength = kMaxExperts + 16;  // one row's scratch, with room for the last vector
 
 struct Scratch {
   alignas(64) float s[kBlock][kRowLength], choice[kBlock][kRowLength], lanes[kBlock][64];
-  alignas(64) int32_t candidates[kBlock][kRowLength];
+  alignas(64) int32_t candidates[kBlock][kMaxCandidates + 16];
   int count[kBlock];
   float bound[kBlock];
 };
@@ -115,20 +68,6 @@ void choose_row(const T* logits, const float* bias, int num_experts, float* s, f
   for (int v = 0; v < kVectors; ++v) O::store(lanes + v * O::kLanes, top[v]);
 }
 
-// Marks the experts outside the best groups and takes the lane maxima again.
-template <class O, int kBound>
-void apply_groups(const TopkGateParams& p, float* choice, float* lanes) {
-  bool kept[kMaxExperts];
-  select_groups(p, choice, kept);
-  const int size = p.num_experts / p.num_groups;
-  for (int group = 0; group < p.num_groups; ++group)
-    for (int e = group * size; !kept[group] && e < (group + 1) * size; ++e)
-      choice[e] = __builtin_nanf("");
-  for (int l = 0; l < kBound; ++l) lanes[l] = -__builtin_inff();
-  for (int e = 0; e < p.num_experts; ++e)
-    if (choice[e] > lanes[e % kBound]) lanes[e % kBound] = choice[e];
-}
-
 template <class O, class T, kimi_score_function kFunction, int kBound>
 void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* counts) {
   const int experts = p.num_experts, k = p.top_k;
@@ -147,10 +86,12 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
     });
     each([&](int i, int32_t*) { a.bound[i] = kth_largest<O, kBound>(a.lanes[i], k); });
     each([&](int i, int32_t*) {
-      a.count[i] = O::collect(a.choice[i], experts, a.bound[i], a.candidates[i]);
+      a.count[i] = O::collect(a.choice[i], experts, a.bound[i], kMaxCandidates, a.candidates[i]);
+      if (a.count[i] > kMaxCandidates)
+        a.count[i] = collect_fewer<O>(a.choice[i], experts, a.bound[i], k, a.candidates[i]);
     });
     each([&](int i, int32_t* indices) {
-      rank<O>(a.choice[i], experts, a.candidates[i], a.count[i], k, indices);
+      rank<O>(a.choice[i], a.candidates[i], a.count[i], k, indices);
     });
     each([&](int i, const int32_t* indices) {
       float* weights = p.weights + (first + i) * k;
@@ -175,24 +116,30 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
 template <class O, class T, kimi_score_function kFunction>
 void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
   using F = typename O::F;
-  const int experts = p.num_experts, k = p.top_k;
+  const int experts = p.num_experts;
   alignas(64) float s[kMaxExperts + O::kLanes], du[kMaxExperts + O::kLanes];
   alignas(64) float z[kMaxTopK + O::kLanes], u[kMaxTopK + O::kLanes], d[kMaxTopK + O::kLanes];
+  float g[kMaxTopK];
+  int32_t id[kMaxTopK];
   memset(du, 0, sizeof du);
   memset(z, 0, sizeof z);
   memset(d, 0, sizeof d);
   for (int64_t t = begin; t < end; ++t) {
     const T* logits = static_cast<const T*>(p.logits) + t * p.logits_stride;
-    const float* g = p.grad_weights + t * k;
-    const int32_t* indices = p.indices + t * k;
     T* grad = static_cast<T*>(p.grad_logits) + t * experts;
-    if (indices[0] < 0 || kFunction != KIMI_SCORE_SOFTMAX) memset(grad, 0, sizeof(T) * experts);
-    if (indices[0] < 0) continue;
+    int k = 0;  // slots that are not dropped; a dropped one would add zeros to every sum
+    for (int64_t slot = t * p.top_k; slot < (t + 1) * p.top_k; ++slot) {
+      id[k] = p.indices[slot];
+      g[k] = p.grad_weights[slot];
+      k += uint32_t(id[k]) < uint32_t(experts);
+    }
+    if (k == 0 || kFunction != KIMI_SCORE_SOFTMAX) memset(grad, 0, sizeof(T) * experts);
+    if (k == 0) continue;
     if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
       score_row<O, T, kFunction>(logits, experts, s);
-      for (int j = 0; j < k; ++j) u[j] = s[indices[j]];
+      for (int j = 0; j < k; ++j) u[j] = s[id[j]];
     } else {
-      for (int j = 0; j < k; ++j) z[j] = to_float(logits[indices[j]]);
+      for (int j = 0; j < k; ++j) z[j] = to_float(logits[id[j]]);
       for (int j = 0; j < k; j += O::kLanes)
         O::store(u + j, score_of<O, kFunction>(clean<O>(O::load_all(z + j))));
     }
@@ -209,11 +156,11 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
       flow = __builtin_fmaf(d[j], u[j], flow);
     }
     if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
-      for (int j = 0; j < k; ++j) du[indices[j]] = d[j];
+      for (int j = 0; j < k; ++j) du[id[j]] = d[j];
       for (int e = 0; e < experts; e += O::kLanes)
         O::store_as(grad + e, experts - e,
                     O::mul(O::load_all(s + e), O::sub(O::load_all(du + e), O::set(flow))));
-      for (int j = 0; j < k; ++j) du[indices[j]] = 0.0f;
+      for (int j = 0; j < k; ++j) du[id[j]] = 0.0f;
     } else {
       for (int j = 0; j < k; j += O::kLanes) {
         const F uj = O::load_all(u + j);
@@ -222,7 +169,7 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
                                                         : sqrtsoftplus_slope<O>(zj, uj);
         O::store(u + j, O::mul(O::load_all(d + j), slope));
       }
-      for (int j = 0; j < k; ++j) grad[indices[j]] = from_float<T>(u[j]);
+      for (int j = 0; j < k; ++j) grad[id[j]] = from_float<T>(u[j]);
     }
   }
 }
