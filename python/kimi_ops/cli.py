@@ -50,7 +50,9 @@ def info(
     from kimi_ops.models.kimi_k2.parameters import parameter_report
 
     if model not in (None, "k2", "mini", "tiny"):
-        raise _fail(ValueError(f"info: --model: expected k2, mini or tiny, came {model}"))
+        raise _fail(
+            ValueError(f"info: --model: expected k2, mini or tiny, got {model}; choose one")
+        )
     typer.echo(describe())
     if model is not None:
         typer.echo(f"\nmodel {model}\n{parameter_report(getattr(KimiK2Config, model)())}")

@@ -53,9 +53,14 @@ class QKClip:
     def __post_init__(self) -> None:
         self.layers = list(self.layers)
         if not self.layers:
-            raise ValueError("QKClip: layers: expected at least one attention layer, came none")
+            raise ValueError(
+                "QKClip: layers: expected at least one attention layer, got none; "
+                "give model.attention_layers()"
+            )
         if not 0 < self.tau < float("inf"):
-            raise ValueError(f"QKClip: tau: expected a positive finite number, came {self.tau}")
+            raise ValueError(
+                f"QKClip: tau: expected a positive finite number, got {self.tau}; Kimi K2 used 100"
+            )
         for layer in self.layers:
             for name in (
                 "q_proj" if hasattr(layer, "q_proj") else "q_b_proj",
@@ -196,7 +201,10 @@ class MuonClip(torch.optim.Optimizer):
             "split_sizes": None,
         }
         if qk_clip is not None and not isinstance(qk_clip, QKClip):
-            raise TypeError(f"MuonClip: qk_clip: expected a QKClip, came {type(qk_clip).__name__}")
+            raise TypeError(
+                f"MuonClip: qk_clip: expected a QKClip, got {type(qk_clip).__name__}; "
+                "wrap the attention layers in one"
+            )
         self.qk_clip = qk_clip
         super().__init__(params, defaults)
 
@@ -241,7 +249,7 @@ class MuonClip(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None and param.grad.layout != torch.strided:
                     raise TypeError(
-                        "MuonClip: gradient: expected a dense one, came a sparse one; use "
+                        "MuonClip: gradient: expected a dense one, got a sparse one; use "
                         "sparse=False"
                     )
         for group in self.param_groups:
@@ -331,24 +339,31 @@ def _check_group(group: dict[str, Any]) -> None:
     """Raise for a group that ``step`` could not serve."""
     for key in ("lr", "weight_decay", "momentum", "eps", "adamw_eps"):
         if not float(group[key]) >= 0:
-            raise ValueError(f"MuonClip: {key}: expected a number >= 0, came {group[key]}")
+            raise ValueError(f"MuonClip: {key}: expected a number >= 0, got {group[key]}; raise it")
     if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"MuonClip: betas: expected two numbers in [0, 1), came {group['betas']}")
+        raise ValueError(
+            f"MuonClip: betas: expected two numbers in [0, 1), got {group['betas']}; "
+            "AdamW's habit is (0.9, 0.95)"
+        )
     if group["algorithm"] not in _ALGORITHMS:
         raise ValueError(
-            f"MuonClip: algorithm: expected one of {_ALGORITHMS}, came {group['algorithm']!r}"
+            f"MuonClip: algorithm: expected one of {_ALGORITHMS}, got {group['algorithm']!r}; "
+            "choose one"
         )
     if group["algorithm"] == "adamw":
         return
     if not callable(group["adjust_lr_fn"]) and group["adjust_lr_fn"] not in _ADJUST:
         raise ValueError(
-            f"MuonClip: adjust_lr_fn: expected one of {_ADJUST} or a callable, came "
-            f"{group['adjust_lr_fn']!r}"
+            f"MuonClip: adjust_lr_fn: expected one of {_ADJUST} or a callable, got "
+            f"{group['adjust_lr_fn']!r}; choose one"
         )
     schedule(group["ns_coefficients"], group["ns_steps"])
     dtype = group["ns_dtype"]
     if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"MuonClip: ns_dtype: expected a torch dtype or its name, came {dtype!r}")
+        raise ValueError(
+            f"MuonClip: ns_dtype: expected a torch dtype or its name, got {dtype!r}; "
+            "give 'float32' or 'bfloat16'"
+        )
     # a dry run on one element: options that no engine serves are refused here and not in the first
     # step
     newton_schulz(
@@ -364,12 +379,12 @@ def _check_group(group: dict[str, Any]) -> None:
     for name, param in zip(names, group["params"], strict=True):
         if not param.is_floating_point():
             raise TypeError(
-                f"MuonClip: parameter {name}: expected a real floating-point tensor, came "
-                f"{param.dtype}"
+                f"MuonClip: parameter {name}: expected a real floating-point tensor, got "
+                f"{param.dtype}; convert it"
             )
         if param.ndim < 2:
             raise ValueError(
-                f"MuonClip: parameter {name}: Muon needs a matrix [..., rows, in], came shape "
+                f"MuonClip: parameter {name}: expected a matrix [..., rows, in], got shape "
                 f"{tuple(param.shape)}; "
                 'give it algorithm="adamw"'
             )

@@ -94,5 +94,7 @@ def muon_param_groups(
     groups.append({"params": rest, "algorithm": "adamw", **(adamw or {})})
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ValueError("muon_param_groups: model: expected trainable parameters, came none")
+        raise ValueError(
+            "muon_param_groups: model: expected trainable parameters, got none; set requires_grad"
+        )
     return groups

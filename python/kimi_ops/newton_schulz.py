@@ -40,21 +40,23 @@ def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
     ((3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
     """
     if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"newton_schulz: steps: expected an int, came {type(steps).__name__}")
+        raise TypeError(
+            f"newton_schulz: steps: expected an int, got {type(steps).__name__}; convert it"
+        )
     if not 1 <= steps < 100:
-        raise ValueError(f"newton_schulz: steps: expected 1 to 99, came {steps}")
+        raise ValueError(f"newton_schulz: steps: expected 1 to 99, got {steps}; 5 is usual")
     if isinstance(coefficients, str):
         if coefficients not in SCHEDULES:
             raise ValueError(
                 f"newton_schulz: coefficients: expected one of {sorted(SCHEDULES)}, a triple or "
                 f"a list of "
-                f"triples, came {coefficients!r}"
+                f"triples, got {coefficients!r}; choose one"
             )
         rows = SCHEDULES[coefficients]
         if coefficients in FIXED_SCHEDULES and len(rows) != steps:
             raise ValueError(
                 f"newton_schulz: steps: the schedule {coefficients!r} has {len(rows)} steps, "
-                f"came {steps}; "
+                f"got {steps}; "
                 f"pass steps={len(rows)}"
             )
         return (rows + rows[-1:] * steps)[:steps]
@@ -66,13 +68,13 @@ def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         values = tuple(float(v) for v in row) if isinstance(row, Sequence) else ()
         if len(values) != 3:
             raise ValueError(
-                f"newton_schulz: coefficients: expected a triple or a list of triples, came "
-                f"{coefficients!r}"
+                f"newton_schulz: coefficients: expected a triple or a list of triples, got "
+                f"{coefficients!r}; give (a, b, c) for each step"
             )
         triples.append((values[0], values[1], values[2]))
     if len(triples) != steps:
         raise ValueError(
-            f"newton_schulz: steps: {len(triples)} triples were given, came steps={steps}; pass "
+            f"newton_schulz: steps: {len(triples)} triples were given, got steps={steps}; pass "
             f"steps={len(triples)}"
         )
     return tuple(triples)
@@ -143,31 +145,35 @@ def newton_schulz(
     2502.16982.
     """
     if not isinstance(g, Tensor):
-        raise TypeError(f"newton_schulz: g: expected a Tensor, came {type(g).__name__}")
+        raise TypeError(f"newton_schulz: g: expected a Tensor, got {type(g).__name__}; convert it")
     if g.dtype not in _FLOATS or g.layout != torch.strided:
         raise TypeError(
-            f"newton_schulz: g: expected a dense floating-point tensor, came {g.dtype}, {g.layout}"
+            f"newton_schulz: g: expected a dense floating-point tensor, got {g.dtype}, {g.layout}; "
+            "convert it"
         )
     if g.ndim < 2:
         raise ValueError(
-            f"newton_schulz: g: expected [..., m, n], came shape {tuple(g.shape)}; give it as a "
+            f"newton_schulz: g: expected [..., m, n], got shape {tuple(g.shape)}; give it as a "
             f"matrix"
         )
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(
-            f"newton_schulz: dtype: expected fp16, bf16, fp32, fp64 or None, came {dtype}"
+            f"newton_schulz: dtype: expected fp16, bf16, fp32, fp64 or None, got {dtype}; "
+            "choose one"
         )
     if method not in _SERVED_METHODS:
         raise ValueError(
-            f"newton_schulz: method: served are {', '.join(map(repr, _SERVED_METHODS))}, came "
+            f"newton_schulz: method: served are {', '.join(map(repr, _SERVED_METHODS))}, got "
             f"{method!r}"
         )
     if restarts != "auto" and (isinstance(restarts, str) or len(restarts) > 0):
         raise ValueError(
-            f"newton_schulz: restarts: the standard method has none, came {restarts!r}; pass "
+            f"newton_schulz: restarts: the standard method has none, got {restarts!r}; pass "
             f"'auto' or ()"
         )
     if not eps >= 0:
-        raise ValueError(f"newton_schulz: eps: expected a number >= 0, came {eps}")
+        raise ValueError(
+            f"newton_schulz: eps: expected a number >= 0, got {eps}; 0 guards exact zeros"
+        )
     rows = schedule(coefficients, steps)
     return reference_newton_schulz(g, rows, dtype=dtype or torch.bfloat16, eps=float(eps))

@@ -59,29 +59,31 @@ def attention_max_logits(q: Tensor, k: Tensor, scale: float, *, causal: bool = T
     """
     for name, tensor in (("q", q), ("k", k)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
-            came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(
-                f"attention_max_logits: {name}: expected a floating-point tensor, came {came}"
+                f"attention_max_logits: {name}: expected a floating-point tensor, got {got}; "
+                "convert it"
             )
         if tensor.ndim != 4:
             raise ValueError(
-                f"attention_max_logits: {name}: expected [B, heads, S, D], came shape "
+                f"attention_max_logits: {name}: expected [B, heads, S, D], got shape "
                 f"{tuple(tensor.shape)}"
             )
     if q.dtype != k.dtype:
         raise TypeError(
-            f"attention_max_logits: k: expected q's dtype {q.dtype}, came {k.dtype}; cast one of "
+            f"attention_max_logits: k: expected q's dtype {q.dtype}, got {k.dtype}; cast one of "
             f"them"
         )
     if q.device != k.device:
         raise ValueError(
-            f"attention_max_logits: k: expected q's device {q.device}, came {k.device}; move one "
+            f"attention_max_logits: k: expected q's device {q.device}, got {k.device}; move one "
             f"of them"
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"attention_max_logits: k: expected B and D of q, {q.shape[0]} and {q.shape[3]}, "
-            f"came shape {tuple(k.shape)}"
+            f"got shape {tuple(k.shape)}; "
+            "make them agree"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(
@@ -90,7 +92,8 @@ def attention_max_logits(q: Tensor, k: Tensor, scale: float, *, causal: bool = T
         )
     if not (scale > 0 and scale < float("inf")):
         raise ValueError(
-            f"attention_max_logits: scale: expected a positive finite number, came {scale}"
+            f"attention_max_logits: scale: expected a positive finite number, got {scale}; "
+            "1 / sqrt(D) is usual"
         )
     if causal and q.shape[2] > k.shape[2]:
         raise ValueError(
@@ -107,11 +110,13 @@ def _rows(name: str, weight: Tensor | Sequence[Tensor], heads: int, per_head: in
     copies = [weight] if isinstance(weight, Tensor) else list(weight)
     for copy in copies:
         if not isinstance(copy, Tensor) or copy.dtype not in _FLOATS:
-            came = copy.dtype if isinstance(copy, Tensor) else type(copy).__name__
-            raise TypeError(f"qk_clip_: {name}: expected floating-point tensors, came {came}")
+            got = copy.dtype if isinstance(copy, Tensor) else type(copy).__name__
+            raise TypeError(
+                f"qk_clip_: {name}: expected floating-point tensors, got {got}; convert them"
+            )
         if copy.ndim != 2 or copy.shape[0] != heads * per_head:
             raise ValueError(
-                f"qk_clip_: {name}: expected [{heads} heads * {per_head} rows, in], came shape "
+                f"qk_clip_: {name}: expected [{heads} heads * {per_head} rows, in], got shape "
                 f"{tuple(copy.shape)}; "
                 "check the numbers of heads and the head dimensions"
             )
@@ -120,7 +125,10 @@ def _rows(name: str, weight: Tensor | Sequence[Tensor], heads: int, per_head: in
 
 def _dimension(name: str, value: int | None, layout: str) -> int:
     if value is None or value < 1:
-        raise ValueError(f"qk_clip_: {name}: layout {layout!r} needs a positive int, came {value}")
+        raise ValueError(
+            f"qk_clip_: {name}: layout {layout!r} needs a positive int, got {value}; "
+            "give the model's"
+        )
     return value
 
 
@@ -194,22 +202,30 @@ def qk_clip_(
     Kimi K2 technical report, arXiv 2507.20534, section 2.1.
     """
     if not isinstance(max_logits, Tensor) or max_logits.dtype not in (torch.float32, torch.float64):
-        came = max_logits.dtype if isinstance(max_logits, Tensor) else type(max_logits).__name__
-        raise TypeError(f"qk_clip_: max_logits: expected an fp32 or fp64 tensor, came {came}")
+        got = max_logits.dtype if isinstance(max_logits, Tensor) else type(max_logits).__name__
+        raise TypeError(
+            f"qk_clip_: max_logits: expected an fp32 or fp64 tensor, got {got}; convert it"
+        )
     heads = max_logits.numel() if num_heads is None else num_heads
     if max_logits.ndim != 1 or max_logits.shape[0] != heads or heads < 1:
         raise ValueError(
-            f"qk_clip_: max_logits: expected [{heads} heads], came shape {tuple(max_logits.shape)}"
+            f"qk_clip_: max_logits: expected [{heads} heads], got shape {tuple(max_logits.shape)}; "
+            "give one layer's, one value a head"
         )
     if not 0 < tau < float("inf"):
-        raise ValueError(f"qk_clip_: tau: expected a positive finite number, came {tau}")
+        raise ValueError(
+            f"qk_clip_: tau: expected a positive finite number, got {tau}; Kimi K2 used 100"
+        )
     if not 0 <= alpha <= 1:
-        raise ValueError(f"qk_clip_: alpha: expected 0 to 1, came {alpha}")
+        raise ValueError(f"qk_clip_: alpha: expected 0 to 1, got {alpha}; 0.5 shares evenly")
     if layout not in ("mla", "mha", "gqa"):
-        raise ValueError(f"qk_clip_: layout: expected 'mla', 'mha' or 'gqa', came {layout!r}")
+        raise ValueError(
+            f"qk_clip_: layout: expected 'mla', 'mha' or 'gqa', got {layout!r}; choose one"
+        )
     if gqa_mode not in ("query_only", "group_max"):
         raise ValueError(
-            f"qk_clip_: gqa_mode: expected 'query_only' or 'group_max', came {gqa_mode!r}"
+            f"qk_clip_: gqa_mode: expected 'query_only' or 'group_max', got {gqa_mode!r}; "
+            "choose one"
         )
 
     key_heads = heads
@@ -227,7 +243,8 @@ def qk_clip_(
             key_heads = _dimension("num_kv_heads", num_kv_heads, layout)
             if heads % key_heads != 0:
                 raise ValueError(
-                    f"qk_clip_: num_kv_heads: expected a divisor of {heads} heads, came {key_heads}"
+                    f"qk_clip_: num_kv_heads: expected a divisor of {heads}, got {key_heads}; "
+                    "check the geometry"
                 )
     queries = _rows("q_weight", q_weight, heads, query_rows)
     keys = _rows("k_weight", k_weight, key_heads, key_rows)
@@ -235,7 +252,7 @@ def qk_clip_(
         if weight.device != max_logits.device:
             raise ValueError(
                 f"qk_clip_: max_logits: expected the weights' device {weight.device}, "
-                f"came {max_logits.device}; move one of them"
+                f"got {max_logits.device}; move one of them"
             )
 
     with torch.no_grad():

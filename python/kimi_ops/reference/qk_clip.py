@@ -7,9 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Queries in one block: the scores of a block are [B, heads, kQueryBlock, keys], never [S, S] at
+# Queries in one block: the scores of a block are [B, heads, QUERY_BLOCK, keys], never [S, S] at
 # once.
-kQueryBlock = 128
+QUERY_BLOCK = 128
 
 
 def attention_max_logits(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
@@ -29,8 +29,8 @@ def attention_max_logits(q: Tensor, k: Tensor, scale: float, causal: bool) -> Te
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, dim).to(wide)
     shared = k.reshape(batch, kv_heads, 1, keys, dim).to(wide)
     shift = keys - queries
-    for start in range(0, queries, kQueryBlock):
-        stop = min(start + kQueryBlock, queries)
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
         seen = min(stop + shift, keys) if causal else keys
         scores = grouped[..., start:stop, :] @ shared[..., :seen, :].mT
         if causal:

@@ -132,7 +132,7 @@ def load_corpus(source: Path | None, *, window: int, validation_fraction: float 
         raise DataError(
             f"train: --data: expected enough text for {shortest} bytes of training and of "
             f"validation, "
-            f"came {len(train)} and {len(validation)}; give more text or a shorter sequence"
+            f"got {len(train)} and {len(validation)}; give more text or a shorter sequence"
         )
     digest = hashlib.sha256(len(train).to_bytes(8, "big") + train + validation).hexdigest()
     return Corpus(

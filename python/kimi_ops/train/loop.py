@@ -92,7 +92,7 @@ def _saved_settings(state: dict[str, Any], requested: dict[str, Any]) -> TrainSe
             continue  # no number asked for: the run keeps its own
         if getattr(saved, name) != value:
             raise ValueError(
-                f"train: {name}: the run was started with {getattr(saved, name)}, came {value}; "
+                f"train: {name}: the run was started with {getattr(saved, name)}, got {value}; "
                 f"leave it out, "
                 "or start another run with another --out"
             )

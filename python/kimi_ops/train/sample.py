@@ -51,7 +51,7 @@ def sample_text(
     limit = model.config.max_position_embeddings
     if len(prefix) + max_tokens > limit:
         raise ValueError(
-            f"generate: max_tokens: expected prompt and tokens within {limit} bytes, came "
+            f"generate: max_tokens: expected prompt and tokens within {limit} bytes, got "
             f"{len(prefix)} + {max_tokens}; shorten one of them"
         )
     with torch.no_grad():

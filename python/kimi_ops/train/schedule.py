@@ -26,10 +26,12 @@ def warmup_stable_decay(
     if warmup < 0 or decay < 0 or warmup + decay > total:
         raise ValueError(
             f"warmup_stable_decay: warmup, decay: expected two numbers >= 0 within {total} steps, "
-            f"came {warmup} and {decay}; make the run longer"
+            f"got {warmup} and {decay}; make the run longer"
         )
     if not 0 <= floor <= 1:
-        raise ValueError(f"warmup_stable_decay: floor: expected 0 to 1, came {floor}")
+        raise ValueError(
+            f"warmup_stable_decay: floor: expected 0 to 1, got {floor}; it is a share of the peak"
+        )
     if step < warmup:
         return (step + 1) / warmup
     remaining = total - step

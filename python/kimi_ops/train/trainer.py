@@ -55,7 +55,8 @@ def byte_config(settings: TrainSettings) -> KimiK2Config:
     if settings.window > config.max_position_embeddings:
         raise ValueError(
             f"train: window: expected at most the {config.max_position_embeddings} positions of "
-            f"{settings.preset}, came {settings.window}"
+            f"{settings.preset}, got {settings.window}; "
+            "shorten it"
         )
     return dataclasses.replace(config, vocab_size=VOCABULARY)
 
