@@ -21,9 +21,17 @@ from kimi_ops import topk_gate
 SCALE = 2.827
 
 
-def torch_gate(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def torch_gate(
+    logits: Tensor, bias: Tensor, k: int, groups: int = 1, topk_groups: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     scores = logits.sigmoid()
-    ids = (scores + bias).topk(k, dim=-1).indices
+    choice = scores + bias
+    if groups > 1:
+        members = choice.unflatten(1, (groups, -1))
+        best = members.topk(2, dim=-1).values.sum(dim=-1).topk(topk_groups, dim=-1).indices
+        kept = torch.zeros_like(members[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        choice = members.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+    ids = choice.topk(k, dim=-1).indices
     weights = scores.gather(1, ids)
     weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * SCALE
     return weights, ids, torch.bincount(ids.flatten(), minlength=logits.shape[1])
@@ -33,13 +41,20 @@ def functions(case: GateCase, device: str, compiled: bool) -> dict[str, Callable
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(case.tokens, case.experts, generator=generator).to(device)
     bias = (torch.randn(case.experts, generator=generator) * 0.1).to(device)
+    if case.kind == "ties":
+        logits.zero_()
+        bias.zero_()
+    groups = (8, 4) if case.kind == "groups" else (1, 1)
     named: dict[str, Callable[[], object]] = {
-        "kimi_ops": lambda: topk_gate(logits, case.k, expert_bias=bias, scaling_factor=SCALE),
-        "torch": lambda: torch_gate(logits, bias, case.k),
-    }
+        "kimi_ops": lambda: topk_gate(
+            logits, case.k, expert_bias=bias, scaling_factor=SCALE,
+            num_groups=groups[0], topk_groups=groups[1],
+        ),
+        "torch": lambda: torch_gate(logits, bias, case.k, *groups),
+    }  # fmt: skip
     if compiled:
         function = torch.compile(torch_gate, dynamic=case.tokens > 1)
-        named["torch.compile"] = lambda: function(logits, bias, case.k)
+        named["torch.compile"] = lambda: function(logits, bias, case.k, *groups)
     return named
 
 

@@ -10,16 +10,19 @@ class GateCase:
     tokens: int
     experts: int
     k: int
+    kind: str = "random"  # | "ties" (all logits 0) | "groups" (8, of which 4 are kept)
 
     def __str__(self) -> str:
-        return f"T {self.tokens}, E {self.experts}, K {self.k}"
+        kind = "" if self.kind == "random" else f", {self.kind}"
+        return f"T {self.tokens}, E {self.experts}, K {self.k}{kind}"
 
 
 def gate_cases(quick: bool) -> list[GateCase]:
     """Moonlight (64 experts), DeepSeek-V3 (256), Kimi K2 (384) and Kimi K3 (896) routers."""
     models = [(384, 8)] if quick else [(64, 6), (256, 8), (384, 8), (896, 16)]
     tokens = [1, 64, 4096] if quick else [1, 64, 512, 4096, 32768]
-    return [GateCase(t, e, k) for e, k in models for t in tokens]
+    hard = [GateCase(4096, 384, 8, "ties"), GateCase(4096, 256, 8, "groups")]
+    return [GateCase(t, e, k) for e, k in models for t in tokens] + hard
 
 
 @dataclass(frozen=True)
