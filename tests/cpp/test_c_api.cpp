@@ -29,8 +29,9 @@ struct Gate {
   std::vector<int32_t> indices = std::vector<int32_t>(kTokens * kK), counts{};
   kimi_topk_gate_params p = {};
 
-  Gate() : counts(kExperts) {
-    for (size_t i = 0; i < logits.size(); ++i) logits[i] = float(i * 2654435761u % 1000) / 250 - 2;
+  explicit Gate(size_t seed = 0) : counts(kExperts) {
+    for (size_t i = 0; i < logits.size(); ++i)
+      logits[i] = float((i + seed * 977) * 2654435761u % 1000) / 250 - 2;
     p.logits = logits.data();
     p.weights = weights.data();
     p.indices = indices.data();
@@ -68,14 +69,54 @@ void test_result_is_independent_of_isa_and_threads() {
 }
 
 void test_calls_at_once() {
-  Gate gates[4];
+  Gate gates[4] = {Gate(0), Gate(1), Gate(2), Gate(3)},
+       alone[4] = {Gate(0), Gate(1), Gate(2), Gate(3)};
+  for (Gate& gate : alone) EXPECT(gate.run() == KIMI_OK);
+  EXPECT(alone[0].indices != alone[1].indices && alone[2].indices != alone[3].indices);
   std::vector<std::thread> threads;
   kimi_status status[4] = {};
   for (int i = 0; i < 4; ++i) threads.emplace_back([&, i] { status[i] = gates[i].run(); });
   for (std::thread& thread : threads) thread.join();
   for (int i = 0; i < 4; ++i) {
     EXPECT(status[i] == KIMI_OK);
-    EXPECT(gates[i].indices == gates[0].indices && gates[i].counts == gates[0].counts);
+    EXPECT(gates[i].indices == alone[i].indices && gates[i].counts == alone[i].counts);
+    EXPECT(gates[i].weights == alone[i].weights);
+  }
+}
+
+// Ids that are no expert's, in buffers of exactly their size (AddressSanitizer watches): the bits
+// of the portable engine, and nothing for a token that has no other.
+void test_backward_leaves_out_slots_without_an_expert() {
+  Gate gate;
+  EXPECT(gate.run() == KIMI_OK);
+  const int32_t bad[] = {-1, 100000000, Gate::kExperts, INT32_MIN};
+  const int places[][3] = {{0, 0, 0}, {1, 1, 1}, {7, 7, 7}, {0, 1, 7}};
+  for (int t = 1; t < Gate::kTokens; ++t)
+    for (int place : places[t % 4]) gate.indices[t * Gate::kK + place] = bad[t / 4 % 4];
+  for (int j = 0; j < Gate::kK; ++j) gate.indices[j] = -1 - j;
+  for (int function = 0; function < 3; ++function) {
+    std::vector<float> want, got(gate.logits.size());
+    kimi_topk_gate_backward_params p = {};
+    p.grad_weights = gate.weights.data();
+    p.logits = gate.logits.data();
+    p.indices = gate.indices.data();
+    p.num_tokens = Gate::kTokens;
+    p.logits_stride = p.num_experts = Gate::kExperts;
+    p.top_k = Gate::kK;
+    p.renormalize = 1;
+    p.scaling_factor = 1.0f;
+    p.score_function = kimi_score_function(function);
+    const kimi_isa current = kimi_current_isa();
+    for (int isa = KIMI_ISA_PORTABLE; isa <= kimi_detected_isa(); ++isa) {
+      got.assign(gate.logits.size(), -7.0f);
+      p.grad_logits = got.data();
+      EXPECT(kimi_set_isa(kimi_isa(isa)) == KIMI_OK);
+      EXPECT(kimi_topk_gate_backward(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK);
+      if (want.empty()) want = got;
+      EXPECT(std::memcmp(got.data(), want.data(), sizeof(float) * got.size()) == 0);
+      for (int e = 0; e < Gate::kExperts; ++e) EXPECT(got[e] == 0.0f);
+    }
+    EXPECT(kimi_set_isa(current) == KIMI_OK);
   }
 }
 
@@ -128,6 +169,7 @@ int main() {
   test_refusals();
   test_result_is_independent_of_isa_and_threads();
   test_calls_at_once();
+  test_backward_leaves_out_slots_without_an_expert();
   test_cuda_without_a_device();
   if (failures == 0) std::puts("c_api: all passed");
   return failures == 0 ? 0 : 1;
