@@ -8,6 +8,11 @@
 
 #if defined(KIMI_HOST_SIMT)
 #include <cstring>
+#else
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <utility>
 #endif
 
 namespace kimi {
@@ -50,17 +55,32 @@ inline Status cuda_status(const char* what, cudaError_t code) {
   return error(KIMI_CUDA_ERROR, what, ": ", cudaGetErrorName(code), ": ", cudaGetErrorString(code));
 }
 
+/// Opts the kernel into dynamic shared memory beyond the 48 KB that need no asking. The limit only
+/// grows, so that a call never takes it from another thread's launch.
+template <class... Parameters>
+Status allow_shared_memory(void (*kernel)(Parameters...), size_t smem_bytes) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (smem_bytes <= kWithoutAsking) return Status::ok();
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;  // by kernel and device
+  int device = 0;
+  KIMI_RETURN_IF_ERROR(cuda_status("launch: device", cudaGetDevice(&device)));
+  const std::lock_guard lock(mutex);
+  size_t& limit = allowed[{reinterpret_cast<const void*>(kernel), device}];
+  if (smem_bytes <= limit) return Status::ok();
+  KIMI_RETURN_IF_ERROR(
+      cuda_status("launch: shared memory",
+                  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(smem_bytes))));
+  limit = smem_bytes;
+  return Status::ok();
+}
+
 /// cudaLaunchKernelEx: queues the kernel; reports what the runtime refuses, not what the kernel
 /// does later.
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
-  constexpr size_t kWithoutAsking = 48 * 1024;  // more dynamic shared memory must be opted into
-  if (config.smem_bytes > kWithoutAsking) {
-    KIMI_RETURN_IF_ERROR(
-        cuda_status("launch: shared memory",
-                    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(config.smem_bytes))));
-  }
+  KIMI_RETURN_IF_ERROR(allow_shared_memory(kernel, config.smem_bytes));
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
@@ -82,17 +102,25 @@ inline Status memset_async(void* destination, int byte, size_t bytes, void* stre
 }
 
 /// Blocks of the kernel that run at the same time on the whole current device; 1 where the runtime
-/// cannot say (the launch then reports why).
+/// cannot say (the launch then reports why). Asked once for a kernel, device and launch shape.
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, size_t smem_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, size_t>, int> known;
   int device = 0, multiprocessors = 0, blocks = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  const std::tuple key{reinterpret_cast<const void*>(kernel), device, threads, smem_bytes};
+  const std::lock_guard lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  // The occupancy is 0 for shared memory that the kernel may not have yet.
+  if (!allow_shared_memory(kernel, smem_bytes).is_ok() ||
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
           cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, smem_bytes) !=
-          cudaSuccess)
+          cudaSuccess ||
+      blocks == 0)
     return 1;
-  return blocks > 0 ? blocks * multiprocessors : 1;
+  return known[key] = blocks * multiprocessors;
 }
 
 #endif

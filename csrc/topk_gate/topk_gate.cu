@@ -10,8 +10,11 @@
 //
 // With groups a warp also lays its keys out in shared memory and picks groups the same way.
 // Predicted for an H200, not measured (4.2 TB/s; 132 SMs at 1.75 GHz, 4 warp instructions a clock):
-//   32768 x 384 fp32, top 8: 50 MB, 12 us by bytes; about 46 instructions for each of the warp's 12
-//   x 32 logits and 350 for the rest of a token, 30 M warp instructions, 32 us: issue-bound.
+//   32768 x 384 fp32, top 8, sigmoid: 50 MB, 12 us by bytes. SASS for sm_80 has 59 instructions for
+//   each of the warp's 12 x 32 logits (12 load and clean it, 32 score it, 5 make the key, 10 keep
+//   the best two); with about 350 for the rest of a token: 35 M warp instructions, 37 us:
+//   issue-bound. Two-byte logits are loaded one by one: in pairs a lane would own neighbours, and
+//   softmax would sum in another order than the other engines.
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
@@ -98,14 +101,25 @@ __device__ void exclude_groups(const TopkGateParams& p, int32_t (&key)[kValues],
 
 // ---- forward -----------------------------------------------------------------------------------
 
+// Blocks of a multiprocessor that the registers must leave room for.
+constexpr int least_blocks(int values) { return values <= 8 ? 4 : values <= 16 ? 3 : 2; }
+
 // kValues * 32 >= E. Dynamic shared memory: int32 histogram [E]; with groups, for each warp keys
 // [E] and group keys [num_groups].
 template <class T, int kValues>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, least_blocks(kValues))
     topk_gate_kernel(const __grid_constant__ TopkGateParams p) {
+  constexpr bool kBiasInRegisters = kValues <= 12;  // beyond, they would cost resident warps
   KIMI_SHARED(int32_t, histogram);
   const int lane = lane_id(), num_experts = p.num_experts;
-  const bool has_bias = p.expert_bias != nullptr;
+  // Without a bias + 0 changes nothing, and there is no branch between the experts.
+  const auto bias_of = [&, has_bias = p.expert_bias != nullptr](int e) {
+    return has_bias && e < num_experts ? p.expert_bias[e] : 0.0f;
+  };
+  float bias[kBiasInRegisters ? kValues : 1];
+  if constexpr (kBiasInRegisters)
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) bias[j] = bias_of(lane + 32 * j);
   int32_t* keys = histogram + num_experts + warp_id() * (num_experts + p.num_groups);
   for (int e = static_cast<int>(threadIdx.x); e < num_experts; e += static_cast<int>(blockDim.x))
     histogram[e] = 0;
@@ -153,9 +167,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 #pragma unroll
       for (int j = 0; j < kValues; ++j) {
         const int e = lane + 32 * j;
-        // Without a bias + 0 changes nothing, and there is no branch between the experts.
-        const float bias = has_bias && e < num_experts ? p.expert_bias[e] : 0.0f;
-        const float choice = add_rn(score_of(z[j]), bias);
+        const float choice =
+            add_rn(score_of(z[j]), kBiasInRegisters ? bias[kBiasInRegisters ? j : 0] : bias_of(e));
         const int32_t ordered = sort_key(valid_logit[j] ? choice : -INFINITY);
         key[j] = e < num_experts ? ordered : kExcluded;
       }
