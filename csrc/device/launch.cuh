@@ -9,10 +9,9 @@
 #if defined(KIMI_HOST_SIMT)
 #include <cstring>
 #else
+#include <compare>
 #include <map>
 #include <mutex>
-#include <tuple>
-#include <utility>
 #endif
 
 namespace kimi {
@@ -55,6 +54,15 @@ inline Status cuda_status(const char* what, cudaError_t code) {
   return error(KIMI_CUDA_ERROR, what, ": ", cudaGetErrorName(code), ": ", cudaGetErrorString(code));
 }
 
+/// What the runtime's answers depend on. A type of our own: the maps over it stay out of the
+/// library's exported symbols.
+struct LaunchShape {
+  const void* kernel;
+  int device, threads;
+  size_t smem_bytes;
+  auto operator<=>(const LaunchShape&) const = default;
+};
+
 /// Opts the kernel into dynamic shared memory beyond the 48 KB that need no asking. The limit only
 /// grows, so that a call never takes it from another thread's launch.
 template <class... Parameters>
@@ -62,11 +70,11 @@ Status allow_shared_memory(void (*kernel)(Parameters...), size_t smem_bytes) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (smem_bytes <= kWithoutAsking) return Status::ok();
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, size_t> allowed;  // by kernel and device
+  static std::map<LaunchShape, size_t> allowed;  // by kernel and device
   int device = 0;
   KIMI_RETURN_IF_ERROR(cuda_status("launch: device", cudaGetDevice(&device)));
   const std::lock_guard lock(mutex);
-  size_t& limit = allowed[{reinterpret_cast<const void*>(kernel), device}];
+  size_t& limit = allowed[{reinterpret_cast<const void*>(kernel), device, 0, 0}];
   if (smem_bytes <= limit) return Status::ok();
   KIMI_RETURN_IF_ERROR(
       cuda_status("launch: shared memory",
@@ -106,10 +114,10 @@ inline Status memset_async(void* destination, int byte, size_t bytes, void* stre
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, size_t smem_bytes) {
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, int, size_t>, int> known;
+  static std::map<LaunchShape, int> known;
   int device = 0, multiprocessors = 0, blocks = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  const std::tuple key{reinterpret_cast<const void*>(kernel), device, threads, smem_bytes};
+  const LaunchShape key{reinterpret_cast<const void*>(kernel), device, threads, smem_bytes};
   const std::lock_guard lock(mutex);
   if (const auto found = known.find(key); found != known.end()) return found->second;
   // The occupancy is 0 for shared memory that the kernel may not have yet.
