@@ -48,15 +48,16 @@ Status permute_plan_cpu(const PermutePlanParams& p) {
     for (int64_t run = first; run < last; ++run) {
       int32_t* counts = next + run * (experts + 1);
       std::memset(counts, 0, sizeof(int32_t) * (experts + 1));
+      uint32_t highest = 0;  // of id + 1: -1 is 0, and other negative ids are beyond every expert
       for (int64_t i = runs.begin(run); i < runs.begin(run + 1); ++i) {
-        const int32_t id = p.indices[i];
-        ++counts[bucket(id, experts)];
-        if (uint32_t(id) + 1 > experts + 1) [[unlikely]] {
-          int64_t seen = first_bad.load();
-          while (i < seen && !first_bad.compare_exchange_weak(seen, i)) {
-          }
-          break;
-        }
+        highest = std::max(highest, uint32_t(p.indices[i]) + 1);
+        ++counts[bucket(p.indices[i], experts)];
+      }
+      if (highest <= experts + 1) continue;
+      int64_t bad = runs.begin(run);
+      while (uint32_t(p.indices[bad]) + 1 <= experts + 1) ++bad;
+      int64_t seen = first_bad.load();
+      while (bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
       }
     }
   });
