@@ -124,7 +124,7 @@ def test_a_second_ctrl_c_says_what_is_left(tmp_path: Path, monkeypatch: pytest.M
 def test_wrong_inputs_are_errors_in_one_line(finished: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text("[]")
     cases = [
-        (["generate", str(tmp_path)], "expected a dict, got list"),
+        (["generate", str(tmp_path)], "expected a JSON object, got"),
         (["generate", str(finished), f"--seed={2**64}"], "generate: seed: expected 0 to 2"),
         (["train", f"--out={tmp_path / 'run'}", f"--seed={2**64}"], "train: seed: expected"),
         # the folder is looked at before the text is
