@@ -56,11 +56,13 @@ KIMI_API const char* kimi_version(void);
 KIMI_API const char* kimi_last_error(void);
 
 /* CPU instruction sets, weakest first. The best one that this machine offers is taken; the
- * environment variable KIMI_OPS_ISA (portable | avx2 | avx512 | amx) or kimi_set_isa forces one. */
+ * environment variable KIMI_OPS_ISA (portable | avx2 | avx512 | avx512_bf16 | amx) or kimi_set_isa
+ * forces one. */
 typedef KIMI_ENUM(kimi_isa){
     KIMI_ISA_PORTABLE = 0, KIMI_ISA_AVX2 = 1, /* AVX2, FMA, F16C */
     KIMI_ISA_AVX512 = 2,                      /* AVX-512 F, BW, VL, DQ, CD */
-    KIMI_ISA_AMX = 3 /* AVX-512 with BF16, and AMX-TILE, AMX-BF16 granted by the kernel */
+    KIMI_ISA_AVX512_BF16 = 3,                 /* and its products of bf16 pairs */
+    KIMI_ISA_AMX = 4                          /* and AMX-TILE, AMX-BF16, granted by the kernel */
 } kimi_isa;
 
 KIMI_API kimi_isa kimi_detected_isa(void);

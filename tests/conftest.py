@@ -16,7 +16,7 @@ import torch
 from kimi_ops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def _load_simt() -> ModuleType | None:

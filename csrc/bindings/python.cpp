@@ -272,7 +272,8 @@ void sort_chunks(Address x, Address split_sizes, Address order, Address y, int64
 kimi_isa isa_from_name(const std::string& name) {
   for (int isa = KIMI_ISA_PORTABLE; isa <= KIMI_ISA_AMX; ++isa)
     if (name == kimi_isa_name(kimi_isa(isa))) return kimi_isa(isa);
-  throw py::value_error("set_isa: isa: expected portable, avx2, avx512 or amx, got " + name);
+  throw py::value_error("set_isa: isa: expected portable, avx2, avx512, avx512_bf16 or amx, got " +
+                        name);
 }
 
 }  // namespace

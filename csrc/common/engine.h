@@ -29,7 +29,8 @@ inline Status no_cuda(const char* op) {
 
 template <class Engine>
 struct CpuEngines {
-  const Engine* by_isa[4];  // portable, avx2, avx512, amx; nullptr: the next weaker one serves
+  // portable, avx2, avx512, avx512_bf16, amx; nullptr: the next weaker one serves
+  const Engine* by_isa[5];
 
   kimi_isa isa() const {
     int isa = cpu::current_isa();

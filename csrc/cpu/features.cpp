@@ -11,7 +11,7 @@
 namespace kimi::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 thread_local int chosen_threads = 0;
 
 // An environment variable cannot return a status: a wrong value is said once and not obeyed.
@@ -27,7 +27,8 @@ kimi_isa initial_isa() {
     return best;
   }
   std::fprintf(stderr,
-               "kimi_ops: KIMI_OPS_ISA=%s: expected portable, avx2, avx512 or amx; using %s\n",
+               "kimi_ops: KIMI_OPS_ISA=%s: expected portable, avx2, avx512, avx512_bf16 or amx; "
+               "using %s\n",
                wanted, kNames[best]);
   return best;
 }

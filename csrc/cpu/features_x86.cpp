@@ -44,8 +44,9 @@ kimi_isa probe_x86() {
   if (!zmm || !has(seven.ebx, kAvx512)) return KIMI_ISA_AVX2;
   constexpr unsigned kAmx = (1u << 24) | (1u << 22);  // edx: AMX-TILE, AMX-BF16
   constexpr unsigned kAvx512Bf16 = 1u << 5;           // leaf 7.1 eax
-  if (!tiles || !has(seven.edx, kAmx) || !has(seven_one.eax, kAvx512Bf16)) return KIMI_ISA_AVX512;
-  return kernel_grants_tiles() ? KIMI_ISA_AMX : KIMI_ISA_AVX512;
+  if (!has(seven_one.eax, kAvx512Bf16)) return KIMI_ISA_AVX512;
+  if (!tiles || !has(seven.edx, kAmx)) return KIMI_ISA_AVX512_BF16;
+  return kernel_grants_tiles() ? KIMI_ISA_AMX : KIMI_ISA_AVX512_BF16;
 }
 
 }  // namespace kimi::cpu

@@ -27,7 +27,7 @@ if(needed MATCHES "(aoti_torch|THPVariable|c10|cuInit|cuTensorMap|PyObject)")
 endif()
 
 foreach(object IN LISTS OBJECTS)
-  if(object MATCHES "_(x86|avx2|avx512|amx)\\.cpp")
+  if(object MATCHES "_(x86|avx2|avx512|avx512_bf16|amx)\\.cpp")
     run(symbols ${NM} -C ${object})
     if(symbols MATCHES "\n[0-9a-f]+ [WVu] [^\n]*")
       message(FATAL_ERROR "${object} emits a mergeable symbol: ${CMAKE_MATCH_0}")
