@@ -13,8 +13,13 @@ from kimi_ops.reference import grouped_gemm as reference
 
 FORMS = [Fp8BlockWeight, Int4GroupWeight]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 RAGGED = [(3, 300, 200), (1, 1, 8), (2, 128, 128), (2, 7, 136), (3, 129, 40), (2, 5, 32)]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 def stack(shape, seed=0) -> Tensor:
@@ -95,9 +100,11 @@ def test_all_bit_patterns_are_read():
 @pytest.mark.parametrize("shape", RAGGED, ids=str)
 def test_errors_of_a_round_trip_are_bounded(shape, dtype):
     w = (stack(shape) / 1000).to(dtype)
-    scale = Fp8BlockWeight.quantize(w).scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    fp8 = Fp8BlockWeight.quantize(w)
+    assert fp8.data[:, :128, :128].float().abs().amax(dim=(1, 2)).eq(448).all()  # the whole range
+    scale = fp8.scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
     scale = scale[:, : shape[1], : shape[2]]
-    difference = (Fp8BlockWeight.quantize(w).dequantize(torch.float32) - w.float()).abs()
+    difference = (fp8.dequantize(torch.float32) - w.float()).abs()
     assert (difference <= 1.0001 * torch.maximum(w.float().abs() * 2**-4, scale * 2**-10)).all()
     int4 = Int4GroupWeight.quantize(w)
     scale = int4.scale.float().repeat_interleave(32, 2)[:, :, : shape[2]]

@@ -217,9 +217,7 @@ class Int4GroupWeight(QuantizedWeight):
         _check_columns(f"{cls.__name__}.empty", cls, columns)
         words, groups = columns // maths.INT4_WORD, -(-columns // maths.INT4_GROUP)
         packed = torch.empty(experts, rows, words, dtype=torch.int32, device=device)
-        return cls(
-            packed, torch.empty(experts, rows, groups, dtype=torch.bfloat16, device=device)
-        )
+        return cls(packed, torch.empty(experts, rows, groups, dtype=torch.bfloat16, device=device))
 
     @staticmethod
     def _quantize_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
