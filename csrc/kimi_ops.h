@@ -323,6 +323,76 @@ typedef struct kimi_sort_chunks_params {
 KIMI_API kimi_status kimi_sort_chunks(const kimi_sort_chunks_params* params, kimi_device device,
                                       void* stream);
 
+/* ---- grouped_gemm: one matrix product for each expert's rows --------------------------------- */
+
+/* How weights lie in memory; the first three are kimi_dtype. Quantised weights are read only,
+ * stored [E, N, K] with K contiguous and dequantised to the dtype of the rows they meet, rounded
+ * once. */
+typedef KIMI_ENUM(kimi_storage){
+    KIMI_STORAGE_FLOAT32 = 0, KIMI_STORAGE_BFLOAT16 = 1, KIMI_STORAGE_FLOAT16 = 2,
+    KIMI_STORAGE_FP8_BLOCK = 3, /* e4m3 times fp32 scale [E, ceil(N / 128), ceil(K / 128)] */
+    KIMI_STORAGE_INT4_GROUP = 4 /* nibble - 8 (low nibble first) times bf16 [E, N, ceil(K / 32)] */
+} kimi_storage;
+
+/* out[r] = a[r] b[e] + bias[e] for offsets[e-1] <= r < offsets[e]; rows from offsets[E-1] on are
+ * zero. CPU tensors; csrc/grouped_gemm/grouped_gemm.h says how. */
+typedef struct kimi_grouped_gemm_params {
+  const void* a;          /* [R, K] dtype, any strides */
+  const void* b;          /* [E, K, N] b_storage, any strides; the dtype of a, or quantised */
+  const void* b_scale;    /* of quantised b, dense; else NULL */
+  const int32_t* offsets; /* [E] inclusive end rows, 0 <= offsets[0] <= ... <= R: checked */
+  const void* bias;       /* [E, N] dtype, dense, or NULL */
+  void* out;              /* out [R, N] dense, out_dtype */
+  void* workspace;        /* kimi_grouped_gemm_workspace_bytes(), 64-byte aligned */
+  int64_t num_rows;       /* R */
+  int64_t k;
+  int64_t n;
+  int64_t a_row_stride; /* strides in elements */
+  int64_t a_k_stride;
+  int64_t b_expert_stride;
+  int64_t b_k_stride;
+  int64_t b_n_stride;
+  int32_t num_experts; /* E */
+  kimi_dtype dtype;
+  kimi_storage b_storage;
+  kimi_dtype out_dtype; /* dtype or KIMI_FLOAT32 */
+} kimi_grouped_gemm_params;
+
+/* Reads k, num_experts and dtype; for the calling thread's number of threads. */
+KIMI_API size_t kimi_grouped_gemm_workspace_bytes(const kimi_grouped_gemm_params* params,
+                                                  kimi_device device);
+KIMI_API kimi_status kimi_grouped_gemm(const kimi_grouped_gemm_params* params, kimi_device device,
+                                       void* stream);
+
+/* out[e] (+)= a[rows of e]^T dc[rows of e]; an expert without rows gives zeros (adds nothing). */
+typedef struct kimi_grouped_gemm_wgrad_params {
+  const void* a;          /* [R, K] dtype, any strides */
+  const void* dc;         /* [R, N] dtype, any strides */
+  const int32_t* offsets; /* [E] as above */
+  void* out;              /* out [E, K, N] out_dtype; one of the strides of K and N is 1 */
+  void* workspace;        /* kimi_grouped_gemm_wgrad_workspace_bytes(), 64-byte aligned */
+  int64_t num_rows;
+  int64_t k;
+  int64_t n;
+  int64_t a_row_stride;
+  int64_t a_k_stride;
+  int64_t dc_row_stride;
+  int64_t dc_n_stride;
+  int64_t out_expert_stride;
+  int64_t out_k_stride;
+  int64_t out_n_stride;
+  int32_t num_experts;
+  int32_t accumulate; /* 0 or 1: add to out */
+  kimi_dtype dtype;
+  kimi_dtype out_dtype; /* dtype or KIMI_FLOAT32 */
+} kimi_grouped_gemm_wgrad_params;
+
+/* Reads num_experts and dtype. */
+KIMI_API size_t kimi_grouped_gemm_wgrad_workspace_bytes(
+    const kimi_grouped_gemm_wgrad_params* params, kimi_device device);
+KIMI_API kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
+                                             kimi_device device, void* stream);
+
 /* ---- newton_schulz: matrices with singular values near 1 ------------------------------------- */
 
 /* csrc/newton_schulz/newton_schulz.h defines the mathematics and the order of the sums. On a CPU;

@@ -230,7 +230,7 @@ BAD_CALLS = [
     ({"offsets": ends([3, 2])}, ValueError, r"offsets: expected 0 <= .* R = 4, got \[3, 5\]"),
     ({"offsets": torch.tensor([3, 2]).int()}, ValueError, r"offsets: expected .*got \[3, 2\]"),
     ({"offsets": torch.tensor([-1, 2]).int()}, ValueError, r"offsets: expected .*got \[-1, 2\]"),
-    ({"offsets": OFFSETS.long()}, TypeError, "offsets: expected int32, got torch.int64"),
+    ({"offsets": OFFSETS.short()}, TypeError, "offsets: expected int32 or int64, got torch.int16"),
     ({"offsets": OFFSETS[:1]}, ValueError, r"offsets: expected shape \[E=2\], got \[1\]"),
     ({"offsets": OFFSETS[None]}, ValueError, r"offsets: expected shape \[E=2\]"),
     ({"offsets": OFFSETS.to("meta")}, ValueError, "offsets: expected device cpu, got meta"),

@@ -8,7 +8,9 @@
 #include "common/status.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
+#include "grouped_gemm/grouped_gemm.h"
 #include "kimi_ops.h"
+#include "newton_schulz/newton_schulz.h"
 #include "permute/permute.h"
 #include "topk_gate/topk_gate.h"
 
@@ -63,6 +65,9 @@ const char* kimi_cpu_engine(const char* op) {
   if (op && std::strcmp(op, "topk_gate") == 0) return kimi_isa_name(kimi::topk_gate_isa());
   if (op && std::strcmp(op, "balance") == 0) return kimi_isa_name(kimi::balance_isa());
   if (op && std::strcmp(op, "permute") == 0) return kimi_isa_name(kimi::permute_isa());
+  if (op && std::strcmp(op, "grouped_gemm") == 0) return kimi_isa_name(kimi::grouped_gemm_isa());
+  if (op && std::strcmp(op, "newton_schulz") == 0)
+    return kimi_isa_name(kimi::newton_schulz_isa());
   return nullptr;
 }
 
@@ -136,6 +141,38 @@ kimi_status kimi_unpermute_backward(const kimi_unpermute_backward_params* params
 kimi_status kimi_sort_chunks(const kimi_sort_chunks_params* params, kimi_device device,
                              void* stream) {
   return call("sort_chunks", kimi::sort_chunks, params, device, stream);
+}
+
+size_t kimi_grouped_gemm_workspace_bytes(const kimi_grouped_gemm_params* params,
+                                         kimi_device device) {
+  return params ? kimi::grouped_gemm_workspace_bytes(*params, device) : 0;
+}
+kimi_status kimi_grouped_gemm(const kimi_grouped_gemm_params* params, kimi_device device,
+                              void* stream) {
+  return call("grouped_gemm", kimi::grouped_gemm, params, device, stream);
+}
+size_t kimi_grouped_gemm_wgrad_workspace_bytes(const kimi_grouped_gemm_wgrad_params* params,
+                                               kimi_device device) {
+  return params ? kimi::grouped_gemm_wgrad_workspace_bytes(*params, device) : 0;
+}
+kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
+                                    kimi_device device, void* stream) {
+  return call("grouped_gemm_wgrad", kimi::grouped_gemm_wgrad, params, device, stream);
+}
+
+size_t kimi_matrix_product_workspace_bytes(const kimi_matrix_product_params* params, kimi_device) {
+  return params ? kimi::matrix_product_workspace_bytes(*params) : 0;
+}
+kimi_status kimi_matrix_product(const kimi_matrix_product_params* params, kimi_device device,
+                                void* stream) {
+  return call("matrix_product", kimi::matrix_product, params, device, stream);
+}
+size_t kimi_newton_schulz_workspace_bytes(const kimi_newton_schulz_params* params, kimi_device) {
+  return params ? kimi::newton_schulz_workspace_bytes(*params) : 0;
+}
+kimi_status kimi_newton_schulz(const kimi_newton_schulz_params* params, kimi_device device,
+                               void* stream) {
+  return call("newton_schulz", kimi::newton_schulz, params, device, stream);
 }
 
 }  // extern "C"

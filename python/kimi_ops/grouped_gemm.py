@@ -6,6 +6,7 @@ import os
 import torch
 from torch import Tensor
 
+from kimi_ops.quantized import QuantizedWeight, quantized_gemm
 from kimi_ops.reference import grouped_gemm as reference
 
 __all__ = ["grouped_gemm", "grouped_gemm_wgrad"]
@@ -15,7 +16,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def grouped_gemm(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | QuantizedWeight,
     offsets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -31,8 +32,10 @@ def grouped_gemm(
     ----------
     a : Tensor [R, K] bfloat16, float16, float32 or float64
     b : Tensor [E, K, N], the dtype of a, any stride order
-        For weights stored as `torch.nn.Linear` does, [E, N, K], pass ``w.transpose(1, 2)``.
-    offsets : Tensor [E] int32
+        For weights stored as `torch.nn.Linear` does, [E, N, K], pass ``w.transpose(1, 2)``. A
+        `Fp8BlockWeight` or `Int4GroupWeight` of shape [E, N, K] stands for its transpose; it is
+        dequantised to the dtype of a (CPU only, read only).
+    offsets : Tensor [E] int32 or int64
         Inclusive end rows, not decreasing, as `PermutePlan.offsets`.
     bias : Tensor [E, N], the dtype of a, optional
     out : Tensor [R, N], optional
@@ -52,7 +55,7 @@ def grouped_gemm(
 
     Notes
     -----
-    Differentiable in a, b and bias; an expert without rows has a zero gradient. Under
+    Differentiable in a, bias and a Tensor b; an expert without rows has a zero gradient. Under
     `torch.autocast` the operands are cast as those of `torch.mm` are. A superset of
     `torch.nn.functional.grouped_mm`. Cost: 2 R K N operations.
 
@@ -66,31 +69,38 @@ def grouped_gemm(
     [[1.0, 2.0], [6.0, 8.0], [0.0, 0.0]]
     """
     op = "grouped_gemm"
-    a, b, bias = autocast(a), autocast(b), None if bias is None else autocast(bias)
-    _check_operands(op, a, "a", b, "b", a.dim() == 2 and b.dim() == 3, "[R, K] and [E, K, N]")
-    if b.shape[1] != a.shape[1]:
-        raise ValueError(
-            f"{op}: b: expected shape [E, K={a.shape[1]}, N], got {list(b.shape)}; for weights "
-            "[E, N, K] pass w.transpose(1, 2)"
-        )
-    _check_offsets(op, offsets, b.shape[0], a)
+    a, bias = autocast(a), None if bias is None else autocast(bias)
+    if isinstance(b, QuantizedWeight):
+        experts, n = _check_quantized(op, a, b)
+    else:
+        b = autocast(b)
+        _check_operands(op, a, "a", b, "b", a.dim() == 2 and b.dim() == 3, "[R, K] and [E, K, N]")
+        if b.shape[1] != a.shape[1]:
+            raise ValueError(
+                f"{op}: b: expected shape [E, K={a.shape[1]}, N], got {list(b.shape)}; for weights "
+                "[E, N, K] pass w.transpose(1, 2)"
+            )
+        experts, n = b.shape[0], b.shape[2]
+    offsets = _check_offsets(op, offsets, experts, a)
     dtype = _result_dtype(op, a, out, out_dtype)
     if bias is not None:
         if bias.dtype != a.dtype:
             raise TypeError(f"{op}: bias: expected {a.dtype}, got {bias.dtype}; convert it")
-        if bias.shape != (b.shape[0], b.shape[2]):
+        if bias.shape != (experts, n):
             raise ValueError(
-                f"{op}: bias: expected shape {[b.shape[0], b.shape[2]]}, got "
-                f"{list(bias.shape)}; pass one row for each expert"
+                f"{op}: bias: expected shape {[experts, n]}, got {list(bias.shape)}; pass one row "
+                "for each expert"
             )
     if out is not None:
-        _check_out(op, out, [a.shape[0], b.shape[2]], a)
-        inputs = [t for t in (a, b, bias) if t is not None]
+        _check_out(op, out, [a.shape[0], n], a)
+        inputs = [t for t in (a, b, bias) if isinstance(t, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             raise ValueError(
                 f"{op}: out: no gradient can flow through a given output, but an input requires "
                 "one; leave out away or call under torch.no_grad()"
             )
+    if isinstance(b, QuantizedWeight):
+        return quantized_gemm(a, b, offsets, bias, out, dtype)
     return reference.grouped_gemm(a, b, offsets, bias, out, dtype)
 
 
@@ -108,7 +118,7 @@ def grouped_gemm_wgrad(
     ----------
     a : Tensor [R, K]
     dc : Tensor [R, N], the dtype of a
-    offsets : Tensor [E] int32
+    offsets : Tensor [E] int32 or int64
         As in `grouped_gemm`.
     out : Tensor [E, K, N], the dtype of a or float32, any stride order, optional
         Receives the gradient; float32 is the main gradient of mixed-precision training.
@@ -141,7 +151,7 @@ def grouped_gemm_wgrad(
             f"{op}: dc: expected {a.shape[0]} rows, got {dc.shape[0]}; pass the gradient of a's "
             "rows"
         )
-    _check_offsets(op, offsets, None, a)
+    offsets = _check_offsets(op, offsets, None, a)
     if out is None:
         if accumulate:
             raise ValueError(
@@ -185,9 +195,34 @@ def _check_operands(
         raise TypeError(f"{op}: {a_name}: float64 is served on the CPU only; use float32 here")
 
 
-def _check_offsets(op: str, offsets: Tensor, experts: int | None, a: Tensor) -> None:
-    if offsets.dtype != torch.int32:
-        raise TypeError(f"{op}: offsets: expected int32, got {offsets.dtype}; use offsets.int()")
+def _check_quantized(op: str, a: Tensor, b: QuantizedWeight) -> tuple[int, int]:
+    """E and N of a quantised weight that fits a."""
+    experts, n, k = b.shape
+    if a.dtype not in _DTYPES:
+        raise TypeError(
+            f"{op}: a: expected bfloat16, float16, float32 or float64, got {a.dtype}; convert it"
+        )
+    if a.dim() != 2 or a.shape[1] != k:
+        raise ValueError(
+            f"{op}: a: expected shape [R, K={k}] beside a quantised weight {list(b.shape)} "
+            f"[E, N, K], got {list(a.shape)}; reshape it"
+        )
+    if a.device != b.device:
+        raise ValueError(f"{op}: b: expected device {a.device}, got {b.device}; move it")
+    if a.device.type != "cpu":
+        raise ValueError(
+            f"{op}: b: expected a Tensor on {a.device}, got {type(b).__name__}, which is served on "
+            "the CPU only; pass b.dequantize(a.dtype).transpose(1, 2)"
+        )
+    return experts, n
+
+
+def _check_offsets(op: str, offsets: Tensor, experts: int | None, a: Tensor) -> Tensor:
+    """The offsets as int32."""
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{op}: offsets: expected int32 or int64, got {offsets.dtype}; use offsets.int()"
+        )
     if offsets.dim() != 1 or offsets.numel() < 1 or experts not in (None, offsets.numel()):
         raise ValueError(
             f"{op}: offsets: expected shape [E={experts or '>= 1'}], got {list(offsets.shape)}; "
@@ -198,7 +233,7 @@ def _check_offsets(op: str, offsets: Tensor, experts: int | None, a: Tensor) -> 
             f"{op}: offsets: expected device {a.device}, got {offsets.device}; move them there"
         )
     if offsets.device.type == "meta":
-        return
+        return offsets.int()
     if offsets.device.type == "cpu" or os.environ.get("KIMI_OPS_CHECK") == "1":
         ends = [0, *offsets.tolist(), a.shape[0]]
         if any(end < start for start, end in zip(ends[:-1], ends[1:], strict=True)):
@@ -207,6 +242,7 @@ def _check_offsets(op: str, offsets: Tensor, experts: int | None, a: Tensor) -> 
                 f"{a.shape[0]}, got {_short(ends[1:-1])}; pass the cumulative sum of the group "
                 "sizes"
             )
+    return offsets.int()
 
 
 def _short(values: list[int]) -> str:

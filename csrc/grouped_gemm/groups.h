@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MIT
+// Products of many groups as one parallel run of blocks: the schedule and the cache blocking that
+// grouped_gemm and fused_experts share.
+//
+// A task is a block of up to kBlockRows x kBlockCols of one group's result, all of its depth. Its
+// panel (rows of P) is packed for as much depth as fits kPanelBytes, its strips (rows of S) one
+// after the other; the sums stay in C. Per thread, for AVX-512-BF16:
+//   panel 224 x 512 x 2 B = 224 KiB     strip 32 x 512 x 2 B = 32 KiB     C 224 x 256 x 4 B = 224
+//   KiB
+// together half of a 1 MiB L2. Few rows get a longer panel instead, so that each row of S is read
+// in one go: its stream from memory is the limit then.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/gemm.h"
+#include "cpu/parallel.h"
+
+namespace kimi::grouped {
+
+constexpr int64_t kBlockRows = 224, kBlockCols = 256, kPanelBytes = 256 << 10;
+
+// One group: rows x depth of P by (parts x cols) x depth of S. With two parts a block holds the
+// same columns of both: part 1 of S begins part_rows rows after part 0.
+struct Group {
+  cpu::Operand p, s;
+  int64_t p_row = 0;  // of the group's first row in P
+  int64_t rows = 0, cols = 0, depth = 0;
+  int64_t p_depth = 0;  // first depth in P and S
+  int parts = 1;
+  int64_t part_rows = 0;
+};
+
+// Finished sums of rows [row, row + rows) (counted in the group) and columns [col, col + cols) of
+// each part; part q begins at c + q * part_stride.
+struct Block {
+  int32_t group;
+  int64_t row, rows, col, cols;
+  const float* c;
+  int64_t stride, part_stride;
+  int thread;
+};
+
+class Workspace {
+ public:
+  // `depth`: the largest that takes the path of few rows.
+  static size_t bytes(const cpu::BlockEngine& engine, int32_t groups, int64_t depth) {
+    return size_t(plan_bytes(groups) + cpu::num_threads() * thread_bytes(engine, depth));
+  }
+
+  Workspace(const cpu::BlockEngine& engine, void* memory, int32_t groups, int64_t depth)
+      : engine_(engine), memory_(static_cast<char*>(memory)), groups_(groups), depth_(depth) {}
+
+  int32_t* order() const { return reinterpret_cast<int32_t*>(memory_); }
+  int64_t* first_task() const {  // [groups + 1]
+    return reinterpret_cast<int64_t*>(memory_ + round64(int64_t(groups_) * 4));
+  }
+  char* panel(int thread) const {
+    return memory_ + plan_bytes(groups_) + thread * thread_bytes(engine_, depth_);
+  }
+  char* strip(int thread) const { return panel(thread) + panel_capacity(engine_, depth_); }
+  float* c(int thread) const {
+    return reinterpret_cast<float*>(strip(thread) + round64(engine_.strip_bytes()));
+  }
+
+ private:
+  static int64_t round64(int64_t n) { return (n + 63) / 64 * 64; }
+  static int64_t plan_bytes(int32_t groups) {
+    return round64(int64_t(groups) * 4) + round64((int64_t(groups) + 1) * 8);
+  }
+  static int64_t panel_capacity(const cpu::BlockEngine& engine, int64_t depth) {
+    const int64_t blocks = engine.panel_bytes(kBlockRows, engine.depth_block);
+    const int64_t tokens = engine.dot_tokens * engine.dot_stride(depth) * engine.element_bytes;
+    return round64(std::max({kPanelBytes, blocks, tokens}));
+  }
+  static int64_t thread_bytes(const cpu::BlockEngine& engine, int64_t depth) {
+    const int64_t c_rows = cpu::BlockEngine::round_up(kBlockRows, engine.panel_rows);
+    return panel_capacity(engine, depth) + round64(engine.strip_bytes()) + c_rows * kBlockCols * 4;
+  }
+
+  const cpu::BlockEngine& engine_;
+  char* memory_;
+  int32_t groups_;
+  int64_t depth_;
+};
+
+// The sums of one block into c; strips are fetched one ahead.
+void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block& block, char* panel,
+                    char* strip, float* c);
+
+// Columns of a part in one task, rows in one task.
+inline int64_t columns_in_task(const Group& g, int64_t per_block) { return per_block / g.parts; }
+inline int64_t rows_in_task(const cpu::BlockEngine& engine, int64_t rows) {
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  return cpu::BlockEngine::round_up((rows + blocks - 1) / blocks, engine.panel_rows);
+}
+
+// Calls sink(block) for all blocks of all groups; group(i) describes group i. Groups without rows
+// or columns have no blocks; a group without depth has blocks of zeros.
+template <class GroupOf, class Sink>
+void run_groups(const cpu::BlockEngine& engine, const Workspace& workspace, int32_t num_groups,
+                const GroupOf& group, const Sink& sink) {
+  int32_t* order = workspace.order();
+  int64_t* first = workspace.first_task();
+  int32_t used = 0;
+  int64_t* work = first;  // of group i, until the tasks are counted
+  for (int32_t i = 0; i < num_groups; ++i) {
+    const Group g = group(i);
+    if (g.rows > 0 && g.cols > 0) order[used++] = i;
+    work[i] = g.rows * g.cols * std::max<int64_t>(g.depth, 1);
+  }
+  std::sort(order, order + used, [&](int32_t a, int32_t b) {
+    return work[a] != work[b] ? work[a] > work[b] : a < b;
+  });
+  // Blocks are full unless that leaves threads idle; their width changes no sum.
+  int64_t width = kBlockCols;
+  for (;; width /= 2) {
+    first[0] = 0;
+    for (int32_t i = 0; i < used; ++i) {
+      const Group g = group(order[i]);
+      const int64_t rows = rows_in_task(engine, g.rows), cols = columns_in_task(g, width);
+      first[i + 1] = first[i] + (g.rows + rows - 1) / rows * ((g.cols + cols - 1) / cols);
+    }
+    if (first[used] >= 4 * cpu::num_threads() || width <= 2 * cpu::kStripRows) break;
+  }
+  cpu::parallel_tasks(first[used], [&](int64_t task, int thread) {
+    const int32_t at = int32_t(std::upper_bound(first, first + used + 1, task) - first) - 1;
+    const Group g = group(order[at]);
+    const int64_t rows = rows_in_task(engine, g.rows), cols = columns_in_task(g, width);
+    const int64_t row_blocks = (g.rows + rows - 1) / rows, index = task - first[at];
+    Block block;
+    block.group = order[at];
+    block.row = index % row_blocks * rows;
+    block.rows = std::min(rows, g.rows - block.row);
+    block.col = index / row_blocks * cols;
+    block.cols = std::min(cols, g.cols - block.col);
+    block.part_stride = cpu::BlockEngine::round_up(block.cols, cpu::kStripRows);
+    block.stride = block.part_stride * g.parts;
+    block.thread = thread;
+    float* c = workspace.c(thread);
+    block.c = c;
+    multiply_block(engine, g, block, workspace.panel(thread), workspace.strip(thread), c);
+    sink(block);
+  });
+}
+
+}  // namespace kimi::grouped
