@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * The public C API of kimi_ops. C99; no other header is needed.
+ * The public C API of kimi_ops. C99; it includes kimi_ops_optimizer.h and needs no other header.
  *
  * Conventions
  *   - Every op takes one params struct, the device its pointers live on, and a stream last (a
@@ -393,58 +393,10 @@ KIMI_API size_t kimi_grouped_gemm_wgrad_workspace_bytes(
 KIMI_API kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
                                              kimi_device device, void* stream);
 
-/* ---- newton_schulz: matrices with singular values near 1 ------------------------------------- */
-
-/* csrc/newton_schulz/newton_schulz.h defines the mathematics and the order of the sums. On a CPU;
- * workspaces are 64-byte aligned and hold for the number of threads that was set when their size
- * was asked for. */
-
-/* D = alpha A B + beta C + delta I, summed in fp32 and rounded once. D may lie on A, B or C. */
-typedef struct kimi_matrix_product_params {
-  const void* a;   /* [M, K] dtype, element (i, k) at a_row_stride i + a_col_stride k */
-  const void* b;   /* [K, N] dtype, any strides too */
-  const void* c;   /* [M, N] dtype, rows dense, or NULL; symmetric: its lower triangle is read */
-  void* d;         /* out [M, N] dtype, rows dense */
-  void* workspace; /* kimi_matrix_product_workspace_bytes() */
-  int64_t rows, cols, depth; /* M, N, K */
-  int64_t a_row_stride, a_col_stride, b_row_stride, b_col_stride, c_stride, d_stride;
-  float alpha, beta, delta;
-  int32_t symmetric; /* 1: D is symmetric (A A^T, commuting A and B): lower blocks, mirrored */
-  kimi_dtype dtype;
-} kimi_matrix_product_params;
-
-KIMI_API size_t kimi_matrix_product_workspace_bytes(const kimi_matrix_product_params* params,
-                                                    kimi_device device);
-KIMI_API kimi_status kimi_matrix_product(const kimi_matrix_product_params* params,
-                                         kimi_device device, void* stream);
-
-typedef KIMI_ENUM(kimi_newton_schulz_method){KIMI_NEWTON_SCHULZ_STANDARD = 0,
-                                             KIMI_NEWTON_SCHULZ_SYMMETRIC = 1,
-                                             KIMI_NEWTON_SCHULZ_GRAM = 2} kimi_newton_schulz_method;
-
-/* Matrices of one shape, each [M, N] at a pointer of its own. One of the two strides of g is 1, and
- * the same one of x. */
-typedef struct kimi_newton_schulz_params {
-  const void* const* g; /* [E] pointers, g_dtype; element (i, j) at g_row_stride i + ... */
-  void* const* x;       /* out [E] pointers, x_dtype; may be g where strides and dtypes agree */
-  const float* coefficients; /* [steps, 3]: a, b, c of each step */
-  const int32_t* restarts;   /* [num_restarts] ascending, 1..steps-1; gram only */
-  void* workspace;           /* kimi_newton_schulz_workspace_bytes() */
-  int64_t num_matrices;      /* E */
-  int64_t rows, cols;
-  int64_t g_row_stride, g_col_stride, x_row_stride, x_col_stride;
-  int32_t steps, num_restarts;
-  float eps; /* the norm counts as at least eps; 0 guards exact zeros only */
-  kimi_dtype g_dtype, dtype, x_dtype; /* dtype: of everything in between */
-  kimi_newton_schulz_method method;
-} kimi_newton_schulz_params;
-
-KIMI_API size_t kimi_newton_schulz_workspace_bytes(const kimi_newton_schulz_params* params,
-                                                   kimi_device device);
-KIMI_API kimi_status kimi_newton_schulz(const kimi_newton_schulz_params* params, kimi_device device,
-                                        void* stream);
-
 #ifdef __cplusplus
 }
 #endif
+
+#include "kimi_ops_optimizer.h" /* at the end: it uses the types above */
+
 #endif /* KIMI_OPS_H_ */
