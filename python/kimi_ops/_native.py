@@ -55,9 +55,13 @@ def call(op: str, like: Tensor, *arguments: int | float) -> None:
             getattr(_C, op)(*arguments, CUDA, stream)
         return
     module, code = cpu_engine
-    # OpenMP's own number is per thread and per runtime; torch's is the one that the user sets.
-    module.set_num_threads(torch.get_num_threads())
+    share_threads()
     getattr(module, op)(*arguments, code, 0)
+
+
+def share_threads() -> None:
+    """OpenMP's own number is per thread and per runtime; torch's is the one that the user sets."""
+    cpu_engine[0].set_num_threads(torch.get_num_threads())
 
 
 def register(
