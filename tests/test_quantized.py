@@ -147,7 +147,7 @@ def test_products(engine, form, dtype, shape):
         pytest.skip("quantised weights are served on the CPU")
     experts, n, k = shape
     weight = form.quantize(stack(shape) / 100)
-    w = weight.dequantize(dtype)
+    w = weight.dequantize(torch.float64)
     sizes = [5, 0, 9][:experts]
     offsets = ends(*sizes)
     rows = sum(sizes)
@@ -156,15 +156,19 @@ def test_products(engine, form, dtype, shape):
     bias = torch.randn(experts, n).to(dtype)
     expected = exact(a, w, offsets)
     c = grouped_gemm(a, weight, offsets)
-    assert c.dtype == dtype and error(c, expected) < TOLERANCE[dtype]
+    # An engine may round the weights to the dtype of the activations, or keep their fp32.
+    tolerance = 2**0.5 * TOLERANCE[dtype]
+    assert c.dtype == dtype and error(c, expected) < tolerance
     assert not c[rows:].any()
     wide = grouped_gemm(a, weight, offsets, out_dtype=torch.float32)
-    assert wide.dtype == torch.float32 and error(wide, expected) < 1e-6
+    rounded = exact(a, weight.dequantize(dtype), offsets)
+    assert wide.dtype == torch.float32
+    assert min(error(wide, expected), error(wide, rounded)) < 1e-6
     out = torch.full((rows + 2, n), torch.nan)
     assert grouped_gemm(a, weight, offsets, out=out) is out and torch.equal(out, wide)
     expert = torch.repeat_interleave(torch.arange(experts), torch.tensor(sizes))
     expected[:rows] += bias[expert].double()
-    assert error(grouped_gemm(a, weight, offsets, bias=bias), expected) < TOLERANCE[dtype]
+    assert error(grouped_gemm(a, weight, offsets, bias=bias), expected) < tolerance
 
 
 @settings(max_examples=40, deadline=None)
@@ -336,7 +340,7 @@ def test_bad_containers(kind, text, call):
 
 A, B = torch.zeros(4, 40), Fp8BlockWeight(DATA, SCALE)
 BAD_CALLS = [
-    ({"a": A.int()}, TypeError, "a: expected bfloat16, float16, float32 or float64"),
+    ({"a": A.int()}, TypeError, "a: expected bfloat16, float16, float32, float64, got int32"),
     ({"a": A[:, :39]}, ValueError, r"a: expected shape \[R, K=40\] .*\[2, 130, 40\].*\[4, 39\]"),
     ({"a": A[0]}, ValueError, r"a: expected shape \[R, K=40\]"),
     ({"a": A.to("meta")}, ValueError, "b: expected device meta, got cpu"),

@@ -9,10 +9,10 @@
 // fp32; rounded once to the dtype of out. The sum over depth is taken in blocks (cpu/gemm.h), in
 // the same order whatever the number of threads; a group of very few rows has an order of its own.
 //
-// Cost: 2 R K N operations. Forward reads each used expert's matrix once from memory for every 224
+// Cost: 2 R K N operations. Forward reads each used expert's matrix once from memory for every 280
 // of its rows, wgrad writes it once.
 //
-//   experts, most work first      blocks of up to 224 rows x 256 columns    tasks, taken in turn
+//   experts, most work first      blocks of up to 280 rows x 256 columns    tasks, taken in turn
 //   [ e5 ............ ]   ->      [b00][b01][b02]                     ->    thread 0: b00 b02 ...
 //   [ e2 ....... ]                [b10][b11][b12]                           thread 1: b01 b10 ...
 //

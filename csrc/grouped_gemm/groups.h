@@ -2,13 +2,12 @@
 // Products of many groups as one parallel run of blocks: the schedule and the cache blocking that
 // grouped_gemm and fused_experts share.
 //
-// A task is a block of up to kBlockRows x kBlockCols of one group's result, all of its depth. Its
-// panel (rows of P) is packed for as much depth as fits kPanelBytes, its strips (rows of S) one
-// after the other; the sums stay in C. Per thread, for AVX-512-BF16:
-//   panel 224 x 512 x 2 B = 224 KiB     strip 32 x 512 x 2 B = 32 KiB     C 224 x 256 x 4 B = 224
-//   KiB
-// together half of a 1 MiB L2. Few rows get a longer panel instead, so that each row of S is read
-// in one go: its stream from memory is the limit then.
+// A task is a block of up to kBlockRows rows and kBlockSums sums of one group's result, all of its
+// depth. Its panel (rows of P) is packed for as much depth as fits kPanelBytes, its strips (rows of
+// S) one after the other; the sums stay in C. A thread, with AVX-512-BF16 and many rows:
+//   panel 280 x 512 x 2 B = 280 KiB    strip 32 x 512 x 2 B = 32 KiB    C 280 x 256 x 4 B = 280 KiB
+// together 0.6 of a 1 MiB L2. Few rows get a longer panel and more columns instead, so that each
+// row of S is read in one go: its stream from memory is the limit then.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +18,7 @@
 
 namespace kimi::grouped {
 
-constexpr int64_t kBlockRows = 224, kBlockCols = 256, kPanelBytes = 256 << 10;
+constexpr int64_t kBlockRows = 280, kBlockSums = kBlockRows * 256, kPanelBytes = 280 << 10;
 
 // One group: rows x depth of P by (parts x cols) x depth of S. With two parts a block holds the
 // same columns of both: part 1 of S begins part_rows rows after part 0.
@@ -75,8 +74,7 @@ class Workspace {
     return round64(std::max({kPanelBytes, blocks, tokens}));
   }
   static int64_t thread_bytes(const cpu::BlockEngine& engine, int64_t depth) {
-    const int64_t c_rows = cpu::BlockEngine::round_up(kBlockRows, engine.panel_rows);
-    return panel_capacity(engine, depth) + round64(engine.strip_bytes()) + c_rows * kBlockCols * 4;
+    return panel_capacity(engine, depth) + round64(engine.strip_bytes()) + kBlockSums * 4;
   }
 
   const cpu::BlockEngine& engine_;
@@ -89,12 +87,20 @@ class Workspace {
 void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block& block, char* panel,
                     char* strip, float* c);
 
-// Columns of a part in one task, rows in one task.
-inline int64_t columns_in_task(const Group& g, int64_t per_block) { return per_block / g.parts; }
-inline int64_t rows_in_task(const cpu::BlockEngine& engine, int64_t rows) {
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  return cpu::BlockEngine::round_up((rows + blocks - 1) / blocks, engine.panel_rows);
-}
+// How a group is cut: blocks of equal rows, as wide as kBlockSums allows, or `narrower` times less.
+struct Cut {
+  int64_t rows, cols, row_blocks, tasks;
+
+  Cut(const cpu::BlockEngine& engine, const Group& g, int64_t narrower) {
+    const int64_t most = kBlockRows / engine.panel_rows * engine.panel_rows;
+    const int64_t blocks = (g.rows + most - 1) / most;
+    rows = cpu::BlockEngine::round_up((g.rows + blocks - 1) / blocks, engine.panel_rows);
+    row_blocks = (g.rows + rows - 1) / rows;
+    const int64_t strips = kBlockSums / rows / g.parts / narrower / cpu::kStripRows;
+    cols = std::max<int64_t>(1, strips) * cpu::kStripRows;
+    tasks = row_blocks * ((g.cols + cols - 1) / cols);
+  }
+};
 
 // Calls sink(block) for all blocks of all groups; group(i) describes group i. Groups without rows
 // or columns have no blocks; a group without depth has blocks of zeros.
@@ -110,31 +116,27 @@ void run_groups(const cpu::BlockEngine& engine, const Workspace& workspace, int3
     if (g.rows > 0 && g.cols > 0) order[used++] = i;
     work[i] = g.rows * g.cols * std::max<int64_t>(g.depth, 1);
   }
-  std::sort(order, order + used, [&](int32_t a, int32_t b) {
-    return work[a] != work[b] ? work[a] > work[b] : a < b;
-  });
-  // Blocks are full unless that leaves threads idle; their width changes no sum.
-  int64_t width = kBlockCols;
-  for (;; width /= 2) {
+  std::sort(order, order + used,
+            [&](int32_t a, int32_t b) { return work[a] != work[b] ? work[a] > work[b] : a < b; });
+  // Blocks are as wide as they can be unless that leaves threads idle; width changes no sum.
+  int64_t narrower = 1;
+  for (;; narrower *= 2) {
     first[0] = 0;
-    for (int32_t i = 0; i < used; ++i) {
-      const Group g = group(order[i]);
-      const int64_t rows = rows_in_task(engine, g.rows), cols = columns_in_task(g, width);
-      first[i + 1] = first[i] + (g.rows + rows - 1) / rows * ((g.cols + cols - 1) / cols);
-    }
-    if (first[used] >= 4 * cpu::num_threads() || width <= 2 * cpu::kStripRows) break;
+    for (int32_t i = 0; i < used; ++i)
+      first[i + 1] = first[i] + Cut(engine, group(order[i]), narrower).tasks;
+    if (first[used] >= 8 * cpu::num_threads() || narrower >= 64) break;
   }
   cpu::parallel_tasks(first[used], [&](int64_t task, int thread) {
     const int32_t at = int32_t(std::upper_bound(first, first + used + 1, task) - first) - 1;
     const Group g = group(order[at]);
-    const int64_t rows = rows_in_task(engine, g.rows), cols = columns_in_task(g, width);
-    const int64_t row_blocks = (g.rows + rows - 1) / rows, index = task - first[at];
+    const Cut cut(engine, g, narrower);
+    const int64_t index = task - first[at];
     Block block;
     block.group = order[at];
-    block.row = index % row_blocks * rows;
-    block.rows = std::min(rows, g.rows - block.row);
-    block.col = index / row_blocks * cols;
-    block.cols = std::min(cols, g.cols - block.col);
+    block.row = index % cut.row_blocks * cut.rows;
+    block.rows = std::min(cut.rows, g.rows - block.row);
+    block.col = index / cut.row_blocks * cut.cols;
+    block.cols = std::min(cut.cols, g.cols - block.col);
     block.part_stride = cpu::BlockEngine::round_up(block.cols, cpu::kStripRows);
     block.stride = block.part_stride * g.parts;
     block.thread = thread;

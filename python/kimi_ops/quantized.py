@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops import _grouped_gemm_ops as _ops
 from kimi_ops.reference import grouped_gemm as reference
 from kimi_ops.reference import quantized as maths
 
@@ -273,6 +274,17 @@ def _product(
     return reference.forward(a, stack, offsets, bias, out)
 
 
+def _forward(
+    a: Tensor, weight: QuantizedWeight, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The kernel dequantises in registers; float64 goes through the twin."""
+    if _ops.is_native(a):
+        return _ops.quantized(a, *weight.tensors().values(), offsets, bias, dtype)
+    _ops.check_offset_values("grouped_gemm", offsets, a.shape[0])
+    out = a.new_empty(a.shape[0], weight.shape[1], dtype=dtype)
+    return _product(a, weight, offsets, bias, out, transposed=False)
+
+
 class _QuantizedGemm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -285,8 +297,7 @@ class _QuantizedGemm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.weight, ctx.dtype = weight, a.dtype
-        out = a.new_empty(a.shape[0], weight.shape[1], dtype=dtype)
-        return _product(a, weight, offsets, bias, out, transposed=False)
+        return _forward(a, weight, offsets, bias, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -311,10 +322,34 @@ def quantized_gemm(
     out: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`grouped_gemm` on checked arguments: c[r] = a[r] @ W[e(r)]^T + bias[e(r)].
+    """`grouped_gemm` with a quantised weight: c[r] = a[r] @ W[e(r)]^T + bias[e(r)].
 
-    Differentiable in a and bias. Only experts with rows are dequantised, one after another.
+    Differentiable in a and bias. Only experts with rows are read.
     """
-    if out is not None:
-        return _product(a, weight, offsets, bias, out, transposed=False)
-    return _QuantizedGemm.apply(a, weight, offsets, bias, dtype)
+    _check_gemm(a, weight, offsets, bias, dtype)
+    if out is None:
+        return _QuantizedGemm.apply(a, weight, offsets, bias, dtype)
+    return out.copy_(_forward(a, weight, offsets, bias, dtype))
+
+
+def _check_gemm(
+    a: Tensor, weight: QuantizedWeight, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> None:
+    op = "grouped_gemm"
+    experts, n, k = weight.shape
+    _check.dtype(op, "a", a, (*_FLOATS, torch.float64))
+    if a.dim() != 2 or a.shape[1] != k:
+        raise ValueError(
+            f"{op}: a: expected shape [R, K={k}] beside a quantised weight {list(weight.shape)} "
+            f"[E, N, K], got {list(a.shape)}; reshape it"
+        )
+    if a.device != weight.device:
+        raise ValueError(f"{op}: b: expected device {a.device}, got {weight.device}; move it")
+    if a.device.type != "cpu":
+        raise ValueError(
+            f"{op}: b: expected a Tensor on {a.device}, got {type(weight).__name__}, which is "
+            "served on the CPU only; pass b.dequantize(a.dtype).transpose(1, 2)"
+        )
+    _ops.check_offsets(op, offsets, experts, a)
+    _ops.check_dtype(op, "out_dtype", a, dtype)
+    _ops.check_bias(op, a, bias, experts, n)
