@@ -138,8 +138,7 @@ def _chain_outputs(
     return images
 
 
-newton_schulz = _native._define(
-    "newton_schulz",
+newton_schulz = _native.define(
     "newton_schulz(Tensor[] g, float[] coefficients, int[] restarts, int method, ScalarType dtype, "
     "float eps) -> Tensor[]",
     _chain_implementation,
