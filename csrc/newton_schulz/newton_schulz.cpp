@@ -110,7 +110,8 @@ kimi_isa newton_schulz_isa() { return cpu::block_engine_isa(); }
 
 size_t matrix_product_workspace_bytes(const MatrixProductParams& p) {
   if (p.rows < 0 || p.cols < 0 || p.depth < 0 || !is_dtype(p.dtype)) return 0;
-  return 64 + product_scratch_bytes(p.rows, p.cols, p.depth, p.dtype, cpu::num_threads());
+  return std::max<size_t>(
+      64, product_scratch_bytes(p.rows, p.cols, p.depth, p.dtype, cpu::num_threads()));
 }
 
 Status matrix_product(const MatrixProductParams& p, kimi_device device, void*) {
