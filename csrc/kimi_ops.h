@@ -393,6 +393,86 @@ KIMI_API size_t kimi_grouped_gemm_wgrad_workspace_bytes(
 KIMI_API kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
                                              kimi_device device, void* stream);
 
+/* ---- fused_experts: the routed experts of one layer ------------------------------------------ */
+
+typedef KIMI_ENUM(kimi_activation){
+    KIMI_ACTIVATION_SILU = 0, /* g sigmoid(g) u */
+    KIMI_ACTIVATION_GELU = 1, /* g Phi(g) u */
+    KIMI_ACTIVATION_SITU = 2  /* 4 tanh(g / 4) sigmoid(g) * 25 tanh(u / 25) */
+} kimi_activation;
+
+/* A stack of experts' matrices, stored as [E, rows, columns]. */
+typedef struct kimi_expert_weights {
+  const void* data;
+  const void* scale;     /* of quantised storage, dense: see kimi_storage; else NULL */
+  int64_t expert_stride; /* strides in elements; quantised: columns contiguous */
+  int64_t row_stride;
+  int64_t column_stride;
+  kimi_storage storage; /* the dtype of the tokens, or quantised */
+} kimi_expert_weights;
+
+/* y[t] = sum_k weights[t, k] w_down[e] (act(g) u), [g; u] = w_gate_up[e] x[t]. R = T K. CPU
+ * tensors; csrc/fused_experts/fused_experts.h says how. */
+typedef struct kimi_fused_experts_params {
+  const void* x;                 /* [T, H] dtype, row stride x_stride */
+  kimi_expert_weights w_gate_up; /* [E, 2F, H], gate rows first */
+  kimi_expert_weights w_down;    /* [E, H, F] */
+  const float* weights;          /* [T, K] */
+  const int32_t* row_map;        /* [T, K], source [R], offsets [E] of kimi_permute_plan, align 1 */
+  const int32_t* source;
+  const int32_t* offsets;
+  void* y;         /* out [T, H] dense, dtype */
+  void* gate_up;   /* out [R, 2F] dense, dtype: [g; u] for the backward; or NULL */
+  void* workspace; /* kimi_fused_experts_workspace_bytes(), 64-byte aligned */
+  int64_t num_tokens;
+  int64_t hidden; /* H */
+  int64_t width;  /* F */
+  int64_t x_stride;
+  int32_t num_experts;
+  int32_t top_k;
+  kimi_dtype dtype;
+  kimi_activation activation;
+} kimi_fused_experts_params;
+
+/* Reads the sizes and dtype; for the calling thread's number of threads. */
+KIMI_API size_t kimi_fused_experts_workspace_bytes(const kimi_fused_experts_params* params,
+                                                   kimi_device device);
+KIMI_API kimi_status kimi_fused_experts(const kimi_fused_experts_params* params, kimi_device device,
+                                        void* stream);
+
+/* All gradients from dy; NULL where one is not wanted. Weights are not quantised. */
+typedef struct kimi_fused_experts_backward_params {
+  const void* dy; /* [T, H] dtype, row stride dy_stride */
+  const void* x;  /* [T, H] dtype, row stride x_stride */
+  kimi_expert_weights w_gate_up;
+  kimi_expert_weights w_down;
+  const float* weights;
+  const int32_t* row_map;
+  const int32_t* source;
+  const int32_t* offsets;
+  const void* gate_up;  /* [R, 2F] of the forward; NULL: computed again */
+  void* dx;             /* out [T, H] dense, dtype */
+  void* grad_w_gate_up; /* out [E, 2F, H] dense, dtype */
+  void* grad_w_down;    /* out [E, H, F] dense, dtype */
+  float* grad_weights;  /* out [T, K] */
+  void* workspace;      /* kimi_fused_experts_backward_workspace_bytes(), 64-byte aligned */
+  int64_t num_tokens;
+  int64_t hidden;
+  int64_t width;
+  int64_t dy_stride;
+  int64_t x_stride;
+  int32_t num_experts;
+  int32_t top_k;
+  kimi_dtype dtype;
+  kimi_activation activation;
+} kimi_fused_experts_backward_params;
+
+/* Reads the sizes, dtype and whether gate_up is NULL. */
+KIMI_API size_t kimi_fused_experts_backward_workspace_bytes(
+    const kimi_fused_experts_backward_params* params, kimi_device device);
+KIMI_API kimi_status kimi_fused_experts_backward(const kimi_fused_experts_backward_params* params,
+                                                 kimi_device device, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

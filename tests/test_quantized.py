@@ -142,9 +142,7 @@ def test_values_are_rounded_once(form):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", RAGGED, ids=str)
-def test_products(engine, form, dtype, shape):
-    if engine.name in ("cuda", "simt"):
-        pytest.skip("quantised weights are served on the CPU")
+def test_products(cpu_engine, form, dtype, shape):
     experts, n, k = shape
     weight = form.quantize(stack(shape) / 100)
     w = weight.dequantize(torch.float64)
@@ -188,9 +186,7 @@ def test_any_shape(form, sizes, n, words, tail):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_the_activations(engine, form, dtype):
-    if engine.name in ("cuda", "simt"):
-        pytest.skip("quantised weights are served on the CPU")
+def test_gradients_of_the_activations(cpu_engine, form, dtype):
     weight = form.quantize(stack((3, 130, 40)) / 100)
     offsets = ends(5, 0, 9)
     a = torch.randn(16, 40).to(dtype).requires_grad_()
@@ -225,10 +221,8 @@ def routed(tokens, experts, k, hidden, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("forms", [FORMS[:1] * 2, FORMS[1:] * 2, FORMS], ids=str)
-def test_fused_experts(engine, forms, dtype):
+def test_fused_experts(cpu_engine, forms, dtype):
     """The same bits as the dequantised weights wherever they take the same path; else close."""
-    if engine.name in ("cuda", "simt"):
-        pytest.skip("quantised weights are served on the CPU")
     experts, hidden, width = 6, 136, 72
     gate_up = forms[0].quantize(stack((experts, 2 * width, hidden)) / 1000)
     down = forms[1].quantize(stack((experts, hidden, width)) / 1000)

@@ -8,6 +8,7 @@
 #include "common/status.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
+#include "fused_experts/fused_experts.h"
 #include "grouped_gemm/grouped_gemm.h"
 #include "kimi_ops.h"
 #include "muon_clip/muon_clip.h"
@@ -68,6 +69,7 @@ const char* kimi_cpu_engine(const char* op) {
   if (op && std::strcmp(op, "balance") == 0) return kimi_isa_name(kimi::balance_isa());
   if (op && std::strcmp(op, "permute") == 0) return kimi_isa_name(kimi::permute_isa());
   if (op && std::strcmp(op, "grouped_gemm") == 0) return kimi_isa_name(kimi::grouped_gemm_isa());
+  if (op && std::strcmp(op, "fused_experts") == 0) return kimi_isa_name(kimi::fused_experts_isa());
   if (op && std::strcmp(op, "newton_schulz") == 0) return kimi_isa_name(kimi::newton_schulz_isa());
   if (op && std::strcmp(op, "qk_clip") == 0) return kimi_isa_name(kimi::qk_clip_isa());
   if (op && std::strcmp(op, "muon_clip") == 0) return kimi_isa_name(kimi::muon_clip_isa());
@@ -161,6 +163,23 @@ size_t kimi_grouped_gemm_wgrad_workspace_bytes(const kimi_grouped_gemm_wgrad_par
 kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
                                     kimi_device device, void* stream) {
   return call("grouped_gemm_wgrad", kimi::grouped_gemm_wgrad, params, device, stream);
+}
+
+size_t kimi_fused_experts_workspace_bytes(const kimi_fused_experts_params* params,
+                                          kimi_device device) {
+  return params ? kimi::fused_experts_workspace_bytes(*params, device) : 0;
+}
+kimi_status kimi_fused_experts(const kimi_fused_experts_params* params, kimi_device device,
+                               void* stream) {
+  return call("fused_experts", kimi::fused_experts, params, device, stream);
+}
+size_t kimi_fused_experts_backward_workspace_bytes(const kimi_fused_experts_backward_params* params,
+                                                   kimi_device device) {
+  return params ? kimi::fused_experts_backward_workspace_bytes(*params, device) : 0;
+}
+kimi_status kimi_fused_experts_backward(const kimi_fused_experts_backward_params* params,
+                                        kimi_device device, void* stream) {
+  return call("fused_experts_backward", kimi::fused_experts_backward, params, device, stream);
 }
 
 size_t kimi_matrix_product_workspace_bytes(const kimi_matrix_product_params* params, kimi_device) {

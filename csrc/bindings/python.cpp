@@ -3,10 +3,12 @@
 // Python integers (Tensor.data_ptr()), 0 for NULL. KIMI_INVALID_ARGUMENT becomes ValueError, any
 // other failure RuntimeError. The GIL is released during every op.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 #include "kimi_ops.h"
@@ -33,18 +35,30 @@ struct FieldTraits<T P::*> {
 template <auto field>
 using TypeOf = typename FieldTraits<decltype(field)>::Type;
 
-// What Python passes for a field: an address for a pointer, an int for an enum, else itself.
+// What Python passes for a field: an address for a pointer, an int for an enum, (data, scale,
+// expert, row and column stride, storage) for expert weights, else itself.
+using Weights = std::tuple<Address, Address, int64_t, int64_t, int64_t, int>;
 template <class T>
-using Argument = std::conditional_t<std::is_pointer_v<T>, Address,
-                                    std::conditional_t<std::is_enum_v<T>, int, T>>;
+using Argument = std::conditional_t<
+    std::is_pointer_v<T>, Address,
+    std::conditional_t<std::is_enum_v<T>, int, std::conditional_t<std::is_class_v<T>, Weights, T>>>;
 
 template <auto field, class Params>
-void set(Params& params, Argument<TypeOf<field>> value) {
+void set(Params& params, const Argument<TypeOf<field>>& value) {
   using T = TypeOf<field>;
-  if constexpr (std::is_pointer_v<T>)
+  if constexpr (std::is_pointer_v<T>) {
     params.*field = reinterpret_cast<T>(value);
-  else
+  } else if constexpr (std::is_class_v<T>) {
+    const auto& [data, scale, expert, row, column, storage] = value;
+    params.*field = {reinterpret_cast<const void*>(data),
+                     reinterpret_cast<const void*>(scale),
+                     expert,
+                     row,
+                     column,
+                     kimi_storage(storage)};
+  } else {
     params.*field = static_cast<T>(value);
+  }
 }
 
 // m.name(fields..., device, stream) calls `op` with these fields of its params, the others zero.
@@ -153,6 +167,26 @@ PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
          &P::num_experts, &P::accumulate, &P::dtype, &P::out_dtype>(m, "grouped_gemm_wgrad");
     bind_workspace<P, kimi_grouped_gemm_wgrad_workspace_bytes, &P::num_experts, &P::dtype>(
         m, "grouped_gemm_wgrad_workspace_bytes");
+  }
+  {
+    using P = kimi_fused_experts_params;
+    bind<P, kimi_fused_experts, &P::x, &P::w_gate_up, &P::w_down, &P::weights, &P::row_map,
+         &P::source, &P::offsets, &P::y, &P::gate_up, &P::workspace, &P::num_tokens, &P::hidden,
+         &P::width, &P::x_stride, &P::num_experts, &P::top_k, &P::dtype, &P::activation>(
+        m, "fused_experts");
+    bind_workspace<P, kimi_fused_experts_workspace_bytes, &P::num_tokens, &P::hidden, &P::width,
+                   &P::num_experts, &P::top_k, &P::dtype>(m, "fused_experts_workspace_bytes");
+  }
+  {
+    using P = kimi_fused_experts_backward_params;
+    bind<P, kimi_fused_experts_backward, &P::dy, &P::x, &P::w_gate_up, &P::w_down, &P::weights,
+         &P::row_map, &P::source, &P::offsets, &P::gate_up, &P::dx, &P::grad_w_gate_up,
+         &P::grad_w_down, &P::grad_weights, &P::workspace, &P::num_tokens, &P::hidden, &P::width,
+         &P::dy_stride, &P::x_stride, &P::num_experts, &P::top_k, &P::dtype, &P::activation>(
+        m, "fused_experts_backward");
+    bind_workspace<P, kimi_fused_experts_backward_workspace_bytes, &P::gate_up, &P::num_tokens,
+                   &P::hidden, &P::width, &P::num_experts, &P::top_k, &P::dtype>(
+        m, "fused_experts_backward_workspace_bytes");
   }
   {
     using P = kimi_permute_params;

@@ -130,7 +130,7 @@ template <class C, Storage S>
 void pack_group(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count,
                 int64_t padded, uint32_t* to, int64_t width, int64_t lanes) {
   const __mmask16 store = first16(lanes);
-  if (x.depth_stride == 1) {
+  if (x.depth_stride == 1 && !x.depth_index) {
     int64_t source[16];
     const char* from[16];
     bool whole = rows == 16 && S == C::kStorage;  // nothing to convert and no row of zeros

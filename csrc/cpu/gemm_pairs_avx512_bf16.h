@@ -36,7 +36,7 @@ struct Pairs {
   static bool pack_columns(const Operand& x, int64_t row, int64_t rows, int64_t depth,
                            int64_t count, int64_t padded, uint32_t* to) {
     if (S != Storage::kBfloat16 || kWidth != 32 || rows < 32 || x.row_stride != 1 ||
-        x.depth_stride == 1 || x.row_index)
+        (x.depth_stride == 1 && !x.depth_index) || x.row_index)
       return false;
     const bf16* data = static_cast<const bf16*>(x.data) + row;
     const auto line = [&](int64_t d) {

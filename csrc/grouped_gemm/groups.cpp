@@ -38,9 +38,10 @@ void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block&
     std::memset(c, 0, size_t(block.rows * block.stride) * 4);
     return;
   }
-  const auto s_row = [&](int part) { return part * g.part_rows + block.col; };
+  const auto s_row = [&](int part) { return g.s_row + part * g.part_rows + block.col; };
+  const bool gathered_depth = g.s.depth_index || g.p.depth_index;
   if (block.rows <= engine.dot_tokens && g.s.depth_stride == 1 && !g.s.row_index &&
-      g.p_depth == 0) {
+      !gathered_depth && g.p_depth == 0) {
     engine.pack_dot(g.p, p_row, block.rows, g.depth, panel);
     for (int part = 0; part < g.parts; ++part)
       engine.dot(panel, block.rows, g.s, s_row(part), block.cols, g.depth,

@@ -25,6 +25,7 @@ constexpr int64_t kBlockRows = 280, kBlockSums = kBlockRows * 256, kPanelBytes =
 struct Group {
   cpu::Operand p, s;
   int64_t p_row = 0;  // of the group's first row in P
+  int64_t s_row = 0;  // of its first column, a row of S
   int64_t rows = 0, cols = 0, depth = 0;
   int64_t p_depth = 0;  // first depth in P and S
   int parts = 1;

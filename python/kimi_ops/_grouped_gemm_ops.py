@@ -21,6 +21,11 @@ def is_native(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _native.DTYPES
 
 
+def with_a_unit_stride(x: Tensor) -> Tensor:
+    """x, or a copy where neither rows nor columns lie side by side (an expanded gradient)."""
+    return x if 1 in x.stride() or x.numel() < 2 else x.contiguous()
+
+
 def workspace(op: str, like: Tensor, *sizes: int) -> Tensor:
     _native.share_threads()
     return like.new_empty((_native.workspace_bytes(op, like, *sizes),), dtype=torch.uint8)
@@ -102,7 +107,7 @@ def _run(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Tensor
     dense = (
         out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     )
-    offsets = offsets.contiguous()
+    a, offsets = with_a_unit_stride(a), offsets.contiguous()
     bias = None if bias is None else bias.contiguous()
     scratch = workspace("grouped_gemm", a, a.shape[1], b.shape[0], _native.DTYPES[a.dtype])
     _native.call(
@@ -216,7 +221,7 @@ def _run_wgrad(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: 
             if accumulate
             else torch.empty_like(out, memory_format=torch.contiguous_format)
         )
-    offsets = offsets.contiguous()
+    a, dc, offsets = with_a_unit_stride(a), with_a_unit_stride(dc), offsets.contiguous()
     experts, dtype = offsets.shape[0], _native.DTYPES[a.dtype]
     scratch = workspace("grouped_gemm_wgrad", a, experts, dtype)
     _native.call(
@@ -274,7 +279,7 @@ def _quantized_implementation(
     out = _quantized_output(a, data, scale, offsets, bias, dtype)
     if not is_native(a):
         raise TypeError(f"quantized_gemm: a: expected a CPU tensor of 16 or 32 bits, got {a.dtype}")
-    offsets = offsets.contiguous()
+    a, offsets = with_a_unit_stride(a), offsets.contiguous()
     experts, n, k = data.shape[0], data.shape[1], a.shape[1]
     scratch = workspace("grouped_gemm", a, k, experts, _native.DTYPES[a.dtype])
     words = data.shape[2] * 8 if data.dtype == torch.int32 else data.shape[2]

@@ -47,7 +47,7 @@ def workspace_bytes(op: str, like: Tensor, *arguments: int) -> int:
     return getattr(module, f"{op}_workspace_bytes")(*arguments, code)
 
 
-def call(op: str, like: Tensor, *arguments: int | float) -> None:
+def call(op: str, like: Tensor, *arguments: Any) -> None:
     """Runs a native op on the device of `like`, on its current stream."""
     if like.is_cuda:
         with torch.cuda.device(like.device):
