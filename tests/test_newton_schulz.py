@@ -22,7 +22,7 @@ ARITHMETIC = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # Relative Frobenius error of the image of 1 / i in units of the dtype, on top of what one rounding of
 # the input costs under the polynomials themselves.
 UNITS = {
-    ("standard", torch.float64): 24,
+    ("standard", torch.float64): 200,
     ("standard", torch.float32): 24,
     ("standard", torch.float16): 4,
     ("standard", torch.bfloat16): 4,
@@ -40,7 +40,7 @@ BANDS = {
     "deepseek_v4": (0.999, 1.002),
     "cubic": (0.352, 1.301),
 }
-SLACK = {torch.float64: 0.0, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
+SLACK = {torch.float64: 0.0, torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.1}
 
 
 def steps_of(name: str) -> int:
@@ -131,7 +131,7 @@ def test_singular_values_land_in_the_band_of_the_schedule(
     out = newton_schulz(g, steps=steps_of(name), coefficients=name, method=method, dtype=dtype)
     values = torch.linalg.svdvals(out)
     low, high = BANDS[name]
-    slack = SLACK[dtype] * (4 if method == "gram" else 1)
+    slack = SLACK[dtype] * (5 if method == "gram" else 1)
     assert low - slack <= values.min() and values.max() <= high + slack
 
 
