@@ -19,8 +19,8 @@ from kimi_ops.ns_schedule import (
 
 SHAPES = [(1, 1), (1, 9), (7, 2), (16, 16), (33, 129), (129, 33), (64, 200)]
 ARITHMETIC = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-# Relative Frobenius error of the image of 1 / i in units of the dtype, on top of what one rounding of
-# the input costs under the polynomials themselves.
+# Relative Frobenius error of the image of 1 / i in units of the dtype, on top of what one rounding
+# of the input costs under the polynomials themselves.
 UNITS = {
     ("standard", torch.float64): 200,
     ("standard", torch.float32): 24,
@@ -163,9 +163,7 @@ def test_a_matrix_keeps_its_bits_in_any_company_and_layout(dtype: torch.dtype, m
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     method=st.sampled_from(("auto", *METHODS)),
 )
-def test_a_power_of_two_changes_no_bit(
-    m: int, n: int, power: int, dtype: torch.dtype, method: str
-):
+def test_a_power_of_two_changes_no_bit(m: int, n: int, power: int, dtype: torch.dtype, method: str):
     g = randn(m, n, seed=m * n)
     options = {"dtype": dtype, "method": method}
     out = newton_schulz(g, **options)

@@ -9,7 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from kimi_ops import _check, _products
+from kimi_ops import _check, _muon
 from kimi_ops.ns_schedule import METHODS, Coefficients, Triple, auto_restarts, schedule
 
 __all__ = ["newton_schulz", "schedule", "symmetric_matmul", "syrk"]
@@ -131,7 +131,7 @@ def newton_schulz(
     for key, members in _by_road(tensors, method, dtype).items():
         road, arithmetic = key
         matrices = [x for i in members for x in as_matrices(tensors[i])]
-        done = _products.orthogonalize(
+        done = _muon.orthogonalize(
             matrices,
             rows,
             method=road,
@@ -249,7 +249,7 @@ def syrk(a: Tensor, *, c: Tensor | None = None, alpha: float = 1.0, beta: float 
     _check_matrices("syrk", "a", a)
     shape = (*a.shape[:-1], a.shape[-2])
     _check_operand("syrk", "c", c, a, shape)
-    return _batched("syrk", _products.syrk, (a,), c, alpha, beta, shape)
+    return _batched("syrk", _muon.syrk, (a,), c, alpha, beta, shape)
 
 
 def symmetric_matmul(
@@ -295,7 +295,7 @@ def symmetric_matmul(
     for name, operand in (("b", b), ("c", c)):
         _check_operand("symmetric_matmul", name, operand, a, tuple(a.shape))
     return _batched(
-        "symmetric_matmul", _products.symmetric_matmul, (a, b), c, alpha, beta, tuple(a.shape)
+        "symmetric_matmul", _muon.symmetric_matmul, (a, b), c, alpha, beta, tuple(a.shape)
     )
 
 

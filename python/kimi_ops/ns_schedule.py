@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The polynomials of Newton-Schulz: named schedules, where the Gram form restarts, what it costs."""
+"""The polynomials of Newton-Schulz: named schedules, restarts of the Gram form, costs."""
 
 from __future__ import annotations
 

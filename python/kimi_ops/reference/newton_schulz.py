@@ -72,8 +72,6 @@ def symmetric_matmul(
     for start in range(0, rows, BLOCK):
         stop = min(start + BLOCK, rows)
         corner = None if c is None else c[start:stop, :stop]
-        if start > 0 and corner is not None:  # above the diagonal c may hold anything
-            corner = torch.cat((corner[:, :start], c[start:stop, start:stop].tril()), dim=1)
         lower[start:stop, :stop] = matmul(a[start:stop], b[:, :stop], corner, alpha, beta)
     return lower.tril() + lower.tril(-1).mT
 
@@ -188,4 +186,3 @@ def _gram(
             r = engine.symmetric_matmul(z, rz, rz, beta=a)
     assert q is not None  # there is at least one row
     return engine.matmul(q, x)
-

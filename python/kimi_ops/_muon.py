@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The seam below the public functions of Newton-Schulz: every product and every chain of products
-goes through one of these four, so an engine that replaces one serves all callers."""
+"""The seam below Newton-Schulz and MuonClip: every product, every chain of products and every
+elementwise pass goes through one of these functions, so an engine that replaces one serves all
+callers."""
 
 from __future__ import annotations
 
@@ -12,6 +13,17 @@ import torch
 from torch import Tensor
 
 from kimi_ops.reference import newton_schulz as twin
+from kimi_ops.reference.muon_clip import adamw_, apply_, momentum_
+
+__all__ = [
+    "adamw_",
+    "apply_",
+    "matmul",
+    "momentum_",
+    "orthogonalize",
+    "symmetric_matmul",
+    "syrk",
+]
 
 Triple = tuple[float, float, float]
 
