@@ -211,6 +211,6 @@ def test_work_is_shared_by_its_cost():
     assert all((count == 1).all() for count in covered.values())
     assert len(shards.numbers[params["stack"]]) == 8 and len(shards.numbers[params["wide"]]) == 1
     before = list(shards.owners)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
+    optimizer.add_param_group({"params": [("new", nn.Parameter(torch.ones(4, 4)))]})
     shards.update(optimizer.param_groups)
     assert shards.owners[: len(before)] == before and len(shards.owners) == len(before) + 1
