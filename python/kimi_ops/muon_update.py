@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kimi_ops import _muon
 from kimi_ops.muon_blocks import blocks, ns_options
-from kimi_ops.newton_schulz import newton_schulz
+from kimi_ops.newton_schulz import as_matrices, newton_schulz
 from kimi_ops.reference.muon_clip import adjusted_lr
 
 _BATCH_ELEMENTS = 1 << 26  # of the updates that go through Newton-Schulz at once
@@ -35,22 +35,20 @@ def muon_update(work: list[Work], group: dict[str, Any]) -> None:
 
 def adamw_update(work: list[Work], group: dict[str, Any], clip: Tensor | None) -> None:
     """AdamW; `clip` is a factor of all gradients."""
-    for item in work:
-        grad = item.grad if clip is None else item.grad * clip.to(item.grad.dtype)
-        _muon.adamw_(
-            item.param,
-            grad,
-            item.state["exp_avg"],
-            item.state["exp_avg_sq"],
-            int(item.state["step"]),
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["adamw_eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            cautious=group["cautious_weight_decay"],
-            alive=item.alive,
-        )
+    _muon.adamw_(
+        [item.param for item in work],
+        [item.grad if clip is None else item.grad * clip.to(item.grad.dtype) for item in work],
+        [item.state["exp_avg"] for item in work],
+        [item.state["exp_avg_sq"] for item in work],
+        [int(item.state["step"]) for item in work],
+        lr=float(group["lr"]),
+        betas=group["betas"],
+        eps=group["adamw_eps"],
+        weight_decay=group["weight_decay"],
+        maximize=group["maximize"],
+        cautious=group["cautious_weight_decay"],
+        alive=[item.alive for item in work],
+    )
 
 
 def _batches(work: list[Work], group: dict[str, Any]) -> Iterator[list[Work]]:
@@ -74,27 +72,31 @@ def _batches(work: list[Work], group: dict[str, Any]) -> Iterator[list[Work]]:
 
 
 def _step(work: list[Work], group: dict[str, Any]) -> None:
-    cut = []
-    for item in work:
-        update = _muon.momentum_(
-            item.grad,
-            item.state["momentum_buffer"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            alive=item.alive,
-        )
-        cut.append(blocks(update, group))
-    images = iter(newton_schulz([block for part in cut for block in part], **ns_options(group)))
+    updates = _muon.momenta_(
+        [item.grad for item in work],
+        [item.state["momentum_buffer"] for item in work],
+        momentum=group["momentum"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        alive=[item.alive for item in work],
+    )
+    cut = [x for update in updates for part in blocks(update, group) for x in as_matrices(part)]
+    images = newton_schulz(cut, **ns_options(group))
     lr = float(group["lr"])
+    targets, rates, alive = [], [], []
     for item in work:
-        for target in blocks(item.param, group):
-            _muon.apply_(
-                target,
-                next(images),
-                lr=lr,
-                rate=adjusted_lr(lr, group["adjust_lr_fn"], (target.shape[-2], target.shape[-1])),
-                weight_decay=group["weight_decay"],
-                cautious=group["cautious_weight_decay"],
-                alive=item.alive,
-            )
+        for part in blocks(item.param, group):
+            rate = adjusted_lr(lr, group["adjust_lr_fn"], (part.shape[-2], part.shape[-1]))
+            matrices = as_matrices(part)
+            targets += matrices
+            rates += [rate] * len(matrices)
+            alive += [item.alive] * len(matrices)
+    _muon.apply_(
+        targets,
+        images,
+        rates,
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        cautious=group["cautious_weight_decay"],
+        alive=alive,
+    )

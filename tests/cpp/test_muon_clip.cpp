@@ -98,7 +98,7 @@ bool run(Results& r, bool nesterov, bool maximize, bool cautious) {
 }
 
 bool close(double got, double want, double relative) {
-  return std::fabs(got - want) <= relative * (std::fabs(want) + 1e-3);
+  return std::fabs(got - want) <= relative * (std::fabs(want) + 1);
 }
 
 // The formulas in fp64, on the tensors where every pass sees all elements.
