@@ -47,11 +47,11 @@ class Run:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="SVG or PNG to write")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=0.03, help="of Muon and MuonClip")
+    parser.add_argument("--lr", type=float, default=0.02, help="of Muon and MuonClip")
     parser.add_argument("--adamw-lr", type=float, default=0.003, help="of the AdamW arm")
     parser.add_argument("--tau", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -43,6 +43,28 @@ CUTS = [
 ]
 
 
+def test_where_the_matrices_of_a_parameter_lie():
+    x = rand(10, 12, seed=1)
+    (heads,) = cut(x, num_heads=2)
+    assert heads.shape == (2, 5, 12) and torch.equal(heads[1], x[5:])
+    (heads,) = cut(x, num_heads=3, head_dim=1)
+    assert heads.shape == (3, 10, 4) and torch.equal(heads[2], x[:, 8:])
+    keys, values = cut(x, num_heads=2, split_sizes=(2, 3))
+    assert torch.equal(keys[1], x[5:7]) and torch.equal(values[1], x[7:])
+    left, right = cut(x, split_sizes=(5, 7), head_dim=1)
+    assert torch.equal(left, x[:, :5]) and torch.equal(right, x[:, 5:])
+    stack = rand(2, 6, 4, seed=2)
+    (heads,) = cut(stack, num_heads=2, head_dim=1)
+    assert heads.shape == (2, 2, 6, 2) and torch.equal(heads[1, 1], stack[1, :, 2:])
+    (flat,) = cut(rand(4, 3, 2, 2, seed=3), batch_dims="flatten")
+    assert flat.shape == (4, 12)
+    for part in (*cut(x, num_heads=3, head_dim=1), *cut(stack, split_sizes=(2, 4)), heads):
+        assert part.untyped_storage().data_ptr() in (
+            x.untyped_storage().data_ptr(),
+            stack.untyped_storage().data_ptr(),
+        )
+
+
 @pytest.mark.parametrize(("shape", "keys"), CUTS)
 def test_every_matrix_of_a_parameter_is_an_update_of_its_own(shape: tuple, keys: dict):
     """The same step on separate parameters, one for each matrix; the rule sees their shapes."""
@@ -227,7 +249,7 @@ def test_a_gradient_that_is_not_finite_is_reported_and_changes_nothing(bad: floa
 
 def test_without_host_reads_a_dead_gradient_changes_nothing():
     """The road of devices, on which the flag stays a tensor."""
-    from kimi_ops._muon import adamw_, apply_, momentum_
+    from kimi_ops.reference.muon_clip import adamw_, apply_, momentum_
 
     param, grad = rand(4, 3, seed=1), torch.full((4, 3), float("nan"))
     for alive in (torch.tensor(False), torch.tensor(True)):

@@ -22,6 +22,9 @@ class Grouped(nn.Module):
         self.k_proj = nn.Linear(width, kv_heads * dim, bias=False, dtype=torch.float64)
         self.register_buffer("max_logits", torch.full((heads,), -math.inf, dtype=torch.float64))
         self.track_max_logits = False
+        generator = torch.Generator().manual_seed(heads + kv_heads)
+        for weight in (self.q_proj.weight, self.k_proj.weight):
+            weight.data.normal_(0.0, 0.3, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -43,6 +46,8 @@ def inputs(seed: int) -> torch.Tensor:
 )
 def test_grouped_queries_over_micro_batches(kv_heads: int, mode: str):
     layers = [Grouped(6, kv_heads) for _ in range(2)]
+    with torch.no_grad():  # heads of all sizes
+        layers[0].q_proj.weight.mul_(torch.linspace(0.2, 2, 6).repeat_interleave(4)[:, None])
     clip = QKClip(layers, tau=1.0, gqa_mode=mode)
     before = torch.stack(
         [torch.stack([layer(inputs(seed)) for seed in (1, 2)]).amax(0) for layer in layers]

@@ -53,6 +53,21 @@ def matmul(
     return twin.matmul(a, b, c, alpha, beta)
 
 
+def cheapest(g: Tensor, dtype: torch.dtype) -> str:
+    """The method that ``auto`` means for g [..., m, n] in `dtype`: the fastest of its engine.
+
+    Never the Gram form in bf16, which is too coarse for it. The native products do half the work
+    for a symmetric result, so that the Gram form costs less from n = m on; plain ones save nothing
+    by symmetry, and there the Gram form wins where its larger products pay for its more numerous
+    small ones (measured on a CPU).
+    """
+    m, n = sorted(g.shape[-2:])
+    exact = dtype in (torch.float32, torch.float16)
+    if served(g) and dtype in _native.DTYPES:
+        return "gram" if exact and 2 * n >= 3 * m else "symmetric"
+    return "gram" if exact and m >= 192 and n >= 3 * m else "standard"
+
+
 def orthogonalize(
     matrices: Sequence[Tensor],
     rows: tuple[Triple, ...],

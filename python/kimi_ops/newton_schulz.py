@@ -15,7 +15,6 @@ from kimi_ops.ns_schedule import METHODS, Coefficients, Triple, auto_restarts, s
 __all__ = ["newton_schulz", "schedule", "symmetric_matmul", "syrk"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_GRAM_ASPECT = 1.5  # from here the Gram form costs less, with or without symmetric products
 
 
 @overload
@@ -69,8 +68,8 @@ def newton_schulz(
     method : str
         ``"standard"`` (the iteration above); ``"symmetric"``, the same with the products whose
         result is symmetric computed by half; ``"gram"``, which iterates on the small [m, m]
-        matrices and touches X only at restarts and at the end. ``"auto"``: symmetric, and gram in
-        fp32 and fp16 where the longer side is at least 1.5 times the shorter.
+        matrices and touches X only at restarts and at the end. ``"auto"`` is the fastest of them
+        for the shape, the dtype and the engine at hand, never gram in bf16.
     dtype : torch.dtype, optional
         Arithmetic of the products, which are summed in fp32 or wider. None is bf16, as in
         ``torch.optim.Muon``; for ``"gram"``, which bf16 is too coarse for, fp32 on a CPU and fp16
@@ -156,15 +155,13 @@ def _by_road(
     """Which tensors go through which method in which dtype, ``auto`` and None decided."""
     roads: dict[tuple[str, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        short, long = sorted(tensor.shape[-2:])
         arithmetic, road = dtype, method
-        if road == "auto":
-            exact = dtype in (torch.float32, torch.float16)
-            road = "gram" if exact and long >= _GRAM_ASPECT * short else "symmetric"
         if arithmetic is None:
             on_cpu = tensor.device.type == "cpu"
             fine = torch.float32 if on_cpu else torch.float16
             arithmetic = fine if road == "gram" else torch.bfloat16
+        if road == "auto":
+            road = _muon.cheapest(tensor, arithmetic)
         roads.setdefault((road, arithmetic), []).append(index)
     return roads
 

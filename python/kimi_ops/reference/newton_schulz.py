@@ -86,7 +86,8 @@ def normalize(g: Tensor, eps: float = 0.0, unit: float = 1.0) -> Tensor:
     """
     wide = torch.float64 if g.dtype == torch.float64 else torch.float32
     limit = 1000 if wide == torch.float64 else 126
-    largest = torch.linalg.vector_norm(g, torch.inf).to(wide)
+    low, high = torch.aminmax(g if g.is_contiguous() else g.mT)  # in the order of memory
+    largest = torch.maximum(-low, high).to(wide)
     exponent = torch.frexp(largest).exponent.clamp(-limit, limit)
     scale = torch.ldexp(torch.ones_like(largest), -exponent)
     x = torch.mul(g, scale[None, None], out=torch.empty(g.shape, dtype=wide, device=g.device))
