@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kimi_ops import _muon
 from kimi_ops.muon_blocks import cost
 
 _CUTS = 8  # pieces of a parameter whose leading rows are independent
@@ -155,8 +156,8 @@ class Shards:
         """
         device = self.pieces[0].param.device if self.pieces else None
         squares = torch.zeros(len(self.pieces), dtype=torch.float64, device=device)
-        for index, grad in gradients.items():
-            squares[index] = _norm(grad).double().square()
+        if gradients:
+            squares[list(gradients)] = _muon.squares(list(gradients.values())).to(squares.device)
         if self.process_group is not None and len(self.pieces) > 0:
             # every number has one owner and zeros elsewhere: the sum is exact and keeps NaN
             dist.all_reduce(squares, dist.ReduceOp.SUM, group=self.process_group)
@@ -197,17 +198,6 @@ class Shards:
                 bucket.append(index)
                 size += self.pieces[index].shape.numel()
             yield owner, bucket
-
-
-def _norm(grad: Tensor) -> Tensor:
-    """The Frobenius norm, in the order of the rows whatever the strides. fp64 is slow on a CPU and
-    there only where fp32 overflows."""
-    grad = _wide(grad).contiguous()
-    if grad.device.type == "cpu":
-        norm = torch.linalg.vector_norm(grad)
-        if torch.isfinite(norm):
-            return norm
-    return torch.linalg.vector_norm(grad, dtype=torch.float64)
 
 
 def _wide(tensor: Tensor) -> Tensor:
