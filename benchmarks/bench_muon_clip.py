@@ -40,7 +40,8 @@ def mixed(count: int) -> Groups:
 
 
 def mini() -> Groups:
-    return muon_param_groups(KimiK2(KimiK2Config.mini()))
+    groups = muon_param_groups(KimiK2(KimiK2Config.mini()))
+    return [group | {"params": [param for _, param in group["params"]]} for group in groups]
 
 
 def adamw(count: int) -> Groups:
