@@ -69,7 +69,7 @@ void pack_group(const Operand& x, int64_t row, int64_t rows, int64_t depth, int6
                 float* to, int64_t width, int64_t lanes) {
   const T* data = static_cast<const T*>(x.data);
   int64_t d = 0;
-  if (x.depth_stride == 1 && rows == lanes) {
+  if (x.depth_stride == 1 && !x.depth_index && rows == lanes) {
     const T* source[8];
     for (int64_t r = 0; r < 8; ++r) {
       const int64_t at = r < rows ? gathered(x.row_index, x.index_divisor, row + r) : -1;
