@@ -25,7 +25,7 @@ void pack_dot_rows(const Operand& x, int64_t row, int64_t rows, int64_t count, v
     const int64_t source = gathered(x.row_index, x.index_divisor, row + r);
     for (int64_t d = 0; d < stride; d += D::kSpan) {
       const int64_t left = count - d;
-      if (source >= 0 && left > 0 && x.depth_stride == 1) {
+      if (source >= 0 && left > 0 && along_rows(x)) {
         const auto v = D::template row<S>(x, source, d, left < D::kSpan ? left : D::kSpan);
         __builtin_memcpy(to + d, &v, 64);
       } else {
