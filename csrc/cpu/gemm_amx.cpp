@@ -82,27 +82,27 @@ void pack_strip(const Operand& x, int64_t row, int64_t rows, int64_t depth, int6
   });
 }
 
-// The lines of the next strip, spread evenly over the steps of all products of this one.
+// The lines of the next strip, two at a time, spread evenly over the steps of all products of this.
 class Fetch {
  public:
   Fetch(const Upcoming& next, int64_t steps)
-      : row_(next.data),
-        stride_(next.stride),
-        left_(next.data ? kStripRows * kRowLines : 0),
-        each_((kStripRows * kRowLines + steps - 1) / steps) {}
+      : next_(next), left_(next.data ? kPairs : 0), each_((kPairs + steps - 1) / steps) {}
   void step() {
     for (int64_t i = 0; i < each_ && left_ > 0; ++i, --left_) {
-      _mm_prefetch(row_ + line_ * 64, _MM_HINT_T1);
-      if (++line_ < kRowLines) continue;
-      line_ = 0;
-      row_ += stride_;
+      _mm_prefetch(next_.data, _MM_HINT_T1);
+      _mm_prefetch(next_.data + next_.second, _MM_HINT_T1);
+      next_.data += next_.advance;
+      if (++done_ != next_.period) continue;
+      done_ = 0;
+      next_.data += next_.jump;
     }
   }
 
  private:
-  static constexpr int64_t kRowLines = 1024 / 64;
-  const char* row_;
-  int64_t stride_, left_, each_, line_ = 0;
+  static constexpr int64_t kPairs = kStripRows * kDepthBlock * 2 / 128;  // of lines in a strip
+  Upcoming next_;
+  int64_t left_, each_;
+  int done_ = 0;
 };
 
 // One or two panel groups, `group_bytes` apart, by the strip; tile (t, n) of C at c[t][n].
