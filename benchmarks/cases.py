@@ -3,6 +3,9 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import TypeVar
+
+Case = TypeVar("Case")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,131 @@ def balance_cases(quick: bool) -> list[BalanceCase]:
     return [*cases, BalanceCase("bias rule", 0, 384, 8, 1)]
 
 
+GEMM_SHAPES = {  # experts' matrices: (K, N)
+    "K2 gate+up": (7168, 4096),
+    "K2 down": (2048, 7168),
+    "Moonlight": (2048, 1408),
+    "mini gate+up": (128, 128),
+    "mini down": (64, 128),
+}
+
+
+@dataclass(frozen=True)
+class GemmCase:
+    shape: str  # of GEMM_SHAPES
+    experts: int
+    rows: int  # of an expert on average; decode: tokens that choose 8 of the experts each
+    what: str = "fwd"  # | "dgrad" | "wgrad" | "wgrad acc" (added to fp32)
+    skew: str = "balanced"  # | "hot" (half of all rows to one expert) | "decode"
+    dtype: str = "bfloat16"
+
+    @property
+    def total(self) -> int:
+        return self.rows * (8 if self.skew == "decode" else self.experts)
+
+    @property
+    def flops(self) -> int:
+        k, n = GEMM_SHAPES[self.shape]
+        return 2 * self.total * k * n
+
+    @property
+    def weight_bytes(self) -> int:
+        k, n = GEMM_SHAPES[self.shape]
+        return self.experts * k * n * (2 if self.dtype == "bfloat16" else 4)
+
+    def __str__(self) -> str:
+        rows = f"T {self.rows}" if self.skew == "decode" else f"x {self.rows}"
+        kind = "" if self.skew == "balanced" else f" {self.skew}"
+        dtype = "" if self.dtype == "bfloat16" else " fp32"
+        return f"{self.shape} E {self.experts} {rows}{kind} {self.what}{dtype}"
+
+
+def gemm_cases(quick: bool) -> list[GemmCase]:
+    """Slices of Kimi K2, Moonlight, and the preset `mini`, from decoding to training; without cases
+    above 500 GFLOP or 3 GB of weights, which take tens of seconds."""
+    passes = ("fwd", "dgrad", "wgrad", "wgrad acc")
+    if quick:
+        cases = [GemmCase("Moonlight", 64, 64, what) for what in passes]
+        cases += [GemmCase("mini gate+up", 32, 512, p, "hot", "float32") for p in passes[:3]]
+        return [*cases, GemmCase("K2 down", 24, 4, "fwd", "decode"), GemmCase("K2 down", 8, 21)]
+    models = [(name, e) for name in ("K2 gate+up", "K2 down") for e in (8, 24)]
+    models += [("Moonlight", 64), ("mini gate+up", 32), ("mini down", 32)]
+    cases = []
+    for name, experts in models:
+        dtypes = ["float32"] if name.startswith("mini") else ["bfloat16"]
+        for dtype in dtypes:
+            for rows in (1, 4, 21, 64, 256, 1024):
+                cases += [GemmCase(name, experts, rows, p, dtype=dtype) for p in passes]
+            for rows in (21, 256):
+                cases += [GemmCase(name, experts, rows, p, "hot", dtype) for p in passes]
+    cases += [GemmCase("Moonlight", 64, r, p, dtype="float32") for r in (21, 256) for p in passes]
+    for name, experts in (("K2 gate+up", 24), ("K2 down", 24), ("Moonlight", 64)):
+        cases += [GemmCase(name, experts, tokens, "fwd", "decode") for tokens in (1, 4, 16)]
+    return [c for c in cases if c.flops <= 500e9 and c.weight_bytes <= 3e9]
+
+
+def quantized_cases(quick: bool) -> list[GemmCase]:
+    """Few rows an expert: the bytes of the weights are the time."""
+    if quick:
+        return [GemmCase("Moonlight", 64, 1, "fwd", "decode")]
+    shapes = [("K2 gate+up", 24), ("K2 down", 24), ("Moonlight", 64)]
+    cases = [GemmCase(name, e, t, "fwd", "decode") for name, e in shapes for t in (1, 4, 16)]
+    return cases + [GemmCase("K2 gate+up", 8, rows) for rows in (4, 21, 64)]
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    model: str
+    experts: int
+    hidden: int
+    width: int
+    tokens: int
+    backward: bool = False
+    k: int = 8
+
+    @property
+    def flops(self) -> int:
+        passes = 3 if self.backward else 1
+        return passes * 6 * self.tokens * self.k * self.hidden * self.width
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert's three matrices in bfloat16."""
+        return 2 * 3 * self.hidden * self.width
+
+    def __str__(self) -> str:
+        return f"{self.model} T {self.tokens} {'fwd+bwd' if self.backward else 'fwd'}"
+
+
+def experts_cases(quick: bool) -> list[ExpertsCase]:
+    """64 small experts, and 16 experts of Kimi K2."""
+    models = [("E 64, H 2048, F 768", 64, 2048, 768)]
+    if not quick:
+        models.append(("K2 E 16, H 7168, F 2048", 16, 7168, 2048))
+    tokens = (16, 256) if quick else (16, 256, 2048)
+    return [
+        ExpertsCase(*m, t, backward) for m in models for t in tokens for backward in (False, True)
+    ]
+
+
+@dataclass(frozen=True)
+class StepCase:
+    preset: str
+    sequences: int
+    window: int
+    optimizer: bool = True
+
+    def __str__(self) -> str:
+        what = "step" if self.optimizer else "fwd+bwd"
+        return f"{self.preset} B {self.sequences}, S {self.window} {what}"
+
+
+def step_cases(quick: bool) -> list[StepCase]:
+    """The default of `kimi-ops train`, with and without the optimizer."""
+    del quick  # it shortens the samples
+    return [StepCase("mini", 16, 256, False), StepCase("mini", 16, 256)]
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -91,4 +219,15 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write the rows and the machine as JSON")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (svg, png)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--threads", type=int, help="of torch and of the ops (default: torch's)")
+    parser.add_argument("--cases", metavar="TEXT", default="", help="only cases named like this")
     return parser
+
+
+def select(cases: list[Case], options: argparse.Namespace) -> list[Case]:
+    """The cases that the command line asks for."""
+    chosen = [case for case in cases if options.cases in str(case)]
+    if not chosen:
+        names = "\n  ".join(map(str, cases))
+        raise SystemExit(f"--cases: no case is named like {options.cases!r}; there are\n  {names}")
+    return chosen

@@ -33,11 +33,13 @@ def measure(functions: dict[str, Function], device: str, quick: bool = False) ->
     CPU: wall clock; short functions are repeated within a sample. CUDA: events around a call, with
     the L2 cache flushed before it.
     """
+    warm = time.perf_counter()
     repeats = {name: _warm_up(function, device) for name, function in functions.items()}
+    slow = time.perf_counter() - warm > 6.0
     samples: dict[str, list[float]] = {name: [] for name in functions}
     budget = (0.3 if quick else 1.5) * len(functions)
     start = time.perf_counter()
-    least, most = (3, 20) if quick else (7, 200)
+    least, most = (3, 20) if quick or slow else (7, 200)
     for rounds in range(most):
         if rounds >= least and time.perf_counter() - start > budget:
             break
@@ -47,8 +49,11 @@ def measure(functions: dict[str, Function], device: str, quick: bool = False) ->
 
 
 def _warm_up(function: Function, device: str) -> int:
-    for _ in range(2):
-        function()
+    start = time.perf_counter()
+    function()
+    if device == "cpu" and time.perf_counter() - start > 0.5:
+        return 1
+    function()
     if device == "cuda":
         torch.cuda.synchronize()
         return 1
@@ -86,6 +91,19 @@ def read_bandwidth(device: str) -> float:
     """Bytes a second that torch.sum reads from memory (512 MB of fp32)."""
     x = torch.ones(128 << 20, device=device)
     return x.numel() * 4 / measure({"sum": x.sum}, device, quick=True)["sum"].p10
+
+
+def compute_peak(dtype: torch.dtype, device: str, size: int = 3072) -> float:
+    """FLOP a second of torch's best sample of a dense [size, size] @ [size, size]."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    times = measure({"mm": lambda: torch.mm(a, b, out=out)}, device, quick=True)
+    return 2 * size**3 / times["mm"].p10
+
+
+def roof_rate(flops: float, moved: float, peak: float, bandwidth: float) -> float:
+    """FLOP a second at the binding roof: the work takes max(flops / peak, bytes / bandwidth)."""
+    return flops / max(flops / peak, moved / bandwidth)
 
 
 def peak_memory(function: Function, device: str) -> int:

@@ -2,9 +2,11 @@
 """The table of a benchmark: header with hardware and versions, rows, JSON and a plot."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,10 +35,24 @@ class Row:
 
 
 class Report:
-    """Prints rows as they come and keeps them for JSON and plots."""
+    """Prints rows as they come and keeps them for JSON and plots.
 
-    def __init__(self, op: str, device: str, arguments: Any) -> None:
+    `peers` names the columns of ratios where not every row has them all, `reference` one of them
+    that does other work and stays out of the summary; `width` is that of the cases' names.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        device: str,
+        arguments: Any,
+        *,
+        width: int = 34,
+        peers: Sequence[str] = (),
+        reference: str | None = None,
+    ) -> None:
         self.op, self.device, self.arguments = op, device, arguments
+        self.width, self.names, self.reference = width, list(peers), reference
         self.rows: list[Row] = []
         print(f"# {op} on {device}\n{describe()}\ncommand   {self._command()}\n", flush=True)
 
@@ -47,20 +63,40 @@ class Report:
 
     def add(self, row: Row) -> None:
         if not self.rows:
-            peers = "".join(f"{'x ' + name:>16}" for name in row.peers)
+            self.names = self.names or list(row.peers)
+            peers = "".join(f"{'x ' + name:>16}" for name in self.names)
             print(
-                f"{'case':<34}{'median':>10}{'p10':>10}{'p90':>10}{row.unit:>10}{'% roof':>8}"
-                f"{peers}{'peak':>10}{'torch':>10}"
+                f"{'case':<{self.width}}{'median':>10}{'p10':>10}{'p90':>10}{row.unit:>10}"
+                f"{'% roof':>8}{peers}{'peak':>10}{'torch':>10}"
             )
         self.rows.append(row)
         scale = 1e12 if row.unit == "TFLOP/s" else 1e9
-        ratios = "".join(f"{ratio:>16.2f}" for ratio in row.ratios().values())
+        found = row.ratios()
+        ratios = "".join(f"{found[n]:>16.2f}" if n in found else f"{'-':>16}" for n in self.names)
         print(
-            f"{row.case:<34}{_us(row.time.median):>10}{_us(row.time.p10):>10}"
+            f"{row.case:<{self.width}}{_us(row.time.median):>10}{_us(row.time.p10):>10}"
             f"{_us(row.time.p90):>10}{row.rate() / scale:>10.2f}{100 * row.rate() / row.roof:>8.1f}"
             f"{ratios}{_mb(row.peak_bytes):>10}{_mb(row.peer_bytes):>10}",
             flush=True,
         )
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """For each peer the geometric mean of the ratios, and the worst case."""
+        result: dict[str, dict[str, Any]] = {}
+        for name in self.names:
+            ratios = {row.case: row.ratios()[name] for row in self.rows if name in row.peers}
+            if ratios and name != self.reference:
+                mean = math.exp(sum(math.log(ratio) for ratio in ratios.values()) / len(ratios))
+                worst = min(ratios, key=lambda case: ratios[case])
+                result[name] = {"geomean": mean, "worst": ratios[worst], "worst_case": worst}
+        return result
+
+    def print_summary(self) -> None:
+        for name, s in self.summary().items():
+            print(
+                f"against {name}: geomean {s['geomean']:.2f}x, worst {s['worst']:.2f}x "
+                f"({s['worst_case']})"
+            )
 
     def finish(self, suffix: str = "") -> None:
         """Writes what the command line asks for; `suffix` tells apart the reports of one run."""
@@ -84,6 +120,7 @@ class Report:
             "commit": commit.stdout.strip(),
             "machine": platform.machine(),
             "info": info(),
+            "summary": self.summary(),
             "rows": [
                 asdict(row) | {"rate": row.rate(), "ratios": row.ratios()} for row in self.rows
             ],
@@ -96,10 +133,10 @@ class Report:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(self.rows) * 2 + 1.5))
-        names = list(self.rows[0].peers)
+        names = self.names
         for i, name in enumerate(names):
             places = [r + 0.8 * i / len(names) for r in range(len(self.rows))]
-            values = [row.ratios()[name] for row in self.rows]
+            values = [row.ratios().get(name, 0.0) for row in self.rows]
             axes.barh(places, values, height=0.8 / len(names), label=f"against {name}")
         axes.set_yticks(range(len(self.rows)), [row.case for row in self.rows], fontsize=8)
         axes.axvline(1.0, color="black", linewidth=0.8)

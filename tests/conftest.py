@@ -83,6 +83,14 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 
 @pytest.fixture
+def cpu_engine(engine: Engine) -> Engine:
+    """`engine` for ops whose kernels are CPU kernels."""
+    if engine.name in ("simt", "cuda"):
+        pytest.skip("this op has no CUDA kernels")
+    return engine
+
+
+@pytest.fixture
 def two_thread_counts() -> Iterator[tuple[int, int]]:
     """(1, more than 1); restores torch's number."""
     before = torch.get_num_threads()

@@ -88,7 +88,9 @@ def test_any_shape_and_stride_order(sizes, k, n, tail, transposed, dtype):
     a, b, offsets, _ = tensors(sizes, k, n, dtype, tail)
     if transposed:
         b = b.transpose(1, 2).contiguous().transpose(1, 2)
-    assert error(grouped_gemm(a, b, offsets), exact(a, b, offsets)) < TOLERANCE[dtype]
+    difference = grouped_gemm(a, b, offsets).double() - exact(a, b, offsets)
+    bound = exact(a.abs(), b.abs(), offsets)  # a sum may cancel to nothing
+    assert (difference.abs() <= 2 * TOLERANCE[dtype] * bound).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -230,22 +232,22 @@ BAD_CALLS = [
     ({"offsets": ends([3, 2])}, ValueError, r"offsets: expected 0 <= .* R = 4, got \[3, 5\]"),
     ({"offsets": torch.tensor([3, 2]).int()}, ValueError, r"offsets: expected .*got \[3, 2\]"),
     ({"offsets": torch.tensor([-1, 2]).int()}, ValueError, r"offsets: expected .*got \[-1, 2\]"),
-    ({"offsets": OFFSETS.long()}, TypeError, "offsets: expected int32, got torch.int64"),
+    ({"offsets": OFFSETS.short()}, TypeError, "offsets: expected int32, int64, got int16"),
     ({"offsets": OFFSETS[:1]}, ValueError, r"offsets: expected shape \[E=2\], got \[1\]"),
     ({"offsets": OFFSETS[None]}, ValueError, r"offsets: expected shape \[E=2\]"),
-    ({"offsets": OFFSETS.to("meta")}, ValueError, "offsets: expected device cpu, got meta"),
-    ({"a": A.int()}, TypeError, "a: expected bfloat16, float16, float32 or float64"),
+    ({"offsets": OFFSETS.to("meta")}, ValueError, "offsets: expected on cpu as a, got meta"),
+    ({"a": A.int()}, TypeError, "a: expected bfloat16, float16, float32, float64, got int32"),
     ({"a": A[0]}, ValueError, r"a, b: expected shapes \[R, K\] and \[E, K, N\]"),
     ({"b": B[0]}, ValueError, r"a, b: expected shapes \[R, K\] and \[E, K, N\]"),
-    ({"b": B.bfloat16()}, TypeError, "b: expected torch.float32, got torch.bfloat16"),
+    ({"b": B.bfloat16()}, TypeError, "b: expected float32, got bfloat16"),
     (
         {"b": B.transpose(1, 2)},
         ValueError,
         r"b: expected shape \[E, K=3, N\], got .* w.transpose\(1, 2\)",
     ),
-    ({"b": B.to("meta")}, ValueError, "b: expected device cpu, got meta"),
+    ({"b": B.to("meta")}, ValueError, "b: expected on cpu as a, got meta"),
     ({"bias": torch.zeros(2, 4)}, ValueError, r"bias: expected shape \[2, 5\], got \[2, 4\]"),
-    ({"bias": torch.zeros(2, 5).half()}, TypeError, "bias: expected torch.float32"),
+    ({"bias": torch.zeros(2, 5).half()}, TypeError, "bias: expected float32"),
     ({"out": torch.zeros(4, 4)}, ValueError, r"out: expected shape \[4, 5\] on cpu, got \[4, 4\]"),
     ({"out": torch.zeros(4, 5).half()}, TypeError, "out: expected torch.float32 or torch.float32"),
     ({"out_dtype": torch.bfloat16}, TypeError, "out_dtype: expected .*, got torch.bfloat16"),
@@ -275,7 +277,7 @@ def test_bad_calls(changes, kind, message):
 DC = torch.zeros(4, 5)
 BAD_WGRADS = [
     ({"dc": DC[:3]}, ValueError, "dc: expected 4 rows, got 3"),
-    ({"dc": DC.half()}, TypeError, "dc: expected torch.float32"),
+    ({"dc": DC.half()}, TypeError, "dc: expected float32"),
     ({"accumulate": True}, ValueError, "accumulate: expected out"),
     ({"out": torch.zeros(2, 5, 3)}, ValueError, r"out: expected shape \[2, 3, 5\]"),
     ({"out": torch.zeros(2, 3, 5).half()}, TypeError, "out: expected torch.float32 or"),

@@ -8,6 +8,8 @@
 #include "common/status.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
+#include "fused_experts/fused_experts.h"
+#include "grouped_gemm/grouped_gemm.h"
 #include "kimi_ops.h"
 #include "permute/permute.h"
 #include "topk_gate/topk_gate.h"
@@ -63,6 +65,8 @@ const char* kimi_cpu_engine(const char* op) {
   if (op && std::strcmp(op, "topk_gate") == 0) return kimi_isa_name(kimi::topk_gate_isa());
   if (op && std::strcmp(op, "balance") == 0) return kimi_isa_name(kimi::balance_isa());
   if (op && std::strcmp(op, "permute") == 0) return kimi_isa_name(kimi::permute_isa());
+  if (op && std::strcmp(op, "grouped_gemm") == 0) return kimi_isa_name(kimi::grouped_gemm_isa());
+  if (op && std::strcmp(op, "fused_experts") == 0) return kimi_isa_name(kimi::fused_experts_isa());
   return nullptr;
 }
 
@@ -136,6 +140,40 @@ kimi_status kimi_unpermute_backward(const kimi_unpermute_backward_params* params
 kimi_status kimi_sort_chunks(const kimi_sort_chunks_params* params, kimi_device device,
                              void* stream) {
   return call("sort_chunks", kimi::sort_chunks, params, device, stream);
+}
+
+size_t kimi_grouped_gemm_workspace_bytes(const kimi_grouped_gemm_params* params,
+                                         kimi_device device) {
+  return params ? kimi::grouped_gemm_workspace_bytes(*params, device) : 0;
+}
+kimi_status kimi_grouped_gemm(const kimi_grouped_gemm_params* params, kimi_device device,
+                              void* stream) {
+  return call("grouped_gemm", kimi::grouped_gemm, params, device, stream);
+}
+size_t kimi_grouped_gemm_wgrad_workspace_bytes(const kimi_grouped_gemm_wgrad_params* params,
+                                               kimi_device device) {
+  return params ? kimi::grouped_gemm_wgrad_workspace_bytes(*params, device) : 0;
+}
+kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
+                                    kimi_device device, void* stream) {
+  return call("grouped_gemm_wgrad", kimi::grouped_gemm_wgrad, params, device, stream);
+}
+
+size_t kimi_fused_experts_workspace_bytes(const kimi_fused_experts_params* params,
+                                          kimi_device device) {
+  return params ? kimi::fused_experts_workspace_bytes(*params, device) : 0;
+}
+kimi_status kimi_fused_experts(const kimi_fused_experts_params* params, kimi_device device,
+                               void* stream) {
+  return call("fused_experts", kimi::fused_experts, params, device, stream);
+}
+size_t kimi_fused_experts_backward_workspace_bytes(const kimi_fused_experts_backward_params* params,
+                                                   kimi_device device) {
+  return params ? kimi::fused_experts_backward_workspace_bytes(*params, device) : 0;
+}
+kimi_status kimi_fused_experts_backward(const kimi_fused_experts_backward_params* params,
+                                        kimi_device device, void* stream) {
+  return call("fused_experts_backward", kimi::fused_experts_backward, params, device, stream);
 }
 
 }  // extern "C"

@@ -59,11 +59,13 @@ float element(const Operand& x, int64_t row, int64_t depth);
 
 constexpr int64_t kStripRows = 32;
 
-// The strip that is packed next, for engines that fetch it ahead: rows of up to 1 KiB, `stride`
-// bytes apart. Only a hint: nothing is read. data may be nullptr.
+// Where the strip that is packed next lies, for engines that fetch it ahead while they multiply:
+// two cache lines a step, at data and data + second; then data += advance, and data += jump too
+// after every `period` steps. Only a hint: nothing is read. data may be nullptr.
 struct Upcoming {
   const char* data = nullptr;
-  int64_t stride = 0;
+  int64_t second = 0, advance = 0, jump = 0;
+  int period = 0;
 };
 
 struct BlockEngine {

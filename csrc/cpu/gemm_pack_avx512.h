@@ -118,6 +118,11 @@ struct Float32 {
     return _mm512_castps_si512(at[0] < 0 ? _mm512_setzero_ps() : load16_at<S>(x.data, at[0], n));
   }
   static uint32_t word(const float values[]) { return bits_of(values[0]); }
+  // A faster way for whole strips whose rows are contiguous; false: it does not apply.
+  template <Storage S, int64_t kWidth>
+  static bool pack_columns(const Operand&, int64_t, int64_t, int64_t, int64_t, int64_t, uint32_t*) {
+    return false;
+  }
 };
 
 // Depth is contiguous: vectors along a row.
@@ -202,6 +207,9 @@ void pack(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t co
       const int64_t padded = BlockEngine::round_up(block, kMultiple);
       for (int64_t group = 0; group < rows; group += kWidth, to += padded / C::kPair * kWidth)
         for (int64_t part = 0; part < kWidth; part += 16) {
+          if (C::template pack_columns<S, kWidth>(x, row + group, rows - group, depth + done, block,
+                                                  padded, to))
+            break;
           const int64_t left = rows - group - part, lanes = kWidth - part < 16 ? kWidth - part : 16;
           pack_group<C, S>(x, row + group + part,
                            left < 0       ? 0

@@ -31,6 +31,30 @@ struct Pairs {
   static uint32_t word(const float values[]) {
     return from_float<bf16>(values[0]).bits | uint32_t(from_float<bf16>(values[1]).bits) << 16;
   }
+  // Two depths of 32 rows are two cache lines: interleaved into two vectors of pairs.
+  template <Storage S, int64_t kWidth>
+  static bool pack_columns(const Operand& x, int64_t row, int64_t rows, int64_t depth,
+                           int64_t count, int64_t padded, uint32_t* to) {
+    if (S != Storage::kBfloat16 || kWidth != 32 || rows < 32 || x.row_stride != 1 ||
+        (x.depth_stride == 1 && !x.depth_index) || x.row_index)
+      return false;
+    const bf16* data = static_cast<const bf16*>(x.data) + row;
+    const auto line = [&](int64_t d) {
+      const int64_t at = d < count ? gathered(x.depth_index, x.index_divisor, depth + d) : -1;
+      return at < 0 ? _mm512_setzero_si512() : _mm512_loadu_si512(data + at * x.depth_stride);
+    };
+    alignas(64) static constexpr uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                        37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                        11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(kFirst);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (int64_t d = 0; d < padded; d += 2, to += 32) {
+      const __m512i even = line(d), odd = line(d + 1);
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, first, odd));
+      _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, second, odd));
+    }
+    return true;
+  }
 
  private:
   template <Storage S>

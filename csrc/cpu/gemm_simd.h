@@ -15,22 +15,20 @@
 namespace kimi::cpu {
 namespace {  // every ISA file has its own copy
 
-// Walks the lines of the next strip, two for each step of the first tile, so that its rows come
-// from memory while this one is multiplied: 32 rows of 1 KiB take the 256 steps of a full block.
+// Walks the lines of the next strip, two for each step of the first tile, so that they come from
+// memory while this strip is multiplied: a full block has 256 steps, a strip 512 lines.
 struct Ahead {
-  const char* line;
-  int64_t to_next_row;
-  int steps_in_row = 0;
+  Upcoming next;
+  int steps = 0;
 
-  explicit Ahead(const Upcoming& next) : line(next.data), to_next_row(next.stride - 1024) {}
   template <class O>
   void fetch() {
-    O::prefetch(line);
-    O::prefetch(line + 64);
-    line += 128;
-    if (++steps_in_row == 8) {
-      steps_in_row = 0;
-      line += to_next_row;
+    O::prefetch(next.data);
+    O::prefetch(next.data + next.second);
+    next.data += next.advance;
+    if (++steps == next.period) {
+      steps = 0;
+      next.data += next.jump;
     }
   }
 };
@@ -39,7 +37,7 @@ template <class O, int M, bool kAhead>
 void tile(const typename O::Pack* p, const typename O::Pack* s, int64_t depth, const Upcoming& next,
           float* c, int64_t stride, bool accumulate) {
   typename O::V sum[M][2];
-  Ahead ahead(next);
+  Ahead ahead{next};
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = O::zero();
   for (int64_t d = 0; d < depth; ++d, p += O::kRows, s += kStripRows) {

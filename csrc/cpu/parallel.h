@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace kimi::cpu {
@@ -28,6 +29,24 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
     const int64_t count = omp_get_num_threads(), rank = omp_get_thread_num();
     const int64_t begin = n * rank / count, end = n * (rank + 1) / count;
     if (begin < end) body(begin, end);
+  }
+}
+
+// Calls body(task, thread) for every task in [0, n): whichever thread is free takes the next one,
+// in ascending order. thread < num_threads() tells apart what runs at the same time.
+template <class Body>
+void parallel_tasks(int64_t n, const Body& body) {
+  const int64_t threads = std::min<int64_t>(num_threads(), n);
+  if (threads <= 1 || omp_in_parallel()) {
+    for (int64_t task = 0; task < n; ++task) body(task, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(int(threads))
+  {
+    const int thread = omp_get_thread_num();
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;)
+      body(task, thread);
   }
 }
 

@@ -47,7 +47,7 @@ def workspace_bytes(op: str, like: Tensor, *arguments: int) -> int:
     return getattr(module, f"{op}_workspace_bytes")(*arguments, code)
 
 
-def call(op: str, like: Tensor, *arguments: int | float) -> None:
+def call(op: str, like: Tensor, *arguments: Any) -> None:
     """Runs a native op on the device of `like`, on its current stream."""
     if like.is_cuda:
         with torch.cuda.device(like.device):
@@ -55,9 +55,13 @@ def call(op: str, like: Tensor, *arguments: int | float) -> None:
             getattr(_C, op)(*arguments, CUDA, stream)
         return
     module, code = cpu_engine
-    # OpenMP's own number is per thread and per runtime; torch's is the one that the user sets.
-    module.set_num_threads(torch.get_num_threads())
+    share_threads()
     getattr(module, op)(*arguments, code, 0)
+
+
+def share_threads() -> None:
+    """OpenMP's own number is per thread and per runtime; torch's is the one that the user sets."""
+    cpu_engine[0].set_num_threads(torch.get_num_threads())
 
 
 def register(

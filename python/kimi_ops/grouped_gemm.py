@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Matrix products of every expert's group of rows, and their weight gradients."""
 
-import os
-
 import torch
 from torch import Tensor
 
-from kimi_ops.reference import grouped_gemm as reference
+from kimi_ops import _check
+from kimi_ops import _grouped_gemm_ops as _ops
+from kimi_ops.quantized import QuantizedWeight, quantized_gemm
 
 __all__ = ["grouped_gemm", "grouped_gemm_wgrad"]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def grouped_gemm(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | QuantizedWeight,
     offsets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -31,8 +29,10 @@ def grouped_gemm(
     ----------
     a : Tensor [R, K] bfloat16, float16, float32 or float64
     b : Tensor [E, K, N], the dtype of a, any stride order
-        For weights stored as `torch.nn.Linear` does, [E, N, K], pass ``w.transpose(1, 2)``.
-    offsets : Tensor [E] int32
+        For weights stored as `torch.nn.Linear` does, [E, N, K], pass ``w.transpose(1, 2)``. A
+        `Fp8BlockWeight` or `Int4GroupWeight` of shape [E, N, K] stands for its transpose; it is
+        dequantised to the dtype of a (CPU only, read only).
+    offsets : Tensor [E] int32 or int64
         Inclusive end rows, not decreasing, as `PermutePlan.offsets`.
     bias : Tensor [E, N], the dtype of a, optional
     out : Tensor [R, N], optional
@@ -52,7 +52,7 @@ def grouped_gemm(
 
     Notes
     -----
-    Differentiable in a, b and bias; an expert without rows has a zero gradient. Under
+    Differentiable in a, bias and a Tensor b; an expert without rows has a zero gradient. Under
     `torch.autocast` the operands are cast as those of `torch.mm` are. A superset of
     `torch.nn.functional.grouped_mm`. Cost: 2 R K N operations.
 
@@ -65,33 +65,21 @@ def grouped_gemm(
     >>> grouped_gemm(a, b, torch.tensor([1, 2], dtype=torch.int32)).tolist()
     [[1.0, 2.0], [6.0, 8.0], [0.0, 0.0]]
     """
-    op = "grouped_gemm"
-    a, b, bias = autocast(a), autocast(b), None if bias is None else autocast(bias)
-    _check_operands(op, a, "a", b, "b", a.dim() == 2 and b.dim() == 3, "[R, K] and [E, K, N]")
-    if b.shape[1] != a.shape[1]:
-        raise ValueError(
-            f"{op}: b: expected shape [E, K={a.shape[1]}, N], got {list(b.shape)}; for weights "
-            "[E, N, K] pass w.transpose(1, 2)"
-        )
-    _check_offsets(op, offsets, b.shape[0], a)
-    dtype = _result_dtype(op, a, out, out_dtype)
-    if bias is not None:
-        if bias.dtype != a.dtype:
-            raise TypeError(f"{op}: bias: expected {a.dtype}, got {bias.dtype}; convert it")
-        if bias.shape != (b.shape[0], b.shape[2]):
-            raise ValueError(
-                f"{op}: bias: expected shape {[b.shape[0], b.shape[2]]}, got "
-                f"{list(bias.shape)}; pass one row for each expert"
-            )
-    if out is not None:
-        _check_out(op, out, [a.shape[0], b.shape[2]], a)
-        inputs = [t for t in (a, b, bias) if t is not None]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            raise ValueError(
-                f"{op}: out: no gradient can flow through a given output, but an input requires "
-                "one; leave out away or call under torch.no_grad()"
-            )
-    return reference.grouped_gemm(a, b, offsets, bias, out, dtype)
+    a, bias = autocast(a), None if bias is None else autocast(bias)
+    offsets = _int32("grouped_gemm", offsets)
+    if isinstance(b, QuantizedWeight):
+        dtype = _result_dtype(a, out, out_dtype)
+        if out is not None:
+            _refuse_gradients(a, bias)
+            _ops.check_out("grouped_gemm", out, [a.shape[0], b.shape[1]], a)
+        return quantized_gemm(a, b, offsets, bias, out, dtype)
+    b = autocast(b)
+    if out is None:
+        return _ops.gemm(a, b, offsets, bias, out_dtype or a.dtype)
+    _result_dtype(a, out, out_dtype)
+    _refuse_gradients(a, b, bias)
+    _ops.gemm_out(a, b, offsets, bias, out)
+    return out
 
 
 def grouped_gemm_wgrad(
@@ -108,7 +96,7 @@ def grouped_gemm_wgrad(
     ----------
     a : Tensor [R, K]
     dc : Tensor [R, N], the dtype of a
-    offsets : Tensor [E] int32
+    offsets : Tensor [E] int32 or int64
         As in `grouped_gemm`.
     out : Tensor [E, K, N], the dtype of a or float32, any stride order, optional
         Receives the gradient; float32 is the main gradient of mixed-precision training.
@@ -134,24 +122,17 @@ def grouped_gemm_wgrad(
     >>> grouped_gemm_wgrad(a, dc, torch.tensor([2, 2], dtype=torch.int32)).flatten().tolist()
     [11.0, 0.0]
     """
-    op = "grouped_gemm_wgrad"
-    _check_operands(op, a, "a", dc, "dc", a.dim() == 2 and dc.dim() == 2, "[R, K] and [R, N]")
-    if a.shape[0] != dc.shape[0]:
-        raise ValueError(
-            f"{op}: dc: expected {a.shape[0]} rows, got {dc.shape[0]}; pass the gradient of a's "
-            "rows"
-        )
-    _check_offsets(op, offsets, None, a)
-    if out is None:
+    offsets = _int32("grouped_gemm_wgrad", offsets)
+    with torch.no_grad():
+        if out is not None:
+            _ops.wgrad_out(a, dc, offsets, out, accumulate)
+            return out
         if accumulate:
             raise ValueError(
-                f"{op}: accumulate: expected out beside it, got none; pass the tensor to add to"
+                "grouped_gemm_wgrad: accumulate: expected out beside it, got none; pass the tensor "
+                "to add to"
             )
-    else:
-        _result_dtype(op, a, out, None)
-        _check_out(op, out, [offsets.numel(), a.shape[1], dc.shape[1]], a)
-    with torch.no_grad():
-        return reference.grouped_gemm_wgrad(a, dc, offsets, out, accumulate)
+        return _ops.wgrad(a, dc, offsets, a.dtype)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -164,71 +145,27 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind))
 
 
-def _check_operands(
-    op: str, a: Tensor, a_name: str, b: Tensor, b_name: str, shapes_fit: bool, shapes: str
-) -> None:
-    if a.dtype not in _DTYPES:
+def _int32(op: str, offsets: Tensor) -> Tensor:
+    """int64 offsets as int32; what does not fit stays too large, so that it is refused."""
+    _check.dtype(op, "offsets", offsets, (torch.int32, torch.int64))
+    if offsets.dtype != torch.int64:
+        return offsets
+    return offsets.clamp(-1, torch.iinfo(torch.int32).max).int()
+
+
+def _result_dtype(a: Tensor, out: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
+    if out is None:
+        return out_dtype or a.dtype
+    if out_dtype not in (None, out.dtype):
         raise TypeError(
-            f"{op}: {a_name}: expected bfloat16, float16, float32 or float64, got {a.dtype}; "
-            "convert it"
+            f"grouped_gemm: out: expected {out_dtype}, got {out.dtype}; leave out_dtype away"
         )
-    if b.dtype != a.dtype:
-        raise TypeError(f"{op}: {b_name}: expected {a.dtype}, got {b.dtype}; convert one of them")
-    if not shapes_fit:
+    return out.dtype
+
+
+def _refuse_gradients(*inputs: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise ValueError(
-            f"{op}: {a_name}, {b_name}: expected shapes {shapes}, got {list(a.shape)} and "
-            f"{list(b.shape)}; reshape them"
-        )
-    if a.device != b.device:
-        raise ValueError(f"{op}: {b_name}: expected device {a.device}, got {b.device}; move it")
-    if a.dtype == torch.float64 and a.device.type != "cpu":
-        raise TypeError(f"{op}: {a_name}: float64 is served on the CPU only; use float32 here")
-
-
-def _check_offsets(op: str, offsets: Tensor, experts: int | None, a: Tensor) -> None:
-    if offsets.dtype != torch.int32:
-        raise TypeError(f"{op}: offsets: expected int32, got {offsets.dtype}; use offsets.int()")
-    if offsets.dim() != 1 or offsets.numel() < 1 or experts not in (None, offsets.numel()):
-        raise ValueError(
-            f"{op}: offsets: expected shape [E={experts or '>= 1'}], got {list(offsets.shape)}; "
-            "pass one end row for each expert"
-        )
-    if offsets.device != a.device:
-        raise ValueError(
-            f"{op}: offsets: expected device {a.device}, got {offsets.device}; move them there"
-        )
-    if offsets.device.type == "meta":
-        return
-    if offsets.device.type == "cpu" or os.environ.get("KIMI_OPS_CHECK") == "1":
-        ends = [0, *offsets.tolist(), a.shape[0]]
-        if any(end < start for start, end in zip(ends[:-1], ends[1:], strict=True)):
-            raise ValueError(
-                f"{op}: offsets: expected 0 <= offsets[0] <= ... <= offsets[-1] <= R = "
-                f"{a.shape[0]}, got {_short(ends[1:-1])}; pass the cumulative sum of the group "
-                "sizes"
-            )
-
-
-def _short(values: list[int]) -> str:
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
-
-
-def _result_dtype(
-    op: str, a: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
-) -> torch.dtype:
-    dtype = out_dtype or (a.dtype if out is None else out.dtype)
-    if out is not None and out.dtype != dtype:
-        raise TypeError(f"{op}: out: expected {dtype}, got {out.dtype}; leave out_dtype away")
-    if dtype not in (a.dtype, torch.float32) or (a.dtype == torch.float64 != dtype):
-        name = "out_dtype" if out is None else "out"
-        allowed = "float64" if a.dtype == torch.float64 else f"{a.dtype} or torch.float32"
-        raise TypeError(f"{op}: {name}: expected {allowed}, got {dtype}; choose one of these")
-    return dtype
-
-
-def _check_out(op: str, out: Tensor, shape: list[int], a: Tensor) -> None:
-    if list(out.shape) != shape or out.device != a.device:
-        raise ValueError(
-            f"{op}: out: expected shape {shape} on {a.device}, got {list(out.shape)} on "
-            f"{out.device}; allocate it with that shape"
+            "grouped_gemm: out: no gradient can flow through a given output, but an input requires "
+            "one; leave out away or call under torch.no_grad()"
         )

@@ -9,6 +9,7 @@ import torch
 
 from kimi_ops import _native
 
+CUDA_OPS = ("topk_gate", "balance", "permute")  # with CUDA kernels of their own
 OPS = (
     "topk_gate", "balance", "permute", "grouped_gemm", "fused_experts", "newton_schulz", "qk_clip",
     "muon_clip",
@@ -39,7 +40,7 @@ def info() -> dict[str, Any]:
     for op in OPS:
         engine = native.cpu_engine(op)  # None: no kernels yet, kimi_ops.reference serves it
         reference = "reference (torch)"
-        engines[op] = {"cpu": engine or reference, "cuda": cuda if engine else reference}
+        engines[op] = {"cpu": engine or reference, "cuda": cuda if op in CUDA_OPS else reference}
     return {
         "version": native.version(),
         "python": platform.python_version(),

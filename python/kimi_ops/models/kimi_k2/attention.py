@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.models.kimi_k2.layers import Float32Buffers, RMSNorm
+from kimi_ops.models.kimi_k2.layers import FixedBuffers, RMSNorm
 from kimi_ops.models.kimi_k2.rope import rotate
 from kimi_ops.qk_clip import attention_max_logits
 
@@ -90,7 +90,7 @@ class LatentCache:
             )
 
 
-class Attention(Float32Buffers):
+class Attention(FixedBuffers):
     """Latent attention of one layer; `max_logits` [heads] collects QK-Clip's statistic."""
 
     max_logits: Tensor

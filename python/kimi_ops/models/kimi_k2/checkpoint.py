@@ -3,7 +3,8 @@
 
 In memory the experts of a layer are two stacks; in a file every expert has its own gate_proj,
 up_proj and down_proj. `checkpoint_tensors` pairs the file's names with views of the stacks, for
-writing and for reading. FP8 weights with 128 x 128 block scales are dequantised on loading.
+writing and for reading. FP8 and INT4 matrices are dequantised on loading, unless the model keeps
+its experts in that form.
 """
 
 import json
@@ -19,57 +20,39 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kimi_ops.models.kimi_k2 import stored
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.files import staging, sync_folder
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME, Shards
+from kimi_ops.reference.quantized import FP8_BLOCK, INT4_WORD
 
 if TYPE_CHECKING:
     from kimi_ops.models.kimi_k2.model import KimiK2
 
-__all__ = ["check_dtype", "checkpoint_tensors", "dequantize_fp8", "load_weights", "save"]
+__all__ = ["check_dtype", "checkpoint_tensors", "load_weights", "save"]
 
+_STACK = re.compile(r"(.+\.experts\.)(gate_up|down)_(proj|weight\w*)")
 _SHARD = re.compile(r"model-[0-9a-f]{8}-\d{5,}-of-\d{5,}\.safetensors")
 
 
 def checkpoint_tensors(model: "KimiK2") -> Iterator[tuple[str, Tensor]]:
     """(name in the file, view of the model's memory) of every tensor of a checkpoint."""
-    width = model.config.moe_intermediate_size
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        if name.endswith("experts.gate_up_proj"):
-            prefix = name.removesuffix("gate_up_proj")
-            for expert, both in enumerate(tensor):
-                yield f"{prefix}{expert}.gate_proj.weight", both[:width]
-                yield f"{prefix}{expert}.up_proj.weight", both[width:]
-        elif name.endswith("experts.down_proj"):
-            prefix = name.removesuffix("down_proj")
-            for expert, matrix in enumerate(tensor):
-                yield f"{prefix}{expert}.down_proj.weight", matrix
-        else:
+        stack = _STACK.fullmatch(name)
+        if stack is None:
             yield name, tensor
-
-
-def dequantize_fp8(
-    weight: Tensor, scale_inv: Tensor, block: tuple[int, int] = (128, 128)
-) -> Tensor:
-    """W[i, j] = float32(q[i, j]) * scale_inv[i // block[0], j // block[1]].
-
-    Despite its name the scale is multiplied (DeepSeek-V3's README_WEIGHTS). The last block of a row
-    or column may be ragged.
-
-    Parameters
-    ----------
-    weight : Tensor [N, K] float8_e4m3fn
-    scale_inv : Tensor [ceil(N / block[0]), ceil(K / block[1])] float32
-
-    Returns
-    -------
-    Tensor [N, K] float32
-    """
-    rows, columns = weight.shape
-    scale = scale_inv.float().repeat_interleave(block[0], 0)[:rows]
-    return weight.float() * scale.repeat_interleave(block[1], 1)[:, :columns]
+            continue
+        prefix, kind, suffix = stack.groups()
+        suffix = "weight" if suffix == "proj" else suffix
+        for expert, matrix in enumerate(tensor):
+            if kind == "down":
+                yield f"{prefix}{expert}.down_proj.{suffix}", matrix
+            else:
+                gate, up = matrix.chunk(2)
+                yield f"{prefix}{expert}.gate_proj.{suffix}", gate
+                yield f"{prefix}{expert}.up_proj.{suffix}", up
 
 
 def check_dtype(op: str, dtype: torch.dtype) -> None:
@@ -92,6 +75,11 @@ def save(model: "KimiK2", folder: str | Path, *, max_shard_bytes: int = 5_000_00
         raise ValueError(
             "save_pretrained: model: expected allocated weights, got the meta device; call "
             "allocate and init_weights or from_pretrained first"
+        )
+    if model.experts_form is not None:
+        raise ValueError(
+            f"save_pretrained: model: expected plain experts, got {model.experts_form}, which the "
+            "checkpoint it came from holds already; load it with experts=None to convert it"
         )
     check_dtype("save_pretrained", model.lm_head.weight.dtype)
     folder = Path(folder)
@@ -202,14 +190,14 @@ def load_weights(
     config = model.config
     block = _fp8_block(config)
     with Shards(Path(folder)) as shards:
-        quantized = _compare(dict(checkpoint_tensors(model)), shards, config, block)
+        forms = _compare(model, shards, block)
         if model.lm_head.weight.is_meta:
             model.allocate(device or "cpu")
-        targets = dict(checkpoint_tensors(model))
-        for name, target in targets.items():
-            value = shards.tensor(name)
-            if name in quantized:
-                value = dequantize_fp8(value, shards.tensor(f"{name}_scale_inv"), block)
+        for name, target in checkpoint_tensors(model):
+            if name in forms:
+                value = stored.read(name, forms[name], list(target.shape), shards, block)
+            else:
+                value = shards.tensor(name)
             target.copy_(value)
 
 
@@ -229,41 +217,53 @@ def _ignored(name: str, config: KimiK2Config) -> bool:
     return is_layer and int(parts[2]) >= config.num_hidden_layers
 
 
-def _compare(
-    targets: dict[str, Tensor], shards: Shards, config: KimiK2Config, block: tuple[int, int]
-) -> set[str]:
-    """Refuse a checkpoint of another model; the names of its FP8 weights."""
-    missing = [name for name in targets if name not in shards]
+def _compare(model: "KimiK2", shards: Shards, block: tuple[int, int]) -> dict[str, str]:
+    """Refuse a checkpoint of another model; the forms of the tensors that are to be converted."""
+    shapes: dict[str, list[int]] = {}  # of matrices, also of those that stay packed
+    kept: set[str] = set()
+    for name, target in checkpoint_tensors(model):
+        if name.endswith(("weight_scale_inv", "weight_scale")):
+            continue  # of a matrix that is kept, which is checked with it
+        if target.dtype in (torch.float8_e4m3fn, torch.int32):
+            words = INT4_WORD if name.endswith("_packed") else 1
+            name = name.removesuffix("_packed")
+            kept.add(name)
+            shapes[name] = [target.shape[0], words * target.shape[1]]
+        else:
+            shapes[name] = list(target.shape)
+    found = {name: stored.find(name, shards) for name in shapes}
+    missing = [name for name, form in found.items() if form is None]
     if missing:
         raise _mismatch("every tensor of the model", "without", missing, shards.folder)
-    scales = {f"{name}_scale_inv" for name in targets}
+    companions = {f"{name}{suffix}" for name in shapes for suffix in stored.COMPANIONS}
     unknown = [
         name
         for name in shards.names()
-        if name not in targets and name not in scales and not _ignored(name, config)
+        if name not in shapes and name not in companions and not _ignored(name, model.config)
     ]
     if unknown:
         raise _mismatch("only tensors of the model", "with", unknown, shards.folder)
-    quantized = set()
-    for name, target in targets.items():
-        shape, dtype = shards.header(name)
-        if shape != list(target.shape):
-            raise ValueError(
-                f"from_pretrained: {name}: expected shape {list(target.shape)}, got {shape}; "
-                f"{shards.folder} belongs to another config.json"
-            )
-        if dtype != "F8_E4M3":
-            continue
-        quantized.add(name)
-        grid = [-(-size // step) for size, step in zip(shape, block, strict=True)]
-        scale = f"{name}_scale_inv"
-        if scale not in shards or shards.header(scale)[0] != grid:
-            came = shards.header(scale)[0] if scale in shards else "no such tensor"
-            raise ValueError(
-                f"from_pretrained: {scale}: expected shape {grid} beside an FP8 weight, got "
-                f"{came}; restore the file or correct weight_block_size"
-            )
-    return quantized
+    forms = {name: form for name, form in found.items() if form is not None}
+    for name in kept:
+        _check_kept(name, forms[name], str(model.experts_form), shards, block)
+    for name, form in forms.items():
+        stored.check(name, form, shapes[name], shards, block)
+    return {name: form for name, form in forms.items() if name not in kept}
+
+
+def _check_kept(name: str, form: str, wanted: str, shards: Shards, block: tuple[int, int]) -> None:
+    """Refuse experts that cannot be kept as the caller asked for."""
+    came = form
+    if form == "fp8" and block != (FP8_BLOCK, FP8_BLOCK):
+        came = f"fp8 in blocks of {list(block)}, not {FP8_BLOCK} x {FP8_BLOCK}"
+    elif form == "int4" and f"{name}_scale" in shards:
+        dtype = shards.header(f"{name}_scale")[1]
+        came = form if dtype == "BF16" else f"int4 with {dtype} scales, not BF16"
+    if came != wanted:
+        raise ValueError(
+            f"from_pretrained: experts: expected {name} stored as {wanted}, got {came}; use "
+            "experts=None to convert, or the form of this checkpoint"
+        )
 
 
 def _mismatch(expected: str, with_or_without: str, names: list[str], folder: Path) -> ValueError:

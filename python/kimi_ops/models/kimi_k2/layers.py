@@ -43,14 +43,14 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Float32Buffers(nn.Module):
-    """A module whose floating buffers stay fp32 when `.to(bfloat16)` casts its parameters.
+class FixedBuffers(nn.Module):
+    """A module whose floating buffers keep their dtype when `.to(bfloat16)` casts its parameters.
 
     The router's bias moves by 1e-3 a step and the largest logits are compared with a threshold:
-    bf16 would lose both.
+    bf16 would lose both. FP8 weights mean nothing without their scales.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Buffers":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedBuffers":
         before = {k: v for k, v in self._buffers.items() if v is not None and v.is_floating_point()}
         super()._apply(fn, recurse)
         for name, value in before.items():

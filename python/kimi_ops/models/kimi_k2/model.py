@@ -14,6 +14,7 @@ from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.generate import generate
 from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm
 from kimi_ops.models.kimi_k2.moe import MoE
+from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts, keep_quantized
 from kimi_ops.models.kimi_k2.rope import rotary_tables
 
 __all__ = ["KimiK2"]
@@ -117,7 +118,17 @@ class KimiK2(nn.Module):
         seed : int
             The same seed gives the same weights on every device: they are drawn on the CPU in fp32,
             in the order of `named_parameters`.
+
+        Raises
+        ------
+        ValueError
+            Experts that are kept quantised: they come from a checkpoint.
         """
+        if self.experts_form is not None:
+            raise ValueError(
+                f"init_weights: model: expected plain experts, got {self.experts_form}; build the "
+                "model from its configuration"
+            )
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
@@ -148,7 +159,8 @@ class KimiK2(nn.Module):
         ------
         TypeError, ValueError
             Wrong dtype or shape, ids outside the vocabulary (on the CPU), more positions than
-            `max_position_embeddings`, a cache that is full or used with gradients.
+            `max_position_embeddings`, a cache that is full or used with gradients, training mode
+            beside experts that are kept quantised.
         """
         past = self._check(input_ids, cache)
         length = input_ids.shape[1]
@@ -227,6 +239,7 @@ class KimiK2(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        experts: str | None = None,
     ) -> "KimiK2":
         """Load a Hugging Face checkpoint of the Kimi K2 / DeepSeek-V3 layout.
 
@@ -234,11 +247,15 @@ class KimiK2(nn.Module):
         ----------
         folder : path
             Holds ``config.json`` and one or more safetensors files. FP8 weights with block scales
-            (``weight_scale_inv``) are dequantised.
+            (``weight_scale_inv``) and packed INT4 weights (``weight_packed``) are dequantised.
         device : torch.device or str
         dtype : torch.dtype, optional
             Of the parameters; `torch_dtype` of the config where absent. The router's bias stays
             fp32.
+        experts : {"fp8", "int4"}, optional
+            Keep the routed experts in this form, which must be the checkpoint's. The model comes in
+            eval mode and is for inference on a CPU: training forwards, `init_weights` and
+            `save_pretrained` refuse it.
 
         Raises
         ------
@@ -251,6 +268,9 @@ class KimiK2(nn.Module):
         if dtype is None:
             dtype = getattr(torch, config.torch_dtype or "float32")
         model = cls(config, device="meta", dtype=dtype)
+        if experts is not None:
+            keep_quantized(model, experts)
+            model.eval()
         checkpoint.load_weights(model, folder, device=device)
         return model
 
@@ -276,13 +296,19 @@ class KimiK2(nn.Module):
         OSError
             The folder cannot be written.
         TypeError, ValueError
-            Weights in a dtype that is not served or on the meta device, a limit below 1.
+            Weights in a dtype that is not served or on the meta device, experts that are kept
+            quantised, a limit below 1.
         """
         checkpoint.save(self, folder, max_shard_bytes=max_shard_bytes)
 
     def _check(self, input_ids: Tensor, cache: LatentCache | None) -> int:
         """Refuse bad input before anything changes; the number of tokens in the cache."""
         checkpoint.check_dtype("KimiK2", self.lm_head.weight.dtype)
+        if self.training and self.experts_form is not None:
+            raise ValueError(
+                f"KimiK2: experts: expected eval mode beside experts kept in {self.experts_form}, "
+                "got a forward in training mode; call model.eval(), or load with experts=None"
+            )
         if input_ids.dtype != torch.int64:
             raise TypeError(
                 f"KimiK2: input_ids: expected int64, got {input_ids.dtype}; use input_ids.long()"
@@ -325,6 +351,12 @@ class KimiK2(nn.Module):
     def moe_layers(self) -> list[MoE]:
         """The mixture-of-experts layers, first to last."""
         return [layer.mlp for layer in self.decoder_layers() if isinstance(layer.mlp, MoE)]
+
+    @property
+    def experts_form(self) -> str | None:
+        """ "fp8" or "int4" where the routed experts are kept quantised, else None."""
+        experts = (moe.experts for moe in self.moe_layers())
+        return next((e.form for e in experts if isinstance(e, QuantizedExperts)), None)
 
     def auxiliary_loss(self) -> Tensor:
         """Sum of the sequence balance losses of the last training forward, 0-dim fp32.

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from kimi_ops.balance import sequence_balance_loss
 from kimi_ops.fused_experts import fused_experts
 from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.models.kimi_k2.layers import MLP, Float32Buffers, recomputing
+from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, recomputing
+from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 from kimi_ops.topk_gate import TopkGate, topk_gate
 
 
-class Router(Float32Buffers):
+class Router(FixedBuffers):
     """Expert scores in fp32; the bias takes part in the selection only and has no gradient."""
 
     e_score_correction_bias: Tensor
@@ -73,7 +74,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = Router(config, **factory)
-        self.experts = Experts(config, **factory)
+        self.experts: Experts | QuantizedExperts = Experts(config, **factory)
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             width = config.moe_intermediate_size * config.n_shared_experts

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: MIT
+"""grouped_gemm, its dgrad and wgrad against F.grouped_mm, a loop of torch.mm and a dense product.
+
+dgrad and wgrad run through autograd on both sides (one gradient wanted, graph kept); "wgrad acc" is
+`grouped_gemm_wgrad` into an fp32 buffer against adding the gradient of a peer to it. "F.linear" is
+a reference, no peer: all rows times the matrix of one expert. Roof: the slower of the operations at
+the rate of a large dense product and the bytes (rows, the weights of experts with rows, results) at
+the read bandwidth, both of this run. A second table compares FP8 and INT4 weights with bfloat16.
+
+    python -m benchmarks.bench_grouped_gemm [--quick] [--threads 1] [--cases TEXT] [--json FILE]
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import (
+    GEMM_SHAPES,
+    GemmCase,
+    arguments,
+    gemm_cases,
+    quantized_cases,
+    select,
+)
+from benchmarks.measure import compute_peak, measure, peak_memory, read_bandwidth, roof_rate
+from benchmarks.report import Report, Row
+from kimi_ops import Fp8BlockWeight, Int4GroupWeight, grouped_gemm, grouped_gemm_wgrad
+
+Functions = dict[str, Callable[[], object]]
+PEERS = ("grouped_mm", "mm loop", "F.linear")
+FORMS = {"fp8": Fp8BlockWeight, "int4": Int4GroupWeight}
+
+
+def sizes_of(case: GemmCase) -> Tensor:
+    """Rows of each expert."""
+    generator = torch.Generator().manual_seed(0)
+    if case.skew == "balanced":
+        return torch.full((case.experts,), case.rows)
+    if case.skew == "decode":
+        chosen = torch.rand(case.rows, case.experts, generator=generator).topk(8, dim=1).indices
+        return torch.bincount(chosen.flatten(), minlength=case.experts)
+    hot = case.total // 2
+    draws = torch.randint(0, case.experts, (case.total - hot,), generator=generator)
+    return (
+        torch.bincount(draws, minlength=case.experts)
+        + F.one_hot(torch.tensor(case.experts // 2), case.experts) * hot
+    )
+
+
+def make_weight(case: GemmCase, device: str) -> Tensor:
+    """[E, N, K], every expert with its own memory; the values of one are enough."""
+    k, n = GEMM_SHAPES[case.shape]
+    one = (torch.randn(n, k, device=device) / k**0.5).to(getattr(torch, case.dtype))
+    return one.expand(case.experts, n, k).contiguous()
+
+
+class Setting:
+    """One case's tensors and the ways that are compared."""
+
+    def __init__(self, case: GemmCase, weight: Tensor) -> None:
+        self.case, self.weight = case, weight
+        k, n = GEMM_SHAPES[case.shape]
+        sizes = sizes_of(case)
+        self.active = int((sizes > 0).sum())
+        self.offsets = sizes.cumsum(0).int().to(weight.device)
+        ends = [0, *self.offsets.tolist()]
+        self.groups = [
+            (e, slice(*ends[e : e + 2])) for e in range(case.experts) if ends[e + 1] > ends[e]
+        ]
+        like = {"dtype": weight.dtype, "device": weight.device}
+        self.a, self.dc = (
+            torch.randn(case.total, k).to(**like),
+            torch.randn(case.total, n).to(**like),
+        )
+
+    def functions(self) -> Functions:
+        return getattr(self, f"_{self.case.what.replace(' ', '_')}")()
+
+    def moved(self) -> int:
+        """Bytes that have to be read and written."""
+        k, n = GEMM_SHAPES[self.case.shape]
+        size, rows = self.a.element_size(), self.case.total
+        matrices = {
+            "fwd": self.active * size,
+            "dgrad": self.active * size,
+            "wgrad": self.case.experts * size,
+            "wgrad acc": self.active * 8,
+        }
+        return rows * (k + n) * size + matrices[self.case.what] * k * n
+
+    def _fwd(self) -> Functions:
+        b, out = self.weight.mT, self.a.new_empty(self.case.total, self.weight.shape[1])
+
+        def loop() -> None:
+            for e, rows in self.groups:
+                torch.mm(self.a[rows], b[e], out=out[rows])
+
+        return {
+            "kimi_ops": lambda: grouped_gemm(self.a, b, self.offsets),
+            "grouped_mm": lambda: F.grouped_mm(self.a, b, offs=self.offsets),
+            "mm loop": loop,
+            "F.linear": lambda: F.linear(self.a, self.weight[0]),
+        }
+
+    def _graphs(self, of_rows: bool) -> Functions:
+        """The gradient in a or in the weight by autograd."""
+        a = self.a.detach().requires_grad_(of_rows)
+        weight = self.weight.detach().requires_grad_(not of_rows)
+        wanted = a if of_rows else weight
+        with torch.enable_grad():
+            ours = grouped_gemm(a, weight.mT, self.offsets)
+            theirs = F.grouped_mm(a, weight.mT, offs=self.offsets)
+        return {
+            "kimi_ops": lambda: torch.autograd.grad(ours, wanted, self.dc, retain_graph=True)[0],
+            "grouped_mm": lambda: torch.autograd.grad(theirs, wanted, self.dc, retain_graph=True)[
+                0
+            ],
+        }
+
+    def _dgrad(self) -> Functions:
+        da = torch.empty_like(self.a)
+
+        def loop() -> None:
+            for e, rows in self.groups:
+                torch.mm(self.dc[rows], self.weight[e], out=da[rows])
+
+        named = self._graphs(of_rows=True)
+        return named | {"mm loop": loop, "F.linear": lambda: torch.mm(self.dc, self.weight[0])}
+
+    def _wgrad(self) -> Functions:
+        def loop() -> None:
+            dw = torch.empty_like(self.weight)
+            if len(self.groups) < self.case.experts:
+                dw.zero_()
+            for e, rows in self.groups:
+                torch.mm(self.dc[rows].t(), self.a[rows], out=dw[e])
+
+        named = self._graphs(of_rows=False)
+        return named | {"mm loop": loop, "F.linear": lambda: torch.mm(self.dc.t(), self.a)}
+
+    def _wgrad_acc(self) -> Functions:
+        main = torch.zeros(self.weight.shape, device=self.weight.device)
+        gradient = self._graphs(of_rows=False)["grouped_mm"]
+
+        def theirs() -> None:
+            new = gradient()
+            assert isinstance(new, Tensor)
+            main.add_(new)
+
+        def loop() -> None:
+            for e, rows in self.groups:
+                main[e].add_(torch.mm(self.dc[rows].t(), self.a[rows]))
+
+        def ours() -> None:
+            grouped_gemm_wgrad(self.a, self.dc, self.offsets, out=main.mT, accumulate=True)
+
+        dense = lambda: main[0].add_(torch.mm(self.dc.t(), self.a))  # noqa: E731
+        return {"kimi_ops": ours, "grouped_mm": theirs, "mm loop": loop, "F.linear": dense}
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(__doc__ or "").parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = options.device
+    bandwidth = read_bandwidth(device)
+    peaks = {d: compute_peak(getattr(torch, d), device) for d in ("bfloat16", "float32")}
+    report = Report("grouped_gemm", device, options, width=44, peers=PEERS, reference="F.linear")
+    print(f"read bandwidth of this run: {bandwidth / 1e9:.1f} GB/s; dense products: ", end="")
+    print(", ".join(f"{name} {peak / 1e12:.3f} TFLOP/s" for name, peak in peaks.items()) + "\n")
+    weight: Tensor | None = None
+    kind: tuple[object, ...] = ()
+    for case in select(gemm_cases(options.quick), options):
+        if kind != (case.shape, case.experts, case.dtype):
+            weight = None  # before the next is made
+            kind, weight = (case.shape, case.experts, case.dtype), make_weight(case, device)
+        assert weight is not None
+        with torch.no_grad():
+            setting = Setting(case, weight)
+            named = setting.functions()
+            times = measure(named, device, options.quick)
+            roof = roof_rate(case.flops, setting.moved(), peaks[case.dtype], bandwidth)
+            row = Row(str(case), times.pop("kimi_ops"), case.flops, "TFLOP/s", roof, times)
+            row.peak_bytes = peak_memory(named["kimi_ops"], device)
+            row.peer_bytes = peak_memory(named["grouped_mm"], device)
+        report.add(row)
+    report.print_summary()
+    report.finish()
+    if device == "cpu" and not options.cases:
+        quantized(options, peaks["bfloat16"], bandwidth)
+
+
+def quantized_functions(case: GemmCase, form: str) -> tuple[Functions, int]:
+    """The product with quantised weights and with bfloat16, and the bytes the first one reads."""
+    setting = Setting(case, make_weight(case, "cpu"))
+    packed = FORMS[form].quantize(setting.weight)
+    stored = sum(tensor.nbytes for tensor in packed.tensors().values())
+    b = setting.weight.mT
+    named: Functions = {
+        "kimi_ops": lambda: grouped_gemm(setting.a, packed, setting.offsets),
+        "bf16": lambda: grouped_gemm(setting.a, b, setting.offsets),
+    }
+    rows = setting.a.nbytes + setting.dc.nbytes
+    return named, rows + stored * setting.active // case.experts
+
+
+def quantized(options: object, peak: float, bandwidth: float) -> None:
+    """FP8 and INT4 weights against our own product with bfloat16."""
+    quick = options.quick  # type: ignore[attr-defined]
+    print()
+    report = Report("grouped_gemm (quantized)", "cpu", options, width=44)
+    for case in quantized_cases(quick):
+        for form in FORMS:
+            with torch.no_grad():
+                named, moved = quantized_functions(case, form)
+                times = measure(named, "cpu", quick)
+                roof = roof_rate(case.flops, moved, peak, bandwidth)
+                ours = times.pop("kimi_ops")
+                row = Row(f"{case} {form}", ours, case.flops, "TFLOP/s", roof, times)
+                row.peak_bytes = peak_memory(named["kimi_ops"], "cpu")
+                row.peer_bytes = peak_memory(named["bf16"], "cpu")
+            report.add(row)
+    report.print_summary()
+    report.finish("_quantized")
+
+
+@pytest.mark.parametrize("case", gemm_cases(quick=True), ids=str)
+@pytest.mark.parametrize("way", ["kimi_ops", *PEERS])
+def test_grouped_gemm(benchmark, case, way):  # type: ignore[no-untyped-def]
+    benchmark.group = f"grouped_gemm {case}"
+    with torch.no_grad():
+        benchmark(Setting(case, make_weight(case, "cpu")).functions()[way])
+
+
+@pytest.mark.parametrize("case", quantized_cases(quick=True), ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", ["kimi_ops", "bf16"])
+def test_quantized(benchmark, case, form, way):  # type: ignore[no-untyped-def]
+    benchmark.group = f"grouped_gemm {case} {form}"
+    with torch.no_grad():
+        benchmark(quantized_functions(case, form)[0][way])
+
+
+if __name__ == "__main__":
+    main()

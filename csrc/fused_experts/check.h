@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+// Argument checks that forward and backward share.
+#pragma once
+
+#include <limits>
+
+#include "common/dtype.h"
+#include "fused_experts/fused_experts.h"
+#include "grouped_gemm/grouped_gemm.h"
+
+namespace kimi::experts {
+
+inline Status no_cuda_kernels(const char* op) {
+  return error(KIMI_UNSUPPORTED, op,
+               ": device: expected cpu, got cuda: there is no CUDA kernel of this op yet; compose "
+               "it of permute, grouped_gemm and unpermute");
+}
+
+template <class Params>
+bool sizes_are_good(const Params& p) {
+  return p.num_tokens >= 0 && p.hidden >= 0 && p.width >= 0 && p.num_experts >= 1 && p.top_k >= 1 &&
+         is_dtype(p.dtype) && double(p.num_tokens) * p.top_k <= std::numeric_limits<int32_t>::max();
+}
+
+template <class Params>
+Status check_sizes(const char* op, const Params& p) {
+  if (!sizes_are_good(p))
+    return invalid(op,
+                   ": T, H, F, E, K, dtype: expected sizes of 0 or more (E, K: 1 or more), T K "
+                   "below 2^31 and a kimi_dtype (0..2), got ",
+                   p.num_tokens, ", ", p.hidden, ", ", p.width, ", ", p.num_experts, ", ", p.top_k,
+                   ", ", int(p.dtype));
+  if (p.activation < KIMI_ACTIVATION_SILU || p.activation > KIMI_ACTIVATION_SITU)
+    return invalid(op, ": activation: expected a kimi_activation (0..2), got ", int(p.activation));
+  if (!p.offsets || !p.workspace || (p.num_tokens > 0 && (!p.source || !p.row_map || !p.weights)))
+    return invalid(op,
+                   ": weights, row_map, source, offsets, workspace: expected pointers, got NULL");
+  KIMI_RETURN_IF_ERROR(
+      check_offsets(op, p.offsets, p.num_experts, p.num_tokens * int64_t(p.top_k)));
+  // The maps are indices into memory: a plan of other sizes must not lead out of it.
+  const int64_t rows = p.offsets[p.num_experts - 1], pairs = p.num_tokens * p.top_k;
+  for (int64_t row = 0; row < rows; ++row)
+    if (p.source[row] < 0 || p.source[row] >= pairs)
+      return invalid(op, ": source[", row, "]: expected 0..", pairs - 1, ", got ", p.source[row],
+                     "; pass the plan of these ids, with align 1");
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    if (p.row_map[pair] < -1 || p.row_map[pair] >= rows)
+      return invalid(op, ": row_map[", pair, "]: expected -1..", rows - 1, ", got ",
+                     p.row_map[pair], "; pass the plan of these ids, with align 1");
+  return Status::ok();
+}
+
+inline Status check_weights(const char* op, const char* name, const kimi_expert_weights& w,
+                            kimi_dtype dtype, bool may_be_quantised) {
+  const bool quantised =
+      w.storage == KIMI_STORAGE_FP8_BLOCK || w.storage == KIMI_STORAGE_INT4_GROUP;
+  if (int(w.storage) != int(dtype) && !(quantised && may_be_quantised))
+    return invalid(op, ": ", name, ": expected the dtype of x",
+                   may_be_quantised ? " or a quantised storage" : "", ", got storage ",
+                   int(w.storage));
+  if (quantised && (!w.scale || w.column_stride != 1 || w.row_stride % 2 || w.expert_stride % 2))
+    return invalid(op, ": ", name, ": expected a scale and contiguous columns, got ",
+                   w.scale ? "" : "no scale and ", "strides ", w.expert_stride, ", ", w.row_stride,
+                   ", ", w.column_stride);
+  return Status::ok();
+}
+
+}  // namespace kimi::experts

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT
+// fused_experts on the CPU, forward: argument checks and the two products.
+#include "fused_experts/fused_experts.h"
+
+#include "common/engine.h"
+#include "fused_experts/check.h"
+#include "fused_experts/layer.h"
+
+namespace kimi {
+namespace experts {
+namespace {
+constexpr CpuEngines<CpuEngine> kEngines = {
+    {&kPortableEngine, KIMI_X86(kAvx2Engine), KIMI_X86(kAvx512Engine)}};
+}  // namespace
+
+const CpuEngine& cpu_engine() { return kEngines.best(); }
+
+}  // namespace experts
+
+namespace {
+
+using experts::round64;
+using experts::size_of;
+
+struct Layout {  // of the workspace
+  int64_t hidden, sums, groups;
+
+  explicit Layout(const FusedExpertsParams& p) {
+    const int64_t rows = p.num_tokens * p.top_k;
+    hidden = round64(rows * p.width * size_of(p.dtype));
+    sums = round64(rows * experts::sum_columns(rows, p.hidden) * 4);
+    groups = int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts,
+                                               std::max(p.hidden, p.width)));
+  }
+};
+
+Status check(const FusedExpertsParams& p) {
+  const char* op = "fused_experts";
+  KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p));
+  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, true));
+  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, true));
+  if (p.num_tokens > 0 && (!p.x || !p.y)) return invalid(op, ": x, y: expected pointers, got NULL");
+  return Status::ok();
+}
+
+}  // namespace
+
+kimi_isa fused_experts_isa() { return cpu::block_engine_isa(); }
+
+size_t fused_experts_workspace_bytes(const FusedExpertsParams& p, kimi_device) {
+  if (!experts::sizes_are_good(p)) return 0;
+  const Layout layout(p);
+  return size_t(layout.hidden + layout.sums + layout.groups);
+}
+
+Status fused_experts(const FusedExpertsParams& p, kimi_device device, void*) {
+  if (device == KIMI_DEVICE_CUDA) return experts::no_cuda_kernels("fused_experts");
+  KIMI_RETURN_IF_ERROR(check(p));
+  if (p.num_tokens == 0 || p.hidden == 0) return Status::ok();
+  const int64_t rows = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
+  const Layout layout(p);
+  const cpu::BlockEngine& blocks = cpu::block_engine(p.dtype);
+  const experts::CpuEngine& engine = experts::cpu_engine();
+  char* hidden = static_cast<char*>(p.workspace);
+  float* sums = reinterpret_cast<float*>(hidden + layout.hidden);
+  const grouped::Workspace workspace(blocks, hidden + layout.hidden + layout.sums, p.num_experts,
+                                     std::max(p.hidden, p.width));
+
+  const auto gate_up = [&](int32_t e) {
+    grouped::Group g = experts::rows_of(p.offsets, e);
+    g.p = experts::tokens_of(p.x, p.x_stride, p.dtype, p.source, p.top_k);
+    g.s = experts::weights_of(p.w_gate_up, e, 2 * p.width, p.hidden, false);
+    g.cols = p.width;
+    g.depth = p.hidden;
+    g.parts = 2;
+    g.part_rows = p.width;
+    return g;
+  };
+  grouped::run_groups(blocks, workspace, p.num_experts, gate_up, [&](const grouped::Block& b) {
+    const int64_t row = gate_up(b.group).p_row + b.row;
+    char* saved = static_cast<char*>(p.gate_up);
+    if (saved) saved += (row * 2 * p.width + b.col) * bytes;
+    engine.activate({b.c, b.stride, b.part_stride, b.rows, b.cols, p.activation, p.dtype, saved,
+                     hidden + (row * p.width + b.col) * bytes, p.width});
+  });
+
+  const auto down = [&](int32_t e) {
+    grouped::Group g = experts::rows_of(p.offsets, e);
+    g.p = {hidden, p.width, 1, cpu::Storage(p.dtype)};
+    g.s = experts::weights_of(p.w_down, e, p.hidden, p.width, false);
+    g.depth = p.width;
+    return g;
+  };
+  experts::CombineArguments sum = {};
+  sum.row_map = p.row_map;
+  sum.weights = p.weights;
+  sum.x = p.y;
+  sum.dtype = p.dtype;
+  sum.hidden = p.hidden;
+  sum.top_k = p.top_k;
+  experts::sum_of_products(blocks, workspace, p.num_experts, down, rows, p.num_tokens, sum, sums);
+  return Status::ok();
+}
+
+}  // namespace kimi

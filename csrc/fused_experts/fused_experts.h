@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+// fused_experts: the routed experts of one layer, forward and backward.
+//
+//   rows     row r of expert e stands for pair (t, k): source[r] = t*K + k, row_map[t,k] = r, in
+//   the
+//            order of permute_plan with align 1; offsets[e] is one past the last row of e
+//   forward  [g; u] = w_gate_up[e] x[t]     h = a(g) u     y[t] = sum_k weights[t,k] w_down[e] h
+//   backward c = w_down[e]^T dy[t]          dweights[t,k] = <c, h>
+//            dg = weights[t,k] c u a'(g)    du = weights[t,k] c a(g)
+//            dx[t] = sum_k w_gate_up[e]^T [dg; du]
+//            dw_gate_up[e] = sum_r [dg; du] x[t]^T       dw_down[e] = sum_r dy[t] (weights[t,k]
+//            h)^T
+//
+//   silu  a(g) u = g sigmoid(g) u            gelu  g Phi(g) u, Phi by erfc to 1.2e-7
+//   situ  4 tanh(g / 4) sigmoid(g) * 25 tanh(u / 25)
+//
+// x [T, H] is gathered while it is packed and [g; u] goes through the activation while it is in the
+// cache: neither gathered rows nor a second activation exist in memory. The weighted sum runs over
+// slots in ascending order in fp32, columns by columns, from a buffer of at most kSumBytes.
+//
+//   x --gather--> [ gate | up ] --act--> h [R, F] --> w_down h, some columns [R, C] --sum--> y
+//
+// Cost: 6 T K F H operations forward, 12 more backward (14 with [g; u] computed again); each used
+// expert's matrices are read once (twice backward). Source: Kimi K2, DeepSeek-V3 (arXiv
+// 2412.19437); the gradient of the weights from <c, h> as in SonicMoE (arXiv 2512.14080).
+#pragma once
+
+#include <cstdint>
+
+#include "common/status.h"
+
+namespace kimi {
+
+using FusedExpertsParams = kimi_fused_experts_params;
+using FusedExpertsBackwardParams = kimi_fused_experts_backward_params;
+
+size_t fused_experts_workspace_bytes(const FusedExpertsParams& p, kimi_device device);
+Status fused_experts(const FusedExpertsParams& p, kimi_device device, void* stream);
+size_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardParams& p,
+                                              kimi_device device);
+Status fused_experts_backward(const FusedExpertsBackwardParams& p, kimi_device device,
+                              void* stream);
+kimi_isa fused_experts_isa();  // of the engine that serves bf16 CPU tensors
+
+namespace experts {
+
+constexpr float kSituGate = 4.0f, kSituUp = 25.0f;
+constexpr int64_t kPartial = 32;  // columns of one partial sum of <c, h>
+
+// Sums [g; u] of `rows` rows and `cols` columns, g at c, u at c + part_stride.
+struct ActivateArguments {
+  const float* c;
+  int64_t stride, part_stride, rows, cols;
+  kimi_activation activation;
+  kimi_dtype dtype;
+  void* gate_up;  // out [rows, 2F] dtype or nullptr: g here, u `width` elements further
+  void* hidden;   // out [rows, F] dtype or nullptr
+  int64_t width;  // F
+};
+// Sums c of `rows` rows and `cols` columns, with the [g; u] that belong to them.
+struct ActivateBackwardArguments {
+  const float* c;
+  int64_t stride, rows, cols;
+  kimi_activation activation;
+  kimi_dtype dtype;
+  const void* gate_up;    // [rows, 2F] dtype
+  const int32_t* source;  // [rows]
+  const float* weights;   // by source
+  void* grad_gate_up;     // out [rows, 2F] dtype
+  void* hidden;           // out [rows, F] dtype: weight times h
+  float* partial;         // out [rows, ceil(F / kPartial)]: <c, h> by runs of kPartial columns
+  int64_t width;
+};
+// x[t, col + i] = sum_k weights[t, k] rows[row_map[t, k], i]
+struct CombineArguments {
+  const float* rows;  // [R, cols]
+  const int32_t* row_map;
+  const float* weights;  // [T, K] or nullptr for 1
+  void* x;               // out [T, H] dtype
+  kimi_dtype dtype;
+  int64_t hidden, col, cols;
+  int32_t top_k;
+};
+struct CpuEngine {
+  void (*activate)(const ActivateArguments& arguments);
+  void (*activate_backward)(const ActivateBackwardArguments& arguments);
+  void (*combine)(const CombineArguments& arguments, int64_t begin, int64_t end);  // tokens
+};
+extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+
+}  // namespace experts
+}  // namespace kimi

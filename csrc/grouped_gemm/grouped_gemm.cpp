@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: MIT
+// grouped_gemm on the CPU: argument checks, the groups of a call, zero rows.
+#include "grouped_gemm/grouped_gemm.h"
+
+#include "common/dtype.h"
+#include "common/engine.h"
+#include "grouped_gemm/groups.h"
+
+namespace kimi {
+namespace {
+
+constexpr CpuEngines<grouped::CpuEngine> kEngines = {
+    {&grouped::kPortableEngine, KIMI_X86(grouped::kAvx2Engine), KIMI_X86(grouped::kAvx512Engine)}};
+// Output beyond this is written around the cache, as in permute.
+constexpr int64_t kStreamBytes = 32 << 20;
+
+int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
+
+Status no_cuda_kernels(const char* op) {
+  return error(KIMI_UNSUPPORTED, op,
+               ": device: expected cpu, got cuda: there is no CUDA kernel of this op yet; call "
+               "kimi_ops.reference, which is plain torch");
+}
+
+template <class Params>
+Status check_common(const char* op, const Params& p) {
+  if (p.num_rows < 0 || p.k < 0 || p.n < 0)
+    return invalid(op, ": R, K, N: expected 0 or more, got ", p.num_rows, ", ", p.k, ", ", p.n);
+  if (p.num_experts < 1)
+    return invalid(op, ": num_experts: expected 1 or more, got ", p.num_experts);
+  if (!is_dtype(p.dtype))
+    return invalid(op, ": dtype: expected a kimi_dtype (0..2), got ", int(p.dtype));
+  if (p.out_dtype != p.dtype && p.out_dtype != KIMI_FLOAT32)
+    return invalid(op, ": out_dtype: expected the dtype of a or KIMI_FLOAT32, got ",
+                   int(p.out_dtype));
+  if (!p.offsets || !p.workspace)
+    return invalid(op, ": offsets, workspace: expected pointers, got NULL");
+  return check_offsets(op, p.offsets, p.num_experts, p.num_rows);
+}
+
+Status check(const GroupedGemmParams& p) {
+  const char* op = "grouped_gemm";
+  KIMI_RETURN_IF_ERROR(check_common(op, p));
+  const bool quantised =
+      p.b_storage == KIMI_STORAGE_FP8_BLOCK || p.b_storage == KIMI_STORAGE_INT4_GROUP;
+  if (!quantised && int(p.b_storage) != int(p.dtype))
+    return invalid(op, ": b_storage: expected the dtype of a or a quantised storage, got ",
+                   int(p.b_storage));
+  if (quantised && (!p.b_scale || p.b_k_stride != 1))
+    return invalid(op, ": b: expected a scale and contiguous K beside quantised weights, got ",
+                   p.b_scale ? "a K stride of " : "no scale and a K stride of ", p.b_k_stride);
+  if (p.b_storage == KIMI_STORAGE_INT4_GROUP && (p.b_n_stride % 2 || p.b_expert_stride % 2))
+    return invalid(op, ": b: expected rows of int4 weights to begin at a byte, got strides of ",
+                   p.b_expert_stride, " and ", p.b_n_stride, " elements");
+  if (p.num_rows > 0 && p.n > 0 && (!p.out || (p.k > 0 && (!p.a || !p.b))))
+    return invalid(op, ": a, b, out: expected pointers, got NULL");
+  return Status::ok();
+}
+
+Status check(const GroupedGemmWgradParams& p) {
+  const char* op = "grouped_gemm_wgrad";
+  KIMI_RETURN_IF_ERROR(check_common(op, p));
+  if (p.out_n_stride != 1 && p.out_k_stride != 1 && p.n != 1 && p.k != 1)
+    return invalid(op, ": out: expected contiguous N or K, got strides of ", p.out_k_stride,
+                   " and ", p.out_n_stride);
+  if (p.k > 0 && p.n > 0 && (!p.out || (p.num_rows > 0 && (!p.a || !p.dc))))
+    return invalid(op, ": a, dc, out: expected pointers, got NULL");
+  return Status::ok();
+}
+
+const char* offset(const void* data, int64_t bytes) {
+  return static_cast<const char*>(data) + bytes;
+}
+
+// Group e of a forward: its rows of a by the columns of its matrix.
+struct Forward {
+  const GroupedGemmParams& p;
+
+  grouped::Group operator()(int32_t e) const {
+    const int64_t begin = e ? p.offsets[e - 1] : 0;
+    grouped::Group g;
+    g.rows = p.offsets[e] - begin;
+    g.cols = p.n;
+    g.depth = p.k;
+    g.p_row = begin;
+    g.p = {p.a, p.a_row_stride, p.k == 1 ? 1 : p.a_k_stride, cpu::Storage(p.dtype)};
+    g.s = {nullptr, p.b_n_stride, p.k == 1 ? 1 : p.b_k_stride, cpu::Storage(p.b_storage)};
+    const int64_t elements = e * p.b_expert_stride;
+    if (p.b_storage == KIMI_STORAGE_FP8_BLOCK) {
+      g.s.data = offset(p.b, elements);
+      g.s.scale_stride = (p.k + cpu::kFp8Block - 1) / cpu::kFp8Block;
+      g.s.scale = static_cast<const float*>(p.b_scale) +
+                  e * ((p.n + cpu::kFp8Block - 1) / cpu::kFp8Block) * g.s.scale_stride;
+    } else if (p.b_storage == KIMI_STORAGE_INT4_GROUP) {
+      g.s.data = offset(p.b, elements / 2);
+      g.s.scale_stride = (p.k + cpu::kInt4Group - 1) / cpu::kInt4Group;
+      g.s.scale = static_cast<const bf16*>(p.b_scale) + e * p.n * g.s.scale_stride;
+    } else {
+      g.s.data = offset(p.b, elements * size_of(p.dtype));
+    }
+    return g;
+  }
+};
+
+// Group e of a wgrad: rows are those of out whose elements do not lie side by side.
+struct Wgrad {
+  const GroupedGemmWgradParams& p;
+  bool n_contiguous;
+
+  grouped::Group operator()(int32_t e) const {
+    const int64_t begin = e ? p.offsets[e - 1] : 0;
+    grouped::Group g;
+    g.depth = p.offsets[e] - begin;
+    g.p_depth = begin;
+    // One token: any stride may stand for its depth.
+    const cpu::Operand a = {p.a, p.a_k_stride, p.a_row_stride, cpu::Storage(p.dtype)};
+    const cpu::Operand dc = {p.dc, p.dc_n_stride, p.dc_row_stride, cpu::Storage(p.dtype)};
+    g.p = n_contiguous ? a : dc;
+    g.s = n_contiguous ? dc : a;
+    g.rows = n_contiguous ? p.k : p.n;
+    g.cols = n_contiguous ? p.n : p.k;
+    return g;
+  }
+};
+
+void zero_rows(void* out, int64_t begin, int64_t end, int64_t row_bytes) {
+  const int64_t grain = std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(row_bytes, 1));
+  char* from = static_cast<char*>(out) + begin * row_bytes;
+  cpu::parallel_for(end - begin, grain, [&](int64_t first, int64_t last) {
+    std::memset(from + first * row_bytes, 0, size_t((last - first) * row_bytes));
+  });
+}
+
+}  // namespace
+
+Status check_offsets(const char* op, const int32_t* offsets, int32_t num_experts,
+                     int64_t num_rows) {
+  int64_t before = 0;
+  bool good = true;
+  for (int32_t e = 0; e < num_experts; ++e) {
+    good = good && offsets[e] >= before;
+    before = offsets[e];
+  }
+  if (good && before <= num_rows) return Status::ok();
+  std::ostringstream list;
+  for (int32_t e = 0; e < num_experts && e < 8; ++e) list << (e ? ", " : "") << offsets[e];
+  return invalid(op, ": offsets: expected 0 <= offsets[0] <= ... <= offsets[-1] <= R = ", num_rows,
+                 ", got [", list.str(), num_experts > 8 ? ", ...]" : "]",
+                 "; pass the cumulative sum of the group sizes");
+}
+
+namespace grouped {
+const CpuEngine& cpu_engine() { return kEngines.best(); }
+}  // namespace grouped
+
+kimi_isa grouped_gemm_isa() { return cpu::block_engine_isa(); }
+
+size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device) {
+  if (p.num_experts < 1 || p.k < 0 || !is_dtype(p.dtype)) return 0;
+  return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts, p.k);
+}
+
+Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, void*) {
+  if (device == KIMI_DEVICE_CUDA) return no_cuda_kernels("grouped_gemm");
+  KIMI_RETURN_IF_ERROR(check(p));
+  const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
+  const grouped::CpuEngine& output = grouped::cpu_engine();
+  const grouped::Workspace workspace(engine, p.workspace, p.num_experts, p.k);
+  const Forward group{p};
+  const int64_t out_bytes = size_of(p.out_dtype), bias_bytes = size_of(p.dtype);
+  const bool stream = p.num_rows * p.n * out_bytes > kStreamBytes;
+  zero_rows(p.out, p.offsets[p.num_experts - 1], p.num_rows, p.n * out_bytes);
+  grouped::run_groups(engine, workspace, p.num_experts, group, [&](const grouped::Block& b) {
+    const int64_t row = group(b.group).p_row + b.row;
+    const int64_t bias_at = (b.group * p.n + b.col) * bias_bytes;
+    output.store({b.c, b.stride, b.rows, b.cols, p.bias ? offset(p.bias, bias_at) : nullptr,
+                  p.dtype, static_cast<char*>(p.out) + (row * p.n + b.col) * out_bytes, p.n,
+                  p.out_dtype, false, stream});
+  });
+  return Status::ok();
+}
+
+size_t grouped_gemm_wgrad_workspace_bytes(const GroupedGemmWgradParams& p, kimi_device) {
+  if (p.num_experts < 1 || !is_dtype(p.dtype)) return 0;
+  return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts, 0);
+}
+
+Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device, void*) {
+  if (device == KIMI_DEVICE_CUDA) return no_cuda_kernels("grouped_gemm_wgrad");
+  KIMI_RETURN_IF_ERROR(check(p));
+  const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
+  const grouped::CpuEngine& output = grouped::cpu_engine();
+  const grouped::Workspace workspace(engine, p.workspace, p.num_experts, 0);
+  const bool n_contiguous = p.out_n_stride == 1 || (p.k == 1 && p.out_k_stride != 1);
+  const Wgrad group{p, n_contiguous};
+  const int64_t out_bytes = size_of(p.out_dtype);
+  const int64_t row_stride = n_contiguous ? p.out_k_stride : p.out_n_stride;
+  const bool stream =
+      !p.accumulate && double(p.num_experts) * double(p.k) * double(p.n) * out_bytes > kStreamBytes;
+  grouped::run_groups(engine, workspace, p.num_experts, group, [&](const grouped::Block& b) {
+    if (p.accumulate && group(b.group).depth == 0) return;
+    char* out = static_cast<char*>(p.out) +
+                (b.group * p.out_expert_stride + b.row * row_stride + b.col) * out_bytes;
+    output.store({b.c, b.stride, b.rows, b.cols, nullptr, p.dtype, out, row_stride, p.out_dtype,
+                  bool(p.accumulate), stream});
+  });
+  return Status::ok();
+}
+
+}  // namespace kimi

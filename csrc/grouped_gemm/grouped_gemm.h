@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT
+// grouped_gemm: one matrix product for each expert's rows, and the gradient in the matrices.
+//
+//   forward  out[r] = a[r] b[e] + bias[e]      offsets[e-1] <= r < offsets[e], zero rows after the
+//            last group. dgrad is the same with b's strides of K and N exchanged.
+//   wgrad    out[e] (+)= a[rows of e]^T dc[rows of e]
+//
+// Sums are fp32: products of bf16 pairs where the processor has them, else of operands converted to
+// fp32; rounded once to the dtype of out. The sum over depth is taken in blocks (cpu/gemm.h), in
+// the same order whatever the number of threads; a group of very few rows has an order of its own.
+//
+// Cost: 2 R K N operations. Forward reads each used expert's matrix once from memory for every 280
+// of its rows, wgrad writes it once.
+//
+//   experts, most work first      blocks of up to 280 rows x 256 columns    tasks, taken in turn
+//   [ e5 ............ ]   ->      [b00][b01][b02]                     ->    thread 0: b00 b02 ...
+//   [ e2 ....... ]                [b10][b11][b12]                           thread 1: b01 b10 ...
+//
+// Superset of torch.nn.functional.grouped_mm.
+#pragma once
+
+#include <cstdint>
+
+#include "common/status.h"
+
+namespace kimi {
+
+using GroupedGemmParams = kimi_grouped_gemm_params;
+using GroupedGemmWgradParams = kimi_grouped_gemm_wgrad_params;
+
+size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device device);
+Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, void* stream);
+size_t grouped_gemm_wgrad_workspace_bytes(const GroupedGemmWgradParams& p, kimi_device device);
+Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device, void* stream);
+kimi_isa grouped_gemm_isa();  // of the engine that serves bf16 CPU tensors
+
+// 0 <= offsets[0] <= ... <= offsets[E-1] <= num_rows, or the error that says so.
+Status check_offsets(const char* op, const int32_t* offsets, int32_t num_experts, int64_t num_rows);
+
+namespace grouped {
+
+// Finished sums become output: out[i, j] = round(c[i, j] (+ bias[j]) (+ out[i, j])).
+struct StoreArguments {
+  const float* c;  // [rows, cols], row stride c_stride
+  int64_t c_stride;
+  int64_t rows, cols;
+  const void* bias;  // [cols] bias_dtype, or nullptr
+  kimi_dtype bias_dtype;
+  void* out;  // [rows, cols] out_dtype, row stride out_stride
+  int64_t out_stride;
+  kimi_dtype out_dtype;
+  bool accumulate;
+  bool stream;  // write around the cache
+};
+struct CpuEngine {
+  void (*store)(const StoreArguments& arguments);
+};
+extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+const CpuEngine& cpu_engine();
+
+}  // namespace grouped
+}  // namespace kimi

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+#include "cpu/vec_avx2.h"
+#include "grouped_gemm/store_simd.h"
+
+namespace kimi::grouped {
+
+extern const CpuEngine kAvx2Engine = {store<cpu::Avx2Vec>};
+
+}  // namespace kimi::grouped

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: MIT
+"""grouped_gemm at realistic sizes against F.grouped_mm in fp32, products in fp64 and bf16
+emulation: 384 experts, awkward sizes, NaN, strides, thread counts."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kimi_ops import grouped_gemm, grouped_gemm_wgrad
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def sizes_of(kind: str, experts: int, rows: int) -> Tensor:
+    """Rows of each expert, `rows` in all."""
+    if kind == "one":
+        return F.one_hot(torch.tensor(experts // 2), experts) * rows
+    if kind == "balanced":
+        return torch.full((experts,), rows // experts)
+    hot = rows // 2 if kind == "hot" else 0  # "random": about a third of the experts stay empty
+    draws = torch.randint(0, experts, (rows - hot,))
+    return torch.bincount(draws, minlength=experts) + F.one_hot(torch.tensor(3), experts) * hot
+
+
+def tensors(sizes: Tensor, k: int, n: int, dtype: torch.dtype, tail: int = 0):
+    """a [R, K], b as weights [E, N, K] transposed, dc [R, N], offsets; the tail is NaN."""
+    rows = int(sizes.sum())
+    a, dc = torch.randn(rows + tail, k).to(dtype), torch.randn(rows + tail, n).to(dtype)
+    a[rows:], dc[rows:] = torch.nan, torch.nan
+    weight = (torch.randn(len(sizes), n, k) / k**0.5).to(dtype)
+    return a, weight.transpose(1, 2), dc, sizes.cumsum(0).int()
+
+
+def by_expert(product: Callable[[int, slice], Tensor], offsets: Tensor) -> list[Tensor]:
+    ends = [0, *offsets.tolist()]
+    return [product(e, slice(*ends[e : e + 2])) for e in range(len(ends) - 1)]
+
+
+def in_dtype(a: Tensor, b: Tensor, dc: Tensor, offsets: Tensor, wide: torch.dtype):
+    """c, da and dw with operands widened to `wide` and no other rounding."""
+    a, b, dc = a.to(wide), b.to(wide), dc.to(wide)
+    c = torch.cat(by_expert(lambda e, rows: a[rows] @ b[e], offsets))
+    da = torch.cat(by_expert(lambda e, rows: dc[rows] @ b[e].t(), offsets))
+    dw = torch.stack(by_expert(lambda e, rows: a[rows].t() @ dc[rows], offsets))
+    return c, da, dw
+
+
+def ours(a: Tensor, b: Tensor, dc: Tensor, offsets: Tensor):
+    """c, da and dw by the op and its autograd."""
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    c = grouped_gemm(a, b, offsets)
+    return c.detach(), *torch.autograd.grad(c, (a, b), dc)
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    norm, difference = exact.norm(), (value.double() - exact).norm()
+    return float(difference / norm if norm > 0 else difference)
+
+
+@pytest.mark.parametrize("kind", ["balanced", "random", "hot", "one"])
+def test_384_experts_equal_grouped_mm_in_float32(cpu_engine, kind):
+    a, b, dc, offsets = tensors(sizes_of(kind, 384, 8 * 384), 256, 96, torch.float32)
+    x, w = a.clone().requires_grad_(), b.clone().requires_grad_()
+    c = F.grouped_mm(x, w, offs=offsets)
+    theirs = c.detach(), *torch.autograd.grad(c, (x, w), dc)
+    exact = in_dtype(a, b, dc, offsets, torch.float64)
+    for mine, other, truth in zip(ours(a, b, dc, offsets), theirs, exact, strict=True):
+        assert error(mine, other.double()) < 1e-6
+        assert error(mine, truth) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "experts,rows,k,n", [(384, 1024, 128, 256), (8, 168, 7168, 128), (8, 64, 128, 7168)]
+)
+def test_errors_are_those_of_emulation(cpu_engine, dtype, experts, rows, k, n):
+    """Operands in the dtype, sums in fp32, rounded once: at most 1.25 times the error of that.
+
+    In fp32 the order of a sum is free; one element after another costs sqrt(K / 2) 2^-24 / sqrt(3).
+    """
+    a, b, dc, offsets = tensors(sizes_of("random", experts, rows), k, n, dtype)
+    exact = in_dtype(a, b, dc, offsets, torch.float64)
+    emulated = in_dtype(a, b, dc, offsets, torch.float32)
+    terms = (k, n, int(offsets.diff(prepend=torch.zeros(1)).max()))
+    for mine, other, truth, length in zip(
+        ours(a, b, dc, offsets), emulated, exact, terms, strict=True
+    ):
+        allowed = 1.25 * error(other.to(dtype), truth)
+        if dtype == torch.float32:
+            allowed = max(allowed, 1.25 * (length / 6) ** 0.5 * UNIT[dtype], 1e-7)
+        assert mine.dtype == dtype and error(mine, truth) <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_results_keep_the_accumulator(cpu_engine, dtype):
+    a, b, dc, offsets = tensors(sizes_of("random", 16, 160), 512, 96, dtype, tail=5)
+    rows = int(offsets[-1])
+    c, _, dw = in_dtype(a, b, dc, offsets, torch.float64)
+    wide = grouped_gemm(a, b, offsets, out_dtype=torch.float32)
+    assert error(wide[:rows], c) < 1e-6 and not wide[rows:].any()
+    main = torch.ones(dw.shape)
+    grouped_gemm_wgrad(a, dc, offsets, out=main, accumulate=True)
+    assert error(main, dw + 1) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 7, 129])
+@pytest.mark.parametrize("n", [1, 7, 129])
+def test_awkward_sizes(cpu_engine, dtype, k, n):
+    sizes = torch.tensor([1, 0, 7, 129, 0, 2, 16, 33])
+    a, b, dc, offsets = tensors(sizes, k, n, dtype, tail=3)
+    rows = int(sizes.sum())
+    for stored in (b, b.contiguous()):
+        mine = ours(a, stored, dc, offsets)
+        for value, truth in zip(
+            (mine[0][:rows], mine[1][:rows], mine[2]),
+            in_dtype(a, b, dc, offsets, torch.float64),
+            strict=True,
+        ):
+            assert error(value, truth) < 2 * UNIT[dtype] + 1e-6
+        assert not mine[0][rows:].any() and not mine[1][rows:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_nan_stays_in_its_row(cpu_engine, dtype, poison):
+    sizes = torch.tensor([20, 0, 37, 1, 16])
+    a, b, dc, offsets = tensors(sizes, 96, 80, dtype)
+    clean = ours(a, b, dc, offsets)
+    row, expert = 31, 2  # in the middle of the third group
+    a[row, 5], dc[row, 7] = poison, poison
+    c, da, dw = ours(a, b, dc, offsets)
+    others = torch.arange(len(a)) != row
+    assert not c[row].isfinite().any() and not da[row].isfinite().any()
+    assert torch.equal(c[others], clean[0][others]) and torch.equal(da[others], clean[1][others])
+    others = torch.arange(len(sizes)) != expert
+    assert torch.equal(dw[others], clean[2][others])
+    assert not dw[expert, 5].isfinite().any() and not dw[expert, :, 7].isfinite().any()
+    clean_part = torch.ones(96, 80, dtype=torch.bool)
+    clean_part[5], clean_part[:, 7] = False, False
+    assert torch.equal(dw[expert][clean_part], clean[2][expert][clean_part])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("experts,expert", [(1, 0), (384, 0), (384, 200), (384, 383)])
+def test_a_single_row(cpu_engine, dtype, experts, expert):
+    sizes = F.one_hot(torch.tensor(expert), experts)
+    a, b, dc, offsets = tensors(sizes, 64, 48, dtype)
+    exact = in_dtype(a, b, dc, offsets, torch.float64)
+    for mine, truth in zip(ours(a, b, dc, offsets), exact, strict=True):
+        assert error(mine, truth) < 2 * UNIT[dtype] + 1e-6
+    dw = ours(a, b, dc, offsets)[2]
+    assert not dw[torch.arange(experts) != expert].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_offsets_of_either_integer(cpu_engine, dtype):
+    a, b, dc, offsets = tensors(sizes_of("random", 12, 70), 40, 24, dtype, tail=4)
+    strided = torch.stack([offsets.long(), offsets.long() + 1], dim=1)[:, 0]
+    for other in (offsets.long(), strided):
+        for x, y in zip(ours(a, b, dc, offsets), ours(a, b, dc, other), strict=True):
+            assert torch.equal(x, y)
+        main = grouped_gemm_wgrad(a, dc, other)
+        assert torch.equal(main, grouped_gemm_wgrad(a, dc, offsets))
+    with pytest.raises(ValueError, match="offsets: expected 0 <= .*R = 74, got .42949673"):
+        grouped_gemm(a, b, offsets.long() + 2**32)  # would wrap around to good ones
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unset_rows_past_the_last_group_are_never_read(cpu_engine, dtype):
+    a, b, dc, offsets = tensors(sizes_of("random", 8, 50), 48, 32, dtype, tail=30)
+    rows = int(offsets[-1])
+    c, da, dw = ours(a, b, dc, offsets)
+    whole = ours(a[:rows], b, dc[:rows], offsets)
+    assert torch.equal(c[:rows], whole[0]) and torch.equal(da[:rows], whole[1])
+    assert torch.equal(dw, whole[2])
+    assert not c[rows:].any() and not da[rows:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_of_every_operand(cpu_engine, dtype):
+    a, b, dc, offsets = tensors(sizes_of("random", 6, 45), 40, 24, dtype)
+    expected = ours(a, b, dc, offsets)
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "transposed": lambda t: t.mT.contiguous().mT,
+        "every second column": lambda t: torch.stack([t, t + 1], dim=-1).flatten(-2)[..., ::2],
+        "a part of wider rows": lambda t: F.pad(t, (3, 5))[..., 3:-5],
+        "every second row": lambda t: torch.stack([t, t + 1], dim=-2).flatten(-3, -2)[..., ::2, :],
+    }
+    for name, layout in layouts.items():
+        strided = layout(a), layout(b), layout(dc)
+        for x, y in zip(expected, ours(*strided, offsets), strict=True):
+            assert error(x, y.double()) < 2 * UNIT[dtype], name
+    dw = grouped_gemm_wgrad(layouts["transposed"](a), layouts["transposed"](dc), offsets)
+    assert error(dw, expected[2].double()) < 2 * UNIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expanded_gradients(cpu_engine, dtype):
+    """`sum` hands back one number with strides of zero."""
+    a, b, dc, offsets = tensors(sizes_of("random", 6, 45), 40, 24, dtype)
+    whole = ours(a, b, torch.ones_like(dc), offsets)
+    one = ours(a, b, torch.ones((), dtype=dtype).expand(dc.shape), offsets)
+    assert all(torch.equal(x, y) for x, y in zip(whole, one, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accumulation_adds_in_the_accumulator(cpu_engine, dtype):
+    """Two halves of the rows into one fp32 buffer equal all rows at once; strided buffers too."""
+    a, b, dc, offsets = tensors(torch.full((4,), 20), 48, 40, dtype)
+    first, second = (torch.arange(80) % 20 < 10), (torch.arange(80) % 20 >= 10)
+    half = torch.full((4,), 10).cumsum(0).int()
+    _, _, dw = in_dtype(a, b, dc, offsets, torch.float64)
+    for main in (torch.full(dw.shape, torch.nan), torch.empty(4, 40, 48).mT):
+        grouped_gemm_wgrad(a[first], dc[first], half, out=main)
+        grouped_gemm_wgrad(a[second], dc[second], half, out=main, accumulate=True)
+        assert error(main, dw) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_twenty_repeats_have_the_same_bits(cpu_engine, dtype):
+    arguments = tensors(sizes_of("hot", 24, 300), 200, 144, dtype)
+    first = ours(*arguments)
+    for _ in range(19):
+        assert all(torch.equal(x, y) for x, y in zip(first, ours(*arguments), strict=True))
