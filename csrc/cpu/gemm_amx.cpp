@@ -15,13 +15,14 @@
 // 1024. A last single group takes 3 loads and 2 products a step, and waits for its two chains of
 // sums (52 clocks a product): 830 clocks where a pair takes 1024.
 //
-// Predicted, not measured: for a core of 3.0 GHz, a block of 32 x 512 weights (32 KiB) with its
-// packing of about 850 clocks, the next one fetched meanwhile at 30 GB/s (3280 clocks):
+// Predicted, not measured: for a core of 3.0 GHz, a block of 32 x 512 weights (32 KiB), packed from
+// L2 in about 1200 clocks (loads of 21 clocks a KiB, then a store a clock), while the next one
+// comes from memory at 30 GB/s (3280 clocks):
 //
 //   rows   multiply   pack    memory    time            TFLOP/s a core
-//     21       1170    850      3280    3280            0.63, bound by memory
-//     64       2350    850      3280    3280            1.9, bound by both
-//    256       9390    850      3280   10240            2.5
+//     21       1170   1200      3280    3280            0.63, bound by memory
+//     64       2350   1200      3280    3550            1.8, bound by both
+//    256       9390   1200      3280   10590            2.4
 #include "cpu/gemm_dot_avx512.h"
 #include "cpu/gemm_pack_avx512.h"
 #include "cpu/gemm_pairs_avx512_bf16.h"
@@ -35,44 +36,48 @@ constexpr int64_t kDepthBlock = 512;
 constexpr int64_t kTileWords = tile::kBytes / 4;
 
 // Rows of a strip as whole tiles [16 rows][32 depths], upper and lower 16 rows alternating: the
-// order in which they are loaded. A row is read to its end before the next one: short pieces of
-// many rows would miss the TLB at each, and tiles loaded from rows 14 336 bytes apart (depth 7168)
-// would share 2 of the 64 sets of L1.
+// order in which they are loaded. Four rows are read side by side to their ends: short pieces of
+// all rows would miss the TLB at each, tiles loaded from rows 14 336 bytes apart (depth 7168) would
+// share 2 of the 64 sets of L1, and a single row's copies, 2 KiB apart, do so too.
 template <Storage S>
 void pack_tiles(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count,
                 uint32_t* to) {
-  const int64_t padded = BlockEngine::round_up(count, tile::kDepths);
+  constexpr int64_t kTogether = 4;
   const auto words_of = [&](int64_t d, int64_t r) {  // the 16 words of 32 depths of a row
     return to + (d / tile::kDepths * 2 + r / tile::kRows) * kTileWords + r % tile::kRows * 16;
   };
   if (along_rows(x)) {
-    for (int64_t r = 0; r < kStripRows; ++r) {
-      const int64_t source = r < rows ? gathered(x.row_index, x.index_divisor, row + r) : -1;
-      for (int64_t d = 0; d < padded; d += tile::kDepths) {
-        const int64_t left = count - d;
-        _mm512_storeu_si512(words_of(d, r), source < 0 ? _mm512_setzero_si512()
-                                                       : Pairs::row<S>(x, source, depth + d,
-                                                                       left < 32 ? left : 32));
-      }
+    for (int64_t first = 0; first < kStripRows; first += kTogether) {
+      int64_t source[kTogether];
+      for (int64_t i = 0; i < kTogether; ++i)
+        source[i] = first + i < rows ? gathered(x.row_index, x.index_divisor, row + first + i) : -1;
+      const auto copy = [&](int64_t d, int64_t n) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kTogether; ++i)
+          _mm512_storeu_si512(
+              words_of(d, first + i),
+              source[i] < 0 ? _mm512_setzero_si512() : Pairs::row<S>(x, source[i], depth + d, n));
+      };
+      int64_t d = 0;
+      for (; d + tile::kDepths <= count; d += tile::kDepths) copy(d, tile::kDepths);
+      if (d < count) copy(d, count - d);
     }
     return;
   }
-  for (int64_t d = 0; d < padded; d += tile::kDepths)
+  alignas(64) uint32_t pairs[16][kStripRows];  // of 32 depths, then turned over
+  for (int64_t d = 0; d < count; d += tile::kDepths) {
+    const bool packed = Pairs::pack_columns<S, kStripRows>(x, row, rows, depth + d, count - d,
+                                                           tile::kDepths, pairs[0]);
     for (int64_t part = 0; part < kStripRows; part += tile::kRows) {
       const int64_t left = rows - part, live = left < 0 ? 0 : left < 16 ? left : 16;
-      alignas(64) uint32_t pairs[16][16];
+      if (!packed)
+        pack_group<Pairs, S>(x, row + part, live, depth + d, count - d < 32 ? count - d : 32, 32,
+                             pairs[0] + part, kStripRows, tile::kRows);
       const char* from[16];
-      for (int p = 0; p < 16; ++p) {
-        from[p] = reinterpret_cast<const char*>(pairs[p]);
-        if (along_columns(x))
-          _mm512_store_si512(pairs[p],
-                             column<Pairs, S>(x, row + part, live, depth, d + 2 * p, count));
-        else
-          for (int64_t r = 0; r < 16; ++r)
-            pairs[p][r] = r < live ? word<Pairs>(x, row + part + r, depth, d + 2 * p, count) : 0;
-      }
+      for (int p = 0; p < 16; ++p) from[p] = reinterpret_cast<const char*>(pairs[p] + part);
       store_transposed(from, 16, words_of(d, part), 16, 0xffff);
     }
+  }
 }
 
 void pack_strip(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count,

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: MIT
 // Block products of every engine of this machine against sums in double precision over element():
 // all storages, strides and gathers of both operands, tails, several depth blocks, in buffers of
-// exactly the promised bytes (AddressSanitizer watches). Built twice: with the engines as they are,
+// exactly the promised bytes (see Buffer). Built twice: with the engines as they are,
 // and with KIMI_HOST_TILES for the AMX engine alone, on the model of the tiles.
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "cpu/features.h"
 #include "cpu/gemm.h"
+#include "gemm_operands.h"
 #if defined(KIMI_HOST_TILES)
 #include "tiles.h"
 #endif
@@ -43,112 +43,6 @@ std::vector<Named> engines() {
   return all;
 }
 
-struct Random {
-  uint64_t state;
-  uint32_t operator()() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return uint32_t(state >> 32);
-  }
-  float value() { return float(int32_t((*this)())) * 0x1p-31f; }
-};
-
-using Bytes = std::vector<unsigned char>;
-enum Order { kAlongDepth, kAlongRows, kStrided };
-enum Gather { kNone, kRows, kDepth };
-constexpr const char* kOrders[] = {"along depth", "along rows", "strided"};
-constexpr const char* kGathers[] = {"", ", gathered rows", ", gathered depth"};
-constexpr Storage kStorages[] = {Storage::kFloat32, Storage::kBfloat16, Storage::kFloat16,
-                                 Storage::kFp8Block, Storage::kInt4Group};
-constexpr bool is_quantised(Storage s) { return s > Storage::kFloat16; }
-
-struct Kind {
-  Storage storage;
-  Order order = kAlongDepth;
-  Gather gather = kNone;
-  std::string text() const {
-    return "storage " + std::to_string(int(storage)) + " " + kOrders[order] + kGathers[gather];
-  }
-};
-std::vector<Kind> kinds(bool quantised) {
-  std::vector<Kind> all;
-  for (Storage storage : kStorages)
-    for (Order order : {kAlongDepth, kAlongRows, kStrided})
-      for (Gather gather : {kNone, kRows, kDepth})
-        if (!is_quantised(storage) || (quantised && order == kAlongDepth && gather == kNone))
-          all.push_back({storage, order, gather});
-  return all;
-}
-
-// An operand whose memory ends with its last element.
-struct Matrix {
-  Operand x;
-  Bytes data, scale;
-  std::vector<int32_t> index;
-
-  Matrix(const Kind& kind, int64_t rows, int64_t depth, uint32_t seed) {
-    Random random{seed};
-    x.storage = kind.storage;
-    int64_t source_rows = rows, source_depth = depth;
-    if (kind.gather != kNone) {
-      int64_t& gathered = kind.gather == kRows ? source_rows : source_depth;
-      x.index_divisor = 1 + random() % 3;
-      index.resize(size_t(gathered));
-      gathered = gathered / 2 + 1;
-      for (int32_t& i : index) i = int32_t(random() % (gathered * x.index_divisor + 1)) - 1;
-      (kind.gather == kRows ? x.row_index : x.depth_index) = index.data();
-    }
-    const int64_t pad = random() % 4;
-    switch (kind.order) {
-      case kAlongDepth:
-        x.depth_stride = 1, x.row_stride = source_depth + pad;
-        if (kind.storage == Storage::kInt4Group) x.row_stride += x.row_stride % 2;
-        break;
-      case kAlongRows:
-        x.row_stride = 1, x.depth_stride = source_rows + pad;
-        break;
-      case kStrided:
-        x.depth_stride = 2, x.row_stride = 2 * source_depth + pad;
-    }
-    fill((source_rows - 1) * x.row_stride + (source_depth - 1) * x.depth_stride + 1, random);
-    scales(source_rows, source_depth, random);
-  }
-  Matrix(const Matrix&) = delete;
-
- private:
-  template <class T>
-  static void set(Bytes& bytes, int64_t at, T value) {
-    std::memcpy(&bytes[size_t(at) * sizeof(T)], &value, sizeof(T));
-  }
-  void fill(int64_t n, Random& random) {
-    const int bits[] = {32, 16, 16, 8, 4};
-    data.resize(size_t(n * bits[int(x.storage)] + 7) / 8);
-    if (is_quantised(x.storage)) {
-      for (unsigned char& byte : data) {
-        byte = static_cast<unsigned char>(random());
-        if (x.storage == Storage::kFp8Block && (byte & 0x7f) == 0x7f) byte ^= 1;  // no NaN
-      }
-    } else {
-      for (int64_t i = 0; i < n; ++i)
-        dispatch(kimi_dtype(x.storage),
-                 [&]<class T>() { set(data, i, from_float<T>(random.value())); });
-    }
-    x.data = data.data();
-  }
-  void scales(int64_t rows, int64_t depth, Random& random) {
-    const bool fp8 = x.storage == Storage::kFp8Block;
-    if (!is_quantised(x.storage)) return;
-    const int64_t used = (depth + (fp8 ? 127 : 31)) / (fp8 ? 128 : 32);
-    x.scale_stride = used + random() % 3;
-    const int64_t n = ((fp8 ? (rows + 127) / 128 : rows) - 1) * x.scale_stride + used;
-    scale.resize(size_t(n) * (fp8 ? 4 : 2));
-    for (int64_t i = 0; i < n; ++i) {
-      const float value = 0.01f * (1.5f + random.value());
-      fp8 ? set(scale, i, value) : set(scale, i, from_float<bf16>(value));
-    }
-    x.scale = scale.data();
-  }
-};
-
 // The part of a matrix that a product takes.
 struct Part {
   const Operand& x;
@@ -160,25 +54,21 @@ std::vector<double> converted(const Part& m, int64_t depth, int64_t count, bool 
   for (int64_t r = 0; r < m.rows; ++r)
     for (int64_t d = 0; d < count; ++d) {
       const float value = element(m.x, m.row + r, depth + d);
-      all[size_t(r * count + d)] = to_bf16 ? to_float(from_float<bf16>(value)) : value;
+      all[r * count + d] = to_bf16 ? to_float(from_float<bf16>(value)) : value;
     }
   return all;
 }
 
-constexpr uint32_t kUntouched = 0x7fc12345;  // a NaN
-
-std::vector<float> untouched(int64_t n) {
-  return std::vector<float>(size_t(n), float_of(kUntouched));
-}
+constexpr uint32_t kUntouched = 0xffffffff;  // of a new Buffer
 
 // What a caller does: the panel once, then strip by strip and block by block. [p.rows][stride]
-std::vector<float> product(const BlockEngine& e, const Part& p, const Part& s, int64_t depth,
-                           int64_t count, int64_t stride) {
+Buffer<float> product(const BlockEngine& e, const Part& p, const Part& s, int64_t depth,
+                      int64_t count, int64_t stride) {
   const auto up = BlockEngine::round_up;
-  Bytes panel(size_t(e.panel_bytes(p.rows, count))), strip(size_t(e.strip_bytes()));
+  Bytes panel(e.panel_bytes(p.rows, count)), strip(e.strip_bytes());
   e.pack_panel(p.x, p.row, p.rows, depth, count, panel.data());
   const int64_t padded_rows = up(p.rows, e.panel_rows), padded_columns = up(s.rows, kStripRows);
-  std::vector<float> c = untouched((padded_rows - 1) * stride + padded_columns);
+  Buffer<float> c((padded_rows - 1) * stride + padded_columns);
   for (int64_t j = 0; j < s.rows; j += kStripRows)
     for (int64_t d = 0; d < count; d += e.depth_block) {
       const int64_t block = std::min(e.depth_block, count - d);
@@ -197,7 +87,7 @@ std::vector<float> product(const BlockEngine& e, const Part& p, const Part& s, i
   if (e.finish) e.finish(c.data(), p.rows, s.rows, stride);
   for (int64_t i = 0; i + 1 < padded_rows; ++i)
     for (int64_t j = padded_columns; j < stride; ++j)
-      CHECK(bits_of(c[size_t(i * stride + j)]) == kUntouched);
+      CHECK(bits_of(c[i * stride + j]) == kUntouched);
   return c;
 }
 
@@ -226,7 +116,7 @@ void expect_product(const Named& e, const std::string& what, const Part& p, cons
   const int64_t stride = BlockEngine::round_up(s.rows, kStripRows) + gap;
   const std::string text = std::string(e.name) + ": " + what + ", " + std::to_string(p.rows) +
                            " x " + std::to_string(s.rows) + " x " + std::to_string(count);
-  const std::vector<float> c = product(*e.engine, p, s, depth, count, stride);
+  Buffer<float> c = product(*e.engine, p, s, depth, count, stride);
   expect_close(text, converted(p, depth, count, e.is_bf16()), p.rows,
                converted(s, depth, count, e.is_bf16()), s.rows, count, c.data(), stride);
 }
@@ -273,15 +163,14 @@ TEST(rows_do_not_depend_on_their_neighbours) {
     for (int64_t count : {5, 300, 600}) {
       constexpr int64_t kCount = 70, kColumns = 40, kStride = 64;
       const Matrix p({Storage::kFloat32}, kCount, count, 3), s({Storage::kBfloat16}, 40, count, 4);
-      const std::vector<float> all =
+      Buffer<float> all =
           product(*e.engine, {p.x, 0, kCount}, {s.x, 0, kColumns}, 0, count, kStride);
       for (int64_t size : {1, 2, 15, 17, 33})
         for (int64_t row = 0; row + size <= kCount; row += size) {
-          const std::vector<float> some =
+          Buffer<float> some =
               product(*e.engine, {p.x, row, size}, {s.x, 0, kColumns}, 0, count, kStride);
           for (int64_t i = 0; i < size; ++i)
-            CHECK(std::memcmp(&all[size_t((row + i) * kStride)], &some[size_t(i * kStride)],
-                              kColumns * 4) == 0);
+            CHECK(std::memcmp(&all[(row + i) * kStride], &some[i * kStride], kColumns * 4) == 0);
         }
     }
 }
@@ -291,13 +180,13 @@ TEST(nan_stays_in_its_row) {
     for (int64_t bad : {0, 16, 38}) {
       Matrix p({Storage::kBfloat16}, 39, 65, 1), s({Storage::kBfloat16}, 39, 65, 2);
       const uint16_t nan = 0x7fc0;
-      std::memcpy(&p.data[size_t(bad * p.x.row_stride + 64) * 2], &nan, 2);
-      const std::vector<float> rows = product(*e.engine, {p.x, 0, 39}, {s.x, 0, 39}, 0, 65, 64);
-      const std::vector<float> columns = product(*e.engine, {s.x, 0, 39}, {p.x, 0, 39}, 0, 65, 64);
+      std::memcpy(&p.data[(bad * p.x.row_stride + 64) * 2], &nan, 2);
+      Buffer<float> rows = product(*e.engine, {p.x, 0, 39}, {s.x, 0, 39}, 0, 65, 64);
+      Buffer<float> columns = product(*e.engine, {s.x, 0, 39}, {p.x, 0, 39}, 0, 65, 64);
       for (int64_t i = 0; i < 39; ++i)
         for (int64_t j = 0; j < 39; ++j) {
-          CHECK(std::isnan(rows[size_t(i * 64 + j)]) == (i == bad));
-          CHECK(std::isnan(columns[size_t(i * 64 + j)]) == (j == bad));
+          CHECK(std::isnan(rows[i * 64 + j]) == (i == bad));
+          CHECK(std::isnan(columns[i * 64 + j]) == (j == bad));
         }
     }
 }
@@ -312,10 +201,10 @@ TEST(few_rows) {
         for (Storage storage : kStorages) {
           const int64_t rows = 1 + ++i % 13, count = 1 + i * 97 % 600, gap = i % 3, first = i % 4;
           const Matrix x(kind, first + tokens, count, i), s({storage}, first + rows, count, ~i);
-          Bytes packed(size_t(tokens * e.dot_stride(count) * e.element_bytes));
+          Bytes packed(tokens * e.dot_stride(count) * e.element_bytes);
           e.pack_dot(x.x, first, tokens, count, packed.data());
           const int64_t stride = rows + gap;
-          std::vector<float> c = untouched((tokens - 1) * stride + rows);
+          Buffer<float> c((tokens - 1) * stride + rows);
           e.dot(packed.data(), tokens, s.x, first, rows, count, c.data(), stride);
           const bool bf16 = named.is_bf16();
           expect_close(std::string(named.name) + ": dot of " + kind.text() + " x storage " +
@@ -324,8 +213,7 @@ TEST(few_rows) {
                        converted({s.x, first, rows}, 0, count, bf16), rows, count, c.data(),
                        stride);
           for (int64_t t = 0; t + 1 < tokens; ++t)
-            for (int64_t j = rows; j < stride; ++j)
-              CHECK(bits_of(c[size_t(t * stride + j)]) == kUntouched);
+            for (int64_t j = rows; j < stride; ++j) CHECK(bits_of(c[t * stride + j]) == kUntouched);
         }
   }
 }
