@@ -4,7 +4,7 @@
 # load it as two more engines.
 if(kimi_has_python)
   file(GLOB kimi_kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu)
-  add_library(kimi_ops_simt STATIC ${kimi_host_sources})
+  add_library(kimi_ops_simt STATIC ${kimi_host_sources} $<TARGET_OBJECTS:kimi_engines>)
   kimi_set_isa_flags(${kimi_host_sources})
   target_link_libraries(kimi_ops_simt PUBLIC kimi_build_flags kimi_simt kimi_tiles)
   target_compile_definitions(kimi_ops_simt PRIVATE KIMI_OPS_CUDA)
