@@ -109,8 +109,11 @@ TEST(subnormal_numbers_are_zeros) {
   CHECK(dot_of(0, {0x1p-126f, 0}, {1, 0}) == 0x1p-126f);     // the smallest normal number
   CHECK(dot_of(-0x1p-126f, {0x1.8p-126f, 0}, {1, 0}) == 0);  // a difference
   CHECK(std::signbit(dot_of(0, {-0x1p-100f, 0}, {0x1p-27f, 0})) == false);  // 0 + -0
-  // Just below 2^-126 counts as subnormal if 24 bits can tell it from there.
-  CHECK(dot_of(0, {0x1p-126f, -0x1p-100f}, {1, 0x1p-50f}) == 0x1p-126f);
+  // The old value is zero before the addition, not after it.
+  CHECK(dot_of(0x1p-127f, {0x1p-126f, 0}, {1, 0}) == 0x1p-126f);
+  // 2^-126 (1 - 2^-24) has 24 bits and is subnormal; 2^-126 (1 - 2^-25) rounds to 2^-126.
+  CHECK(dot_of(0, {0x1p-126f, 0, -0x1p-100f, 0}, {1, 0, 0x1p-50f, 0}) == 0);
+  CHECK(dot_of(0, {0x1p-126f, 0, -0x1p-100f, 0}, {1, 0, 0x1p-51f, 0}) == 0x1p-126f);
 }
 
 TEST(faults) {
