@@ -94,9 +94,10 @@ class Setting:
     def _fwd(self) -> Functions:
         b, out = self.weight.mT, self.a.new_empty(self.case.total, self.weight.shape[1])
 
-        def loop() -> None:
+        def loop() -> Tensor:
             for e, rows in self.groups:
                 torch.mm(self.a[rows], b[e], out=out[rows])
+            return out
 
         return {
             "kimi_ops": lambda: grouped_gemm(self.a, b, self.offsets),
@@ -123,20 +124,22 @@ class Setting:
     def _dgrad(self) -> Functions:
         da = torch.empty_like(self.a)
 
-        def loop() -> None:
+        def loop() -> Tensor:
             for e, rows in self.groups:
                 torch.mm(self.dc[rows], self.weight[e], out=da[rows])
+            return da
 
         named = self._graphs(of_rows=True)
         return named | {"mm loop": loop, "F.linear": lambda: torch.mm(self.dc, self.weight[0])}
 
     def _wgrad(self) -> Functions:
-        def loop() -> None:
+        def loop() -> Tensor:
             dw = torch.empty_like(self.weight)
             if len(self.groups) < self.case.experts:
                 dw.zero_()
             for e, rows in self.groups:
                 torch.mm(self.dc[rows].t(), self.a[rows], out=dw[e])
+            return dw
 
         named = self._graphs(of_rows=False)
         return named | {"mm loop": loop, "F.linear": lambda: torch.mm(self.dc.t(), self.a)}
@@ -145,19 +148,23 @@ class Setting:
         main = torch.zeros(self.weight.shape, device=self.weight.device)
         gradient = self._graphs(of_rows=False)["grouped_mm"]
 
-        def theirs() -> None:
+        def theirs() -> Tensor:
             new = gradient()
             assert isinstance(new, Tensor)
-            main.add_(new)
+            return main.add_(new)
 
-        def loop() -> None:
+        def loop() -> Tensor:
             for e, rows in self.groups:
                 main[e].add_(torch.mm(self.dc[rows].t(), self.a[rows]))
+            return main
 
-        def ours() -> None:
+        def ours() -> Tensor:
             grouped_gemm_wgrad(self.a, self.dc, self.offsets, out=main.mT, accumulate=True)
+            return main
 
-        dense = lambda: main[0].add_(torch.mm(self.dc.t(), self.a))  # noqa: E731
+        def dense() -> Tensor:
+            return main[0].add_(torch.mm(self.dc.t(), self.a))
+
         return {"kimi_ops": ours, "grouped_mm": theirs, "mm loop": loop, "F.linear": dense}
 
 

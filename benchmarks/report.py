@@ -70,12 +70,12 @@ class Report:
                 f"{'% roof':>8}{peers}{'peak':>10}{'torch':>10}"
             )
         self.rows.append(row)
-        scale = 1e12 if row.unit == "TFLOP/s" else 1e9
-        found = row.ratios()
+        scale, digits = (1e12, 3) if row.unit == "TFLOP/s" else (1e9, 2)
+        found, share = row.ratios(), 100 * row.rate() / row.roof
         ratios = "".join(f"{found[n]:>16.2f}" if n in found else f"{'-':>16}" for n in self.names)
         print(
             f"{row.case:<{self.width}}{_us(row.time.median):>10}{_us(row.time.p10):>10}"
-            f"{_us(row.time.p90):>10}{row.rate() / scale:>10.2f}{100 * row.rate() / row.roof:>8.1f}"
+            f"{_us(row.time.p90):>10}{row.rate() / scale:>10.{digits}f}{share:>8.1f}"
             f"{ratios}{_mb(row.peak_bytes):>10}{_mb(row.peer_bytes):>10}",
             flush=True,
         )

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-# _simt: the Python module again, over a library whose CUDA kernels run on the host (tests/simt). It
-# is never installed; the Python tests load it as one more engine.
+# _simt: the Python module again, over a library whose CUDA kernels run on the host (tests/simt) and
+# whose AMX engines run on a model of the tiles (tests/tiles). It is never installed; the Python tests
+# load it as two more engines.
 if(kimi_has_python)
   file(GLOB kimi_kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu)
-  add_library(kimi_ops_simt STATIC ${kimi_host_sources})
+  add_library(kimi_ops_simt STATIC ${kimi_host_sources} $<TARGET_OBJECTS:kimi_engines>)
   kimi_set_isa_flags(${kimi_host_sources})
-  target_link_libraries(kimi_ops_simt PUBLIC kimi_build_flags kimi_simt)
+  target_link_libraries(kimi_ops_simt PUBLIC kimi_build_flags kimi_simt kimi_tiles)
   target_compile_definitions(kimi_ops_simt PRIVATE KIMI_OPS_CUDA)
   kimi_simt_kernels(kimi_ops_simt ${kimi_kernels})
   kimi_add_python_module(_simt)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The engines that the op tests run on: every instruction set of this machine, the CUDA kernels run
-on the host (simt), and a GPU where there is one. A test that takes `engine` runs on each."""
+"""The engines that the op tests run on: every instruction set of this machine, AMX on a model of
+its tiles (amx_model), the CUDA kernels run on the host (simt), and a GPU where there is one. A test
+that takes `engine` runs on each."""
 
 import importlib.util
 import os
@@ -52,14 +53,16 @@ class Engine:
 def _skip_reason(name: str) -> str | None:
     if name in ISAS and name not in AVAILABLE:
         return f"this machine has no {name}"
-    if name == "simt" and SIMT is None:
+    if name in ("simt", "amx_model") and SIMT is None:
         return "no _simt module: build with KIMI_OPS_TESTS=ON (make test does)"
+    if name == "amx_model" and SIMT is not None and SIMT.detected_isa() != "amx":
+        return "the model of the AMX tiles needs a processor with avx512_bf16"
     if name == "cuda" and not (_native._C.cuda_architectures() and torch.cuda.is_available()):
         return "no GPU, or a build without CUDA kernels"
     return None
 
 
-@pytest.fixture(params=[*ISAS, "simt", "cuda"])
+@pytest.fixture(params=[*ISAS, "amx_model", "simt", "cuda"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     name = request.param
     if reason := _skip_reason(name):
@@ -70,6 +73,10 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     elif name == "simt":
         assert SIMT is not None
         _native.cpu_engine = (SIMT, _native.CUDA)
+    elif name == "amx_model":
+        assert SIMT is not None
+        SIMT.set_isa("amx")
+        _native.cpu_engine = (SIMT, _native.CPU)
     yield Engine(name)
     _native._C.set_isa(isa)
     _native.cpu_engine = cpu_engine

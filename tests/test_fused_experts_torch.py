@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kimi_ops import fused_experts, topk_gate
 
@@ -248,3 +249,75 @@ def test_twenty_repeats_have_the_same_bits(cpu_engine, dtype):
     for _ in range(19):
         again = value_and_gradients(lambda *t: fused_experts(*t, indices), floats, dy)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("skew", ["random", "hot"])
+def test_thread_counts_have_the_same_bits(cpu_engine, two_thread_counts, dtype, skew):
+    *floats, indices = tensors(96, 24, 4, 200, 72, dtype, skew)
+    dy = torch.randn(96, 200).to(dtype)
+    results = []
+    for threads in two_thread_counts:
+        torch.set_num_threads(threads)
+        results.append(value_and_gradients(lambda *t: fused_experts(*t, indices), floats, dy))
+    for name, one, several in zip(NAMES, *results, strict=True):
+        assert torch.equal(one, several), name
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of this library's operators, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "kimi_ops":
+            assert not kwargs
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    """Of every operator behind the op and its gradient, as it is called."""
+    *floats, indices = tensors(20, 6, 2, 24, 16, dtype)
+    leaves = [t.clone().requires_grad_() for t in floats]
+    with Recorder() as recorder:
+        y = fused_experts(*leaves, indices)
+        torch.autograd.grad(y.sum(), leaves)
+        with torch.no_grad():
+            fused_experts(*floats, indices)
+    names = {func._schema.name.removeprefix("kimi_ops::") for func, _ in recorder.calls}
+    assert names & {"fused_experts", "fused_experts_forward"}, names
+    for func, args in recorder.calls:
+        torch.library.opcheck(func, tuple(t.detach() if isinstance(t, Tensor) else t for t in args))
+    op = torch.ops.kimi_ops.fused_experts.default
+    forward = next(args for func, args in recorder.calls if func is op)
+    torch.library.opcheck(op, (*leaves, *forward[4:]))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "situ"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_full_graph_with_dynamic_tokens(activation, backend):
+    torch._dynamo.reset()
+
+    def layer(x, w_gate_up, w_down, logits):
+        gate = topk_gate(logits, 2)
+        y = fused_experts(
+            torch.tanh(x), w_gate_up, w_down, gate.weights, gate.indices, activation=activation
+        )
+        return (x + y).square().sum()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (3, 17, 40):
+        x, w_gate_up, w_down, _, _ = tensors(tokens, 6, 2, 24, 16, torch.float32)
+        first = [t.requires_grad_() for t in (x, w_gate_up, w_down, torch.randn(tokens, 6))]
+        second = [t.detach().clone().requires_grad_() for t in first]
+        a, b = compiled(*first), layer(*second)
+        a.backward()
+        b.backward()
+        assert error(a, b) < 1e-6
+        for mine, other in zip(first, second, strict=True):
+            assert error(mine.grad, other.grad) < 1e-6
+    assert len(torch._dynamo.utils.counters["graph_break"]) == 0

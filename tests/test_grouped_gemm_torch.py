@@ -3,11 +3,13 @@
 emulation: 384 experts, awkward sizes, NaN, strides, thread counts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kimi_ops import grouped_gemm, grouped_gemm_wgrad
 
@@ -232,3 +234,93 @@ def test_twenty_repeats_have_the_same_bits(cpu_engine, dtype):
     first = ours(*arguments)
     for _ in range(19):
         assert all(torch.equal(x, y) for x, y in zip(first, ours(*arguments), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows,k,n", [(300, 200, 144), (24, 2048, 65), (2100, 33, 256)])
+def test_thread_counts_have_the_same_bits(cpu_engine, two_thread_counts, dtype, rows, k, n):
+    a, b, dc, offsets = tensors(sizes_of("hot", 24, rows), k, n, dtype, tail=2)
+    results = []
+    for threads in two_thread_counts:
+        torch.set_num_threads(threads)
+        main = torch.ones(24, k, n)
+        grouped_gemm_wgrad(a, dc, offsets, out=main, accumulate=True)
+        results.append((*ours(a, b, dc, offsets), main))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of this library's operators, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "kimi_ops":
+            assert not kwargs
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_opcheck(dtype, turned):
+    """Of every operator behind the op, its gradient and `grouped_gemm_wgrad`, as it is called."""
+    a, b, dc, offsets = tensors(torch.tensor([5, 0, 9]), 24, 16, dtype, tail=2)
+    a, dc = a.nan_to_num(), dc.nan_to_num()
+    b, bias = (b if turned else b.contiguous()), torch.randn(3, 16).to(dtype)
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (a, b, bias)]
+    with Recorder() as recorder:
+        c = grouped_gemm(leaves[0], leaves[1], offsets, bias=leaves[2])
+        torch.autograd.grad(c, leaves, dc)
+        with torch.no_grad():
+            grouped_gemm(a, b, offsets, out_dtype=torch.float32)
+            grouped_gemm(a, b, offsets, out=torch.empty(16, 16, dtype=dtype))
+        grouped_gemm_wgrad(a, dc, offsets)
+        main = torch.zeros(3, 24, 16)
+        grouped_gemm_wgrad(a, dc, offsets, out=main, accumulate=True)
+    names = {func._schema.name.removeprefix("kimi_ops::") for func, _ in recorder.calls}
+    assert any(name.startswith("grouped_gemm_wgrad") for name in names), names
+    assert names & {"grouped_gemm", "grouped_gemm_forward"}, names
+    for func, args in recorder.calls:
+        torch.library.opcheck(func, tuple(t.detach() if isinstance(t, Tensor) else t for t in args))
+    op = torch.ops.kimi_ops.grouped_gemm.default
+    forward = next(args for func, args in recorder.calls if func is op)
+    torch.library.opcheck(op, (leaves[0], leaves[1], *forward[2:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_full_graph_with_dynamic_rows(dtype, backend):
+    torch._dynamo.reset()
+
+    def layer(x, weight, bias, offsets):
+        c = grouped_gemm(torch.tanh(x), weight.transpose(1, 2), offsets, bias=bias)
+        return grouped_gemm(c, weight, offsets, out_dtype=torch.float32).square().sum()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for sizes in ([3, 0, 9], [20, 1, 0], [7, 7, 7]):
+        a, b, _, offsets = tensors(torch.tensor(sizes), 24, 16, dtype)
+        first = [t.clone().requires_grad_() for t in (a, b.mT, torch.randn(3, 16).to(dtype))]
+        second = [t.detach().clone().requires_grad_() for t in first]
+        x, y = compiled(*first, offsets), layer(*second, offsets)
+        x.backward()
+        y.backward()
+        torch.testing.assert_close(x, y, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=0)
+        for mine, other in zip(first, second, strict=True):
+            assert error(mine.grad, other.grad.double()) < 4 * UNIT[dtype]
+    assert len(torch._dynamo.utils.counters["graph_break"]) == 0
+
+
+def test_compiled_weight_gradients_into_a_buffer():
+    torch._dynamo.reset()
+    a, _, dc, offsets = tensors(torch.tensor([5, 0, 9]), 24, 16, torch.bfloat16)
+
+    def accumulate(rows, gradient, main):
+        return grouped_gemm_wgrad(rows * 2, gradient, offsets, out=main, accumulate=True)
+
+    eager, compiled = torch.ones(3, 24, 16), torch.ones(3, 24, 16)
+    accumulate(a, dc, eager)
+    torch.compile(accumulate, fullgraph=True, dynamic=True, backend="aot_eager")(a, dc, compiled)
+    assert torch.equal(eager, compiled) and not torch.equal(eager, torch.ones(3, 24, 16))

@@ -9,10 +9,12 @@ import pytest
 
 import kimi_ops
 from kimi_ops import _native
-from kimi_ops.info import OPS
+from kimi_ops.info import CUDA_OPS, OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-NATIVE = sorted({path.parent.name for path in (ROOT / "csrc").glob("*/*.cu")})
+# Ops with kernels; those with CUDA kernels are checked on the host too.
+NATIVE = sorted(p.parent.name for p in (ROOT / "csrc").glob("*/*.h") if p.stem == p.parent.name)
+CUDA = sorted({path.parent.name for path in (ROOT / "csrc").glob("*/*.cu")})
 SOURCES = {".py", ".pyi", ".h", ".c", ".cpp", ".cu", ".cuh", ".cmake", ".toml"}
 
 
@@ -33,8 +35,8 @@ def test_every_op_has_a_python_function_a_twin_and_tests(op):
 @pytest.mark.parametrize("op", NATIVE)
 def test_native_ops_mirror_their_name_everywhere(op):
     for place in (
-        "csrc/{0}/{0}.h", "csrc/{0}/{0}.cpp", "csrc/{0}/{0}.cu", "benchmarks/bench_{0}.py",
-        "docs/ops/{0}.md", "tests/simt/test_{0}.cpp", "tests/test_{0}_torch.py",
+        "csrc/{0}/{0}.h", "csrc/{0}/{0}.cpp", "benchmarks/bench_{0}.py", "docs/ops/{0}.md",
+        "tests/test_{0}_torch.py",
     ):  # fmt: skip
         assert (ROOT / place.format(op)).exists(), place.format(op)
     assert op in OPS and _native._C.cpu_engine(op), f"{op}: not in info.OPS or kimi_cpu_engine"
@@ -42,6 +44,13 @@ def test_native_ops_mirror_their_name_everywhere(op):
     header = "".join(path.read_text() for path in (ROOT / "csrc").glob("kimi_ops*.h"))
     assert f"- {op}" in header or f" {op}:" in header
     assert re.search(rf"^\| \[?`{op}`", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("op", CUDA)
+def test_cuda_kernels_have_their_places(op):
+    for place in ("csrc/{0}/{0}.cu", "tests/simt/test_{0}.cpp"):
+        assert (ROOT / place.format(op)).exists(), place.format(op)
+    assert op in CUDA_OPS
 
 
 def test_public_names_exist_and_are_documented():

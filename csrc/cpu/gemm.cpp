@@ -10,7 +10,8 @@ namespace {
 constexpr CpuEngines<BlockEngine> kFloatEngines = {
     {&kPortableBlocks, KIMI_X86(kAvx2Blocks), KIMI_X86(kAvx512Blocks)}};
 constexpr CpuEngines<BlockEngine> kBf16Engines = {
-    {&kPortableBlocks, KIMI_X86(kAvx2Blocks), KIMI_X86(kAvx512Blocks), KIMI_X86(kAvx512Bf16Blocks)}};
+    {&kPortableBlocks, KIMI_X86(kAvx2Blocks), KIMI_X86(kAvx512Blocks), KIMI_X86(kAvx512Bf16Blocks),
+     KIMI_X86(kAmxBlocks)}};
 
 }  // namespace
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Products with few tokens on AVX-512: each row of S is read once, straight from memory, vectors
-// along depth; kDotRows rows x T tokens of sums in registers. Bound by the memory that S lies in.
+// along depth; several rows x T tokens of sums in registers. Bound by the memory that S lies in.
 // Included by the ISA files only.
 #pragma once
 
@@ -13,8 +13,9 @@
 namespace kimi::cpu {
 namespace {  // every ISA file has its own copy
 
-constexpr int kDotRows = 4;
-constexpr int64_t kDotTokens = 5;
+constexpr int64_t kDotTokens = 4;
+// Rows of S at a time: many streams from memory, and rows x tokens of sums within 32 registers.
+constexpr int dot_rows(int tokens) { return tokens <= 3 ? 8 : 6; }
 
 template <class D, Storage S>
 void pack_dot_rows(const Operand& x, int64_t row, int64_t rows, int64_t count, void* tokens) {
@@ -25,7 +26,7 @@ void pack_dot_rows(const Operand& x, int64_t row, int64_t rows, int64_t count, v
     const int64_t source = gathered(x.row_index, x.index_divisor, row + r);
     for (int64_t d = 0; d < stride; d += D::kSpan) {
       const int64_t left = count - d;
-      if (source >= 0 && left > 0 && x.depth_stride == 1) {
+      if (source >= 0 && left > 0 && along_rows(x)) {
         const auto v = D::template row<S>(x, source, d, left < D::kSpan ? left : D::kSpan);
         __builtin_memcpy(to + d, &v, 64);
       } else {
@@ -75,9 +76,10 @@ template <class D, Storage S, int T>
 void dot_tokens(const typename D::Token* x, const Operand& s, int64_t row, int64_t rows,
                 int64_t count, float* c, int64_t stride) {
   const int64_t x_stride = BlockEngine::round_up(count, 64);
+  constexpr int kRows = dot_rows(T);
   int64_t j = 0;
-  for (; j + kDotRows <= rows; j += kDotRows)
-    dot_tile<D, S, kDotRows, T>(x, x_stride, s, row + j, count, c + j, stride);
+  for (; j + kRows <= rows; j += kRows)
+    dot_tile<D, S, kRows, T>(x, x_stride, s, row + j, count, c + j, stride);
   for (; j < rows; ++j) dot_tile<D, S, 1, T>(x, x_stride, s, row + j, count, c + j, stride);
 }
 

@@ -125,12 +125,41 @@ struct Float32 {
   }
 };
 
+// Depth is contiguous: vectors along a row.
+inline bool along_rows(const Operand& x) { return x.depth_stride == 1 && !x.depth_index; }
+// Rows are contiguous: vectors of one depth.
+inline bool along_columns(const Operand& x) {
+  return x.row_stride == 1 && !x.row_index && x.storage <= Storage::kFloat16;
+}
+
+// The words of depths depth + d.. of all `rows` <= 16 rows, where rows are contiguous.
+template <class C, Storage S>
+__m512i column(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t d,
+               int64_t count) {
+  int64_t at[C::kPair];
+  for (int64_t i = 0; i < C::kPair; ++i) {
+    const int64_t source =
+        d + i < count ? gathered(x.depth_index, x.index_divisor, depth + d + i) : -1;
+    at[i] = source < 0 ? -1 : row + source * x.depth_stride;
+  }
+  return C::template column<S>(x, at, first16(rows));
+}
+
+// The word of depths depth + d.. of one row, for any strides.
+template <class C>
+uint32_t word(const Operand& x, int64_t row, int64_t depth, int64_t d, int64_t count) {
+  float values[C::kPair] = {};
+  for (int64_t i = 0; i < C::kPair; ++i)
+    if (d + i < count) values[i] = read_element(x, row, depth + d + i);
+  return C::word(values);
+}
+
 // A group of `rows` <= 16 rows into the word columns [0, lanes) of a block `width` words wide.
 template <class C, Storage S>
 void pack_group(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count,
                 int64_t padded, uint32_t* to, int64_t width, int64_t lanes) {
   const __mmask16 store = first16(lanes);
-  if (x.depth_stride == 1 && !x.depth_index) {
+  if (along_rows(x)) {
     int64_t source[16];
     const char* from[16];
     bool whole = rows == 16 && S == C::kStorage;  // nothing to convert and no row of zeros
@@ -158,26 +187,14 @@ void pack_group(const Operand& x, int64_t row, int64_t rows, int64_t depth, int6
     }
     return;
   }
-  if (x.row_stride == 1 && !x.row_index && S <= Storage::kFloat16) {
-    for (int64_t d = 0; d < padded; d += C::kPair) {
-      int64_t at[C::kPair];
-      for (int64_t i = 0; i < C::kPair; ++i) {
-        const int64_t source =
-            d + i < count ? gathered(x.depth_index, x.index_divisor, depth + d + i) : -1;
-        at[i] = source < 0 ? -1 : row + source * x.depth_stride;
-      }
-      _mm512_mask_storeu_epi32(to + d / C::kPair * width, store,
-                               C::template column<S>(x, at, first16(rows)));
-    }
-    return;
+  for (int64_t d = 0; d < padded; d += C::kPair) {
+    uint32_t* words = to + d / C::kPair * width;
+    if (along_columns(x))
+      _mm512_mask_storeu_epi32(words, store, column<C, S>(x, row, rows, depth, d, count));
+    else
+      for (int64_t r = 0; r < lanes; ++r)
+        words[r] = r < rows ? word<C>(x, row + r, depth, d, count) : 0;
   }
-  for (int64_t d = 0; d < padded; d += C::kPair)
-    for (int64_t r = 0; r < lanes; ++r) {
-      float values[C::kPair] = {};
-      for (int64_t i = 0; i < C::kPair; ++i)
-        if (r < rows && d + i < count) values[i] = read_element(x, row + r, depth + d + i);
-      to[d / C::kPair * width + r] = C::word(values);
-    }
 }
 
 // Groups of `width` rows, depth block by depth block, as BlockEngine::pack_panel says.

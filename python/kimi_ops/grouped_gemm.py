@@ -66,7 +66,7 @@ def grouped_gemm(
     [[1.0, 2.0], [6.0, 8.0], [0.0, 0.0]]
     """
     a, bias = autocast(a), None if bias is None else autocast(bias)
-    offsets = _int32("grouped_gemm", offsets)
+    offsets = _int32("grouped_gemm", offsets, a.shape[0])
     if isinstance(b, QuantizedWeight):
         dtype = _result_dtype(a, out, out_dtype)
         if out is not None:
@@ -122,7 +122,7 @@ def grouped_gemm_wgrad(
     >>> grouped_gemm_wgrad(a, dc, torch.tensor([2, 2], dtype=torch.int32)).flatten().tolist()
     [11.0, 0.0]
     """
-    offsets = _int32("grouped_gemm_wgrad", offsets)
+    offsets = _int32("grouped_gemm_wgrad", offsets, a.shape[0])
     with torch.no_grad():
         if out is not None:
             _ops.wgrad_out(a, dc, offsets, out, accumulate)
@@ -145,11 +145,13 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind))
 
 
-def _int32(op: str, offsets: Tensor) -> Tensor:
+def _int32(op: str, offsets: Tensor, rows: int) -> Tensor:
     """int64 offsets as int32; what does not fit stays too large, so that it is refused."""
     _check.dtype(op, "offsets", offsets, (torch.int32, torch.int64))
     if offsets.dtype != torch.int64:
         return offsets
+    if not torch.compiler.is_compiling() and offsets.dim() == 1:
+        _ops.check_offset_values(op, offsets, rows)  # the message shows what came
     return offsets.clamp(-1, torch.iinfo(torch.int32).max).int()
 
 
