@@ -45,7 +45,9 @@ def quintic(g: Tensor) -> Tensor:
 
 def ways(case: MatrixCase, compiled: bool) -> Functions:
     g = torch.randn(case.count, case.rows, case.cols)
-    named: Functions = {"kimi_ops": lambda: newton_schulz(g, method=case.method, dtype=torch.bfloat16)}
+    named: Functions = {
+        "kimi_ops": lambda: newton_schulz(g, method=case.method, dtype=torch.bfloat16)
+    }
     named["torch"] = lambda: torch_muon(g)
     named["batched"] = lambda: quintic(g)
     if compiled:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The operators behind `kimi_ops.muon_clip` on CPU tensors: passes over lists of tensors."""
+"""The operators behind `kimi_ops.muon_clip` on CPU tensors: passes over lists of tensors, at least
+one each (torch finds the kernels by the tensors)."""
 
 from collections.abc import Sequence
 
@@ -60,8 +61,6 @@ def _momentum_implementation(
 ) -> list[Tensor]:
     _check_lists("muon_momentum", grads=grads, buffers=buffers)
     updates = _momentum_outputs(grads, buffers, momentum, nesterov, maximize)
-    if not grads:
-        return updates
     from_, moved = _dense(grads), _dense(buffers)
     lists = (_addresses(from_), _addresses(moved), _addresses(updates), _sizes(grads))
     _native.call(
@@ -105,8 +104,6 @@ def _update_implementation(
         raise ValueError(f"{op}: rates: expected {len(params)} numbers, got {len(rates)}")
     for index, param in enumerate(params):
         _check.shape(op, f"params[{index}]", param, ("m", "n"))
-    if not params:
-        return
     targets, sources = [_rows(x) for x in params], [_rows(x) for x in directions]
     shapes = torch.tensor(
         [(*t.shape, t.stride(0), s.stride(0)) for t, s in zip(targets, sources, strict=True)],
@@ -167,8 +164,6 @@ def _adamw_implementation(
         _check.dtype(op, "exp_avgs, exp_avg_sqs", state, (torch.float32,))
     if len(steps) != len(params):
         raise ValueError(f"{op}: steps: expected {len(params)} numbers, got {len(steps)}")
-    if not params:
-        return
     tensors = [_dense(x) for x in (params, grads, exp_avgs, exp_avg_sqs)]
     lists = [_addresses(x) for x in tensors]
     lists += [_sizes(params), torch.tensor(steps, dtype=torch.int64)]
@@ -177,7 +172,8 @@ def _adamw_implementation(
         weight_decay, maximize, cautious, _native.DTYPES[params[0].dtype],
         _native.DTYPES[grads[0].dtype],
     )  # fmt: skip
-    for targets, dense in zip((params, exp_avgs, exp_avg_sqs), tensors[:1] + tensors[2:]):
+    written = tensors[:1] + tensors[2:]
+    for targets, dense in zip((params, exp_avgs, exp_avg_sqs), written, strict=True):
         _written_back(targets, dense)
 
 
@@ -199,12 +195,11 @@ adamw_ = _native.define(
 def _squares_implementation(x: Sequence[Tensor]) -> Tensor:
     _check_lists("squares", x=x)
     sums = _squares_output(x)
-    if x:
-        dense = _dense(x)
-        lists = (_addresses(dense), _sizes(dense), sums)
-        _native.call(
-            "squares", dense[0], *(y.data_ptr() for y in lists), len(x), _native.DTYPES[x[0].dtype]
-        )
+    dense = _dense(x)
+    lists = (_addresses(dense), _sizes(dense), sums)
+    _native.call(
+        "squares", dense[0], *(y.data_ptr() for y in lists), len(x), _native.DTYPES[x[0].dtype]
+    )
     return sums
 
 
@@ -212,6 +207,4 @@ def _squares_output(x: Sequence[Tensor]) -> Tensor:
     return torch.empty((len(x),), dtype=torch.float64)
 
 
-squares = _native.define(
-    "squares(Tensor[] x) -> Tensor", _squares_implementation, _squares_output
-)
+squares = _native.define("squares(Tensor[] x) -> Tensor", _squares_implementation, _squares_output)

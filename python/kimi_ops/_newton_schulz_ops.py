@@ -77,17 +77,13 @@ def _chain_implementation(
     eps: float,
 ) -> list[Tensor]:
     _check_chain(g, coefficients, dtype)
-    if not g:
-        return []
     g = [matrix if 1 in _strides(matrix) else matrix.contiguous() for matrix in g]
     if any(_strides(matrix) != _strides(g[0]) for matrix in g):
         g = [matrix.contiguous() for matrix in g]
     x = _chain_outputs(g, coefficients, restarts, method, dtype, eps)
     rows, cols = g[0].shape
     strides, codes = _strides(g[0]), (_native.DTYPES[g[0].dtype], _native.DTYPES[dtype])
-    workspace = _workspace(
-        g[0], "newton_schulz", len(g), rows, cols, *strides, codes[1], method
-    )
+    workspace = _workspace(g[0], "newton_schulz", len(g), rows, cols, *strides, codes[1], method)
     # Addresses and numbers travel in tensors of the host, which must live until the call returns.
     sources = torch.tensor([matrix.data_ptr() for matrix in g])
     targets = torch.tensor([matrix.data_ptr() for matrix in x])
@@ -134,7 +130,9 @@ def _chain_outputs(
     for matrix in g:
         rows, cols = matrix.shape
         across = matrix.stride(1) != 1 and cols > 1 and (matrix.stride(0) == 1 or rows == 1)
-        images.append(matrix.new_empty((cols, rows)).mT if across else matrix.new_empty((rows, cols)))
+        images.append(
+            matrix.new_empty((cols, rows)).mT if across else matrix.new_empty((rows, cols))
+        )
     return images
 
 

@@ -37,9 +37,7 @@ attention_max_logits = _native.register(
 )
 
 
-def _scale_rows_implementation(
-    weight: Tensor, factors: Tensor, first: int, last: int
-) -> None:
+def _scale_rows_implementation(weight: Tensor, factors: Tensor, first: int, last: int) -> None:
     op = "scale_rows"
     _check.dtype(op, "weight", weight, tuple(_native.DTYPES))
     _check.shape(op, "weight", weight, ("rows", "in"))
