@@ -173,8 +173,8 @@ def plot(runs: dict[str, Run], options: argparse.Namespace) -> None:
     left.set_yscale("log")
     left.set_ylabel("largest attention logit [1]")
     left.set_title("Largest logit of all layers and heads")
-    right.set_ylabel("training loss, mean of 10 steps [nats per byte]")
-    right.set_title("Loss")
+    right.set_ylabel("training loss [nats per byte]")
+    right.set_title("Loss, mean of 10 steps")
     for axes in (left, right):
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)

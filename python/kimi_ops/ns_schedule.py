@@ -196,6 +196,7 @@ _MEASURED: dict[tuple[str, int], tuple[int, ...]] = {
 }
 
 
+@lru_cache(maxsize=256)
 def auto_restarts(rows: tuple[Triple, ...]) -> tuple[int, ...]:
     """The restarts of the Gram form: measured ones for the named schedules; for others the fewest
     whose condition is below 100, or within twice that of a restart at every step."""
