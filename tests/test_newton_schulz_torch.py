@@ -101,6 +101,8 @@ def test_a_matrix_has_the_same_bits_alone_and_in_company(
         assert torch.equal(batch[i], alone) and torch.equal(mixed[i], alone)
         assert torch.equal(newton_schulz(g[i].mT.contiguous(), **options).mT, alone)
         assert torch.equal(newton_schulz(g[i].mT, **options).mT, alone)
+    square = torch.randn(33, 33).to(dtype)
+    assert torch.equal(newton_schulz(turned(square), **options), newton_schulz(square, **options))
     if dtype != torch.float16:  # where 2^k g leaves fp16
         assert torch.equal(newton_schulz(g * 2.0**-60, **options), batch)
     for threads in two_thread_counts:

@@ -249,7 +249,8 @@ ChainShape::ChainShape(const NewtonSchulzParams& p) {
   length = rows_are_lines ? p.cols : p.rows;
   g_stride = rows_are_lines ? p.g_row_stride : p.g_col_stride;
   x_stride = rows_are_lines ? p.x_row_stride : p.x_col_stride;
-  across = lines > length;
+  // A square matrix is its own m x n form, whichever way it lies.
+  across = lines > length || (lines == length && !rows_are_lines);
   m = std::min(lines, length);
   n = std::max(lines, length);
   const int bits = std::bit_width(uint64_t(m * n));

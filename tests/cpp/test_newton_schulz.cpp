@@ -191,11 +191,13 @@ void test_chain(const Oracle& oracle, const Schedule& schedule, kimi_dtype dtype
       in_batch[3] = {{m, n, io, false, 2}, {m, n, io, false, 2}, {m, n, io, false, 2}};
   Matrix tall(n, m, io, false, 1), tall_x(n, m, io, false, 2);
   Matrix turned(n, m, io, true, 2), turned_x(n, m, io, true, 1);
+  Matrix by_columns(m, n, io, true, 1), by_columns_x(m, n, io, true, 2);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       g.set(i, j, oracle.g[size_t(i * n + j)]);
       scaled.set(i, j, std::ldexp(g.get(i, j), 60));
       tall.set(j, i, g.get(i, j)), turned.set(j, i, g.get(i, j));
+      by_columns.set(i, j, g.get(i, j));
     }
   bool ok = chain({&g}, {&x}, dtype, schedule);
   double error = 0, size = 0;
@@ -209,12 +211,14 @@ void test_chain(const Oracle& oracle, const Schedule& schedule, kimi_dtype dtype
         int(schedule.method), int(dtype), error);
   ok = chain({&tall}, {&tall_x}, dtype, schedule) &&
        chain({&turned}, {&turned_x}, dtype, schedule) &&
+       chain({&by_columns}, {&by_columns_x}, dtype, schedule) &&
        chain({&g, &scaled, &g}, {&in_batch[0], &in_batch[1], &in_batch[2]}, dtype, schedule);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       const double one = x.get(i, j);
       for (const Matrix& other : in_batch) ok = ok && other.get(i, j) == one;
-      ok = ok && turned_x.get(j, i) == one && (m == n || tall_x.get(j, i) == one);
+      ok = ok && by_columns_x.get(i, j) == one;
+      if (m != n) ok = ok && turned_x.get(j, i) == one && tall_x.get(j, i) == one;
     }
   check(ok, "chain %d x %d, method %d, dtype %d: transposed, scaled or in a batch", int(m), int(n),
         int(schedule.method), int(dtype));
