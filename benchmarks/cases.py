@@ -212,6 +212,61 @@ def step_cases(quick: bool) -> list[StepCase]:
     return [StepCase("mini", 16, 256, False), StepCase("mini", 16, 256)]
 
 
+@dataclass(frozen=True)
+class MatrixCase:
+    rows: int
+    cols: int
+    count: int = 1
+    method: str = "symmetric"  # | "gram" | "standard"
+
+    def __str__(self) -> str:
+        times = f" x {self.count}" if self.count > 1 else ""
+        return f"{self.rows} x {self.cols}{times}, {self.method}"
+
+
+def matrix_cases(quick: bool) -> list[MatrixCase]:
+    """Kimi K2's experts, attention projections, and single heads of them."""
+    if quick:
+        return [
+            MatrixCase(576, 1536), MatrixCase(192, 1536, 8), MatrixCase(576, 1536, 1, "gram")
+        ]  # fmt: skip
+    shapes = [
+        (2048, 7168, 1), (2048, 7168, 8), (1536, 7168, 1), (12288, 1536, 1), (16384, 512, 1),
+        (576, 7168, 1), (192, 1536, 64), (128, 512, 64),
+    ]  # fmt: skip
+    cases = [MatrixCase(*shape) for shape in shapes]
+    return [*cases, MatrixCase(2048, 7168, 1, "standard"), MatrixCase(2048, 7168, 1, "gram")]
+
+
+@dataclass(frozen=True)
+class LogitsCase:
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    dim: int
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
+        kind = "" if self.dtype == "bfloat16" else f" {self.dtype}"
+        return f"B {self.batch}, heads {heads}, S {self.queries}, D {self.dim}{kind}"
+
+
+def logits_cases(quick: bool) -> list[LogitsCase]:
+    """MLA (192 = 128 + 64 a head), grouped queries, and the `mini` model."""
+    if quick:
+        return [LogitsCase(1, 4, 4, 512, 512, 192), LogitsCase(1, 8, 2, 512, 512, 128)]
+    return [
+        LogitsCase(1, 64, 64, 1024, 1024, 192),
+        LogitsCase(1, 16, 16, 4096, 4096, 192),
+        LogitsCase(1, 32, 8, 4096, 4096, 128),
+        LogitsCase(1, 16, 16, 2048, 2048, 192, "float32"),
+        LogitsCase(16, 4, 4, 256, 256, 96),
+    ]
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

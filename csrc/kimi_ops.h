@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * The public C API of kimi_ops. C99; no other header is needed.
+ * The public C API of kimi_ops. C99; it includes kimi_ops_optimizer.h and needs no other header.
  *
  * Conventions
  *   - Every op takes one params struct, the device its pointers live on, and a stream last (a
@@ -479,4 +479,7 @@ KIMI_API kimi_status kimi_fused_experts_backward(const kimi_fused_experts_backwa
 #ifdef __cplusplus
 }
 #endif
+
+#include "kimi_ops_optimizer.h" /* at the end: it uses the types above */
+
 #endif /* KIMI_OPS_H_ */

@@ -12,7 +12,10 @@
 #include "fused_experts/fused_experts.h"
 #include "grouped_gemm/grouped_gemm.h"
 #include "kimi_ops.h"
+#include "muon_clip/muon_clip.h"
+#include "newton_schulz/newton_schulz.h"
 #include "permute/permute.h"
+#include "qk_clip/qk_clip.h"
 #include "topk_gate/topk_gate.h"
 
 namespace {
@@ -68,6 +71,9 @@ const char* kimi_cpu_engine(const char* op) {
   if (op && std::strcmp(op, "permute") == 0) return kimi_isa_name(kimi::permute_isa());
   if (op && std::strcmp(op, "grouped_gemm") == 0) return kimi_isa_name(kimi::grouped_gemm_isa());
   if (op && std::strcmp(op, "fused_experts") == 0) return kimi_isa_name(kimi::fused_experts_isa());
+  if (op && std::strcmp(op, "newton_schulz") == 0) return kimi_isa_name(kimi::newton_schulz_isa());
+  if (op && std::strcmp(op, "qk_clip") == 0) return kimi_isa_name(kimi::qk_clip_isa());
+  if (op && std::strcmp(op, "muon_clip") == 0) return kimi_isa_name(kimi::muon_clip_isa());
   return nullptr;
 }
 
@@ -178,6 +184,48 @@ size_t kimi_fused_experts_backward_workspace_bytes(const kimi_fused_experts_back
 kimi_status kimi_fused_experts_backward(const kimi_fused_experts_backward_params* params,
                                         kimi_device device, void* stream) {
   return call("fused_experts_backward", kimi::fused_experts_backward, params, device, stream);
+}
+
+size_t kimi_matrix_product_workspace_bytes(const kimi_matrix_product_params* params, kimi_device) {
+  return params ? kimi::matrix_product_workspace_bytes(*params) : 0;
+}
+kimi_status kimi_matrix_product(const kimi_matrix_product_params* params, kimi_device device,
+                                void* stream) {
+  return call("matrix_product", kimi::matrix_product, params, device, stream);
+}
+size_t kimi_newton_schulz_workspace_bytes(const kimi_newton_schulz_params* params, kimi_device) {
+  return params ? kimi::newton_schulz_workspace_bytes(*params) : 0;
+}
+kimi_status kimi_newton_schulz(const kimi_newton_schulz_params* params, kimi_device device,
+                               void* stream) {
+  return call("newton_schulz", kimi::newton_schulz, params, device, stream);
+}
+
+size_t kimi_attention_max_logits_workspace_bytes(const kimi_attention_max_logits_params* params,
+                                                 kimi_device) {
+  return params ? kimi::attention_max_logits_workspace_bytes(*params) : 0;
+}
+kimi_status kimi_attention_max_logits(const kimi_attention_max_logits_params* params,
+                                      kimi_device device, void* stream) {
+  return call("attention_max_logits", kimi::attention_max_logits, params, device, stream);
+}
+kimi_status kimi_scale_rows(const kimi_scale_rows_params* params, kimi_device device,
+                            void* stream) {
+  return call("scale_rows", kimi::scale_rows, params, device, stream);
+}
+kimi_status kimi_muon_momentum(const kimi_muon_momentum_params* params, kimi_device device,
+                               void* stream) {
+  return call("muon_momentum", kimi::muon_momentum, params, device, stream);
+}
+kimi_status kimi_muon_update(const kimi_muon_update_params* params, kimi_device device,
+                             void* stream) {
+  return call("muon_update", kimi::muon_update, params, device, stream);
+}
+kimi_status kimi_adamw(const kimi_adamw_params* params, kimi_device device, void* stream) {
+  return call("adamw", kimi::adamw, params, device, stream);
+}
+kimi_status kimi_squares(const kimi_squares_params* params, kimi_device device, void* stream) {
+  return call("squares", kimi::squares, params, device, stream);
 }
 
 }  // extern "C"

@@ -220,6 +220,62 @@ PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
     bind_workspace<P, kimi_permute_plan_workspace_bytes, &P::num_tokens, &P::top_k, &P::num_experts,
                    &P::align>(m, "permute_plan_workspace_bytes");
   }
+  {
+    using P = kimi_matrix_product_params;
+    bind<P, kimi_matrix_product, &P::a, &P::b, &P::c, &P::d, &P::workspace, &P::rows, &P::cols,
+         &P::depth, &P::a_row_stride, &P::a_col_stride, &P::b_row_stride, &P::b_col_stride,
+         &P::c_stride, &P::d_stride, &P::alpha, &P::beta, &P::delta, &P::symmetric, &P::dtype>(
+        m, "matrix_product");
+    bind_workspace<P, kimi_matrix_product_workspace_bytes, &P::rows, &P::cols, &P::depth,
+                   &P::dtype>(m, "matrix_product_workspace_bytes");
+  }
+  {
+    using P = kimi_newton_schulz_params;
+    bind<P, kimi_newton_schulz, &P::g, &P::x, &P::coefficients, &P::restarts, &P::workspace,
+         &P::num_matrices, &P::rows, &P::cols, &P::g_row_stride, &P::g_col_stride, &P::x_row_stride,
+         &P::x_col_stride, &P::steps, &P::num_restarts, &P::eps, &P::g_dtype, &P::dtype,
+         &P::x_dtype, &P::method>(m, "newton_schulz");
+    bind_workspace<P, kimi_newton_schulz_workspace_bytes, &P::num_matrices, &P::rows, &P::cols,
+                   &P::g_row_stride, &P::g_col_stride, &P::dtype, &P::method>(
+        m, "newton_schulz_workspace_bytes");
+  }
+  {
+    using P = kimi_attention_max_logits_params;
+    bind<P, kimi_attention_max_logits, &P::q, &P::k, &P::max_logits, &P::workspace, &P::batch,
+         &P::heads, &P::kv_heads, &P::queries, &P::keys, &P::dim, &P::q_batch_stride,
+         &P::q_head_stride, &P::q_row_stride, &P::q_col_stride, &P::k_batch_stride,
+         &P::k_head_stride, &P::k_row_stride, &P::k_col_stride, &P::scale, &P::causal, &P::dtype>(
+        m, "attention_max_logits");
+    bind_workspace<P, kimi_attention_max_logits_workspace_bytes, &P::batch, &P::heads, &P::queries,
+                   &P::dim, &P::dtype>(m, "attention_max_logits_workspace_bytes");
+  }
+  {
+    using P = kimi_scale_rows_params;
+    bind<P, kimi_scale_rows, &P::weight, &P::factors, &P::heads, &P::rows_of_head, &P::first,
+         &P::last, &P::cols, &P::row_stride, &P::dtype>(m, "scale_rows");
+  }
+  {
+    using P = kimi_muon_momentum_params;
+    bind<P, kimi_muon_momentum, &P::grads, &P::buffers, &P::updates, &P::sizes, &P::squares,
+         &P::count, &P::momentum, &P::nesterov, &P::maximize, &P::grad_dtype, &P::buffer_dtype>(
+        m, "muon_momentum");
+  }
+  {
+    using P = kimi_muon_update_params;
+    bind<P, kimi_muon_update, &P::params, &P::directions, &P::copies, &P::shapes, &P::rates,
+         &P::count, &P::decay, &P::cautious, &P::param_dtype, &P::direction_dtype>(m,
+                                                                                   "muon_update");
+  }
+  {
+    using P = kimi_adamw_params;
+    bind<P, kimi_adamw, &P::params, &P::grads, &P::exp_avgs, &P::exp_avg_sqs, &P::sizes, &P::steps,
+         &P::count, &P::lr, &P::beta1, &P::beta2, &P::eps, &P::weight_decay, &P::maximize,
+         &P::cautious, &P::param_dtype, &P::grad_dtype>(m, "adamw");
+  }
+  {
+    using P = kimi_squares_params;
+    bind<P, kimi_squares, &P::x, &P::sizes, &P::squares, &P::count, &P::dtype>(m, "squares");
+  }
   m.def("sequence_balance_loss_workspace_bytes", &kimi_sequence_balance_loss_workspace_bytes);
   m.def("z_loss_workspace_bytes", &kimi_z_loss_workspace_bytes);
 }

@@ -13,7 +13,8 @@ from kimi_ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from kimi_ops.info import info
 from kimi_ops.muon_clip import MuonClip, QKClip
 from kimi_ops.muon_groups import muon_param_groups
-from kimi_ops.newton_schulz import newton_schulz
+from kimi_ops.newton_schulz import newton_schulz, symmetric_matmul, syrk
+from kimi_ops.ns_schedule import ns_flops, tune_ns_restarts
 from kimi_ops.permute import (
     PermutePlan,
     permute,
@@ -41,13 +42,17 @@ __all__ = [
     "info",
     "muon_param_groups",
     "newton_schulz",
+    "ns_flops",
     "permute",
     "permute_plan",
     "permute_weights",
     "qk_clip_",
     "sequence_balance_loss",
     "sort_chunks",
+    "symmetric_matmul",
+    "syrk",
     "topk_gate",
+    "tune_ns_restarts",
     "unpermute",
     "update_expert_bias_",
     "z_loss",

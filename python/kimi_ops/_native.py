@@ -86,7 +86,7 @@ def register(
     differentiated; so do all in forward mode.
     """
     name = schema[: schema.index("(")]
-    op = _define(name, schema, implementation, fake)
+    op = define(schema, implementation, fake)
     if "(a!)" in schema:
         return op
 
@@ -99,7 +99,7 @@ def register(
     torch.library.register_autograd(
         f"kimi_ops::{name}", backward or refuse, setup_context=setup_context, lib=library
     )
-    plain = _define(f"{name}_forward", f"{name}_forward{schema[len(name) :]}", implementation, fake)
+    plain = define(f"{name}_forward{schema[len(name) :]}", implementation, fake)
 
     def dispatch(*arguments: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -122,9 +122,9 @@ def _refuse_duals(op: str, arguments: tuple[Any, ...]) -> None:
         )
 
 
-def _define(
-    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> Any:
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines ``kimi_ops::<schema>`` for CPU and CUDA tensors, without autograd."""
+    name = schema[: schema.index("(")]
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
         library.impl(name, implementation, key)

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from kimi_ops.reference.muon_clip import AdjustLr
 
+_Cut = tuple[int | None, int, tuple[int, ...] | None]  # num_heads, head_dim, split_sizes
+_WHOLE: _Cut = (None, 0, None)
+
 
 def muon_param_groups(
     model: nn.Module,
     *,
     adamw_modules: Sequence[str] = ("embed_tokens", "lm_head", "gate"),
     adjust_lr_fn: AdjustLr = "match_rms_adamw",
+    per_head: bool = False,
     strict: bool = True,
     adamw: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -36,6 +40,10 @@ def muon_param_groups(
         Last component of the module's name.
     adjust_lr_fn
         Of the Muon groups; the default lets both algorithms share one lr and one weight decay.
+    per_head : bool
+        Orthogonalise each head of latent attention on its own: rows of ``q_b_proj`` (``q_proj``),
+        key rows and value rows of ``kv_b_proj``, columns of ``o_proj``. An eighth of the operations
+        for Kimi K2's ``q_b_proj``; a head with a large gradient no longer sets the scale of others.
     strict : bool
         A matrix that is neither of these raises; with False it goes to AdamW.
     adamw : dict, optional
@@ -44,7 +52,7 @@ def muon_param_groups(
     Returns
     -------
     list of dict
-        Muon matrices, one group for each fused stack height, AdamW. Empty ones are left out.
+        Muon matrices, one group for each way to cut them, AdamW. Empty ones are left out.
 
     Raises
     ------
@@ -58,8 +66,7 @@ def muon_param_groups(
     >>> [(g["algorithm"], [name for name, _ in g["params"]]) for g in muon_param_groups(model)]
     [('muon', ['0.weight']), ('adamw', ['0.bias', '1.weight', '1.bias'])]
     """
-    matrices: list[tuple[str, Tensor]] = []
-    fused: dict[int, list[tuple[str, Tensor]]] = {}
+    muon: dict[_Cut, list[tuple[str, Tensor]]] = {_WHOLE: []}
     rest: list[tuple[str, Tensor]] = []
     unknown: list[str] = []
     modules = dict(model.named_modules())
@@ -67,15 +74,16 @@ def muon_param_groups(
         if not param.requires_grad:
             continue
         owner, _, leaf = name.rpartition(".")
-        module = owner.rpartition(".")[2]
+        outer, _, module = owner.rpartition(".")
         linear = leaf == "weight" and isinstance(modules[owner], nn.Linear)
         stack = param.ndim == 3 and leaf in ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
         if param.ndim < 2 or module in adamw_modules or isinstance(modules[owner], nn.Embedding):
             rest.append((name, param))
-        elif stack and leaf == "gate_up_proj":
-            fused.setdefault(param.shape[-2] // 2, []).append((name, param))
         elif linear or stack:
-            matrices.append((name, param))
+            cut = _head_cut(modules[outer], module) if linear and per_head else _WHOLE
+            if leaf == "gate_up_proj":
+                cut = (None, 0, (param.shape[-2] // 2,) * 2)
+            muon.setdefault(cut, []).append((name, param))
         else:
             unknown.append(name)
             rest.append((name, param))
@@ -85,12 +93,11 @@ def muon_param_groups(
             f"name their modules in "
             "adamw_modules, build the groups by hand, or pass strict=False for AdamW"
         )
-    muon: dict[str, Any] = {"algorithm": "muon", "adjust_lr_fn": adjust_lr_fn}
-    groups: list[dict[str, Any]] = [{"params": matrices, **muon}]
-    groups += [
-        {"params": params, **muon, "split_sizes": (half, half)}
-        for half, params in sorted(fused.items())
-    ]
+    groups = []
+    for cut, params in muon.items():
+        group = {"params": params, "algorithm": "muon", "adjust_lr_fn": adjust_lr_fn}
+        keys = zip(("num_heads", "head_dim", "split_sizes"), cut, strict=True)
+        groups.append({**group, **{key: value for key, value in keys if cut != _WHOLE}})
     groups.append({"params": rest, "algorithm": "adamw", **(adamw or {})})
     groups = [group for group in groups if group["params"]]
     if not groups:
@@ -98,3 +105,15 @@ def muon_param_groups(
             "muon_param_groups: model: expected trainable parameters, got none; set requires_grad"
         )
     return groups
+
+
+def _head_cut(attention: nn.Module, projection: str) -> _Cut:
+    """How the weight of a projection of latent attention falls into heads."""
+    heads = getattr(attention, "num_heads", None)
+    if heads is None or not hasattr(attention, "kv_b_proj"):
+        return _WHOLE
+    if projection == "kv_b_proj":
+        return heads, 0, (attention.qk_nope_head_dim, attention.v_head_dim)  # type: ignore[return-value]
+    if projection in ("q_b_proj", "q_proj"):
+        return heads, 0, None
+    return (heads, 1, None) if projection == "o_proj" else _WHOLE

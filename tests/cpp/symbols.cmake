@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# The library exports the functions that kimi_ops.h declares and nothing else, needs neither torch
+# The library exports the functions that kimi_ops*.h declare and nothing else, needs neither torch
 # nor the CUDA driver, and no ISA file emits a symbol that the linker could merge into other files.
 function(run output)
   execute_process(COMMAND ${ARGN} OUTPUT_VARIABLE text RESULT_VARIABLE code)
@@ -12,7 +12,9 @@ endfunction()
 run(exported ${NM} -D --defined-only ${LIBRARY})
 string(REGEX MATCHALL "[^ \n]+\n" exported "${exported}")
 list(TRANSFORM exported STRIP)
-file(READ ${HEADER} header)
+file(READ ${HEADERS}/kimi_ops.h header)
+file(READ ${HEADERS}/kimi_ops_optimizer.h optimizer)
+string(APPEND header "${optimizer}")
 string(REGEX MATCHALL "KIMI_API [a-z_ *]*[ *](kimi_[a-z_]+)\\(" declared "${header}")
 list(TRANSFORM declared REPLACE "KIMI_API .*[ *](kimi_[a-z_]+)\\(" "\\1")
 list(SORT exported)

@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""The updates of MuonClip for one parameter, in plain PyTorch.
+"""The elementwise passes of MuonClip for one parameter, in plain PyTorch.
 
 Muon    B <- mu B + (1 - mu) g        u = (1 - mu) g + mu B (Nesterov) or B
         p <- p (1 - lr wd)            p <- p - adjust(lr) NS(u)
 AdamW   m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
         p <- p (1 - lr wd)            p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) +
         eps)
+
+Arithmetic is fp32 (fp64 for fp64 parameters) whatever the dtypes of parameter, gradient and state;
+each is rounded once when it is written. `alive`, a 0-dim bool tensor, leaves parameter and state
+alone where it is False, without a read on the host.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 AdjustLr = str | Callable[[float, tuple[int, int]], float] | None
-Orthogonalize = Callable[[Tensor], Tensor]
 
 
 def adjusted_lr(lr: float, adjust: AdjustLr, shape: tuple[int, int]) -> float:
@@ -35,30 +38,54 @@ def adjusted_lr(lr: float, adjust: AdjustLr, shape: tuple[int, int]) -> float:
     return lr * math.sqrt(max(1.0, rows / columns))
 
 
-def muon_(
-    param: Tensor,
+def wide(tensor: Tensor) -> torch.dtype:
+    """The dtype to compute in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def commit_(target: Tensor, new: Tensor, alive: Tensor | None) -> None:
+    target.copy_(new if alive is None else torch.where(alive, new.to(target.dtype), target))
+
+
+def momentum_(
     grad: Tensor,
-    momentum_buffer: Tensor,
+    buffer: Tensor,
     *,
-    lr: float,
-    weight_decay: float,
     momentum: float,
     nesterov: bool,
-    adjust: AdjustLr,
-    split_sizes: Sequence[int],
-    orthogonalize: Orthogonalize,
+    maximize: bool = False,
+    alive: Tensor | None = None,
+) -> Tensor:
+    """Move `buffer` towards the gradient; returns what Newton-Schulz takes, a tensor of its own."""
+    grad = grad.to(wide(buffer))
+    if maximize:
+        grad = -grad
+    moved = buffer.to(grad.dtype).lerp(grad, 1 - momentum)
+    commit_(buffer, moved, alive)
+    return grad.lerp(moved, momentum) if nesterov else moved
+
+
+def decayed(param: Tensor, direction: Tensor, rate: float, cautious: bool) -> Tensor:
+    """param (1 - rate); cautious: only where a step against `direction` shrinks the parameter."""
+    if not cautious:
+        return param * (1 - rate)
+    return torch.where(direction * param > 0, param * (1 - rate), param)
+
+
+def apply_(
+    param: Tensor,
+    direction: Tensor,
+    *,
+    lr: float,
+    rate: float,
+    weight_decay: float,
+    cautious: bool = False,
+    alive: Tensor | None = None,
 ) -> None:
-    """One Muon update of param [..., rows, in]; `split_sizes` cuts the rows into matrices of their
-    own."""
-    momentum_buffer.lerp_(grad.to(momentum_buffer.dtype), 1 - momentum)
-    # lerp makes a new tensor, so the orthogonalisation can never write into the momentum
-    update = grad.lerp(momentum_buffer.to(grad.dtype), momentum) if nesterov else momentum_buffer
-    param.mul_(1 - lr * weight_decay)
-    for rows, block in zip(
-        param.split(split_sizes, -2), update.split(split_sizes, -2), strict=True
-    ):
-        step = orthogonalize(block)
-        rows.add_(step, alpha=-adjusted_lr(lr, adjust, (block.shape[-2], block.shape[-1])))
+    """Decay `param` by lr weight_decay and step against the orthogonal `direction` by `rate`."""
+    old, direction = param.to(wide(param)), direction.to(wide(param))
+    new = decayed(old, direction, lr * weight_decay, cautious)
+    commit_(param, new.add_(direction, alpha=-rate), alive)
 
 
 def adamw_(
@@ -72,17 +99,20 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    maximize: bool = False,
+    cautious: bool = False,
+    alive: Tensor | None = None,
 ) -> None:
     """One AdamW update; `step` counts from 1. The order of the operations is that of
     torch.optim.AdamW."""
     beta1, beta2 = betas
-    param.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
-
-
-def zeros_like_state(tensor: Tensor) -> Tensor:
-    """A zeroed optimizer state for `tensor`."""
-    return torch.zeros_like(tensor, memory_format=torch.preserve_format)
+    grad = grad.to(wide(param))
+    if maximize:
+        grad = -grad
+    first = exp_avg.to(grad.dtype).lerp(grad, 1 - beta1)
+    second = (exp_avg_sq.to(grad.dtype) * beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (second.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
+    new = decayed(param.to(grad.dtype), first, lr * weight_decay, cautious)
+    commit_(param, new.addcdiv_(first, denominator, value=-lr / (1 - beta1**step)), alive)
+    commit_(exp_avg, first, alive)
+    commit_(exp_avg_sq, second, alive)

@@ -1,101 +1,112 @@
 # SPDX-License-Identifier: MIT
-"""Newton-Schulz orthogonalisation in plain PyTorch: the oracle of the native engines.
+r"""Newton-Schulz orthogonalisation in plain PyTorch: the oracle of the native engines.
 
 One step on X [m, n], m <= n:      A = X X^T,  B = b A + c A^2,  X <- a X + B X
 
 which maps every singular value s to a s + b s^3 + c s^5 and leaves the singular vectors alone.
-Cost of K steps: K (4 m^2 n + 2 m^3) floating-point operations.
+
+    standard   as written                                     K (4 m^2 n + 2 m^3) operations
+    symmetric  A and B by their lower triangles, mirrored     K (3 m^2 n +   m^3)
+    gram       R = X X^T once; W = a + b R + c R^2 commutes with R, so R <- W R W and Q <- W Q are
+               all [m, m], and X <- Q X stands at the end and at every restart
+                                          3 (1 + restarts) m^2 n + (4 K - 3 (1 + restarts)) m^3
+
+Nothing here is differentiable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 Triple = tuple[float, float, float]
+BLOCK = 512  # rows of a product with a symmetric result that are computed at once
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's triple, the one of torch.optim.Muon
+
+class Products(Protocol):
+    """The matrix products of the iteration; this module is one, an engine may bring others."""
+
+    def matmul(
+        self, a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+    ) -> Tensor: ...
+
+    def syrk(
+        self, a: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+    ) -> Tensor: ...
+
+    def symmetric_matmul(
+        self, a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+    ) -> Tensor: ...
 
 
-def _guarded(rows: tuple[Triple, ...], safety: float = 1.01) -> tuple[Triple, ...]:
-    """Every row but the last applied to x / safety.
+def matmul(
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    """alpha a b + beta c for matrices, summed in fp32 or wider and rounded once to their dtype."""
+    if a.dtype == torch.float16 and a.device.type == "cpu":  # CPUs rarely have fp16 products
+        wide = None if c is None else c.float()
+        return matmul(a.float(), b.float(), wide, alpha, beta).half()
+    if c is None:
+        return torch.addmm(a.new_zeros(1, 1), a, b, beta=0, alpha=alpha)
+    return torch.addmm(c, a, b, beta=beta, alpha=alpha)
 
-    Schedules tuned for singular values up to exactly 1 are steep there (|p'| = 26): one bf16
-    rounding above 1, as a matrix of rank one meets it, and the iteration diverges.
+
+def syrk(a: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """alpha a a^T + beta c [m, m] from a [m, k]: the lower triangle (also of c), mirrored."""
+    return symmetric_matmul(a, a.mT, c, alpha, beta)
+
+
+def symmetric_matmul(
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    """alpha a b + beta c [m, m] where that is symmetric: the lower triangle, mirrored.
+
+    Exactly symmetric whatever the rounding; only the lower triangle of c is read.
     """
-    scaled = tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in rows[:-1])
-    return scaled + rows[-1:]
+    rows = a.shape[0]
+    lower = a.new_empty(rows, rows)
+    for start in range(0, rows, BLOCK):
+        stop = min(start + BLOCK, rows)
+        corner = None if c is None else c[start:stop, :stop]
+        lower[start:stop, :stop] = matmul(a[start:stop], b[:, :stop], corner, alpha, beta)
+    return lower.tril() + lower.tril(-1).mT
 
 
-# Polar Express (arXiv 2505.16932), minimax polynomials for singular values in [1e-3, 1].
-_POLAR_EXPRESS = (
-    (8.28721, -23.59589, 17.30039),
-    (4.10706, -2.94785, 0.54484),
-    (3.94869, -2.90890, 0.55182),
-    (3.31842, -2.48849, 0.51005),
-    (2.30065, -1.66890, 0.41881),
-    (1.89130, -1.26800, 0.37680),
-    (1.87500, -1.25000, 0.37500),
-    (1.87500, -1.25000, 0.37500),
-)
-
-# Schedules whose last row may be repeated: any number of steps makes sense.
-OPEN_SCHEDULES: dict[str, tuple[Triple, ...]] = {
-    "quintic": (_QUINTIC,),
-    "polar_express": _guarded(_POLAR_EXPRESS),
-}
-# Schedules tuned as a whole: they mean something only with all their rows.
-FIXED_SCHEDULES: dict[str, tuple[Triple, ...]] = {
-    "you": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
-    "cans": _guarded(
-        (
-            (8.4703, -25.1081, 18.6293),
-            (4.1828, -3.1087, 0.5806),
-            (3.9619, -2.9541, 0.5630),
-            (3.2866, -2.4647, 0.5074),
-            (2.2737, -1.6447, 0.4162),
-        )
-    ),
-    "deepseek_v4": (_QUINTIC,) * 8 + ((2.0, -1.5, 0.5),) * 2,
-    "cubic": (
-        (3.36566, -3.34210, 0.0),
-        (2.57445, -1.49574, 0.0),
-        (2.53690, -1.43126, 0.0),
-        (2.44189, -1.27640, 0.0),
-        (2.22305, -0.96307, 0.0),
-    ),
-}
-SCHEDULES: dict[str, tuple[Triple, ...]] = {**OPEN_SCHEDULES, **FIXED_SCHEDULES}
-
-
-def normalize(x: Tensor, eps: float = 0.0) -> Tensor:
-    """x [..., m, n] over its Frobenius norm, the sum taken in fp32 (fp64 for fp64).
+def normalize(g: Tensor, eps: float = 0.0, unit: float = 1.0) -> Tensor:
+    """g [m, n] over its Frobenius norm times `unit`, contiguous, in fp32 (fp64 for fp64).
 
     The matrix is first scaled by a power of two that brings its largest entry into [0.5, 1): exact,
-    so that neither tiny nor huge entries leave the range of the squares, and 2^k x gives the very
-    bits of x. A zero matrix stays zero.
+    so that neither tiny nor huge entries leave the range of the squares, and 2^k g gives the very
+    bits of g. A zero matrix stays zero. A transposed g is transposed by the scaling, which writes
+    a new matrix anyway.
     """
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    with torch.no_grad():
-        largest = x.abs().amax(dim=(-2, -1), keepdim=True)
-        exponent = torch.frexp(largest).exponent.clamp(-126, 126)
-    x = torch.ldexp(x, -exponent)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+    limit = 1000 if wide == torch.float64 else 126
+    low, high = torch.aminmax(g if g.is_contiguous() else g.mT)  # in the order of memory
+    largest = torch.maximum(-low, high).to(wide)
+    exponent = torch.frexp(largest).exponent.clamp(-limit, limit)
+    scale = torch.ldexp(torch.ones_like(largest), -exponent)
+    x = torch.mul(g, scale[None, None], out=torch.empty(g.shape, dtype=wide, device=g.device))
+    norm = torch.linalg.vector_norm(x)
     if eps > 0:
-        norm = norm.clamp(min=torch.ldexp(torch.full_like(largest, eps), -exponent))
-    return x / torch.where(norm == 0, 1.0, norm)
+        norm = norm.clamp(min=eps * scale)
+    return x.div_(torch.where(norm == 0, 1.0, norm) * unit)
 
 
+@torch.no_grad()
 def newton_schulz(
-    g: Tensor, rows: Sequence[Triple], *, dtype: torch.dtype = torch.bfloat16, eps: float = 0.0
+    g: Tensor,
+    rows: Sequence[Triple],
+    *,
+    method: str = "standard",
+    restarts: Collection[int] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    eps: float = 0.0,
+    products: Products | None = None,
 ) -> Tensor:
     """The image of g [..., m, n] under the odd polynomials `rows`, computed in `dtype`, returned as
     g.dtype.
@@ -105,18 +116,74 @@ def newton_schulz(
     """
     if g.numel() == 0:
         return torch.zeros_like(g)
-    matrices = g.reshape(-1, *g.shape[-2:]).unbind(0)
-    return torch.stack([_one_matrix(matrix, rows, dtype, eps) for matrix in matrices]).reshape(
-        g.shape
-    )
-
-
-def _one_matrix(g: Tensor, rows: Sequence[Triple], dtype: torch.dtype, eps: float) -> Tensor:
+    if g.ndim > 2:
+        matrices = g.reshape(-1, *g.shape[-2:]).unbind(0)
+        images = [
+            newton_schulz(
+                matrix,
+                rows,
+                method=method,
+                restarts=restarts,
+                dtype=dtype,
+                eps=eps,
+                products=products,
+            )
+            for matrix in matrices
+        ]
+        return torch.stack(images).reshape(g.shape)
+    engine: Any = sys.modules[__name__] if products is None else products
     tall = g.shape[0] > g.shape[1]
-    # contiguous(): a matrix and its transpose take the same road, bit for bit
-    x = normalize((g.T if tall else g).contiguous(), eps).to(dtype)
+    # fp16 ends at 6e-5, and an entry is about 1 / sqrt(m n): an exact power of two brings it near 1
+    shift = min(10, (g.numel().bit_length() - 1) // 2) if dtype == torch.float16 else 0
+    x = normalize(g.mT if tall else g, eps, 2.0**-shift).to(dtype)
+    square = 4.0**-shift
+    if method == "gram":
+        x = _gram(x, rows, restarts, engine, square)
+    elif method == "symmetric":
+        x = _symmetric(x, rows, engine, square)
+    else:
+        x = _standard(x, rows, engine, square)
+    x = (x.mT if tall else x).to(torch.float32 if shift else g.dtype)
+    return x.mul_(2.0**-shift).to(g.dtype) if shift else x
+
+
+def _standard(x: Tensor, rows: Sequence[Triple], engine: Any, square: float) -> Tensor:
     for a, b, c in rows:
-        gram = x @ x.T
-        update = torch.addmm(gram, gram, gram, beta=b, alpha=c) if c != 0 else b * gram
-        x = torch.addmm(x, update, x, beta=a)
-    return (x.T if tall else x).to(g.dtype)
+        gram = engine.matmul(x, x.mT, alpha=square)
+        if c == 0:
+            x = engine.matmul(gram, x, x, alpha=b, beta=a)
+        else:
+            x = engine.matmul(engine.matmul(gram, gram, gram, alpha=c, beta=b), x, x, beta=a)
+    return x
+
+
+def _symmetric(x: Tensor, rows: Sequence[Triple], engine: Any, square: float) -> Tensor:
+    for a, b, c in rows:
+        gram = engine.syrk(x, alpha=square)
+        if c == 0:
+            x = engine.matmul(gram, x, x, alpha=b, beta=a)
+        else:
+            update = engine.symmetric_matmul(gram, gram, gram, alpha=c, beta=b)
+            x = engine.matmul(update, x, x, beta=a)
+    return x
+
+
+def _gram(
+    x: Tensor, rows: Sequence[Triple], restarts: Collection[int], engine: Any, square: float
+) -> Tensor:
+    r, q = engine.syrk(x, alpha=square), None
+    for step, (a, b, c) in enumerate(rows):
+        if step in restarts and q is not None:
+            x = engine.matmul(q, x)
+            r, q = engine.syrk(x, alpha=square), None
+        z = b * r if c == 0 else engine.symmetric_matmul(r, r, r, alpha=c, beta=b)
+        if q is None:
+            q = z.clone()
+            q.diagonal().add_(a)
+        else:
+            q = engine.symmetric_matmul(q, z, q, beta=a)
+        if step + 1 < len(rows) and step + 1 not in restarts:
+            rz = engine.symmetric_matmul(r, z, r, beta=a)
+            r = engine.symmetric_matmul(z, rz, rz, beta=a)
+    assert q is not None  # there is at least one row
+    return engine.matmul(q, x)

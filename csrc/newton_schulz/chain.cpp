@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: MIT
+// X lies in the workspace as G does in its memory, with m lines of n elements or n lines of m.
+// Products take either as it is, so no transposed copy is ever made.
+#include "newton_schulz/chain.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "common/dtype.h"
+#include "newton_schulz/product.h"
+
+namespace kimi::newton_schulz_cpu {
+namespace {
+
+using cpu::Operand;
+
+constexpr int64_t kAlign = 64;
+constexpr int64_t kRowsAcross = 256;     // rows whose sums a task takes where lines run across
+constexpr int64_t kElements = 32 << 10;  // of a task of an elementwise pass
+constexpr float kLargest = 3.4028234664e38f;
+
+int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
+int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// A distance between lines that is no large power of two: they would share few sets of a cache.
+int64_t padded(int64_t length) { return (length + 31) / 32 * 32 + 32; }
+
+int64_t squares_of(kimi_newton_schulz_method method) {
+  return method == KIMI_NEWTON_SCHULZ_GRAM ? 3 : 1;
+}
+
+// Halves of 16 partial sums, `stride` apart, added until one is left.
+float tree(float* lanes, int64_t stride) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l * stride] += lanes[(l + half) * stride];
+  return lanes[0];
+}
+
+class Chain {
+ public:
+  Chain(const NewtonSchulzParams& params, const ChainShape& chain_shape, char* workspace,
+        int num_threads)
+      : p(params), shape(chain_shape), m(shape.m), n(shape.n), threads(num_threads) {
+    const auto take = [&](int64_t bytes) {
+      char* taken = workspace;
+      workspace += aligned(bytes);
+      return taken;
+    };
+    x_ = take(shape.lines * padded(shape.length) * size_of(p.dtype));
+    for (int64_t i = 0; i < squares_of(p.method); ++i)
+      squares_[i] = take(m * padded(m) * size_of(p.dtype));
+    row_sums_ = reinterpret_cast<float*>(take(m * 4));
+    maxima_ = reinterpret_cast<float*>(take(shape.lines * 4));
+    scratch_ = workspace;
+  }
+
+  void run(const void* g, void* out) {
+    normalize(g);
+    out_ = out;
+    if (p.method == KIMI_NEWTON_SCHULZ_GRAM)
+      gram();
+    else
+      iterate();
+  }
+
+ private:
+  // body(line) for every line, in tasks of several.
+  template <class Body>
+  void each_line(const Body& body) const {
+    const int64_t run = std::max<int64_t>(1, kElements / std::max<int64_t>(shape.length, 1));
+    tasks((shape.lines + run - 1) / run, threads, [&](int64_t task, int) {
+      for (int64_t i = task * run; i < std::min(shape.lines, (task + 1) * run); ++i) body(i);
+    });
+  }
+
+  void normalize(const void* g) {
+    const CpuEngine& passes = engine();
+    const auto line = [&](int64_t i) {
+      return static_cast<const char*>(g) + i * shape.g_stride * size_of(p.g_dtype);
+    };
+    each_line([&](int64_t i) { maxima_[i] = passes.largest(line(i), p.g_dtype, shape.length); });
+    const float most = *std::max_element(maxima_, maxima_ + shape.lines);
+    int exponent = 0;
+    if (most <= kLargest) (void)std::frexp(most, &exponent);
+    const float scale = std::ldexp(1.0f, -std::clamp(exponent, -126, 126));
+
+    if (shape.across) {
+      tasks((m + kRowsAcross - 1) / kRowsAcross, threads, [&](int64_t task, int) {
+        const int64_t first = task * kRowsAcross, rows = std::min(kRowsAcross, m - first);
+        alignas(64) float lanes[16][kRowsAcross] = {};
+        for (int64_t j = 0; j < n; ++j)
+          passes.squares_across(line(j) + first * size_of(p.g_dtype), p.g_dtype, rows, scale,
+                                lanes[j % 16]);
+        for (int64_t i = 0; i < rows; ++i) row_sums_[first + i] = tree(&lanes[0][i], kRowsAcross);
+      });
+    } else {
+      each_line([&](int64_t i) {
+        float lanes[16] = {};
+        passes.squares_along(line(i), p.g_dtype, n, scale, lanes);
+        row_sums_[i] = tree(lanes, 1);
+      });
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < m; ++i) sum += double(row_sums_[i]);
+    float norm = float(std::sqrt(sum));
+    if (p.eps > 0 && norm < p.eps * scale) norm = p.eps * scale;
+    const float divisor = (norm == 0 ? 1.0f : norm) * std::ldexp(1.0f, -shape.shift);
+    each_line([&](int64_t i) {
+      passes.divide(line(i), p.g_dtype, shape.length, scale, divisor,
+                    x_ + i * padded(shape.length) * size_of(p.dtype), p.dtype);
+    });
+  }
+
+  // The m x n form by its rows, and by its columns.
+  Operand rows_of_x() const { return x_operand(shape.across); }
+  Operand cols_of_x() const { return x_operand(!shape.across); }
+  Operand x_operand(bool transposed) const {
+    Operand x;
+    x.data = x_;
+    x.row_stride = transposed ? 1 : padded(shape.length);
+    x.depth_stride = transposed ? padded(shape.length) : 1;
+    x.storage = cpu::Storage(p.dtype);
+    return x;
+  }
+  Operand square_operand(const char* square) const {
+    Operand x;
+    x.data = square;
+    x.row_stride = padded(m);
+    x.storage = cpu::Storage(p.dtype);
+    return x;
+  }
+
+  void gram_matrix(char* to) const {
+    Product q;
+    q.a = q.b = rows_of_x();
+    q.depth = n;
+    q.alpha = std::ldexp(1.0f, -2 * shape.shift);
+    square_product(q, to);
+  }
+  // d = alpha a b + beta c, all m x m and symmetric; c may be nullptr.
+  void polynomial(const char* a, const char* b, float alpha, float beta, const char* c,
+                  char* d) const {
+    Product q;
+    q.a = square_operand(a);
+    q.b = square_operand(b);
+    q.depth = m;
+    q.alpha = alpha;
+    q.beta = beta;
+    q.c = c;
+    square_product(q, d);
+  }
+  void square_product(Product& q, char* d) const {
+    q.rows = q.cols = m;
+    q.symmetric = p.method != KIMI_NEWTON_SCHULZ_STANDARD;
+    q.d = d;
+    q.c_stride = q.d_stride = padded(m);
+    q.dtype = q.d_dtype = p.dtype;
+    multiply(q, scratch_, threads);
+  }
+
+  // X = alpha W X + beta X, in place or, the last time, to the output.
+  void apply(const char* w, float alpha, float beta, bool last) const {
+    Product q;
+    q.a = shape.across ? cols_of_x() : square_operand(w);
+    q.b = shape.across ? square_operand(w) : cols_of_x();
+    q.rows = shape.lines;
+    q.cols = shape.length;
+    q.depth = m;
+    q.alpha = alpha;
+    q.beta = beta;
+    q.c = beta == 0 ? nullptr : x_;
+    q.c_stride = padded(shape.length);
+    q.d = last ? out_ : x_;
+    q.d_stride = last ? shape.x_stride : padded(shape.length);
+    q.dtype = p.dtype;
+    q.d_dtype = last ? p.x_dtype : p.dtype;
+    q.unit = last ? std::ldexp(1.0f, -shape.shift) : 1.0f;
+    multiply(q, scratch_, threads);
+  }
+
+  void iterate() const {
+    char* a = squares_[0];
+    for (int32_t k = 0; k < p.steps; ++k) {
+      const float* row = p.coefficients + 3 * k;
+      gram_matrix(a);
+      if (row[2] != 0) polynomial(a, a, row[2], row[1], a, a);
+      apply(a, row[2] != 0 ? 1.0f : row[1], row[0], k + 1 == p.steps);
+    }
+  }
+
+  void gram() const {
+    char *r = squares_[0], *z = squares_[1], *q = squares_[2];
+    const int32_t* restart = p.restarts;
+    const int32_t* end = p.restarts + p.num_restarts;
+    gram_matrix(r);
+    bool fresh = true;
+    for (int32_t k = 0; k < p.steps; ++k) {
+      const float *row = p.coefficients + 3 * k, a = row[0];
+      if (restart != end && *restart == k) {
+        ++restart;
+        apply(q, 1, 0, false);
+        gram_matrix(r);
+        fresh = true;
+      }
+      if (row[2] != 0)
+        polynomial(r, r, row[2], row[1], r, z);
+      else
+        scaled(r, row[1], z);
+      if (fresh)
+        plus_identity(z, a, q);
+      else
+        polynomial(q, z, 1, a, q, q);
+      fresh = false;
+      if (k + 1 == p.steps || (restart != end && *restart == k + 1)) continue;
+      polynomial(r, z, 1, a, r, r);
+      polynomial(z, r, 1, a, r, r);
+    }
+    apply(q, 1, 0, true);
+  }
+
+  void scaled(const char* from, float factor, char* to) const {
+    engine().divide(from, p.dtype, m * padded(m), factor, 1.0f, to, p.dtype);
+  }
+  void plus_identity(const char* from, float a, char* to) const {
+    std::memcpy(to, from, size_t(m * padded(m) * size_of(p.dtype)));
+    dispatch(p.dtype, [&]<class T>() {
+      T* diagonal = reinterpret_cast<T*>(to);
+      for (int64_t i = 0; i < m; ++i, diagonal += padded(m) + 1)
+        *diagonal = from_float<T>(to_float(*diagonal) + a);
+    });
+  }
+
+  const NewtonSchulzParams& p;
+  const ChainShape& shape;
+  const int64_t m, n;
+  const int threads;
+  char *x_, *squares_[3] = {}, *scratch_;
+  float *row_sums_, *maxima_;
+  void* out_ = nullptr;
+};
+
+}  // namespace
+
+ChainShape::ChainShape(const NewtonSchulzParams& p) {
+  const bool rows_are_lines = p.g_col_stride == 1 || p.cols == 1;
+  lines = rows_are_lines ? p.rows : p.cols;
+  length = rows_are_lines ? p.cols : p.rows;
+  g_stride = rows_are_lines ? p.g_row_stride : p.g_col_stride;
+  x_stride = rows_are_lines ? p.x_row_stride : p.x_col_stride;
+  across = lines > length;
+  m = std::min(lines, length);
+  n = std::max(lines, length);
+  const int bits = std::bit_width(uint64_t(m * n));
+  shift = p.dtype == KIMI_FLOAT16 ? std::min(10, (bits - 1) / 2) : 0;
+}
+
+size_t ChainShape::bytes(const NewtonSchulzParams& p, int threads) const {
+  const int64_t size = size_of(p.dtype);
+  const size_t own = size_t(aligned(lines * padded(length) * size) +
+                            squares_of(p.method) * aligned(m * padded(m) * size) + aligned(m * 4) +
+                            aligned(lines * 4));
+  const auto scratch = [&](int64_t rows, int64_t cols, int64_t depth) {
+    return product_scratch_bytes(rows, cols, depth, p.dtype, threads);
+  };
+  return size_t(aligned(
+      int64_t(own + std::max({scratch(m, m, n), scratch(m, m, m), scratch(lines, length, m)}))));
+}
+
+void chain(const NewtonSchulzParams& p, const ChainShape& shape, const void* g, void* x,
+           char* workspace, int threads) {
+  Chain(p, shape, workspace, threads).run(g, x);
+}
+
+}  // namespace kimi::newton_schulz_cpu

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT
+// newton_schulz: argument checks, choice of the engine, threads over matrices or inside of one.
+#include "newton_schulz/newton_schulz.h"
+
+#include <algorithm>
+
+#include "common/dtype.h"
+#include "common/engine.h"
+#include "newton_schulz/chain.h"
+#include "newton_schulz/product.h"
+
+namespace kimi {
+namespace {
+
+using namespace newton_schulz_cpu;
+
+constexpr CpuEngines<CpuEngine> kEngines = {
+    {&kPortableEngine, KIMI_X86(kAvx2Engine), KIMI_X86(kAvx512Engine), nullptr, nullptr}};
+// Matrices of fewer elements go to a thread each, where there are enough of them.
+constexpr int64_t kSmall = int64_t{1} << 20;
+
+Status only_cpu(const char* op, kimi_device device) {
+  if (device == KIMI_DEVICE_CPU) return Status::ok();
+  return error(KIMI_UNSUPPORTED, op,
+               ": device: expected cpu, got cuda: this op has no CUDA kernel; "
+               "kimi_ops.reference is plain torch and runs there");
+}
+
+Status check_dtype(const char* op, const char* name, kimi_dtype dtype) {
+  if (is_dtype(dtype)) return Status::ok();
+  return invalid(op, ": ", name, ": expected a kimi_dtype (0..2), got ", int(dtype));
+}
+
+// Elements of which rows must be dense: col_stride 1 unless there is one column.
+Status check(const MatrixProductParams& p) {
+  const char* op = "matrix_product";
+  if (p.rows < 0 || p.cols < 0 || p.depth < 0)
+    return invalid(op, ": rows, cols, depth: expected 0 or more, got ", p.rows, ", ", p.cols, ", ",
+                   p.depth);
+  KIMI_RETURN_IF_ERROR(check_dtype(op, "dtype", p.dtype));
+  if (p.symmetric && p.rows != p.cols)
+    return invalid(op, ": symmetric: expected a square result, got ", p.rows, " x ", p.cols);
+  if (p.c_stride < 0 || p.d_stride < 0)
+    return invalid(op, ": c_stride, d_stride: expected 0 or more, got ", p.c_stride, " and ",
+                   p.d_stride);
+  if (p.rows > 0 && p.cols > 0 && (!p.d || !p.workspace || (p.depth > 0 && (!p.a || !p.b))))
+    return invalid(op, ": expected pointers for a, b, d and workspace, got NULL");
+  if (p.beta != 0 && !p.c)
+    return invalid(op, ": c: expected a matrix for beta ", p.beta, ", got NULL");
+  return Status::ok();
+}
+
+bool lines_agree(const NewtonSchulzParams& p) {
+  if (p.g_col_stride == 1 || p.cols == 1) return p.x_col_stride == 1 || p.cols == 1;
+  return (p.g_row_stride == 1 || p.rows == 1) && (p.x_row_stride == 1 || p.rows == 1);
+}
+
+Status check_schedule(const NewtonSchulzParams& p) {
+  const char* op = "newton_schulz";
+  if (p.method < KIMI_NEWTON_SCHULZ_STANDARD || p.method > KIMI_NEWTON_SCHULZ_GRAM)
+    return invalid(op, ": method: expected 0 (standard), 1 (symmetric) or 2 (gram), got ",
+                   int(p.method));
+  if (p.steps < 1) return invalid(op, ": steps: expected 1 or more, got ", p.steps);
+  if (!p.coefficients) return invalid(op, ": coefficients: expected [steps, 3] numbers, got NULL");
+  if (p.num_restarts < 0 || (p.num_restarts > 0 && p.method != KIMI_NEWTON_SCHULZ_GRAM))
+    return invalid(op, ": num_restarts: expected 0 (more with method gram only), got ",
+                   p.num_restarts);
+  if (p.num_restarts > 0 && !p.restarts)
+    return invalid(op, ": restarts: expected ", p.num_restarts, " steps, got NULL");
+  for (int32_t i = 0; i < p.num_restarts; ++i)
+    if (p.restarts[i] < (i ? p.restarts[i - 1] + 1 : 1) || p.restarts[i] >= p.steps)
+      return invalid(op, ": restarts[", i, "]: expected ascending steps in 1..", p.steps - 1,
+                     ", got ", p.restarts[i]);
+  if (!(p.eps >= 0)) return invalid(op, ": eps: expected 0 or more, got ", p.eps);
+  return Status::ok();
+}
+
+Status check(const NewtonSchulzParams& p) {
+  const char* op = "newton_schulz";
+  if (p.num_matrices < 0 || p.rows < 0 || p.cols < 0)
+    return invalid(op, ": num_matrices, rows, cols: expected 0 or more, got ", p.num_matrices, ", ",
+                   p.rows, ", ", p.cols);
+  KIMI_RETURN_IF_ERROR(check_dtype(op, "g_dtype", p.g_dtype));
+  KIMI_RETURN_IF_ERROR(check_dtype(op, "dtype", p.dtype));
+  KIMI_RETURN_IF_ERROR(check_dtype(op, "x_dtype", p.x_dtype));
+  KIMI_RETURN_IF_ERROR(check_schedule(p));
+  if (p.num_matrices == 0 || p.rows == 0 || p.cols == 0) return Status::ok();
+  if (!p.g || !p.x || !p.workspace)
+    return invalid(op, ": expected pointers for g, x and workspace, got NULL");
+  for (int64_t e = 0; e < p.num_matrices; ++e)
+    if (!p.g[e] || !p.x[e]) return invalid(op, ": matrix ", e, ": expected pointers, got NULL");
+  if (!lines_agree(p))
+    return invalid(op, ": strides: expected one of g's to be 1, and the same one of x's, got ",
+                   p.g_row_stride, ", ", p.g_col_stride, " and ", p.x_row_stride, ", ",
+                   p.x_col_stride, "; make g contiguous");
+  return Status::ok();
+}
+
+// Threads that work on one matrix together; 1: each takes matrices of its own.
+int threads_of_a_matrix(const NewtonSchulzParams& p) {
+  const int threads = cpu::num_threads();
+  const bool alone = p.num_matrices >= threads && p.rows * p.cols < kSmall;
+  return alone ? 1 : threads;
+}
+
+}  // namespace
+
+const CpuEngine& newton_schulz_cpu::engine() { return kEngines.best(); }
+kimi_isa newton_schulz_isa() { return cpu::block_engine_isa(); }
+
+size_t matrix_product_workspace_bytes(const MatrixProductParams& p) {
+  if (p.rows < 0 || p.cols < 0 || p.depth < 0 || !is_dtype(p.dtype)) return 0;
+  return std::max<size_t>(
+      64, product_scratch_bytes(p.rows, p.cols, p.depth, p.dtype, cpu::num_threads()));
+}
+
+Status matrix_product(const MatrixProductParams& p, kimi_device device, void*) {
+  KIMI_RETURN_IF_ERROR(only_cpu("matrix_product", device));
+  KIMI_RETURN_IF_ERROR(check(p));
+  if (p.rows == 0 || p.cols == 0) return Status::ok();
+  Product q;
+  q.a = {p.a, p.a_row_stride, p.a_col_stride, cpu::Storage(p.dtype)};
+  q.b = {p.b, p.b_col_stride, p.b_row_stride, cpu::Storage(p.dtype)};
+  q.rows = p.rows;
+  q.cols = p.cols;
+  q.depth = p.depth;
+  q.symmetric = p.symmetric != 0;
+  q.alpha = p.alpha;
+  q.beta = p.beta;
+  q.delta = p.delta;
+  q.c = p.beta == 0 ? nullptr : p.c;
+  q.d = p.d;
+  q.c_stride = p.c_stride;
+  q.d_stride = p.d_stride;
+  q.dtype = q.d_dtype = p.dtype;
+  multiply(q, p.workspace, cpu::num_threads());
+  return Status::ok();
+}
+
+size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p) {
+  if (p.num_matrices < 0 || p.rows < 0 || p.cols < 0 || !is_dtype(p.dtype)) return 0;
+  if (p.num_matrices == 0 || p.rows == 0 || p.cols == 0) return 64;
+  const int threads = threads_of_a_matrix(p);
+  return ChainShape(p).bytes(p, threads) * size_t(threads == 1 ? cpu::num_threads() : 1);
+}
+
+Status newton_schulz(const NewtonSchulzParams& p, kimi_device device, void*) {
+  KIMI_RETURN_IF_ERROR(only_cpu("newton_schulz", device));
+  KIMI_RETURN_IF_ERROR(check(p));
+  if (p.num_matrices == 0 || p.rows == 0 || p.cols == 0) return Status::ok();
+  const ChainShape shape(p);
+  const int threads = threads_of_a_matrix(p);
+  char* workspace = static_cast<char*>(p.workspace);
+  if (threads == 1) {
+    const size_t bytes = shape.bytes(p, 1);
+    cpu::parallel_tasks(p.num_matrices, [&](int64_t e, int thread) {
+      chain(p, shape, p.g[e], p.x[e], workspace + size_t(thread) * bytes, 1);
+    });
+  } else {
+    for (int64_t e = 0; e < p.num_matrices; ++e)
+      chain(p, shape, p.g[e], p.x[e], workspace, threads);
+  }
+  return Status::ok();
+}
+
+}  // namespace kimi

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: MIT
+// QK-Clip through the C API. Small integers are exact in every dtype, so the maxima are compared
+// bit for bit with a loop, on every instruction set and number of threads.
+#include "engines.h"
+
+using namespace kimi::test;
+
+namespace {
+
+struct Case {
+  int64_t batch, heads, kv_heads, queries, keys, dim;
+};
+
+void test_maxima(const Case& c, kimi_dtype dtype, bool causal, bool with_nan) {
+  // Rows of a head lie `heads` rows apart, as projections leave them.
+  Tensor q(c.batch * c.queries * c.heads * c.dim, dtype);
+  Tensor k(c.batch * c.keys * c.kv_heads * c.dim, dtype);
+  Random random(5);
+  for (int64_t i = 0; i < c.batch * c.queries * c.heads * c.dim; ++i) q.set(i, random.small());
+  for (int64_t i = 0; i < c.batch * c.keys * c.kv_heads * c.dim; ++i) k.set(i, random.small());
+  // A NaN in the last key: the causal maximum of one query a batch sees it.
+  if (with_nan) k.set(((c.keys - 1) * c.kv_heads) * c.dim, std::nan(""));
+  kimi_attention_max_logits_params p = {};
+  p.q = q.data.get(), p.k = k.data.get();
+  p.batch = c.batch, p.heads = c.heads, p.kv_heads = c.kv_heads;
+  p.queries = c.queries, p.keys = c.keys, p.dim = c.dim;
+  p.q_batch_stride = c.queries * c.heads * c.dim, p.q_head_stride = c.dim;
+  p.q_row_stride = c.heads * c.dim, p.q_col_stride = 1;
+  p.k_batch_stride = c.keys * c.kv_heads * c.dim, p.k_head_stride = c.dim;
+  p.k_row_stride = c.kv_heads * c.dim, p.k_col_stride = 1;
+  p.scale = 0.5f, p.causal = causal, p.dtype = dtype;
+  Buffer workspace(kimi_attention_max_logits_workspace_bytes(&p, KIMI_DEVICE_CPU));
+  Tensor maxima(c.heads, KIMI_FLOAT32);
+  p.workspace = workspace.data.get(), p.max_logits = static_cast<float*>(maxima.at(0));
+  bool ok = kimi_attention_max_logits(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
+  for (int64_t h = 0; h < c.heads; ++h) {
+    double most = -INFINITY;
+    const int64_t kv = h / (c.heads / c.kv_heads);
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t i = 0; i < c.queries; ++i)
+        for (int64_t j = 0; j < (causal ? i + c.keys - c.queries + 1 : c.keys); ++j) {
+          double sum = 0;
+          for (int64_t d = 0; d < c.dim; ++d)
+            sum += q.get(((b * c.queries + i) * c.heads + h) * c.dim + d) *
+                   k.get(((b * c.keys + j) * c.kv_heads + kv) * c.dim + d);
+          most = sum > most || sum != sum ? sum : most;
+          if (sum != sum) i = c.queries, j = c.keys, b = c.batch;
+        }
+    const double got = maxima.get(h);
+    ok = ok && (most != most ? got != got : got == 0.5 * most);
+  }
+  check(ok, "maxima: heads %d of %d, queries %d, keys %d, dim %d, dtype %d, causal %d, NaN %d",
+        int(c.heads), int(c.kv_heads), int(c.queries), int(c.keys), int(c.dim), int(dtype), causal,
+        with_nan);
+}
+
+void test_scaling(kimi_dtype dtype) {
+  constexpr int64_t kHeads = 3, kRows = 5, kCols = 37, kStride = 40;
+  Tensor weight(kHeads * kRows * kStride, dtype), before(kHeads * kRows * kStride, dtype);
+  Random random(6);
+  for (int64_t i = 0; i < kHeads * kRows * kStride; ++i) {
+    weight.set(i, random.unit());
+    before.set(i, weight.get(i));
+  }
+  before.set(2 * kRows * kStride + kStride, std::nan(""));  // a head whose factor is 1
+  weight.set(2 * kRows * kStride + kStride, std::nan(""));
+  const float factors[kHeads] = {0.3f, 0.7f, 1.0f};
+  kimi_scale_rows_params p = {};
+  p.weight = weight.data.get(), p.factors = factors, p.heads = kHeads, p.rows_of_head = kRows;
+  p.first = 1, p.last = 4, p.cols = kCols, p.row_stride = kStride, p.dtype = dtype;
+  bool ok = kimi_scale_rows(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
+  for (int64_t i = 0; i < kHeads * kRows * kStride; ++i) {
+    const int64_t head = i / (kRows * kStride), row = i / kStride % kRows, col = i % kStride;
+    if (head < 2 && row >= 1 && row < 4 && col < kCols)
+      before.set(i, double(float(before.get(i)) * factors[head]));
+  }
+  check(ok && weight.same_bits(before), "scale_rows, dtype %d", int(dtype));
+  p.last = 6;
+  check(kimi_scale_rows(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT, "rows past a head");
+}
+
+}  // namespace
+
+int main() {
+  each_engine([] {
+    for (kimi_dtype dtype : {KIMI_FLOAT32, KIMI_BFLOAT16, KIMI_FLOAT16}) {
+      for (bool causal : {false, true})
+        for (bool with_nan : {false, true})
+          for (const Case& c :
+               {Case{1, 1, 1, 1, 1, 1}, Case{2, 4, 2, 33, 33, 5}, Case{1, 2, 1, 40, 170, 24},
+                Case{1, 1, 1, 520, 520, 1}, Case{1, 1, 1, 3, 5, 530}})
+            test_maxima(c, dtype, causal, with_nan);
+      test_scaling(dtype);
+    }
+  });
+  return report("qk_clip");
+}
