@@ -77,6 +77,9 @@ KIMI_API const char* kimi_cpu_engine(const char* op);
 KIMI_API kimi_status kimi_set_num_threads(int num_threads);
 KIMI_API int kimi_num_threads(void);
 
+/* Asks for 2 MiB pages where memory lies that has not been touched yet; a hint, on Linux. */
+KIMI_API void kimi_advise_huge_pages(void* memory, size_t bytes);
+
 /* Architectures in the binary, as "sm_80 sm_90a"; empty for a build without CUDA. */
 KIMI_API const char* kimi_cuda_architectures(void);
 

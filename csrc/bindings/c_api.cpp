@@ -7,6 +7,7 @@
 #include "balance/balance.h"
 #include "common/status.h"
 #include "cpu/features.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "fused_experts/fused_experts.h"
 #include "grouped_gemm/grouped_gemm.h"
@@ -85,6 +86,9 @@ kimi_status kimi_set_num_threads(int num_threads) {
   });
 }
 int kimi_num_threads(void) { return kimi::cpu::num_threads(); }
+void kimi_advise_huge_pages(void* memory, size_t bytes) {
+  kimi::cpu::advise_huge_pages(memory, bytes);
+}
 const char* kimi_cuda_architectures(void) { return KIMI_OPS_CUDA_ARCHITECTURES; }
 
 kimi_status kimi_topk_gate(const kimi_topk_gate_params* params, kimi_device device, void* stream) {

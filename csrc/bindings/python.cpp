@@ -106,6 +106,9 @@ PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
   m.def("num_threads", &kimi_num_threads);
   m.def("set_num_threads", [](int n) { raise_if_error(kimi_set_num_threads(n)); });
   m.def("cuda_architectures", &kimi_cuda_architectures);
+  m.def("advise_huge_pages", [](Address address, size_t bytes) {
+    kimi_advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+  });
   {
     using P = kimi_topk_gate_params;
     bind<P, kimi_topk_gate, &P::logits, &P::expert_bias, &P::valid, &P::weights, &P::indices,

@@ -92,8 +92,9 @@ struct BlockEngine {
 
   // Few rows: c[t * stride + j] = sum_d x[t, d] * s[j, d] for t < tokens <= dot_tokens, j < rows,
   // S read straight from memory (depth_stride 1, not gathered). x: packed by pack_dot, a token
-  // after the other. nullptr: not offered. Its sums have an order of their own.
-  int64_t dot_tokens;
+  // after the other. nullptr: not offered. Its sums have an order of their own. Beyond dot_pass
+  // tokens S is read again from the cache, and quantised storage would be converted again.
+  int64_t dot_tokens, dot_pass;
   void (*pack_dot)(const Operand& x, int64_t row, int64_t rows, int64_t count, void* tokens);
   void (*dot)(const void* tokens, int64_t num_tokens, const Operand& s, int64_t row, int64_t rows,
               int64_t count, float* c, int64_t stride);

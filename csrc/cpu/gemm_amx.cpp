@@ -186,7 +186,8 @@ extern const BlockEngine kAmxBlocks = {kGroup,
                                        pack_strip,
                                        multiply,
                                        finish,
-                                       kDotTokens,
+                                       kPassTokens,
+                                       kPassTokens,
                                        pack_dot<DotPairs>,
                                        dot<DotPairs>};
 

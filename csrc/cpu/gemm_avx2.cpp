@@ -123,7 +123,7 @@ void pack(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t co
 }  // namespace
 
 extern const BlockEngine kAvx2Blocks = {
-    Avx2::kRows, kDepthBlock, 1,       4,      pack<Avx2::kRows>, pack<kStripRows>, multiply<Avx2>,
-    nullptr,     0,           nullptr, nullptr};
+    Avx2::kRows,    kDepthBlock, 1, 4, pack<Avx2::kRows>, pack<kStripRows>,
+    multiply<Avx2>, nullptr,     0, 0, nullptr,           nullptr};
 
 }  // namespace kimi::cpu

@@ -49,6 +49,7 @@ extern const BlockEngine kAvx512Blocks = {Avx512::kRows,
                                           multiply<Avx512>,
                                           nullptr,
                                           kDotTokens,
+                                          kPassTokens,
                                           pack_dot<DotFloat32>,
                                           dot<DotFloat32>};
 

@@ -37,6 +37,7 @@ extern const BlockEngine kAvx512Bf16Blocks = {Avx512Bf16::kRows,
                                               multiply<Avx512Bf16>,
                                               nullptr,
                                               kDotTokens,
+                                              kPassTokens,
                                               pack_dot<DotPairs>,
                                               dot<DotPairs>};
 

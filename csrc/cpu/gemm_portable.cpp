@@ -49,7 +49,7 @@ void multiply(const void* panel, int64_t rows, const void* strip, int64_t count,
 
 }  // namespace
 
-extern const BlockEngine kPortableBlocks = {
-    kRows, kDepthBlock, 1, 4, pack_panel, pack_strip, multiply, nullptr, 0, nullptr, nullptr};
+extern const BlockEngine kPortableBlocks = {kRows,    kDepthBlock, 1, 4, pack_panel, pack_strip,
+                                            multiply, nullptr,     0, 0, nullptr,    nullptr};
 
 }  // namespace kimi::cpu

@@ -40,8 +40,9 @@ void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block&
   }
   const auto s_row = [&](int part) { return g.s_row + part * g.part_rows + block.col; };
   const bool gathered_depth = g.s.depth_index || g.p.depth_index;
-  if (block.rows <= engine.dot_tokens && g.s.depth_stride == 1 && !g.s.row_index &&
-      !gathered_depth && g.p_depth == 0) {
+  const bool quantised = g.s.storage > cpu::Storage::kFloat16;
+  if (block.rows <= (quantised ? engine.dot_pass : engine.dot_tokens) && g.s.depth_stride == 1 &&
+      !g.s.row_index && !gathered_depth && g.p_depth == 0) {
     engine.pack_dot(g.p, p_row, block.rows, g.depth, panel);
     for (int part = 0; part < g.parts; ++part)
       engine.dot(panel, block.rows, g.s, s_row(part), block.cols, g.depth,

@@ -68,6 +68,7 @@ def _implementation(
         x, w_gate_up, w_down, weights, row_map, source, offsets, gate_up_scale, down_scale,
         activation, save,
     )  # fmt: skip
+    _native.huge_pages(gate_up)
     x, weights = _dense_rows(x), weights.contiguous()
     row_map, source, offsets = row_map.contiguous(), source.contiguous(), offsets.contiguous()
     experts, dtype = w_gate_up.shape[0], _native.DTYPES[x.dtype]
@@ -122,7 +123,8 @@ def _backward_implementation(
         dy, x, w_gate_up, w_down, weights, row_map, source, offsets, gate_up, activation, wanted
     )
     dx, grad_gate_up, grad_down, grad_weights = (
-        output.data_ptr() if want else 0 for output, want in zip(outputs, wanted, strict=True)
+        _native.huge_pages(output).data_ptr() if want else 0
+        for output, want in zip(outputs, wanted, strict=True)
     )
     dy, x, weights = _dense_rows(dy), _dense_rows(x), weights.contiguous()
     row_map, source, offsets = row_map.contiguous(), source.contiguous(), offsets.contiguous()

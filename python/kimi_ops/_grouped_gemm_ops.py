@@ -28,7 +28,8 @@ def with_a_unit_stride(x: Tensor) -> Tensor:
 
 def workspace(op: str, like: Tensor, *sizes: int) -> Tensor:
     _native.share_threads()
-    return like.new_empty((_native.workspace_bytes(op, like, *sizes),), dtype=torch.uint8)
+    size = _native.workspace_bytes(op, like, *sizes)
+    return _native.huge_pages(like.new_empty((size,), dtype=torch.uint8))
 
 
 def check_offset_values(op: str, offsets: Tensor, rows: int) -> None:
@@ -123,7 +124,7 @@ def _run(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Tensor
 def _gemm_implementation(
     a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    out = _gemm_output(a, b, offsets, bias, dtype)
+    out = _native.huge_pages(_gemm_output(a, b, offsets, bias, dtype))
     _run(a, b, offsets, bias, out)
     return out
 
@@ -234,7 +235,7 @@ def _run_wgrad(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: 
 
 
 def _wgrad_implementation(a: Tensor, dc: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    out = _wgrad_output(a, dc, offsets, dtype)
+    out = _native.huge_pages(_wgrad_output(a, dc, offsets, dtype))
     _run_wgrad(a, dc, offsets, out, False)
     return out
 
@@ -276,7 +277,7 @@ wgrad_out = _native.register(
 def _quantized_implementation(
     a: Tensor, data: Tensor, scale: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    out = _quantized_output(a, data, scale, offsets, bias, dtype)
+    out = _native.huge_pages(_quantized_output(a, data, scale, offsets, bias, dtype))
     if not is_native(a):
         raise TypeError(f"quantized_gemm: a: expected a CPU tensor of 16 or 32 bits, got {a.dtype}")
     a, offsets = with_a_unit_stride(a), offsets.contiguous()

@@ -23,6 +23,7 @@ except ImportError as error:
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # kimi_dtype
 CPU: Final = 0  # kimi_device
 CUDA: Final = 1
+HUGE_PAGES_FROM: Final = 8 << 20  # bytes; smaller tensors are reused by the allocator
 
 library = torch.library.Library("kimi_ops", "DEF")
 
@@ -39,6 +40,13 @@ def openmp_runtimes() -> list[str]:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def huge_pages(tensor: Tensor) -> Tensor:
+    """`tensor`, whose fresh memory the kernel may fill by 2 MiB pages: 512 times fewer faults."""
+    if tensor.nbytes >= HUGE_PAGES_FROM and tensor.device.type == "cpu":
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def workspace_bytes(op: str, like: Tensor, *arguments: int) -> int:
