@@ -361,7 +361,8 @@ typedef struct kimi_grouped_gemm_params {
   kimi_dtype out_dtype; /* dtype or KIMI_FLOAT32 */
 } kimi_grouped_gemm_params;
 
-/* Reads k, num_experts and dtype; for the calling thread's number of threads. */
+/* Reads num_experts and dtype. The size is for the calling thread's number of threads and the
+ * current instruction set: call the op under the same. */
 KIMI_API size_t kimi_grouped_gemm_workspace_bytes(const kimi_grouped_gemm_params* params,
                                                   kimi_device device);
 KIMI_API kimi_status kimi_grouped_gemm(const kimi_grouped_gemm_params* params, kimi_device device,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kimi_ops import Fp8BlockWeight
 from kimi_ops.fused_experts import fused_experts
 from kimi_ops.topk_gate import topk_gate
 
@@ -173,6 +174,53 @@ def test_twenty_runs_have_the_same_bits():
     arguments = tensors(200, 16, 4, 32, 24)
     results = [fused_experts(*arguments) for _ in range(20)]
     assert all(torch.equal(results[0], other) for other in results)
+
+
+def test_odd_sizes_of_fp8_weights():
+    x, w_gate_up, w_down, weights, indices = tensors(9, 4, 2, 9, 7)
+    gate_up, down = Fp8BlockWeight.quantize(w_gate_up), Fp8BlockWeight.quantize(w_down)
+    wide = [w.dequantize(torch.float32) for w in (gate_up, down)]
+    y = fused_experts(x, gate_up, down, weights, indices)
+    assert error(y, exact(x, *wide, weights, indices)) < 1e-6
+
+
+def test_no_hidden_and_no_width():
+    x, _, _, weights, indices = tensors(4, 3, 2, 6, 5)
+    empty = fused_experts(x[:, :0], torch.ones(3, 10, 0), torch.ones(3, 0, 5), weights, indices)
+    assert empty.shape == (4, 0)
+    w_down = torch.ones(3, 6, 0, requires_grad=True)
+    y = fused_experts(x, torch.ones(3, 0, 6), w_down, weights, indices)
+    y.sum().backward()
+    assert not y.any() and w_down.grad.shape == (3, 6, 0)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "situ"])
+def test_recomputing_changes_no_gradient_beyond_rounding(name):
+    *floats, indices = tensors(33, 8, 3, 24, 20)
+    gradients = []
+    for recompute in (False, True):
+        ours = [t.clone().requires_grad_() for t in floats]
+        fused_experts(*ours, indices, activation=name, recompute=recompute).sum().backward()
+        gradients.append([t.grad for t in ours])
+    for kept, again in zip(*gradients, strict=True):
+        assert error(kept, again) < 1e-6
+
+
+def test_memory_of_the_backward():
+    """No gradient of the saved [g; u] is made up, and recomputing keeps none of it."""
+    *floats, indices = tensors(256, 8, 4, 16, 256)
+    rows, width = 256 * 4, 2 * 256
+    kept = {}
+    for recompute in (False, True):
+        ours = [t.clone().requires_grad_() for t in floats]
+        y = fused_experts(*ours, indices, recompute=recompute)
+        saved = [t for t in y.grad_fn.saved_tensors if t is not None]
+        kept[recompute] = any(tuple(t.shape) == (rows, width) for t in saved)
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu, record_shapes=True) as profile:
+            y.backward(torch.ones_like(y))
+        assert not any(e.name == "aten::zeros" for e in profile.events())
+    assert kept == {False: True, True: False}
 
 
 BAD_CALLS = [

@@ -159,7 +159,7 @@ PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
          &P::workspace, &P::num_rows, &P::k, &P::n, &P::a_row_stride, &P::a_k_stride,
          &P::b_expert_stride, &P::b_k_stride, &P::b_n_stride, &P::num_experts, &P::dtype,
          &P::b_storage, &P::out_dtype>(m, "grouped_gemm");
-    bind_workspace<P, kimi_grouped_gemm_workspace_bytes, &P::k, &P::num_experts, &P::dtype>(
+    bind_workspace<P, kimi_grouped_gemm_workspace_bytes, &P::num_experts, &P::dtype>(
         m, "grouped_gemm_workspace_bytes");
   }
   {

@@ -14,8 +14,9 @@
 // multiplies bf16 pairs. Rows and depth beyond the operand are zeros in a packed block; nothing
 // outside of the operand is read.
 //
-// Every C element is the sum over depth blocks of kDepthBlock elements in ascending order; it does
-// not depend on which rows share its block, nor on the number of threads.
+// Every C element is the sum over depth blocks of kDepthBlock elements in ascending order, or, on
+// the path of few rows, a sum along vectors: either way it depends neither on the values of the
+// rows that share its block nor on the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -58,10 +58,16 @@ inline Status check_weights(const char* op, const char* name, const kimi_expert_
     return invalid(op, ": ", name, ": expected the dtype of x",
                    may_be_quantised ? " or a quantised storage" : "", ", got storage ",
                    int(w.storage));
-  if (quantised && (!w.scale || w.column_stride != 1 || w.row_stride % 2 || w.expert_stride % 2))
-    return invalid(op, ": ", name, ": expected a scale and contiguous columns, got ",
-                   w.scale ? "" : "no scale and ", "strides ", w.expert_stride, ", ", w.row_stride,
-                   ", ", w.column_stride);
+  if (quantised && (!w.scale || w.column_stride != 1))
+    return invalid(op, ": ", name,
+                   ": expected a scale and contiguous columns beside quantised weights,"
+                   " got ",
+                   w.scale ? "a column stride of " : "no scale and a column stride of ",
+                   w.column_stride, "; pass the weight as it was quantised");
+  if (w.storage == KIMI_STORAGE_INT4_GROUP && (w.row_stride % 2 || w.expert_stride % 2))
+    return invalid(op, ": ", name,
+                   ": expected rows of int4 weights to begin at a byte, got strides of ",
+                   w.expert_stride, " and ", w.row_stride, " elements; pad the columns to 8");
   return Status::ok();
 }
 

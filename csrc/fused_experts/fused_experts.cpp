@@ -29,8 +29,7 @@ struct Layout {  // of the workspace
     const int64_t rows = p.num_tokens * p.top_k;
     hidden = round64(rows * p.width * size_of(p.dtype));
     sums = round64(rows * experts::sum_columns(rows, p.hidden) * 4);
-    groups = int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts,
-                                               std::max(p.hidden, p.width)));
+    groups = int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts));
   }
 };
 
@@ -39,7 +38,8 @@ Status check(const FusedExpertsParams& p) {
   KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, true));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, true));
-  if (p.num_tokens > 0 && (!p.x || !p.y)) return invalid(op, ": x, y: expected pointers, got NULL");
+  if (p.num_tokens * p.hidden > 0 && (!p.x || !p.y))
+    return invalid(op, ": x, y: expected pointers, got NULL");
   return Status::ok();
 }
 
@@ -56,15 +56,14 @@ size_t fused_experts_workspace_bytes(const FusedExpertsParams& p, kimi_device) {
 Status fused_experts(const FusedExpertsParams& p, kimi_device device, void*) {
   if (device == KIMI_DEVICE_CUDA) return experts::no_cuda_kernels("fused_experts");
   KIMI_RETURN_IF_ERROR(check(p));
-  if (p.num_tokens == 0 || p.hidden == 0) return Status::ok();
+  if (p.num_tokens == 0) return Status::ok();
   const int64_t rows = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
   const Layout layout(p);
   const cpu::BlockEngine& blocks = cpu::block_engine(p.dtype);
   const experts::CpuEngine& engine = experts::cpu_engine();
   char* hidden = static_cast<char*>(p.workspace);
   float* sums = reinterpret_cast<float*>(hidden + layout.hidden);
-  const grouped::Workspace workspace(blocks, hidden + layout.hidden + layout.sums, p.num_experts,
-                                     std::max(p.hidden, p.width));
+  const grouped::Workspace workspace(blocks, hidden + layout.hidden + layout.sums, p.num_experts);
 
   const auto gate_up = [&](int32_t e) {
     grouped::Group g = experts::rows_of(p.offsets, e);

@@ -16,7 +16,8 @@
 //
 // x [T, H] is gathered while it is packed and [g; u] goes through the activation while it is in the
 // cache: neither gathered rows nor a second activation exist in memory. The weighted sum runs over
-// slots in ascending order in fp32, columns by columns, from a buffer of at most kSumBytes.
+// slots in ascending order in fp32, columns by columns, from a buffer of kSumBytes (128 columns of
+// all rows where that is more).
 //
 //   x --gather--> [ gate | up ] --act--> h [R, F] --> w_down h, some columns [R, C] --sum--> y
 //

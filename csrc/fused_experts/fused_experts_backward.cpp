@@ -19,8 +19,7 @@ struct Layout {  // of the workspace
     hidden = round64(rows * p.width * bytes);
     partial = round64(rows * partials(p) * 4);
     sums = round64(rows * experts::sum_columns(rows, p.hidden) * 4);
-    groups = int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts,
-                                               std::max(p.hidden, 2 * p.width)));
+    groups = int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts));
   }
   static int64_t partials(const FusedExpertsBackwardParams& p) {
     return (p.width + experts::kPartial - 1) / experts::kPartial;
@@ -33,7 +32,7 @@ Status check(const FusedExpertsBackwardParams& p) {
   KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, false));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, false));
-  if (p.num_tokens > 0 && (!p.dy || !p.x))
+  if (p.num_tokens * p.hidden > 0 && (!p.dy || !p.x))
     return invalid(op, ": dy, x: expected pointers, got NULL");
   return Status::ok();
 }
@@ -52,8 +51,7 @@ class Backward {
         partial_(reinterpret_cast<float*>(hidden_ + layout.hidden)),
         sums_(reinterpret_cast<float*>(hidden_ + layout.hidden + layout.partial)),
         again_(hidden_ + layout.hidden + layout.partial + layout.sums),
-        workspace_(blocks_, again_ + layout.gate_up, p.num_experts,
-                   std::max(p.hidden, 2 * p.width)) {}
+        workspace_(blocks_, again_ + layout.gate_up, p.num_experts) {}
 
   void run() {
     if (!p_.gate_up) compute_gate_up();
@@ -127,6 +125,7 @@ class Backward {
       g.cols = cols;
       g.depth = of_e.rows;
       g.p_depth = of_e.p_row;
+      g.over_rows = true;
       return g;
     };
     const grouped::CpuEngine& store = grouped::cpu_engine();

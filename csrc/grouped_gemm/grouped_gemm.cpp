@@ -112,6 +112,7 @@ struct Wgrad {
     grouped::Group g;
     g.depth = p.offsets[e] - begin;
     g.p_depth = begin;
+    g.over_rows = true;
     // One token: any stride may stand for its depth.
     const cpu::Operand a = {p.a, p.a_k_stride, p.a_row_stride, cpu::Storage(p.dtype)};
     const cpu::Operand dc = {p.dc, p.dc_n_stride, p.dc_row_stride, cpu::Storage(p.dtype)};
@@ -157,7 +158,7 @@ kimi_isa grouped_gemm_isa() { return cpu::block_engine_isa(); }
 
 size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device) {
   if (p.num_experts < 1 || p.k < 0 || !is_dtype(p.dtype)) return 0;
-  return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts, p.k);
+  return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts);
 }
 
 Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, void*) {
@@ -165,7 +166,7 @@ Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, void*) {
   KIMI_RETURN_IF_ERROR(check(p));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
   const grouped::CpuEngine& output = grouped::cpu_engine();
-  const grouped::Workspace workspace(engine, p.workspace, p.num_experts, p.k);
+  const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
   const Forward group{p};
   const int64_t out_bytes = size_of(p.out_dtype), bias_bytes = size_of(p.dtype);
   const bool stream = p.num_rows * p.n * out_bytes > kStreamBytes;
@@ -182,7 +183,7 @@ Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, void*) {
 
 size_t grouped_gemm_wgrad_workspace_bytes(const GroupedGemmWgradParams& p, kimi_device) {
   if (p.num_experts < 1 || !is_dtype(p.dtype)) return 0;
-  return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts, 0);
+  return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts);
 }
 
 Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device, void*) {
@@ -190,8 +191,8 @@ Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device, v
   KIMI_RETURN_IF_ERROR(check(p));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
   const grouped::CpuEngine& output = grouped::cpu_engine();
-  const grouped::Workspace workspace(engine, p.workspace, p.num_experts, 0);
-  const bool n_contiguous = p.out_n_stride == 1 || (p.k == 1 && p.out_k_stride != 1);
+  const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
+  const bool n_contiguous = p.out_n_stride == 1 || p.n == 1;
   const Wgrad group{p, n_contiguous};
   const int64_t out_bytes = size_of(p.out_dtype);
   const int64_t row_stride = n_contiguous ? p.out_k_stride : p.out_n_stride;

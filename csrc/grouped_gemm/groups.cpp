@@ -29,6 +29,15 @@ cpu::Upcoming upcoming(const cpu::Operand& s, int64_t row, int64_t depth) {
   return {data, stride, 2 * stride, 0, 0};
 }
 
+// Few rows of P, and rows of S that lie as they are read. Sums over rows (a depth of its own for
+// each group, gathered or not) are never few rows of weights.
+bool takes_dot(const cpu::BlockEngine& engine, const Group& g, int64_t rows) {
+  const bool quantised = g.s.storage > cpu::Storage::kFloat16;
+  return !g.over_rows && rows <= (quantised ? engine.dot_pass : engine.dot_tokens) &&
+         g.s.depth_stride == 1 && !g.s.row_index &&
+         rows * engine.dot_stride(g.depth) * engine.element_bytes <= kDotBytes;
+}
+
 }  // namespace
 
 void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block& block, char* panel,
@@ -39,10 +48,7 @@ void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block&
     return;
   }
   const auto s_row = [&](int part) { return g.s_row + part * g.part_rows + block.col; };
-  const bool gathered_depth = g.s.depth_index || g.p.depth_index;
-  const bool quantised = g.s.storage > cpu::Storage::kFloat16;
-  if (block.rows <= (quantised ? engine.dot_pass : engine.dot_tokens) && g.s.depth_stride == 1 &&
-      !g.s.row_index && !gathered_depth && g.p_depth == 0) {
+  if (takes_dot(engine, g, block.rows)) {
     engine.pack_dot(g.p, p_row, block.rows, g.depth, panel);
     for (int part = 0; part < g.parts; ++part)
       engine.dot(panel, block.rows, g.s, s_row(part), block.cols, g.depth,

@@ -19,6 +19,7 @@
 namespace kimi::grouped {
 
 constexpr int64_t kBlockRows = 280, kBlockSums = kBlockRows * 256, kPanelBytes = 280 << 10;
+constexpr int64_t kDotBytes = 512 << 10;  // of the rows of P on the path of few rows
 
 // One group: rows x depth of P by (parts x cols) x depth of S. With two parts a block holds the
 // same columns of both: part 1 of S begins part_rows rows after part 0.
@@ -27,7 +28,8 @@ struct Group {
   int64_t p_row = 0;  // of the group's first row in P
   int64_t s_row = 0;  // of its first column, a row of S
   int64_t rows = 0, cols = 0, depth = 0;
-  int64_t p_depth = 0;  // first depth in P and S
+  int64_t p_depth = 0;     // first depth in P and S
+  bool over_rows = false;  // depth counts rows of the group, as in wgrad
   int parts = 1;
   int64_t part_rows = 0;
 };
@@ -44,22 +46,21 @@ struct Block {
 
 class Workspace {
  public:
-  // `depth`: the largest that takes the path of few rows.
-  static size_t bytes(const cpu::BlockEngine& engine, int32_t groups, int64_t depth) {
-    return size_t(plan_bytes(groups) + cpu::num_threads() * thread_bytes(engine, depth));
+  static size_t bytes(const cpu::BlockEngine& engine, int32_t groups) {
+    return size_t(plan_bytes(groups) + cpu::num_threads() * thread_bytes(engine));
   }
 
-  Workspace(const cpu::BlockEngine& engine, void* memory, int32_t groups, int64_t depth)
-      : engine_(engine), memory_(static_cast<char*>(memory)), groups_(groups), depth_(depth) {}
+  Workspace(const cpu::BlockEngine& engine, void* memory, int32_t groups)
+      : engine_(engine), memory_(static_cast<char*>(memory)), groups_(groups) {}
 
   int32_t* order() const { return reinterpret_cast<int32_t*>(memory_); }
   int64_t* first_task() const {  // [groups + 1]
     return reinterpret_cast<int64_t*>(memory_ + round64(int64_t(groups_) * 4));
   }
   char* panel(int thread) const {
-    return memory_ + plan_bytes(groups_) + thread * thread_bytes(engine_, depth_);
+    return memory_ + plan_bytes(groups_) + thread * thread_bytes(engine_);
   }
-  char* strip(int thread) const { return panel(thread) + panel_capacity(engine_, depth_); }
+  char* strip(int thread) const { return panel(thread) + panel_capacity(engine_); }
   float* c(int thread) const {
     return reinterpret_cast<float*>(strip(thread) + round64(engine_.strip_bytes()));
   }
@@ -69,19 +70,17 @@ class Workspace {
   static int64_t plan_bytes(int32_t groups) {
     return round64(int64_t(groups) * 4) + round64((int64_t(groups) + 1) * 8);
   }
-  static int64_t panel_capacity(const cpu::BlockEngine& engine, int64_t depth) {
-    const int64_t blocks = engine.panel_bytes(kBlockRows, engine.depth_block);
-    const int64_t tokens = engine.dot_tokens * engine.dot_stride(depth) * engine.element_bytes;
-    return round64(std::max({kPanelBytes, blocks, tokens}));
+  static int64_t panel_capacity(const cpu::BlockEngine& engine) {
+    return round64(
+        std::max({kPanelBytes, kDotBytes, engine.panel_bytes(kBlockRows, engine.depth_block)}));
   }
-  static int64_t thread_bytes(const cpu::BlockEngine& engine, int64_t depth) {
-    return panel_capacity(engine, depth) + round64(engine.strip_bytes()) + kBlockSums * 4;
+  static int64_t thread_bytes(const cpu::BlockEngine& engine) {
+    return panel_capacity(engine) + round64(engine.strip_bytes()) + kBlockSums * 4;
   }
 
   const cpu::BlockEngine& engine_;
   char* memory_;
   int32_t groups_;
-  int64_t depth_;
 };
 
 // The sums of one block into c; strips are fetched one ahead.

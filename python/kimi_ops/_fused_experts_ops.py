@@ -39,6 +39,22 @@ def _check_arguments(
     _check.choice(op, "activation", activation, tuple(ACTIVATIONS))
 
 
+def _check_scale(op: str, name: str, matrices: Tensor, scale: Tensor | None, columns: int) -> None:
+    """The scale of quantised matrices [E, rows, columns]; None beside floats."""
+    if matrices.dtype in _native.DTYPES:
+        return
+    if scale is None or not matrices.is_contiguous() or not scale.is_contiguous():
+        raise ValueError(
+            f"{op}: {name}: expected contiguous data and scale of a quantised weight, got "
+            f"{'none' if scale is None else scale.stride()}; pass both as they were quantised"
+        )
+    packed = matrices.dtype == torch.int32
+    rows = matrices.shape[1]
+    grid = (rows, -(-columns // 32)) if packed else (-(-rows // 128), -(-columns // 128))
+    _check.dtype(op, f"{name} scale", scale, (torch.bfloat16 if packed else torch.float32,))
+    _check.shape(op, f"{name} scale", scale, (matrices.shape[0], *grid))
+
+
 def _stored(matrices: Tensor, columns: int) -> int:
     """The last size of [E, rows, columns] as stored: int4 packs eight to a word."""
     return -(-columns // 8) if matrices.dtype == torch.int32 else columns
@@ -89,9 +105,10 @@ def _outputs(
     offsets: Tensor, gate_up_scale: Tensor | None, down_scale: Tensor | None, activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_arguments(
-        "fused_experts", x, w_gate_up, w_down, weights, row_map, source, offsets, activation
-    )
+    op = "fused_experts"
+    _check_arguments(op, x, w_gate_up, w_down, weights, row_map, source, offsets, activation)
+    _check_scale(op, "w_gate_up", w_gate_up, gate_up_scale, x.shape[1])
+    _check_scale(op, "w_down", w_down, down_scale, w_gate_up.shape[1] // 2)
     rows = source.shape[0] if save else 0
     return x.new_empty(x.shape), x.new_empty((rows, w_gate_up.shape[1]))
 
@@ -103,9 +120,12 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
         x, w_gate_up, w_down, weights, row_map, source, offsets, output[1] if saved else None
     )
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # nobody reads a gradient of gate_up
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 11
     wanted = [bool(need) for need in ctx.needs_input_grad[:4]]
     gradients = backward(dy, *ctx.saved_tensors, ctx.activation, wanted)
     kept = [g if need else None for g, need in zip(gradients, wanted, strict=True)]
@@ -156,7 +176,10 @@ def _backward_outputs(
         _check.dtype(op, "gate_up", gate_up, (x.dtype,))
         _check.shape(op, "gate_up", gate_up, (source.shape[0], w_gate_up.shape[1]))
     if len(wanted) != 4:
-        raise ValueError(f"{op}: wanted: expected 4 truth values, got {len(wanted)}")
+        raise ValueError(
+            f"{op}: wanted: expected 4 truth values, got {len(wanted)}; pass one for each of x, "
+            "w_gate_up, w_down, weights"
+        )
     shapes = (x.shape, w_gate_up.shape, w_down.shape, weights.shape)
     dx, grad_gate_up, grad_down, grad_weights = (
         like.new_empty(shape if want else (0,))

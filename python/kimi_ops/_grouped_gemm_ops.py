@@ -61,9 +61,10 @@ def _check_pair(op: str, a: Tensor, b_name: str, b: Tensor, shapes_fit: bool, sh
 def check_offsets(op: str, offsets: Tensor, experts: int | None, a: Tensor) -> None:
     _check.dtype(op, "offsets", offsets, (torch.int32,))
     if offsets.dim() != 1 or offsets.shape[0] < 1 or experts not in (None, offsets.shape[0]):
+        wanted = "E >= 1" if experts is None else f"E={experts}"
         raise ValueError(
-            f"{op}: offsets: expected shape [E={experts or '>= 1'}], got {list(offsets.shape)}; "
-            "pass one end row for each expert"
+            f"{op}: offsets: expected shape [{wanted}], got {list(offsets.shape)}; pass one end "
+            "row for each expert"
         )
     _check.same_device(op, "offsets", offsets, "a", a)
 
@@ -110,7 +111,7 @@ def _run(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Tensor
     )
     a, offsets = with_a_unit_stride(a), offsets.contiguous()
     bias = None if bias is None else bias.contiguous()
-    scratch = workspace("grouped_gemm", a, a.shape[1], b.shape[0], _native.DTYPES[a.dtype])
+    scratch = workspace("grouped_gemm", a, b.shape[0], _native.DTYPES[a.dtype])
     _native.call(
         "grouped_gemm", a, a.data_ptr(), b.data_ptr(), 0, offsets.data_ptr(),
         _native.address(bias), dense.data_ptr(), scratch.data_ptr(), a.shape[0], a.shape[1],
@@ -173,7 +174,9 @@ def _gemm_out_implementation(
     a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
     _gemm_out_fake(a, b, offsets, bias, out)
+    _check.writable("grouped_gemm", out, a=a, b=b, offsets=offsets, bias=bias)
     _run(a, b, offsets, bias, out)
+    torch.autograd.graph.increment_version(out)
 
 
 def _gemm_out_fake(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -256,7 +259,9 @@ def _wgrad_out_implementation(
     a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: bool
 ) -> None:
     _wgrad_out_fake(a, dc, offsets, out, accumulate)
+    _check.writable("grouped_gemm_wgrad", out, a=a, dc=dc, offsets=offsets)
     _run_wgrad(a, dc, offsets, out, accumulate)
+    torch.autograd.graph.increment_version(out)
 
 
 def _wgrad_out_fake(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -279,10 +284,13 @@ def _quantized_implementation(
 ) -> Tensor:
     out = _native.huge_pages(_quantized_output(a, data, scale, offsets, bias, dtype))
     if not is_native(a):
-        raise TypeError(f"quantized_gemm: a: expected a CPU tensor of 16 or 32 bits, got {a.dtype}")
+        raise TypeError(
+            f"quantized_gemm: a: expected a CPU tensor, got {a.device}; dequantise the weight"
+        )
     a, offsets = with_a_unit_stride(a), offsets.contiguous()
+    bias = None if bias is None else bias.contiguous()
     experts, n, k = data.shape[0], data.shape[1], a.shape[1]
-    scratch = workspace("grouped_gemm", a, k, experts, _native.DTYPES[a.dtype])
+    scratch = workspace("grouped_gemm", a, experts, _native.DTYPES[a.dtype])
     words = data.shape[2] * 8 if data.dtype == torch.int32 else data.shape[2]
     _native.call(
         "grouped_gemm", a, a.data_ptr(), data.data_ptr(), scale.data_ptr(), offsets.data_ptr(),
@@ -307,7 +315,10 @@ def _quantized_output(
     _check.dtype(op, "scale", scale, (torch.bfloat16 if packed else torch.float32,))
     _check.shape(op, "scale", scale, (data.shape[0], *grid))
     if not (data.is_contiguous() and scale.is_contiguous()):
-        raise ValueError(f"{op}: data, scale: expected contiguous tensors; call .contiguous()")
+        raise ValueError(
+            f"{op}: data, scale: expected contiguous tensors, got strides {data.stride()} and "
+            f"{scale.stride()}; call .contiguous()"
+        )
     check_offsets(op, offsets, data.shape[0], a)
     check_dtype(op, "out_dtype", a, dtype)
     check_bias(op, a, bias, data.shape[0], n)

@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from kimi_ops import _check
 from kimi_ops import _fused_experts_ops as _ops
 from kimi_ops.grouped_gemm import autocast, grouped_gemm
 from kimi_ops.permute import check_ids, permute, permute_plan, unpermute
@@ -77,6 +78,8 @@ def fused_experts(
             f"{op}: activation: expected one of {sorted(reference.ACTIVATIONS)}, got "
             f"{activation!r}; choose one of these"
         )
+    for name, value in (("x", x), ("weights", weights), ("indices", indices)):
+        _check.tensor(op, name, value)
     x = autocast(x)
     w_gate_up = w_gate_up if isinstance(w_gate_up, QuantizedWeight) else autocast(w_gate_up)
     w_down = w_down if isinstance(w_down, QuantizedWeight) else autocast(w_down)

@@ -65,19 +65,21 @@ def grouped_gemm(
     >>> grouped_gemm(a, b, torch.tensor([1, 2], dtype=torch.int32)).tolist()
     [[1.0, 2.0], [6.0, 8.0], [0.0, 0.0]]
     """
+    _check_inputs("grouped_gemm", a=a, offsets=offsets)
     a, bias = autocast(a), None if bias is None else autocast(bias)
     offsets = _int32("grouped_gemm", offsets, a.shape[0])
     if isinstance(b, QuantizedWeight):
         dtype = _result_dtype(a, out, out_dtype)
         if out is not None:
-            _refuse_gradients(a, bias)
+            _refuse_gradients(a, bias, out)
             _ops.check_out("grouped_gemm", out, [a.shape[0], b.shape[1]], a)
         return quantized_gemm(a, b, offsets, bias, out, dtype)
+    _check.tensor("grouped_gemm", "b", b)
     b = autocast(b)
     if out is None:
         return _ops.gemm(a, b, offsets, bias, out_dtype or a.dtype)
     _result_dtype(a, out, out_dtype)
-    _refuse_gradients(a, b, bias)
+    _refuse_gradients(a, b, bias, out)
     _ops.gemm_out(a, b, offsets, bias, out)
     return out
 
@@ -122,6 +124,7 @@ def grouped_gemm_wgrad(
     >>> grouped_gemm_wgrad(a, dc, torch.tensor([2, 2], dtype=torch.int32)).flatten().tolist()
     [11.0, 0.0]
     """
+    _check_inputs("grouped_gemm_wgrad", a=a, dc=dc, offsets=offsets)
     offsets = _int32("grouped_gemm_wgrad", offsets, a.shape[0])
     with torch.no_grad():
         if out is not None:
@@ -143,6 +146,15 @@ def autocast(x: Tensor) -> Tensor:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))
+
+
+def _check_inputs(op: str, **inputs: Tensor) -> None:
+    for name, value in inputs.items():
+        _check.tensor(op, name, value)
+        if value.dim() == 0:
+            raise ValueError(
+                f"{op}: {name}: expected rows, got a single number; pass the shape of the docs"
+            )
 
 
 def _int32(op: str, offsets: Tensor, rows: int) -> Tensor:
@@ -168,6 +180,6 @@ def _result_dtype(a: Tensor, out: Tensor | None, out_dtype: torch.dtype | None) 
 def _refuse_gradients(*inputs: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise ValueError(
-            "grouped_gemm: out: no gradient can flow through a given output, but an input requires "
-            "one; leave out away or call under torch.no_grad()"
+            "grouped_gemm: out: no gradient can flow through a given output, but it or an input "
+            "requires one; leave out away or call under torch.no_grad()"
         )
