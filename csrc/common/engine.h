@@ -27,6 +27,14 @@ inline Status no_cuda(const char* op) {
                "nvcc on the PATH and KIMI_OPS_CUDA=on");
 }
 
+// For ops without CUDA kernels in any build.
+inline Status cpu_only(const char* op, kimi_device device) {
+  if (device == KIMI_DEVICE_CPU) return Status::ok();
+  return error(KIMI_UNSUPPORTED, op,
+               ": device: expected cpu, got cuda: there is no CUDA kernel of this op yet; call "
+               "kimi_ops.reference, which is plain torch");
+}
+
 template <class Engine>
 struct CpuEngines {
   // portable, avx2, avx512, avx512_bf16, amx; nullptr: the next weaker one serves

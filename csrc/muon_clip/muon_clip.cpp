@@ -70,10 +70,7 @@ Blocks blocks_of(int64_t count, const int64_t* sizes) {
 
 Status check_list(const char* op, kimi_device device, int64_t count, const int64_t* sizes,
                   int64_t fields, std::initializer_list<const void* const*> lists) {
-  if (device != KIMI_DEVICE_CPU)
-    return error(KIMI_UNSUPPORTED, op,
-                 ": device: expected cpu, got cuda: this op has no CUDA kernel; "
-                 "kimi_ops.reference is plain torch and runs there");
+  KIMI_RETURN_IF_ERROR(cpu_only(op, device));
   if (count < 0) return invalid(op, ": count: expected 0 or more tensors, got ", count);
   if (count == 0) return Status::ok();
   if (!sizes || std::find(lists.begin(), lists.end(), nullptr) != lists.end())

@@ -19,13 +19,6 @@ constexpr CpuEngines<CpuEngine> kEngines = {
 // Matrices of fewer elements go to a thread each, where there are enough of them.
 constexpr int64_t kSmall = int64_t{1} << 20;
 
-Status only_cpu(const char* op, kimi_device device) {
-  if (device == KIMI_DEVICE_CPU) return Status::ok();
-  return error(KIMI_UNSUPPORTED, op,
-               ": device: expected cpu, got cuda: this op has no CUDA kernel; "
-               "kimi_ops.reference is plain torch and runs there");
-}
-
 Status check_dtype(const char* op, const char* name, kimi_dtype dtype) {
   if (is_dtype(dtype)) return Status::ok();
   return invalid(op, ": ", name, ": expected a kimi_dtype (0..2), got ", int(dtype));
@@ -115,7 +108,7 @@ size_t matrix_product_workspace_bytes(const MatrixProductParams& p) {
 }
 
 Status matrix_product(const MatrixProductParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(only_cpu("matrix_product", device));
+  KIMI_RETURN_IF_ERROR(cpu_only("matrix_product", device));
   KIMI_RETURN_IF_ERROR(check(p));
   if (p.rows == 0 || p.cols == 0) return Status::ok();
   Product q;
@@ -145,7 +138,7 @@ size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p) {
 }
 
 Status newton_schulz(const NewtonSchulzParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(only_cpu("newton_schulz", device));
+  KIMI_RETURN_IF_ERROR(cpu_only("newton_schulz", device));
   KIMI_RETURN_IF_ERROR(check(p));
   if (p.num_matrices == 0 || p.rows == 0 || p.cols == 0) return Status::ok();
   const ChainShape shape(p);

@@ -47,13 +47,6 @@ struct Layout {
   size_t bytes() const { return size_t(maxima_bytes + cpu::num_threads() * thread_bytes); }
 };
 
-Status only_cpu(const char* op, kimi_device device) {
-  if (device == KIMI_DEVICE_CPU) return Status::ok();
-  return error(KIMI_UNSUPPORTED, op,
-               ": device: expected cpu, got cuda: this op has no CUDA kernel; "
-               "kimi_ops.reference is plain torch and runs there");
-}
-
 Status check(const AttentionMaxLogitsParams& p) {
   const char* op = "attention_max_logits";
   if (p.batch < 0 || p.heads < 0 || p.queries < 0 || p.keys < 0 || p.dim < 0)
@@ -130,7 +123,7 @@ size_t attention_max_logits_workspace_bytes(const AttentionMaxLogitsParams& p) {
 }
 
 Status attention_max_logits(const AttentionMaxLogitsParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(only_cpu("attention_max_logits", device));
+  KIMI_RETURN_IF_ERROR(cpu_only("attention_max_logits", device));
   KIMI_RETURN_IF_ERROR(check(p));
   const float none = -std::numeric_limits<float>::infinity();
   std::fill(p.max_logits, p.max_logits + p.heads, none);
@@ -161,7 +154,7 @@ Status attention_max_logits(const AttentionMaxLogitsParams& p, kimi_device devic
 
 Status scale_rows(const ScaleRowsParams& p, kimi_device device, void*) {
   const char* op = "scale_rows";
-  KIMI_RETURN_IF_ERROR(only_cpu(op, device));
+  KIMI_RETURN_IF_ERROR(cpu_only(op, device));
   if (p.heads < 0 || p.cols < 0 || p.rows_of_head < 0)
     return invalid(op, ": heads, rows_of_head, cols: expected 0 or more, got ", p.heads, ", ",
                    p.rows_of_head, ", ", p.cols);
