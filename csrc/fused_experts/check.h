@@ -5,16 +5,11 @@
 #include <limits>
 
 #include "common/dtype.h"
+#include "common/engine.h"
 #include "fused_experts/fused_experts.h"
 #include "grouped_gemm/grouped_gemm.h"
 
 namespace kimi::experts {
-
-inline Status no_cuda_kernels(const char* op) {
-  return error(KIMI_UNSUPPORTED, op,
-               ": device: expected cpu, got cuda: there is no CUDA kernel of this op yet; compose "
-               "it of permute, grouped_gemm and unpermute");
-}
 
 template <class Params>
 bool sizes_are_good(const Params& p) {

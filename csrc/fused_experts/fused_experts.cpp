@@ -54,7 +54,7 @@ size_t fused_experts_workspace_bytes(const FusedExpertsParams& p, kimi_device) {
 }
 
 Status fused_experts(const FusedExpertsParams& p, kimi_device device, void*) {
-  if (device == KIMI_DEVICE_CUDA) return experts::no_cuda_kernels("fused_experts");
+  KIMI_RETURN_IF_ERROR(cpu_only("fused_experts", device));
   KIMI_RETURN_IF_ERROR(check(p));
   if (p.num_tokens == 0) return Status::ok();
   const int64_t rows = p.num_tokens * p.top_k, bytes = size_of(p.dtype);

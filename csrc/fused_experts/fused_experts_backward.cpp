@@ -195,7 +195,7 @@ size_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardParams& 
 }
 
 Status fused_experts_backward(const FusedExpertsBackwardParams& p, kimi_device device, void*) {
-  if (device == KIMI_DEVICE_CUDA) return experts::no_cuda_kernels("fused_experts_backward");
+  KIMI_RETURN_IF_ERROR(cpu_only("fused_experts_backward", device));
   KIMI_RETURN_IF_ERROR(check(p));
   Backward(p, Layout(p)).run();
   return Status::ok();

@@ -16,12 +16,6 @@ constexpr int64_t kStreamBytes = 32 << 20;
 
 int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
 
-Status no_cuda_kernels(const char* op) {
-  return error(KIMI_UNSUPPORTED, op,
-               ": device: expected cpu, got cuda: there is no CUDA kernel of this op yet; call "
-               "kimi_ops.reference, which is plain torch");
-}
-
 template <class Params>
 Status check_common(const char* op, const Params& p) {
   if (p.num_rows < 0 || p.k < 0 || p.n < 0)
@@ -162,7 +156,7 @@ size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device) {
 }
 
 Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, void*) {
-  if (device == KIMI_DEVICE_CUDA) return no_cuda_kernels("grouped_gemm");
+  KIMI_RETURN_IF_ERROR(cpu_only("grouped_gemm", device));
   KIMI_RETURN_IF_ERROR(check(p));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
   const grouped::CpuEngine& output = grouped::cpu_engine();
@@ -187,7 +181,7 @@ size_t grouped_gemm_wgrad_workspace_bytes(const GroupedGemmWgradParams& p, kimi_
 }
 
 Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device, void*) {
-  if (device == KIMI_DEVICE_CUDA) return no_cuda_kernels("grouped_gemm_wgrad");
+  KIMI_RETURN_IF_ERROR(cpu_only("grouped_gemm_wgrad", device));
   KIMI_RETURN_IF_ERROR(check(p));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
   const grouped::CpuEngine& output = grouped::cpu_engine();
