@@ -32,6 +32,7 @@ function(kimi_add_python_module name)
   if(kimi_has_python)
     pybind11_add_module(${name} MODULE NO_EXTRAS ${PROJECT_SOURCE_DIR}/csrc/bindings/python.cpp)
     target_compile_definitions(${name} PRIVATE KIMI_MODULE_NAME=${name})
+    target_compile_options(${name} PRIVATE -O1)  # unpacks arguments: -O3 takes a minute longer
     target_link_libraries(${name} PRIVATE kimi_build_flags)
   endif()
 endfunction()
