@@ -5,6 +5,7 @@
 #include <string>
 
 #include "balance/balance.h"
+#include "common/sm.h"
 #include "common/status.h"
 #include "cpu/features.h"
 #include "cpu/memory.h"
@@ -64,6 +65,10 @@ kimi_status kimi_set_isa(kimi_isa isa) {
   return guard([&] { return kimi::cpu::set_isa(isa); });
 }
 const char* kimi_isa_name(kimi_isa isa) { return kimi::cpu::isa_name(isa); }
+kimi_status kimi_set_max_sm(int32_t sm) {
+  return guard([&] { return kimi::set_max_sm(sm); });
+}
+int32_t kimi_max_sm(void) { return kimi::max_sm(); }
 
 const char* kimi_cpu_engine(const char* op) {
   if (op && std::strcmp(op, "topk_gate") == 0) return kimi_isa_name(kimi::topk_gate_isa());

@@ -100,6 +100,8 @@ PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
   m.def("version", &kimi_version);
   m.def("detected_isa", [] { return kimi_isa_name(kimi_detected_isa()); });
   m.def("current_isa", [] { return kimi_isa_name(kimi_current_isa()); });
+  m.def("set_max_sm", [](int32_t sm) { raise_if_error(kimi_set_max_sm(sm)); });
+  m.def("max_sm", &kimi_max_sm);
   m.def("set_isa",
         [](const std::string& isa) { raise_if_error(kimi_set_isa(isa_from_name(isa))); });
   m.def("cpu_engine", &kimi_cpu_engine);

@@ -3,6 +3,7 @@
 // Kernel launches and memory operations on a stream, with errors as a Status.
 #pragma once
 
+#include "common/sm.h"
 #include "common/status.h"
 #include "device/platform.cuh"
 
@@ -44,6 +45,12 @@ inline Status memset_async(void* destination, int byte, size_t bytes, void* /*st
 template <class... Parameters>
 int resident_blocks(void (*)(Parameters...), int /*threads*/, size_t /*smem_bytes*/) {
   return 5;
+}
+
+/// The host runner has the primitives of a Hopper GPU.
+inline Status device_sm(int& sm) {
+  sm = max_sm() != 0 && max_sm() < 90 ? max_sm() : 90;
+  return Status::ok();
 }
 
 #else
@@ -129,6 +136,30 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, size_t smem_byte
       blocks == 0)
     return 1;
   return known[key] = blocks * multiprocessors;
+}
+
+/// Compute capability whose kernels the current device runs, 10 major + minor, at most max_sm().
+inline Status device_sm(int& sm) {
+  static std::mutex mutex;
+  static std::map<int, int> known;  // by device
+  int device = 0, major = 0, minor = 0;
+  KIMI_RETURN_IF_ERROR(cuda_status("device", cudaGetDevice(&device)));
+  {
+    const std::lock_guard lock(mutex);
+    if (const auto found = known.find(device); found != known.end()) {
+      sm = found->second;
+    } else {
+      KIMI_RETURN_IF_ERROR(
+          cuda_status("device: compute capability",
+                      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
+      KIMI_RETURN_IF_ERROR(
+          cuda_status("device: compute capability",
+                      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)));
+      sm = known[device] = 10 * major + minor;
+    }
+  }
+  if (max_sm() != 0 && max_sm() < sm) sm = max_sm();
+  return Status::ok();
 }
 
 #endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// fused_experts on the CPU, forward: argument checks and the two products.
+// fused_experts forward: argument checks and the choice of the device; on the CPU the two products.
 #include "fused_experts/fused_experts.h"
 
 #include "common/engine.h"
@@ -33,11 +33,12 @@ struct Layout {  // of the workspace
   }
 };
 
-Status check(const FusedExpertsParams& p) {
+Status check(const FusedExpertsParams& p, kimi_device device) {
+  const bool on_cpu = device == KIMI_DEVICE_CPU;
   const char* op = "fused_experts";
-  KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p));
-  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, true));
-  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, true));
+  KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p, device));
+  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, on_cpu));
+  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, on_cpu));
   if (p.num_tokens * p.hidden > 0 && (!p.x || !p.y))
     return invalid(op, ": x, y: expected pointers, got NULL");
   return Status::ok();
@@ -47,15 +48,20 @@ Status check(const FusedExpertsParams& p) {
 
 kimi_isa fused_experts_isa() { return cpu::block_engine_isa(); }
 
-size_t fused_experts_workspace_bytes(const FusedExpertsParams& p, kimi_device) {
+size_t fused_experts_workspace_bytes(const FusedExpertsParams& p,
+                                     [[maybe_unused]] kimi_device device) {
   if (!experts::sizes_are_good(p)) return 0;
+#if defined(KIMI_OPS_CUDA)
+  if (device == KIMI_DEVICE_CUDA) return fused_experts_workspace_bytes_cuda(p);
+#endif
   const Layout layout(p);
   return size_t(layout.hidden + layout.sums + layout.groups);
 }
 
-Status fused_experts(const FusedExpertsParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(cpu_only("fused_experts", device));
-  KIMI_RETURN_IF_ERROR(check(p));
+Status fused_experts(const FusedExpertsParams& p, kimi_device device,
+                     [[maybe_unused]] void* stream) {
+  KIMI_RETURN_IF_ERROR(check(p, device));
+  if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("fused_experts", fused_experts_cuda(p, stream));
   if (p.num_tokens == 0) return Status::ok();
   const int64_t rows = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
   const Layout layout(p);

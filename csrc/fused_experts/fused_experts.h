@@ -41,6 +41,12 @@ size_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardParams& 
                                               kimi_device device);
 Status fused_experts_backward(const FusedExpertsBackwardParams& p, kimi_device device,
                               void* stream);
+// fused_experts.cu. Arguments have been checked, the plan has not.
+size_t fused_experts_workspace_bytes_cuda(const FusedExpertsParams& p);
+Status fused_experts_cuda(const FusedExpertsParams& p, void* stream);
+size_t fused_experts_backward_workspace_bytes_cuda(const FusedExpertsBackwardParams& p);
+Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* stream);
+
 kimi_isa fused_experts_isa();  // of the engine that serves bf16 CPU tensors
 
 namespace experts {

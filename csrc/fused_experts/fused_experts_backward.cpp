@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// fused_experts on the CPU, backward: five products (six where [g; u] is computed again).
+// fused_experts backward: argument checks; on the CPU five products (six where [g; u] is computed
+// again).
 #include "fused_experts/check.h"
 #include "fused_experts/layer.h"
 
@@ -27,9 +28,9 @@ struct Layout {  // of the workspace
   int64_t total() const { return gate_up + grad_gate_up + hidden + partial + sums + groups; }
 };
 
-Status check(const FusedExpertsBackwardParams& p) {
+Status check(const FusedExpertsBackwardParams& p, kimi_device device) {
   const char* op = "fused_experts_backward";
-  KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p));
+  KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p, device));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, false));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, false));
   if (p.num_tokens * p.hidden > 0 && (!p.dy || !p.x))
@@ -190,13 +191,20 @@ class Backward {
 
 }  // namespace
 
-size_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardParams& p, kimi_device) {
-  return experts::sizes_are_good(p) ? size_t(Layout(p).total()) : 0;
+size_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardParams& p,
+                                              [[maybe_unused]] kimi_device device) {
+  if (!experts::sizes_are_good(p)) return 0;
+#if defined(KIMI_OPS_CUDA)
+  if (device == KIMI_DEVICE_CUDA) return fused_experts_backward_workspace_bytes_cuda(p);
+#endif
+  return size_t(Layout(p).total());
 }
 
-Status fused_experts_backward(const FusedExpertsBackwardParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(cpu_only("fused_experts_backward", device));
-  KIMI_RETURN_IF_ERROR(check(p));
+Status fused_experts_backward(const FusedExpertsBackwardParams& p, kimi_device device,
+                              [[maybe_unused]] void* stream) {
+  KIMI_RETURN_IF_ERROR(check(p, device));
+  if (device == KIMI_DEVICE_CUDA)
+    return KIMI_CUDA("fused_experts_backward", fused_experts_backward_cuda(p, stream));
   Backward(p, Layout(p)).run();
   return Status::ok();
 }

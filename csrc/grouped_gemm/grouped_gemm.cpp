@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT
-// grouped_gemm on the CPU: argument checks, the groups of a call, zero rows.
+// grouped_gemm: argument checks and the choice of the device; on the CPU the groups of a call and
+// its zero rows.
 #include "grouped_gemm/grouped_gemm.h"
+
+#include <limits>
 
 #include "common/dtype.h"
 #include "common/engine.h"
@@ -17,7 +20,7 @@ constexpr int64_t kStreamBytes = 32 << 20;
 int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
 
 template <class Params>
-Status check_common(const char* op, const Params& p) {
+Status check_common(const char* op, const Params& p, kimi_device device) {
   if (p.num_rows < 0 || p.k < 0 || p.n < 0)
     return invalid(op, ": R, K, N: expected 0 or more, got ", p.num_rows, ", ", p.k, ", ", p.n);
   if (p.num_experts < 1)
@@ -27,19 +30,27 @@ Status check_common(const char* op, const Params& p) {
   if (p.out_dtype != p.dtype && p.out_dtype != KIMI_FLOAT32)
     return invalid(op, ": out_dtype: expected the dtype of a or KIMI_FLOAT32, got ",
                    int(p.out_dtype));
-  if (!p.offsets || !p.workspace)
+  if (!p.offsets || (device == KIMI_DEVICE_CPU && !p.workspace))
     return invalid(op, ": offsets, workspace: expected pointers, got NULL");
+  if (p.num_rows > std::numeric_limits<int32_t>::max())
+    return invalid(op, ": R: expected below 2^31 rows, got ", p.num_rows, "; split the rows");
+  // Offsets on a GPU are not read here: no operation waits for the device.
+  if (device == KIMI_DEVICE_CUDA) return Status::ok();
   return check_offsets(op, p.offsets, p.num_experts, p.num_rows);
 }
 
-Status check(const GroupedGemmParams& p) {
+Status check(const GroupedGemmParams& p, kimi_device device) {
   const char* op = "grouped_gemm";
-  KIMI_RETURN_IF_ERROR(check_common(op, p));
+  KIMI_RETURN_IF_ERROR(check_common(op, p, device));
   const bool quantised =
       p.b_storage == KIMI_STORAGE_FP8_BLOCK || p.b_storage == KIMI_STORAGE_INT4_GROUP;
   if (!quantised && int(p.b_storage) != int(p.dtype))
     return invalid(op, ": b_storage: expected the dtype of a or a quantised storage, got ",
                    int(p.b_storage));
+  if (quantised && device == KIMI_DEVICE_CUDA)
+    return invalid(op,
+                   ": b_storage: expected the dtype of a on CUDA, got quantised weights; "
+                   "dequantise them");
   if (quantised && (!p.b_scale || p.b_k_stride != 1))
     return invalid(op, ": b: expected a scale and contiguous K beside quantised weights, got ",
                    p.b_scale ? "a K stride of " : "no scale and a K stride of ", p.b_k_stride);
@@ -51,9 +62,9 @@ Status check(const GroupedGemmParams& p) {
   return Status::ok();
 }
 
-Status check(const GroupedGemmWgradParams& p) {
+Status check(const GroupedGemmWgradParams& p, kimi_device device) {
   const char* op = "grouped_gemm_wgrad";
-  KIMI_RETURN_IF_ERROR(check_common(op, p));
+  KIMI_RETURN_IF_ERROR(check_common(op, p, device));
   if (p.out_n_stride != 1 && p.out_k_stride != 1 && p.n != 1 && p.k != 1)
     return invalid(op, ": out: expected contiguous N or K, got strides of ", p.out_k_stride,
                    " and ", p.out_n_stride);
@@ -150,39 +161,41 @@ const CpuEngine& cpu_engine() { return kEngines.best(); }
 
 kimi_isa grouped_gemm_isa() { return cpu::block_engine_isa(); }
 
-size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device) {
-  if (p.num_experts < 1 || p.k < 0 || !is_dtype(p.dtype)) return 0;
+size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device device) {
+  if (device == KIMI_DEVICE_CUDA || p.num_experts < 1 || p.k < 0 || !is_dtype(p.dtype)) return 0;
   return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts);
 }
 
-Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(cpu_only("grouped_gemm", device));
-  KIMI_RETURN_IF_ERROR(check(p));
+Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, [[maybe_unused]] void* stream) {
+  KIMI_RETURN_IF_ERROR(check(p, device));
+  if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("grouped_gemm", grouped_gemm_cuda(p, stream));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
   const grouped::CpuEngine& output = grouped::cpu_engine();
   const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
   const Forward group{p};
   const int64_t out_bytes = size_of(p.out_dtype), bias_bytes = size_of(p.dtype);
-  const bool stream = p.num_rows * p.n * out_bytes > kStreamBytes;
+  const bool around_cache = p.num_rows * p.n * out_bytes > kStreamBytes;
   zero_rows(p.out, p.offsets[p.num_experts - 1], p.num_rows, p.n * out_bytes);
   grouped::run_groups(engine, workspace, p.num_experts, group, [&](const grouped::Block& b) {
     const int64_t row = group(b.group).p_row + b.row;
     const int64_t bias_at = (b.group * p.n + b.col) * bias_bytes;
     output.store({b.c, b.stride, b.rows, b.cols, p.bias ? offset(p.bias, bias_at) : nullptr,
                   p.dtype, static_cast<char*>(p.out) + (row * p.n + b.col) * out_bytes, p.n,
-                  p.out_dtype, false, stream});
+                  p.out_dtype, false, around_cache});
   });
   return Status::ok();
 }
 
-size_t grouped_gemm_wgrad_workspace_bytes(const GroupedGemmWgradParams& p, kimi_device) {
-  if (p.num_experts < 1 || !is_dtype(p.dtype)) return 0;
+size_t grouped_gemm_wgrad_workspace_bytes(const GroupedGemmWgradParams& p, kimi_device device) {
+  if (device == KIMI_DEVICE_CUDA || p.num_experts < 1 || !is_dtype(p.dtype)) return 0;
   return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts);
 }
 
-Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(cpu_only("grouped_gemm_wgrad", device));
-  KIMI_RETURN_IF_ERROR(check(p));
+Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device,
+                          [[maybe_unused]] void* stream) {
+  KIMI_RETURN_IF_ERROR(check(p, device));
+  if (device == KIMI_DEVICE_CUDA)
+    return KIMI_CUDA("grouped_gemm_wgrad", grouped_gemm_wgrad_cuda(p, stream));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
   const grouped::CpuEngine& output = grouped::cpu_engine();
   const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
@@ -190,14 +203,14 @@ Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device, v
   const Wgrad group{p, n_contiguous};
   const int64_t out_bytes = size_of(p.out_dtype);
   const int64_t row_stride = n_contiguous ? p.out_k_stride : p.out_n_stride;
-  const bool stream =
+  const bool around_cache =
       !p.accumulate && double(p.num_experts) * double(p.k) * double(p.n) * out_bytes > kStreamBytes;
   grouped::run_groups(engine, workspace, p.num_experts, group, [&](const grouped::Block& b) {
     if (p.accumulate && group(b.group).depth == 0) return;
     char* out = static_cast<char*>(p.out) +
                 (b.group * p.out_expert_stride + b.row * row_stride + b.col) * out_bytes;
     output.store({b.c, b.stride, b.rows, b.cols, nullptr, p.dtype, out, row_stride, p.out_dtype,
-                  bool(p.accumulate), stream});
+                  bool(p.accumulate), around_cache});
   });
   return Status::ok();
 }

@@ -34,6 +34,10 @@ size_t grouped_gemm_wgrad_workspace_bytes(const GroupedGemmWgradParams& p, kimi_
 Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device, void* stream);
 kimi_isa grouped_gemm_isa();  // of the engine that serves bf16 CPU tensors
 
+// grouped_gemm.cu. Arguments have been checked, offsets have not.
+Status grouped_gemm_cuda(const GroupedGemmParams& p, void* stream);
+Status grouped_gemm_wgrad_cuda(const GroupedGemmWgradParams& p, void* stream);
+
 // 0 <= offsets[0] <= ... <= offsets[E-1] <= num_rows, or the error that says so.
 Status check_offsets(const char* op, const int32_t* offsets, int32_t num_experts, int64_t num_rows);
 

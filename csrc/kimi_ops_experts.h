@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The experts' part of the public C API; kimi_ops.h includes it and says the conventions.
+ */
+#ifndef KIMI_OPS_EXPERTS_H_
+#define KIMI_OPS_EXPERTS_H_
+
+#include "kimi_ops.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- grouped_gemm: one matrix product for each expert's rows --------------------------------- */
+
+/* How weights lie in memory; the first three are kimi_dtype. Quantised weights are read only,
+ * stored [E, N, K] with K contiguous and dequantised to the dtype of the rows they meet, rounded
+ * once. */
+typedef KIMI_ENUM(kimi_storage){
+    KIMI_STORAGE_FLOAT32 = 0, KIMI_STORAGE_BFLOAT16 = 1, KIMI_STORAGE_FLOAT16 = 2,
+    KIMI_STORAGE_FP8_BLOCK = 3, /* e4m3 times fp32 scale [E, ceil(N / 128), ceil(K / 128)] */
+    KIMI_STORAGE_INT4_GROUP = 4 /* nibble - 8 (low nibble first) times bf16 [E, N, ceil(K / 32)] */
+} kimi_storage;
+
+/* out[r] = a[r] b[e] + bias[e] for offsets[e-1] <= r < offsets[e]; rows from offsets[E-1] on are
+ * zero. csrc/grouped_gemm/grouped_gemm.h says how. On CUDA offsets are not checked (bad ones give
+ * wrong rows) and b is not quantised. */
+typedef struct kimi_grouped_gemm_params {
+  const void* a;          /* [R, K] dtype, any strides */
+  const void* b;          /* [E, K, N] b_storage, any strides; the dtype of a, or quantised */
+  const void* b_scale;    /* of quantised b, dense; else NULL */
+  const int32_t* offsets; /* [E] inclusive end rows, 0 <= offsets[0] <= ... <= R: checked */
+  const void* bias;       /* [E, N] dtype, dense, or NULL */
+  void* out;              /* out [R, N] dense, out_dtype */
+  void* workspace;        /* kimi_grouped_gemm_workspace_bytes(), 64-byte aligned */
+  int64_t num_rows;       /* R */
+  int64_t k;
+  int64_t n;
+  int64_t a_row_stride; /* strides in elements */
+  int64_t a_k_stride;
+  int64_t b_expert_stride;
+  int64_t b_k_stride;
+  int64_t b_n_stride;
+  int32_t num_experts; /* E */
+  kimi_dtype dtype;
+  kimi_storage b_storage;
+  kimi_dtype out_dtype; /* dtype or KIMI_FLOAT32 */
+} kimi_grouped_gemm_params;
+
+/* Reads num_experts and dtype. The size is for the calling thread's number of threads and the
+ * current instruction set: call the op under the same. 0 on CUDA. */
+KIMI_API size_t kimi_grouped_gemm_workspace_bytes(const kimi_grouped_gemm_params* params,
+                                                  kimi_device device);
+KIMI_API kimi_status kimi_grouped_gemm(const kimi_grouped_gemm_params* params, kimi_device device,
+                                       void* stream);
+
+/* out[e] (+)= a[rows of e]^T dc[rows of e]; an expert without rows gives zeros (adds nothing). */
+typedef struct kimi_grouped_gemm_wgrad_params {
+  const void* a;          /* [R, K] dtype, any strides */
+  const void* dc;         /* [R, N] dtype, any strides */
+  const int32_t* offsets; /* [E] as above */
+  void* out;              /* out [E, K, N] out_dtype; one of the strides of K and N is 1 */
+  void* workspace;        /* kimi_grouped_gemm_wgrad_workspace_bytes(), 64-byte aligned */
+  int64_t num_rows;
+  int64_t k;
+  int64_t n;
+  int64_t a_row_stride;
+  int64_t a_k_stride;
+  int64_t dc_row_stride;
+  int64_t dc_n_stride;
+  int64_t out_expert_stride;
+  int64_t out_k_stride;
+  int64_t out_n_stride;
+  int32_t num_experts;
+  int32_t accumulate; /* 0 or 1: add to out */
+  kimi_dtype dtype;
+  kimi_dtype out_dtype; /* dtype or KIMI_FLOAT32 */
+} kimi_grouped_gemm_wgrad_params;
+
+/* Reads num_experts and dtype. */
+KIMI_API size_t kimi_grouped_gemm_wgrad_workspace_bytes(
+    const kimi_grouped_gemm_wgrad_params* params, kimi_device device);
+KIMI_API kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
+                                             kimi_device device, void* stream);
+
+/* ---- fused_experts: the routed experts of one layer ------------------------------------------ */
+
+typedef KIMI_ENUM(kimi_activation){
+    KIMI_ACTIVATION_SILU = 0, /* g sigmoid(g) u */
+    KIMI_ACTIVATION_GELU = 1, /* g Phi(g) u */
+    KIMI_ACTIVATION_SITU = 2  /* 4 tanh(g / 4) sigmoid(g) * 25 tanh(u / 25) */
+} kimi_activation;
+
+/* A stack of experts' matrices, stored as [E, rows, columns]. */
+typedef struct kimi_expert_weights {
+  const void* data;
+  const void* scale;     /* of quantised storage, dense: see kimi_storage; else NULL */
+  int64_t expert_stride; /* strides in elements; quantised: columns contiguous */
+  int64_t row_stride;
+  int64_t column_stride;
+  kimi_storage storage; /* the dtype of the tokens, or quantised */
+} kimi_expert_weights;
+
+/* y[t] = sum_k weights[t, k] w_down[e] (act(g) u), [g; u] = w_gate_up[e] x[t]. R = T K.
+ * csrc/fused_experts/fused_experts.h says how. On CUDA the plan is not checked and the weights are
+ * not quantised. */
+typedef struct kimi_fused_experts_params {
+  const void* x;                 /* [T, H] dtype, row stride x_stride */
+  kimi_expert_weights w_gate_up; /* [E, 2F, H], gate rows first */
+  kimi_expert_weights w_down;    /* [E, H, F] */
+  const float* weights;          /* [T, K] */
+  const int32_t* row_map;        /* [T, K], source [R], offsets [E] of kimi_permute_plan, align 1 */
+  const int32_t* source;
+  const int32_t* offsets;
+  void* y;         /* out [T, H] dense, dtype */
+  void* gate_up;   /* out [R, 2F] dense, dtype: [g; u] for the backward; or NULL */
+  void* workspace; /* kimi_fused_experts_workspace_bytes(), 64-byte aligned */
+  int64_t num_tokens;
+  int64_t hidden; /* H */
+  int64_t width;  /* F */
+  int64_t x_stride;
+  int32_t num_experts;
+  int32_t top_k;
+  kimi_dtype dtype;
+  kimi_activation activation;
+} kimi_fused_experts_params;
+
+/* Reads the sizes and dtype; for the calling thread's number of threads. */
+KIMI_API size_t kimi_fused_experts_workspace_bytes(const kimi_fused_experts_params* params,
+                                                   kimi_device device);
+KIMI_API kimi_status kimi_fused_experts(const kimi_fused_experts_params* params, kimi_device device,
+                                        void* stream);
+
+/* All gradients from dy; NULL where one is not wanted. Weights are not quantised. */
+typedef struct kimi_fused_experts_backward_params {
+  const void* dy; /* [T, H] dtype, row stride dy_stride */
+  const void* x;  /* [T, H] dtype, row stride x_stride */
+  kimi_expert_weights w_gate_up;
+  kimi_expert_weights w_down;
+  const float* weights;
+  const int32_t* row_map;
+  const int32_t* source;
+  const int32_t* offsets;
+  const void* gate_up;  /* [R, 2F] of the forward; NULL: computed again */
+  void* dx;             /* out [T, H] dense, dtype */
+  void* grad_w_gate_up; /* out [E, 2F, H] dense, dtype */
+  void* grad_w_down;    /* out [E, H, F] dense, dtype */
+  float* grad_weights;  /* out [T, K] */
+  void* workspace;      /* kimi_fused_experts_backward_workspace_bytes(), 64-byte aligned */
+  int64_t num_tokens;
+  int64_t hidden;
+  int64_t width;
+  int64_t dy_stride;
+  int64_t x_stride;
+  int32_t num_experts;
+  int32_t top_k;
+  kimi_dtype dtype;
+  kimi_activation activation;
+} kimi_fused_experts_backward_params;
+
+/* Reads the sizes, dtype and whether gate_up is NULL. */
+KIMI_API size_t kimi_fused_experts_backward_workspace_bytes(
+    const kimi_fused_experts_backward_params* params, kimi_device device);
+KIMI_API kimi_status kimi_fused_experts_backward(const kimi_fused_experts_backward_params* params,
+                                                 kimi_device device, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KIMI_OPS_EXPERTS_H_ */
