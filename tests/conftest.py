@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The engines that the op tests run on: every instruction set of this machine, AMX on a model of
-its tiles (amx_model), the CUDA kernels run on the host (simt), and a GPU where there is one. A test
-that takes `engine` runs on each."""
+its tiles (amx_model), the CUDA kernels run on the host (simt; simt_sm80 without those of Hopper), and
+a GPU where there is one. A test that takes `engine` runs on each."""
 
 import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -42,52 +43,71 @@ class Engine:
 
     @property
     def device(self) -> str:
-        return "cuda" if self.name == "cuda" else "cpu"
+        return "cuda" if self.name.startswith("cuda") else "cpu"
 
     @property
     def slow(self) -> bool:
         """A fiber switch for every barrier: keep the shapes small."""
-        return self.name == "simt"
+        return self.name.startswith("simt")
 
 
 def _skip_reason(name: str) -> str | None:
     if name in ISAS and name not in AVAILABLE:
         return f"this machine has no {name}"
-    if name in ("simt", "amx_model") and SIMT is None:
+    if name.startswith(("simt", "amx_model")) and SIMT is None:
         return "no _simt module: build with KIMI_OPS_TESTS=ON (make test does)"
     if name == "amx_model" and SIMT is not None and SIMT.detected_isa() != "amx":
         return "the model of the AMX tiles needs a processor with avx512_bf16"
-    if name == "cuda" and not (_native._C.cuda_architectures() and torch.cuda.is_available()):
+    if name.startswith("cuda") and not (
+        _native._C.cuda_architectures() and torch.cuda.is_available()
+    ):
         return "no GPU, or a build without CUDA kernels"
+    if name == "cuda_sm80" and torch.cuda.get_device_capability()[0] != 9:
+        return "no Hopper GPU: cuda runs the same kernels"
     return None
 
 
-@pytest.fixture(params=[*ISAS, "amx_model", "simt", "cuda"])
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    name = request.param
+@contextmanager
+def _engine(name: str) -> Iterator[Engine]:
     if reason := _skip_reason(name):
         pytest.skip(reason)
     isa, cpu_engine = _native._C.current_isa(), _native.cpu_engine
+    module = SIMT if name.startswith("simt") else _native._C
     if name in ISAS:
         _native._C.set_isa(name)
-    elif name == "simt":
+    elif name.startswith("simt"):
         assert SIMT is not None
         _native.cpu_engine = (SIMT, _native.CUDA)
     elif name == "amx_model":
         assert SIMT is not None
         SIMT.set_isa("amx")
         _native.cpu_engine = (SIMT, _native.CPU)
+    if name.endswith("_sm80"):
+        module.set_max_sm(80)
     yield Engine(name)
+    module.set_max_sm(0)
     _native._C.set_isa(isa)
     _native.cpu_engine = cpu_engine
 
 
-@pytest.fixture
-def cpu_engine(engine: Engine) -> Engine:
-    """`engine` for ops whose kernels are CPU kernels."""
-    if engine.name in ("simt", "cuda"):
-        pytest.skip("this op has no CUDA kernels")
-    return engine
+@pytest.fixture(params=[*ISAS, "amx_model", "simt", "cuda"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with _engine(request.param) as engine:
+        yield engine
+
+
+@pytest.fixture(params=[*ISAS, "amx_model"])
+def cpu_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """`engine` for what CPU kernels alone do or promise."""
+    with _engine(request.param) as engine:
+        yield engine
+
+
+@pytest.fixture(params=[*ISAS, "amx_model", "simt", "simt_sm80", "cuda", "cuda_sm80"])
+def gemm_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """`engine` for ops with kernels of their own for Hopper; new tensors lie on its device."""
+    with _engine(request.param) as engine, torch.device(engine.device):
+        yield engine
 
 
 @pytest.fixture

@@ -69,8 +69,9 @@ def error(value: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", ["balanced", "random", "hot", "one"])
-def test_384_experts_equal_grouped_mm_in_float32(cpu_engine, kind):
-    a, b, dc, offsets = tensors(sizes_of(kind, 384, 8 * 384), 256, 96, torch.float32)
+def test_384_experts_equal_grouped_mm_in_float32(gemm_engine, kind):
+    experts, k = (70, 96) if gemm_engine.slow else (384, 256)
+    a, b, dc, offsets = tensors(sizes_of(kind, experts, 8 * experts), k, 96, torch.float32)
     x, w = a.clone().requires_grad_(), b.clone().requires_grad_()
     c = F.grouped_mm(x, w, offs=offsets)
     theirs = c.detach(), *torch.autograd.grad(c, (x, w), dc)
@@ -84,11 +85,13 @@ def test_384_experts_equal_grouped_mm_in_float32(cpu_engine, kind):
 @pytest.mark.parametrize(
     "experts,rows,k,n", [(384, 1024, 128, 256), (8, 168, 7168, 128), (8, 64, 128, 7168)]
 )
-def test_errors_are_those_of_emulation(cpu_engine, dtype, experts, rows, k, n):
+def test_errors_are_those_of_emulation(gemm_engine, dtype, experts, rows, k, n):
     """Operands in the dtype, sums in fp32, rounded once: at most 1.25 times the error of that.
 
     In fp32 the order of a sum is free; one element after another costs sqrt(K / 2) 2^-24 / sqrt(3).
     """
+    if gemm_engine.slow:
+        experts, rows, k, n = -(-experts // 8), rows // 8, -(-k // 8), -(-n // 8)
     a, b, dc, offsets = tensors(sizes_of("random", experts, rows), k, n, dtype)
     exact = in_dtype(a, b, dc, offsets, torch.float64)
     emulated = in_dtype(a, b, dc, offsets, torch.float32)
@@ -103,7 +106,7 @@ def test_errors_are_those_of_emulation(cpu_engine, dtype, experts, rows, k, n):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_results_keep_the_accumulator(cpu_engine, dtype):
+def test_float32_results_keep_the_accumulator(gemm_engine, dtype):
     a, b, dc, offsets = tensors(sizes_of("random", 16, 160), 512, 96, dtype, tail=5)
     rows = int(offsets[-1])
     c, _, dw = in_dtype(a, b, dc, offsets, torch.float64)
@@ -117,7 +120,7 @@ def test_float32_results_keep_the_accumulator(cpu_engine, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 7, 129])
 @pytest.mark.parametrize("n", [1, 7, 129])
-def test_awkward_sizes(cpu_engine, dtype, k, n):
+def test_awkward_sizes(gemm_engine, dtype, k, n):
     sizes = torch.tensor([1, 0, 7, 129, 0, 2, 16, 33])
     a, b, dc, offsets = tensors(sizes, k, n, dtype, tail=3)
     rows = int(sizes.sum())
@@ -134,7 +137,7 @@ def test_awkward_sizes(cpu_engine, dtype, k, n):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_nan_stays_in_its_row(cpu_engine, dtype, poison):
+def test_nan_stays_in_its_row(gemm_engine, dtype, poison):
     sizes = torch.tensor([20, 0, 37, 1, 16])
     a, b, dc, offsets = tensors(sizes, 96, 80, dtype)
     clean = ours(a, b, dc, offsets)
@@ -154,7 +157,9 @@ def test_nan_stays_in_its_row(cpu_engine, dtype, poison):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("experts,expert", [(1, 0), (384, 0), (384, 200), (384, 383)])
-def test_a_single_row(cpu_engine, dtype, experts, expert):
+def test_a_single_row(gemm_engine, dtype, experts, expert):
+    if gemm_engine.slow:
+        experts, expert = -(-experts // 8), expert // 8
     sizes = F.one_hot(torch.tensor(expert), experts)
     a, b, dc, offsets = tensors(sizes, 64, 48, dtype)
     exact = in_dtype(a, b, dc, offsets, torch.float64)
@@ -165,7 +170,7 @@ def test_a_single_row(cpu_engine, dtype, experts, expert):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_offsets_of_either_integer(cpu_engine, dtype):
+def test_offsets_of_either_integer(gemm_engine, dtype):
     a, b, dc, offsets = tensors(sizes_of("random", 12, 70), 40, 24, dtype, tail=4)
     strided = torch.stack([offsets.long(), offsets.long() + 1], dim=1)[:, 0]
     for other in (offsets.long(), strided):
@@ -173,12 +178,14 @@ def test_offsets_of_either_integer(cpu_engine, dtype):
             assert torch.equal(x, y)
         main = grouped_gemm_wgrad(a, dc, other)
         assert torch.equal(main, grouped_gemm_wgrad(a, dc, offsets))
+    if gemm_engine.slow or gemm_engine.device == "cuda":  # what lies on a GPU is not read
+        return
     with pytest.raises(ValueError, match="offsets: expected 0 <= .*R = 74, got .42949673"):
         grouped_gemm(a, b, offsets.long() + 2**32)  # would wrap around to good ones
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unset_rows_past_the_last_group_are_never_read(cpu_engine, dtype):
+def test_unset_rows_past_the_last_group_are_never_read(gemm_engine, dtype):
     a, b, dc, offsets = tensors(sizes_of("random", 8, 50), 48, 32, dtype, tail=30)
     rows = int(offsets[-1])
     c, da, dw = ours(a, b, dc, offsets)
@@ -189,7 +196,7 @@ def test_unset_rows_past_the_last_group_are_never_read(cpu_engine, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strides_of_every_operand(cpu_engine, dtype):
+def test_strides_of_every_operand(gemm_engine, dtype):
     a, b, dc, offsets = tensors(sizes_of("random", 6, 45), 40, 24, dtype)
     expected = ours(a, b, dc, offsets)
     layouts: dict[str, Callable[[Tensor], Tensor]] = {
@@ -208,7 +215,7 @@ def test_strides_of_every_operand(cpu_engine, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_expanded_gradients(cpu_engine, dtype):
+def test_expanded_gradients(gemm_engine, dtype):
     """`sum` hands back one number with strides of zero."""
     a, b, dc, offsets = tensors(sizes_of("random", 6, 45), 40, 24, dtype)
     whole = ours(a, b, torch.ones_like(dc), offsets)
@@ -217,7 +224,7 @@ def test_expanded_gradients(cpu_engine, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_accumulation_adds_in_the_accumulator(cpu_engine, dtype):
+def test_accumulation_adds_in_the_accumulator(gemm_engine, dtype):
     """Two halves of the rows into one fp32 buffer equal all rows at once; strided buffers too."""
     a, b, dc, offsets = tensors(torch.full((4,), 20), 48, 40, dtype)
     first, second = (torch.arange(80) % 20 < 10), (torch.arange(80) % 20 >= 10)
@@ -230,10 +237,10 @@ def test_accumulation_adds_in_the_accumulator(cpu_engine, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_twenty_repeats_have_the_same_bits(cpu_engine, dtype):
+def test_twenty_repeats_have_the_same_bits(gemm_engine, dtype):
     arguments = tensors(sizes_of("hot", 24, 300), 200, 144, dtype)
     first = ours(*arguments)
-    for _ in range(19):
+    for _ in range(2 if gemm_engine.slow else 19):
         assert all(torch.equal(x, y) for x, y in zip(first, ours(*arguments), strict=True))
 
 

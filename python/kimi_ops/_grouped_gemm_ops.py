@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The operators behind `kimi_ops.grouped_gemm`: checks, native calls, fake tensors, gradients.
 
-CPU tensors of 16 or 32 bits go to the kernels; float64 and CUDA tensors to the torch twin.
+Tensors of 16 or 32 bits go to the kernels, float64 to the torch twin.
 """
 
 import os
@@ -18,7 +18,7 @@ STORAGES = {**_native.DTYPES, torch.float8_e4m3fn: 3, torch.int32: 4}  # kimi_st
 
 
 def is_native(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _native.DTYPES
+    return x.dtype in _native.DTYPES
 
 
 def with_a_unit_stride(x: Tensor) -> Tensor:
@@ -102,8 +102,9 @@ def _check_gemm(
 
 
 def _run(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if not is_native(a):
+    if a.is_cuda or not is_native(a):  # the kernels check offsets on the CPU themselves
         check_offset_values("grouped_gemm", offsets, a.shape[0])
+    if not is_native(a):
         reference.forward(a, b, offsets, bias, out)
         return
     dense = (
@@ -214,8 +215,9 @@ def _check_wgrad(a: Tensor, dc: Tensor, offsets: Tensor, name: str, dtype: torch
 
 
 def _run_wgrad(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
-    if not is_native(a):
+    if a.is_cuda or not is_native(a):
         check_offset_values("grouped_gemm_wgrad", offsets, a.shape[0])
+    if not is_native(a):
         reference.wgrad(a, dc, offsets, out, accumulate)
         return
     target = out
@@ -283,7 +285,7 @@ def _quantized_implementation(
     a: Tensor, data: Tensor, scale: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     out = _native.huge_pages(_quantized_output(a, data, scale, offsets, bias, dtype))
-    if not is_native(a):
+    if a.device.type != "cpu":
         raise TypeError(
             f"quantized_gemm: a: expected a CPU tensor, got {a.device}; dequantise the weight"
         )

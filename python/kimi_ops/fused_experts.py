@@ -136,7 +136,7 @@ def fused_experts(
     wanted = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (x, w_gate_up, w_down, weights)
     )
-    if x.device.type == "cpu" and not (quantised and wanted):
+    if not (quantised and wanted):
         matrices, scales = zip(*map(_stored, (w_gate_up, w_down)), strict=True)
         y, _ = _ops.forward(
             x, *matrices, weights, plan.row_map, plan.source, plan.offsets, *scales, activation,

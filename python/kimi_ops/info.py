@@ -9,7 +9,8 @@ import torch
 
 from kimi_ops import _native
 
-CUDA_OPS = ("topk_gate", "balance", "permute")  # with CUDA kernels of their own
+# with CUDA kernels of their own
+CUDA_OPS = ("topk_gate", "balance", "permute", "grouped_gemm", "fused_experts")
 OPS = (
     "topk_gate", "balance", "permute", "grouped_gemm", "fused_experts", "newton_schulz", "qk_clip",
     "muon_clip",
