@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"read bandwidth of this run: {bandwidth / 1e9:.1f} GB/s; ", end="")
     print(f"dense bfloat16 product: {peak / 1e12:.3f} TFLOP/s\n")
     model, weights = "", None
-    for case in select(experts_cases(options.quick), options):
+    for case in select(experts_cases(options.quick, device), options):
         if model != case.model:
             weights = None  # before the next are made
             model, weights = case.model, make_weights(case, device)

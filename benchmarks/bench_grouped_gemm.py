@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""grouped_gemm, its dgrad and wgrad against F.grouped_mm, a loop of torch.mm and a dense product.
+"""grouped_gemm, its dgrad and wgrad against F.grouped_mm, a loop of torch.mm and a dense product;
+on a GPU against a Triton kernel too, where triton is there.
 
 dgrad and wgrad run through autograd on both sides (one gradient wanted, graph kept); "wgrad acc" is
 `grouped_gemm_wgrad` into an fp32 buffer against adding the gradient of a peer to it. "F.linear" is
@@ -8,6 +9,7 @@ the rate of a large dense product and the bytes (rows, the weights of experts wi
 the read bandwidth, both of this run. A second table compares FP8 and INT4 weights with bfloat16.
 
     python -m benchmarks.bench_grouped_gemm [--quick] [--threads 1] [--cases TEXT] [--json FILE]
+                                            [--device cuda]
 """
 
 from collections.abc import Callable
@@ -27,10 +29,12 @@ from benchmarks.cases import (
 )
 from benchmarks.measure import compute_peak, measure, peak_memory, read_bandwidth, roof_rate
 from benchmarks.report import Report, Row
+from benchmarks.triton_peer import triton_grouped_gemm
 from kimi_ops import Fp8BlockWeight, Int4GroupWeight, grouped_gemm, grouped_gemm_wgrad
 
 Functions = dict[str, Callable[[], object]]
 PEERS = ("grouped_mm", "mm loop", "F.linear")
+CUDA_PEERS = ("grouped_mm", "mm loop", "triton", "F.linear")
 FORMS = {"fp8": Fp8BlockWeight, "int4": Int4GroupWeight}
 
 
@@ -72,8 +76,7 @@ class Setting:
         ]
         like = {"dtype": weight.dtype, "device": weight.device}
         self.a, self.dc = (
-            torch.randn(case.total, k).to(**like),
-            torch.randn(case.total, n).to(**like),
+            torch.randn(case.total, width, device=weight.device).to(**like) for width in (k, n)
         )
 
     def functions(self) -> Functions:
@@ -99,12 +102,19 @@ class Setting:
                 torch.mm(self.a[rows], b[e], out=out[rows])
             return out
 
-        return {
+        named: Functions = {
             "kimi_ops": lambda: grouped_gemm(self.a, b, self.offsets),
             "grouped_mm": lambda: F.grouped_mm(self.a, b, offs=self.offsets),
             "mm loop": loop,
             "F.linear": lambda: F.linear(self.a, self.weight[0]),
         }
+        return named | self._triton(self.a, b)
+
+    def _triton(self, a: Tensor, b: Tensor) -> Functions:
+        if not a.is_cuda or triton_grouped_gemm is None or a.dtype == torch.float32:
+            return {}
+        multiply = triton_grouped_gemm
+        return {"triton": lambda: multiply(a, b, self.offsets)}
 
     def _graphs(self, of_rows: bool) -> Functions:
         """The gradient in a or in the weight by autograd."""
@@ -130,7 +140,8 @@ class Setting:
             return da
 
         named = self._graphs(of_rows=True)
-        return named | {"mm loop": loop, "F.linear": lambda: torch.mm(self.dc, self.weight[0])}
+        named |= {"mm loop": loop, "F.linear": lambda: torch.mm(self.dc, self.weight[0])}
+        return named | self._triton(self.dc, self.weight)
 
     def _wgrad(self) -> Functions:
         def loop() -> Tensor:
@@ -175,12 +186,13 @@ def main(argv: list[str] | None = None) -> None:
     device = options.device
     bandwidth = read_bandwidth(device)
     peaks = {d: compute_peak(getattr(torch, d), device) for d in ("bfloat16", "float32")}
-    report = Report("grouped_gemm", device, options, width=44, peers=PEERS, reference="F.linear")
+    peers = CUDA_PEERS if device == "cuda" else PEERS
+    report = Report("grouped_gemm", device, options, width=44, peers=peers, reference="F.linear")
     print(f"read bandwidth of this run: {bandwidth / 1e9:.1f} GB/s; dense products: ", end="")
     print(", ".join(f"{name} {peak / 1e12:.3f} TFLOP/s" for name, peak in peaks.items()) + "\n")
     weight: Tensor | None = None
     kind: tuple[object, ...] = ()
-    for case in select(gemm_cases(options.quick), options):
+    for case in select(gemm_cases(options.quick, device), options):
         if kind != (case.shape, case.experts, case.dtype):
             weight = None  # before the next is made
             kind, weight = (case.shape, case.experts, case.dtype), make_weight(case, device)

@@ -91,6 +91,7 @@ GEMM_SHAPES = {  # experts' matrices: (K, N)
     "K2 gate+up": (7168, 4096),
     "K2 down": (2048, 7168),
     "Moonlight": (2048, 1408),
+    "GLM up": (6144, 4096),
     "mini gate+up": (128, 128),
     "mini down": (64, 128),
 }
@@ -126,10 +127,12 @@ class GemmCase:
         return f"{self.shape} E {self.experts} {rows}{kind} {self.what}{dtype}"
 
 
-def gemm_cases(quick: bool) -> list[GemmCase]:
+def gemm_cases(quick: bool, device: str = "cpu") -> list[GemmCase]:
     """Slices of Kimi K2, Moonlight, and the preset `mini`, from decoding to training; without cases
     above 500 GFLOP or 3 GB of weights, which take tens of seconds."""
     passes = ("fwd", "dgrad", "wgrad", "wgrad acc")
+    if device == "cuda":
+        return _gemm_cases_cuda(quick)
     if quick:
         cases = [GemmCase("Moonlight", 64, 64, what) for what in passes]
         cases += [GemmCase("mini gate+up", 32, 512, p, "hot", "float32") for p in passes[:3]]
@@ -148,6 +151,26 @@ def gemm_cases(quick: bool) -> list[GemmCase]:
     for name, experts in (("K2 gate+up", 24), ("K2 down", 24), ("Moonlight", 64)):
         cases += [GemmCase(name, experts, tokens, "fwd", "decode") for tokens in (1, 4, 16)]
     return [c for c in cases if c.flops <= 500e9 and c.weight_bytes <= 3e9]
+
+
+def _gemm_cases_cuda(quick: bool) -> list[GemmCase]:
+    """Published shapes: 262 144 rows of GLM's 256 experts, DeepGEMM's 4 x 8192 rows of
+    DeepSeek-V3's gate+up (which is K2's); K2's 384 experts in decoding, 48 (one of 8 ranks) else.
+    """
+    passes = ("fwd", "dgrad", "wgrad", "wgrad acc")
+    if quick:
+        cases = [GemmCase("K2 gate+up", 48, 1024, p) for p in passes]
+        return cases + [GemmCase("K2 down", 384, t, "fwd", "decode") for t in (4, 64)]
+    cases = [GemmCase("GLM up", 256, 1024, p) for p in passes[:3]]
+    cases += [GemmCase("K2 gate+up", 4, 8192, p) for p in passes]
+    for name, experts in (("K2 gate+up", 48), ("K2 down", 48), ("Moonlight", 64)):
+        for rows in (4, 21, 64, 256, 1024):
+            cases += [GemmCase(name, experts, rows, p) for p in passes]
+        cases += [GemmCase(name, experts, 256, p, "hot") for p in passes]
+    cases += [GemmCase("Moonlight", 64, 256, p, dtype="float32") for p in passes]
+    for name in ("K2 gate+up", "K2 down"):
+        cases += [GemmCase(name, 384, t, "fwd", "decode") for t in (1, 4, 16, 64, 256)]
+    return cases
 
 
 def quantized_cases(quick: bool) -> list[GemmCase]:
@@ -183,12 +206,15 @@ class ExpertsCase:
         return f"{self.model} T {self.tokens} {'fwd+bwd' if self.backward else 'fwd'}"
 
 
-def experts_cases(quick: bool) -> list[ExpertsCase]:
-    """64 small experts, and 16 experts of Kimi K2."""
+def experts_cases(quick: bool, device: str = "cpu") -> list[ExpertsCase]:
+    """64 small experts, and 16 experts of Kimi K2; on a GPU 48 of them and more tokens."""
     models = [("E 64, H 2048, F 768", 64, 2048, 768)]
     if not quick:
-        models.append(("K2 E 16, H 7168, F 2048", 16, 7168, 2048))
+        experts = 48 if device == "cuda" else 16
+        models.append((f"K2 E {experts}, H 7168, F 2048", experts, 7168, 2048))
     tokens = (16, 256) if quick else (16, 256, 2048)
+    if device == "cuda":
+        tokens = (16, 4096) if quick else (16, 256, 4096, 16384)
     return [
         ExpertsCase(*m, t, backward) for m in models for t in tokens for backward in (False, True)
     ]

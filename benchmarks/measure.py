@@ -93,8 +93,9 @@ def read_bandwidth(device: str) -> float:
     return x.numel() * 4 / measure({"sum": x.sum}, device, quick=True)["sum"].p10
 
 
-def compute_peak(dtype: torch.dtype, device: str, size: int = 3072) -> float:
+def compute_peak(dtype: torch.dtype, device: str, size: int = 0) -> float:
     """FLOP a second of torch's best sample of a dense [size, size] @ [size, size]."""
+    size = size or (8192 if device == "cuda" else 3072)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     times = measure({"mm": lambda: torch.mm(a, b, out=out)}, device, quick=True)
