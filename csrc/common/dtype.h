@@ -22,6 +22,11 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+// FP8 without infinities: 4 bits of exponent (bias 7), 3 of significand, NaN is 0x7f and 0xff; 448
+// at most.
+struct e4m3 {
+  uint8_t bits;
+};
 
 KIMI_HOST_DEVICE uint32_t bits_of(float x) {
   uint32_t u;
@@ -43,6 +48,14 @@ KIMI_HOST_DEVICE float to_float(fp16 x) {
   // 2^-24 units for subnormals; otherwise rebias the exponent by 127 - 15.
   if (magnitude < 0x0400u) return float_of(sign | bits_of(float(magnitude) * 0x1p-24f));
   return float_of(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+KIMI_HOST_DEVICE float to_float(e4m3 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x80u) << 24, magnitude = x.bits & 0x7fu;
+  if (magnitude == 0x7fu) return float_of(sign | 0x7fc00000u);
+  // 2^-9 units for subnormals; otherwise rebias the exponent by 127 - 7.
+  if (magnitude < 0x08u) return float_of(sign | bits_of(float(magnitude) * 0x1p-9f));
+  return float_of(sign | ((magnitude << 20) + (120u << 23)));
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
@@ -68,6 +81,19 @@ KIMI_HOST_DEVICE fp16 from_float<fp16>(float x) {
     return {uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u))};
   }
   return {uint16_t(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13))};
+}
+
+// Saturates: infinities and what would round past 448 become 448; every NaN becomes 0x7f.
+template <>
+KIMI_HOST_DEVICE e4m3 from_float<e4m3>(float x) {
+  const uint32_t u = bits_of(x), sign = (u >> 24) & 0x80u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {uint8_t(0x7fu)};
+  if (magnitude >= 0x43e00000u) return {uint8_t(sign | 0x7eu)};  // 448
+  if (magnitude < 0x3c800000u) {                                 // below 2^-6: subnormal
+    // Adding 2^14 aligns the significand to units of 2^-9 with the rounding of the addition.
+    return {uint8_t(sign | (bits_of(float_of(magnitude) + 0x1p14f) - 0x46800000u))};
+  }
+  return {uint8_t(sign | ((magnitude - (120u << 23) + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20))};
 }
 
 template <class T>

@@ -22,7 +22,8 @@ struct LaunchConfig {
   size_t smem_bytes = 0;   // dynamic shared memory of a block
   void* stream = nullptr;  // a cudaStream_t
   bool cooperative =
-      false;  // all blocks are resident at once, so that they may wait for each other
+      false;             // all blocks are resident at once, so that they may wait for each other
+  unsigned cluster = 1;  // blocks along x that run together and reach each other's shared memory
 };
 
 #if defined(KIMI_HOST_SIMT)
@@ -30,7 +31,8 @@ struct LaunchConfig {
 /// Runs the kernel to its end. Its mistakes are thrown as simt::Error.
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
-  simt::launch(kernel, {config.grid, config.block, config.smem_bytes, config.cooperative},
+  simt::launch(kernel,
+               {config.grid, config.block, config.smem_bytes, config.cooperative, config.cluster},
                arguments...);
   return Status::ok();
 }
@@ -96,16 +98,23 @@ Status allow_shared_memory(void (*kernel)(Parameters...), size_t smem_bytes) {
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
   KIMI_RETURN_IF_ERROR(allow_shared_memory(kernel, config.smem_bytes));
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (config.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (config.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {config.cluster, 1, 1};
+  }
   cudaLaunchConfig_t cuda{};
   cuda.gridDim = config.grid;
   cuda.blockDim = config.block;
   cuda.dynamicSmemBytes = config.smem_bytes;
   cuda.stream = static_cast<cudaStream_t>(config.stream);
-  cuda.attrs = &cooperative;
-  cuda.numAttrs = config.cooperative ? 1 : 0;
+  cuda.attrs = attributes;
+  cuda.numAttrs = count;
   return cuda_status("launch",
                      cudaLaunchKernelEx(&cuda, kernel, static_cast<Parameters>(arguments)...));
 }

@@ -103,6 +103,19 @@ std::string shared_address(const void* address) {
   return "no shared memory";
 }
 
+void check_shared(const void* address, size_t bytes, const char* what) {
+  const auto holds = [&](const SharedMemory& memory) {
+    const ptrdiff_t offset = static_cast<const char*>(address) - memory.data();
+    return offset >= 0 && static_cast<size_t>(offset) + bytes <= memory.bytes();
+  };
+  const Block& block = Runner::instance().block();
+  bool inside = holds(*block.dynamic);
+  for (const auto& [site, memory] : block.statics) inside |= holds(*memory);
+  if (!inside)
+    fail(std::string(what) + ": " + std::to_string(bytes) + " bytes at " + shared_address(address) +
+         " are not all in the block's shared memory");
+}
+
 void fail_outside_kernel(const char* what) {
   throw Error(std::string(what) + ": used outside of a kernel");
 }

@@ -39,6 +39,7 @@ struct Thread {
   int lane() const { return builtins.linear_thread % 32; }
   int warp() const { return builtins.linear_thread / 32; }
   Fiber fiber;
+  GroupedOperations wgmma{"wgmma"}, bulk{"tma_store"};
   void* sanitizer_thread = nullptr;  // ThreadSanitizer's name for what the kernel does here
 };
 

@@ -59,6 +59,7 @@ void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) 
     throw Error("launch: grid: expected 1 to 2^31-1, 65535, 65535 blocks, got " +
                 std::to_string(shape.grid.x) + ", " + std::to_string(shape.grid.y) + ", " +
                 std::to_string(shape.grid.z));
+  if (shape.cluster != 1) throw Error("launch: clusters are not modelled");
   shape_ = shape;
   body_ = body;
   argument_ = argument;
@@ -121,6 +122,8 @@ void Runner::start_block(uint64_t index) {
         {u % shape.x, u / shape.x % shape.y, u / shape.x / shape.y}, block->index, shape, grid, i};
     thread->block = block.get();
     thread->wait = {};
+    thread->wgmma.clear();
+    thread->bulk.clear();
     thread->exited = thread->started = false;
     switch (order_of(settings.seed)) {
       case kAscending:
@@ -258,6 +261,8 @@ void Runner::thread_main(void*) {
     try {
       acquire(&runner.body_);
       runner.body_(runner.argument_);
+      self.wgmma.finish();
+      self.bulk.finish();
     } catch (const Cancelled&) {
     } catch (...) {
       if (!runner.error_) runner.error_ = std::current_exception();

@@ -25,10 +25,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
 #include <source_location>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 struct uint3 {
   unsigned x, y, z;
@@ -56,6 +60,7 @@ struct LaunchShape {
   dim3 grid, block;
   size_t dynamic_shared_bytes = 0;
   bool cooperative = false;  // every block is live at once, as cudaLaunchCooperativeKernel promises
+  unsigned cluster = 1;      // blocks along x that are live at once and reach each other
 };
 
 /// Counts of the calling OS thread's last launch.
@@ -100,6 +105,8 @@ uint64_t warp_operation(const char* name, Resolve resolve, uint32_t mask, uint64
 void park_spinning(std::string (*describe)(const void*), const void* context,
                    std::source_location where);
 std::string shared_address(const void* address);
+/// Fails unless all of it is shared memory of the running thread's block.
+void check_shared(const void* address, size_t bytes, const char* what);
 
 }  // namespace detail
 
@@ -139,6 +146,60 @@ void spin_until(Ready ready, Describe describe,
 /// becomes visible to whoever acquires `object` later.
 void release(const void* object);
 void acquire(const void* object);
+
+/// For primitives that go on by themselves: the seed says whether what they do happens at once, as
+/// late as it may, or anything between (seed / 4 % 3 is 1, 2, 0).
+
+/// Does `action` now or while the running thread goes on, at the latest when no thread can run.
+/// What it does counts as this thread's. It must not wait.
+void complete_later(std::function<void()> action);
+
+/// Operations of one thread that are waited for in groups: begun, committed, waited for in order.
+class GroupedOperations {
+ public:
+  explicit GroupedOperations(const char* name) : name_(name) {}
+  /// An operation of one or two steps.
+  void begin(std::function<void()> first, std::function<void()> second = {});
+  void commit();
+  /// Until all but the latest `pending` groups have done both steps, or the first one.
+  void wait(int pending);
+  void wait_first(int pending);
+  /// wgmma: the registers are the tensor core's from here on.
+  void fence() { fenced_ = true; }
+  bool fenced() const { return fenced_; }
+  /// The thread ends: fails if an operation has not done its first step; the second ones are done.
+  void finish();
+  void clear();
+
+ private:
+  struct Operation {
+    std::function<void()> first, second;
+    int group;
+  };
+  void run_first(int last_group);
+  void run_second(int last_group);
+  const char* name_;
+  std::deque<Operation> operations_;
+  int group_ = 0;  // the open one
+  bool fenced_ = false;
+};
+GroupedOperations& wgmma_group();
+GroupedOperations& bulk_group();
+
+/// For primitives: that shared memory was written by threads (the generic proxy), that the running
+/// thread fenced that, and that wgmma or TMA now reads it (the async proxy), which fails if neither
+/// the writer nor the reader has fenced since.
+void generic_write(const void* address, size_t bytes);
+void fence_async_proxy();
+void check_fenced(const void* address, size_t bytes, const char* what);
+
+/// For primitives: blocks of the running thread's cluster.
+int cluster_rank();
+int cluster_blocks();
+void cluster_arrive(std::source_location where);
+void cluster_wait(std::source_location where);
+/// The same place in the shared memory of another block of the cluster.
+void* in_peer(const void* address, int rank);
 
 /// Runs `kernel(arguments...)` once for every thread of `shape`; every thread gets its own copies.
 template <class... Parameters, class... Arguments>

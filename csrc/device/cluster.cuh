@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+//
+// Clusters (sm_90): blocks that run at the same time and reach each other's shared memory.
+// LaunchConfig::cluster says how many follow one another along x.
+#pragma once
+
+#include "device/mbarrier.cuh"
+#include "device/platform.cuh"
+
+namespace kimi {
+
+#if defined(KIMI_HOST_SIMT)
+
+inline int cluster_rank() { return simt::cluster_rank(); }
+inline int cluster_blocks() { return simt::cluster_blocks(); }
+inline void cluster_arrive(std::source_location where = std::source_location::current()) {
+  simt::cluster_arrive(where);
+}
+inline void cluster_wait(std::source_location where = std::source_location::current()) {
+  simt::cluster_wait(where);
+}
+inline void mbarrier_arrive_in(MBarrier& b, int rank) {
+  mbarrier_arrive(*static_cast<MBarrier*>(simt::in_peer(&b, rank)));
+}
+
+#else
+
+/// %cluster_ctarank: 0 .. cluster_blocks() - 1.
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+/// %cluster_nctarank
+__device__ __forceinline__ int cluster_blocks() {
+  uint32_t blocks;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return static_cast<int>(blocks);
+}
+
+/// barrier.cluster.arrive.release.aligned: every thread of every block, whole warps together.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+/// barrier.cluster.wait.acquire.aligned: until all threads of the cluster have arrived.
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/// mbarrier.arrive.release.cluster.shared::cluster.b64 on the barrier at the same place in block
+/// `rank`.
+__device__ __forceinline__ void mbarrier_arrive_in(MBarrier& b, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(detail::shared_u32(&b)),
+      "r"(rank)
+      : "memory");
+}
+
+#endif
+
+}  // namespace kimi

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: MIT
+//
+// wgmma (sm_90a): a warpgroup multiplies 64 rows of A by N columns of B, both in shared memory with
+// 128-byte swizzle.
+//
+//   D[64, N] (+)= sum over one step of depth, 32 bytes: 16 values of 16 bits, 32 of 8
+//
+//   kDepth  a tile holds rows of 128 bytes of depth, 8-row groups of 1024 bytes: what TMA loads
+//   with a box of
+//           [outer rows][128 bytes of depth]; four steps a tile
+//   kOuter  blocks of [64 depth][64 outer], 8192 bytes each, the next 64 outer values in the next
+//   block: what TMA loads
+//           with boxes of [64 depth][64 outer]; four steps a block
+//
+//   thread t of the warpgroup holds, with w = t / 32 and l = t % 32:
+//   d[4 j + 2 h + i] = D[16 w + l / 4 + 8 h][8 j + 2 (l % 4) + i]
+//
+//   wgmma_fence(); wgmma(d, ...); ...; wgmma_commit(); ...; wgmma_wait<0>();
+//
+// All 128 threads of the warpgroup take part. From the first wgmma to the wait d belongs to the
+// tensor core and the tiles to be read: touch neither. A warp's wait is its own: the stage is free
+// when all warps have waited.
+#pragma once
+
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "device/mbarrier.cuh"
+#include "device/platform.cuh"
+#include "device/wgmma_shapes.cuh"
+
+namespace kimi {
+
+enum class Major { kDepth, kOuter };  // the dimension that is contiguous in shared memory
+
+namespace detail {
+/// Bytes from one step of depth to the next.
+template <Major kMajor>
+inline constexpr int kStepBytes = kMajor == Major::kDepth ? 32 : 16 * 128;
+inline constexpr int kOuterBlockBytes = 64 * 128;
+/// Every N that a kernel has asked for; the hardware takes any multiple of 8 up to 256.
+constexpr bool is_wgmma_columns(int n) {
+  return n >= 8 && n <= 256 && n % (n <= 64 ? 8 : n <= 128 ? 16 : 32) == 0;
+}
+}  // namespace detail
+
+#if defined(KIMI_HOST_SIMT)
+
+namespace detail {
+
+/// The model's descriptor: the address, and in the top bits the major dimension plus one.
+inline const char* address_of(uint64_t descriptor) {
+  return reinterpret_cast<const char*>(descriptor << 2 >> 2);
+}
+/// Value `k` of depth of row or column `outer`.
+template <class T, Major kMajor>
+float operand(uint64_t descriptor, int outer, int k) {
+  const int size = static_cast<int>(sizeof(T));
+  const int offset = kMajor == Major::kDepth
+                         ? outer * 128 + k * size
+                         : outer / 64 * kOuterBlockBytes + k * 128 + outer % 64 * size;
+  uintptr_t address = reinterpret_cast<uintptr_t>(address_of(descriptor) + offset);
+  address ^= (address >> 7 & 7) << 4;
+  T value;
+  std::memcpy(&value, reinterpret_cast<const void*>(address), sizeof value);
+  return to_float(value);
+}
+
+template <class T, int kN, Major kA, Major kB>
+void multiply(float* d, uint64_t a, uint64_t b, bool keep, int thread) {
+  constexpr int kDepth = 32 / sizeof(T);
+  const int lane = thread % 32, row = thread / 32 % 4 * 16 + lane / 4;
+  for (int i = 0; i < kN / 2; ++i) {
+    const int r = row + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    float sum = keep ? d[i] : 0.0f;
+    for (int k = 0; k < kDepth; ++k) sum += operand<T, kA>(a, r, k) * operand<T, kB>(b, column, k);
+    d[i] = sum;
+  }
+}
+
+template <class T, Major kMajor>
+void check_operand(uint64_t descriptor, int outer, const char* what) {
+  if (descriptor >> 62 != static_cast<uint64_t>(kMajor) + 1)
+    simt::fail(std::string("wgmma: ") + what +
+               ": the descriptor was made for the other major dimension");
+  const char* const first = address_of(descriptor);
+  const int bytes = kMajor == Major::kDepth
+                        ? outer * 128 - static_cast<int>(reinterpret_cast<uintptr_t>(first) % 128)
+                        : (outer - 1) / 64 * kOuterBlockBytes + 16 * 128;
+  simt::detail::check_shared(first, static_cast<size_t>(bytes), "wgmma");
+  simt::check_fenced(first, static_cast<size_t>(bytes), "wgmma");
+}
+
+}  // namespace detail
+
+template <Major kMajor>
+uint64_t wgmma_descriptor(const void* tile) {
+  const uint64_t address = reinterpret_cast<uintptr_t>(tile);
+  if (address % 1024 != 0) simt::fail("wgmma_descriptor: the tile must be 1024-byte aligned");
+  return address | (static_cast<uint64_t>(kMajor) + 1) << 62;
+}
+template <Major kMajor>
+uint64_t wgmma_advance(uint64_t descriptor, int step) {
+  return descriptor + static_cast<uint64_t>(step * detail::kStepBytes<kMajor>);
+}
+
+inline void wgmma_fence() { simt::wgmma_group().fence(); }
+template <int kCount>
+void wgmma_fence(float (&)[kCount]) {}
+inline void wgmma_commit() { simt::wgmma_group().commit(); }
+template <int kPending>
+void wgmma_wait(std::source_location where = std::source_location::current()) {
+  simt::wgmma_group().wait(kPending);
+  __syncwarp(~0u, where);
+}
+
+template <class T, int kN, Major kA, Major kB>
+void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool keep) {
+  static_assert(detail::is_wgmma_columns(kN));
+  static_assert(sizeof(T) == 2 || (kA == Major::kDepth && kB == Major::kDepth),
+                "e4m3 has no transposed form");
+  detail::check_operand<T, kA>(a, 64, "A");
+  detail::check_operand<T, kB>(b, kN, "B");
+  const int thread = simt::detail::builtins("wgmma").linear_thread;
+  float* const sums = d;
+  simt::wgmma_group().begin([=] { detail::multiply<T, kN, kA, kB>(sums, a, b, keep, thread); });
+}
+
+#else
+
+/// Bits 0-13 address / 16, 16-29 leading and 32-45 stride byte offset / 16, 62-63 swizzle (1: 128
+/// bytes). kDepth: stride is that of 8-row groups, leading is not used. kOuter: stride is that of
+/// 8-depth groups, leading that of blocks of 64 outer values.
+template <Major kMajor>
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile) {
+  constexpr uint64_t kLeading = kMajor == Major::kDepth ? 1 : detail::kOuterBlockBytes / 16,
+                     kStride = 1024 / 16;
+  return static_cast<uint64_t>((detail::shared_u32(tile) & 0x3ffff) >> 4) | kLeading << 16 |
+         kStride << 32 | uint64_t{1} << 62;
+}
+
+/// The descriptor of step `step` (0..3 for kDepth) of the tile's depth.
+template <Major kMajor>
+__device__ __forceinline__ uint64_t wgmma_advance(uint64_t descriptor, int step) {
+  return descriptor + static_cast<uint64_t>(step * (detail::kStepBytes<kMajor> / 16));
+}
+
+/// wgmma.fence.sync.aligned: before the first wgmma, and after d was touched.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+/// No instruction: the compiler moves no access to d across it. It knows nothing of the wait's
+/// meaning, so this stands on both sides of a batch of wgmma.
+template <int kCount>
+__device__ __forceinline__ void wgmma_fence(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+/// wgmma.commit_group.sync.aligned
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/// wgmma.wait_group.sync.aligned: until all but the latest kPending groups are complete.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+/// wgmma.mma_async.sync.aligned.m64nNk16 (bf16, fp16) or k32 (e4m3), sums in fp32. keep = false: d
+/// = a b.
+template <class T, int kN, Major kA, Major kB>
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool keep) {
+  static_assert(detail::is_wgmma_columns(kN), "KIMI_WGMMA_EVERY_SHAPE has no such shape");
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16> || std::is_same_v<T, e4m3>);
+  static_assert(sizeof(T) == 2 || (kA == Major::kDepth && kB == Major::kDepth),
+                "e4m3 has no transposed form");
+  KIMI_WGMMA_EVERY_SHAPE
+}
+
+#endif
+
+}  // namespace kimi
