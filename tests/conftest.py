@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The engines that the op tests run on: every instruction set of this machine, AMX on a model of
-its tiles (amx_model), the CUDA kernels run on the host (simt; simt_sm80 without those of Hopper), and
-a GPU where there is one. A test that takes `engine` runs on each."""
+its tiles (amx_model), the CUDA kernels run on the host (simt; simt_sm80 without those of Hopper),
+and a GPU where there is one. A test that takes `engine` runs on each."""
 
 import importlib.util
 import os
