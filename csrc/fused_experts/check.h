@@ -24,12 +24,15 @@ Status check_sizes(const char* op, const Params& p, kimi_device device) {
                    ": T, H, F, E, K, dtype: expected sizes of 0 or more (E, K: 1 or more), T K "
                    "below 2^31 and a kimi_dtype (0..2), got ",
                    p.num_tokens, ", ", p.hidden, ", ", p.width, ", ", p.num_experts, ", ", p.top_k,
-                   ", ", int(p.dtype));
+                   ", ", int(p.dtype), "; split the tokens or convert them");
   if (p.activation < KIMI_ACTIVATION_SILU || p.activation > KIMI_ACTIVATION_SITU)
-    return invalid(op, ": activation: expected a kimi_activation (0..2), got ", int(p.activation));
+    return invalid(op, ": activation: expected a kimi_activation (0..2), got ", int(p.activation),
+                   "; choose one of these");
   if (!p.offsets || !p.workspace || (p.num_tokens > 0 && (!p.source || !p.row_map || !p.weights)))
-    return invalid(op,
-                   ": weights, row_map, source, offsets, workspace: expected pointers, got NULL");
+    return invalid(
+        op,
+        ": weights, row_map, source, offsets, workspace: expected pointers, got NULL; "
+        "pass kimi_permute_plan's outputs and the memory that _workspace_bytes() asks for");
   // A plan on a GPU is not read here: no operation waits for the device.
   if (device == KIMI_DEVICE_CUDA) return Status::ok();
   KIMI_RETURN_IF_ERROR(
@@ -54,7 +57,8 @@ inline Status check_weights(const char* op, const char* name, const kimi_expert_
   if (int(w.storage) != int(dtype) && !(quantised && may_be_quantised))
     return invalid(op, ": ", name, ": expected the dtype of x",
                    may_be_quantised ? " or a quantised storage" : "", ", got storage ",
-                   int(w.storage));
+                   int(w.storage),
+                   may_be_quantised ? "; convert it" : "; convert or dequantise it");
   if (quantised && (!w.scale || w.column_stride != 1))
     return invalid(op, ": ", name,
                    ": expected a scale and contiguous columns beside quantised weights,"

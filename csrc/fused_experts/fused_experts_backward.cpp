@@ -34,7 +34,7 @@ Status check(const FusedExpertsBackwardParams& p, kimi_device device) {
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, false));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, false));
   if (p.num_tokens * p.hidden > 0 && (!p.dy || !p.x))
-    return invalid(op, ": dy, x: expected pointers, got NULL");
+    return invalid(op, ": dy, x: expected pointers, got NULL; only empty ones may be NULL");
   return Status::ok();
 }
 

@@ -22,16 +22,21 @@ int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
 template <class Params>
 Status check_common(const char* op, const Params& p, kimi_device device) {
   if (p.num_rows < 0 || p.k < 0 || p.n < 0)
-    return invalid(op, ": R, K, N: expected 0 or more, got ", p.num_rows, ", ", p.k, ", ", p.n);
+    return invalid(op, ": R, K, N: expected 0 or more, got ", p.num_rows, ", ", p.k, ", ", p.n,
+                   "; pass the sizes of a and b");
   if (p.num_experts < 1)
-    return invalid(op, ": num_experts: expected 1 or more, got ", p.num_experts);
+    return invalid(op, ": num_experts: expected 1 or more, got ", p.num_experts,
+                   "; pass the number of offsets");
   if (!is_dtype(p.dtype))
-    return invalid(op, ": dtype: expected a kimi_dtype (0..2), got ", int(p.dtype));
+    return invalid(op, ": dtype: expected a kimi_dtype (0..2), got ", int(p.dtype),
+                   "; convert a to one of them");
   if (p.out_dtype != p.dtype && p.out_dtype != KIMI_FLOAT32)
     return invalid(op, ": out_dtype: expected the dtype of a or KIMI_FLOAT32, got ",
-                   int(p.out_dtype));
+                   int(p.out_dtype), "; choose one of these");
   if (!p.offsets || (device == KIMI_DEVICE_CPU && !p.workspace))
-    return invalid(op, ": offsets, workspace: expected pointers, got NULL");
+    return invalid(op,
+                   ": offsets, workspace: expected pointers, got NULL; allocate what "
+                   "kimi_grouped_gemm_workspace_bytes() says");
   if (p.num_rows > std::numeric_limits<int32_t>::max())
     return invalid(op, ": R: expected below 2^31 rows, got ", p.num_rows, "; split the rows");
   // Offsets on a GPU are not read here: no operation waits for the device.
@@ -46,19 +51,20 @@ Status check(const GroupedGemmParams& p, kimi_device device) {
       p.b_storage == KIMI_STORAGE_FP8_BLOCK || p.b_storage == KIMI_STORAGE_INT4_GROUP;
   if (!quantised && int(p.b_storage) != int(p.dtype))
     return invalid(op, ": b_storage: expected the dtype of a or a quantised storage, got ",
-                   int(p.b_storage));
+                   int(p.b_storage), "; convert b");
   if (quantised && device == KIMI_DEVICE_CUDA)
     return invalid(op,
                    ": b_storage: expected the dtype of a on CUDA, got quantised weights; "
                    "dequantise them");
   if (quantised && (!p.b_scale || p.b_k_stride != 1))
     return invalid(op, ": b: expected a scale and contiguous K beside quantised weights, got ",
-                   p.b_scale ? "a K stride of " : "no scale and a K stride of ", p.b_k_stride);
+                   p.b_scale ? "a K stride of " : "no scale and a K stride of ", p.b_k_stride,
+                   "; pass the weight as it was quantised");
   if (p.b_storage == KIMI_STORAGE_INT4_GROUP && (p.b_n_stride % 2 || p.b_expert_stride % 2))
     return invalid(op, ": b: expected rows of int4 weights to begin at a byte, got strides of ",
-                   p.b_expert_stride, " and ", p.b_n_stride, " elements");
+                   p.b_expert_stride, " and ", p.b_n_stride, " elements; pad K to 8");
   if (p.num_rows > 0 && p.n > 0 && (!p.out || (p.k > 0 && (!p.a || !p.b))))
-    return invalid(op, ": a, b, out: expected pointers, got NULL");
+    return invalid(op, ": a, b, out: expected pointers, got NULL; only empty operands may be NULL");
   return Status::ok();
 }
 
@@ -67,9 +73,10 @@ Status check(const GroupedGemmWgradParams& p, kimi_device device) {
   KIMI_RETURN_IF_ERROR(check_common(op, p, device));
   if (p.out_n_stride != 1 && p.out_k_stride != 1 && p.n != 1 && p.k != 1)
     return invalid(op, ": out: expected contiguous N or K, got strides of ", p.out_k_stride,
-                   " and ", p.out_n_stride);
+                   " and ", p.out_n_stride, "; pass a dense tensor and copy");
   if (p.k > 0 && p.n > 0 && (!p.out || (p.num_rows > 0 && (!p.a || !p.dc))))
-    return invalid(op, ": a, dc, out: expected pointers, got NULL");
+    return invalid(op,
+                   ": a, dc, out: expected pointers, got NULL; only empty operands may be NULL");
   return Status::ok();
 }
 

@@ -136,6 +136,9 @@ void test_refusals() {
   gate.p.logits_dtype = kimi_dtype(7);
   EXPECT(gate.run() == KIMI_INVALID_ARGUMENT && error_has("logits_dtype: expected"));
   EXPECT(kimi_set_num_threads(-1) == KIMI_INVALID_ARGUMENT);
+  EXPECT(kimi_set_max_sm(10) == KIMI_INVALID_ARGUMENT && error_has("80 and above, got 10"));
+  EXPECT(kimi_set_max_sm(80) == KIMI_OK && kimi_max_sm() == 80);
+  EXPECT(kimi_set_max_sm(0) == KIMI_OK && kimi_max_sm() == 0);
   if (kimi_detected_isa() < KIMI_ISA_AMX) {
     EXPECT(kimi_set_isa(KIMI_ISA_AMX) == KIMI_INVALID_ARGUMENT &&
            error_has("expected portable to"));
