@@ -71,16 +71,7 @@ Status fused_experts(const FusedExpertsParams& p, kimi_device device,
   float* sums = reinterpret_cast<float*>(hidden + layout.hidden);
   const grouped::Workspace workspace(blocks, hidden + layout.hidden + layout.sums, p.num_experts);
 
-  const auto gate_up = [&](int32_t e) {
-    grouped::Group g = experts::rows_of(p.offsets, e);
-    g.p = experts::tokens_of(p.x, p.x_stride, p.dtype, p.source, p.top_k);
-    g.s = experts::weights_of(p.w_gate_up, e, 2 * p.width, p.hidden, false);
-    g.cols = p.width;
-    g.depth = p.hidden;
-    g.parts = 2;
-    g.part_rows = p.width;
-    return g;
-  };
+  const auto gate_up = [&](int32_t e) { return experts::gate_up_of(p, e); };
   grouped::run_groups(blocks, workspace, p.num_experts, gate_up, [&](const grouped::Block& b) {
     const int64_t row = gate_up(b.group).p_row + b.row;
     char* saved = static_cast<char*>(p.gate_up);

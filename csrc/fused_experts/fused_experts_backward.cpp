@@ -65,16 +65,7 @@ class Backward {
 
  private:
   void compute_gate_up() {
-    const auto group = [&](int32_t e) {
-      grouped::Group g = experts::rows_of(p_.offsets, e);
-      g.p = tokens(p_.x, p_.x_stride);
-      g.s = experts::weights_of(p_.w_gate_up, e, 2 * p_.width, p_.hidden, false);
-      g.cols = p_.width;
-      g.depth = p_.hidden;
-      g.parts = 2;
-      g.part_rows = p_.width;
-      return g;
-    };
+    const auto group = [&](int32_t e) { return experts::gate_up_of(p_, e); };
     grouped::run_groups(blocks_, workspace_, p_.num_experts, group, [&](const grouped::Block& b) {
       const int64_t row = group(b.group).p_row + b.row;
       engine_.activate({b.c, b.stride, b.part_stride, b.rows, b.cols, p_.activation, p_.dtype,

@@ -64,6 +64,19 @@ inline grouped::Group rows_of(const int32_t* offsets, int32_t e) {
   return g;
 }
 
+// Group e of [g; u] = w_gate_up[e] x[t]: two parts of F columns.
+template <class Params>
+grouped::Group gate_up_of(const Params& p, int32_t e) {
+  grouped::Group g = rows_of(p.offsets, e);
+  g.p = tokens_of(p.x, p.x_stride, p.dtype, p.source, p.top_k);
+  g.s = weights_of(p.w_gate_up, e, 2 * p.width, p.hidden, false);
+  g.cols = p.width;
+  g.depth = p.hidden;
+  g.parts = 2;
+  g.part_rows = p.width;
+  return g;
+}
+
 // x[t] = sum_k weights[t,k] P[row] S[e]^T for rows P [R, depth]: products of some columns into
 // `buffer`, then their sum, columns after columns. group(e) gives the group with all columns.
 template <class GroupOf>
