@@ -2,15 +2,15 @@
 //
 // mma.sync and ldmatrix: products of 16-bit matrices by a warp, with fp32 sums (sm_80 on).
 //
-//   d[16][8] += a[16][16] b[16][8]          lane l, g = l / 4, t = l % 4; a register holds two values
-//   a   0: row g     depth 2t, 2t+1         1: row g + 8   2: depth + 8   3: row g + 8, depth + 8
-//   b   0: col g     depth 2t, 2t+1         1: depth + 8
-//   d   0, 1: row g, cols 2t, 2t+1          2, 3: row g + 8
+//   d[16][8] += a[16][16] b[16][8]          lane l, g = l / 4, t = l % 4; a register holds two
+//   values a   0: row g     depth 2t, 2t+1         1: row g + 8   2: depth + 8   3: row g + 8,
+//   depth + 8 b   0: col g     depth 2t, 2t+1         1: depth + 8 d   0, 1: row g, cols 2t, 2t+1
+//   2, 3: row g + 8
 //
-// ldmatrix reads four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix
-// l / 8 and gets row g, columns 2t, 2t+1 of each matrix: a and b from memory that is contiguous along
-// the depth. `transposed`: column g, rows 2t, 2t+1: from memory that is contiguous along the rows of
-// a or the columns of b.
+// ldmatrix reads four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of
+// matrix l / 8 and gets row g, columns 2t, 2t+1 of each matrix: a and b from memory that is
+// contiguous along the depth. `transposed`: column g, rows 2t, 2t+1: from memory that is contiguous
+// along the rows of a or the columns of b.
 #pragma once
 
 #include "common/dtype.h"

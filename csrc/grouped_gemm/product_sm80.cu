@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // product_sm80: which of the kernels of product_sm80.cuh serves a product.
 //
-//   groups of at most 16 rows on average    tiles of 16 rows: such a product waits for Q's bytes, and
+//   groups of at most 16 rows on average    tiles of 16 rows: such a product waits for Q's bytes,
+//   and
 //                                           a tile more in a larger group finds them in the cache
 //   Q of kStore with kRows                  depth-major tiles if its memory is contiguous that way
 //   kDepth                                  P and Q outer-major

@@ -53,7 +53,8 @@ class OuterRows {
   using Layout = TileLayout<T, Major::kDepth, kOuter, kDepth>;
   static constexpr int kRowStep = kThreads / Layout::kChunks;
   static constexpr int kCopies = kOuter / kRowStep;
-  static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kOuter && (!kPaired || kCopies % 2 == 0));
+  static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kOuter &&
+                (!kPaired || kCopies % 2 == 0));
 
   // `up`: how far a gate row's up row is, in rows.
   __device__ OuterRows(const Matrix& m, bool wide, const Window& w, int64_t up)
@@ -140,10 +141,9 @@ class DepthRows {
     for (int i = 0; i < kCopies; ++i) {
       const int at = depth + i * kRowStep;
       const bool inside = at < w_.length && left > 0;
-      fill_chunk(
-          tile + Layout::offset(row() + i * kRowStep, chunk()),
-          first_ + (inside ? source_row<kIndexed>(m_, w_.depth + at) * m_.depth_stride : 0),
-          m_.outer_stride, inside ? left : 0);
+      fill_chunk(tile + Layout::offset(row() + i * kRowStep, chunk()),
+                 first_ + (inside ? source_row<kIndexed>(m_, w_.depth + at) * m_.depth_stride : 0),
+                 m_.outer_stride, inside ? left : 0);
     }
   }
 

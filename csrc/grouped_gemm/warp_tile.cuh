@@ -3,8 +3,9 @@
 // mma.m16n8 leaves them, whatever T: c[4 (row tile kColTiles + col tile) + i], lane l: row
 // 16 row tile + l / 4 + 8 (i / 2), column 8 col tile + 2 (l % 4) + i % 2.
 //
-//   16-bit  16 of the depth at a time: ldmatrix, mma.sync        each 16 x 16 of P, 16 x 16 of Q once
-//   fp32    1 of the depth at a time: plain loads, fma: the sum is that of a loop over the depth
+//   16-bit  16 of the depth at a time: ldmatrix, mma.sync        each 16 x 16 of P, 16 x 16 of Q
+//   once fp32    1 of the depth at a time: plain loads, fma: the sum is that of a loop over the
+//   depth
 //
 // Addresses: what changes with the lane is computed once for a tile of the ring; with a depth-major
 // tile the step along the depth, with an outer-major one the step along the outer index, is an
@@ -53,9 +54,9 @@ class WarpTile {
       for (int j = 0; j < kColTiles; ++j) {
         // There and back again, so that neighbours share the part of Q.
         const int jj = i % 2 == 0 ? j : kColTiles - 1 - j;
-        const uint32_t(&q)[4] = f.q[jj / 2];
+        const uint32_t (&q)[4] = f.q[jj / 2];
         const uint32_t b[2] = {q[jj % 2 * 2], q[jj % 2 * 2 + 1]};
-        mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(c[4 * (i * kColTiles + jj)]), f.p[i], b);
+        mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(c[4 * (i * kColTiles + jj)]), f.p[i], b);
       }
   }
 
@@ -116,9 +117,8 @@ class WarpTile<float, P, Q, kWarpRows, kWarpCols> {
   }
   template <class L>
   __device__ static const float* at(const char* tile, int lane, int outer, int depth) {
-    const int byte = L::kDepthMajor
-                         ? (lane ^ depth / 4 * 16) + depth % 4 * 4 + outer * L::kRowBytes
-                         : lane + outer * 4 + depth * L::kRowBytes;
+    const int byte = L::kDepthMajor ? (lane ^ depth / 4 * 16) + depth % 4 * 4 + outer * L::kRowBytes
+                                    : lane + outer * 4 + depth * L::kRowBytes;
     return reinterpret_cast<const float*>(tile + byte);
   }
 
