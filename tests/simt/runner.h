@@ -140,6 +140,7 @@ class Runner {
   std::vector<uint64_t> waiting_blocks_;  // to be started, last first
   std::vector<Thread*> ready_;            // a heap by priority, or unordered if the order is random
   std::vector<Thread*> spinning_;
+  uint64_t serial_ = 0;
   uint64_t progress_ = 0, progress_at_wake_ = 0;
   int fruitless_wakes_ = 0;
   std::mt19937_64 random_;

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: MIT
+// The grouped product for every GPU from sm_80 on: mma.sync out of a ring of tiles that cp.async
+// fills, on a grid that stays (schedule.cuh gives each block its next tile).
+//
+//   memory --cp.async--> ring of kStages tiles of P and Q --ldmatrix--> registers --mma--> sums
+//                        [ read ][ full ][ being filled ]        two fragments: one is multiplied
+//                                                                while the next one is loaded
+//   sums --> the ring's memory as fp32 --> epilogue.cuh --> rows
+//
+// 128 threads: 2 x 2 warps of 64 x 64 sums, or 1 x 4 warps of 16 x 32 for groups of few rows.
+#pragma once
+
+#include <algorithm>
+
+#include "device/launch.cuh"
+#include "grouped_gemm/epilogue.cuh"
+#include "grouped_gemm/product.h"
+#include "grouped_gemm/product_sm80.h"
+#include "grouped_gemm/schedule.cuh"
+#include "grouped_gemm/tile_loader.cuh"
+#include "grouped_gemm/warp_tile.cuh"
+
+namespace kimi::grouped {
+
+// kMajor: how tiles of Q lie. P is depth-major with kRows, outer-major with kDepth.
+template <class T_, Ragged kRagged_, Major kMajor, Epilogue kEpilogue_, int kTileRows_>
+struct ProductTraits {
+  using T = T_;
+  static constexpr Ragged kRagged = kRagged_;
+  static constexpr Epilogue kEpilogue = kEpilogue_;
+  static constexpr bool kPaired = kEpilogue == Epilogue::kActivate;
+  static constexpr bool kOfDepth = kRagged == Ragged::kDepth;
+  static constexpr int kThreads = 128;
+  static constexpr int kTileRows = kTileRows_, kTileCols = 128;  // of the sums
+  static constexpr int kOutCols = kPaired ? kTileCols / 2 : kTileCols;
+  static constexpr int kWarpsDown = kTileRows == 128 ? 2 : 1, kWarpsAcross = 4 / kWarpsDown;
+  static constexpr int kWarpRows = kTileRows / kWarpsDown, kWarpCols = kTileCols / kWarpsAcross;
+  static constexpr int kTileDepth = (kTileRows == 128 ? 64 : 128) / static_cast<int>(sizeof(T));
+  static constexpr int kStages = kTileRows == 128 ? 3 : 4;
+  static constexpr int kBlocks = 2;  // that share a multiprocessor, at least
+
+  template <int kOuter, bool kIndexed, bool kPairs>
+  using ByOuter = OuterRows<T, kOuter, kTileDepth, kThreads, kIndexed, kPairs>;
+  template <int kOuter, bool kIndexed>
+  using ByDepth = DepthRows<T, kOuter, kTileDepth, kThreads, kIndexed>;
+  using LoadP =
+      std::conditional_t<kOfDepth, ByDepth<kTileRows, true>, ByOuter<kTileRows, true, false>>;
+  using LoadQ = std::conditional_t<kMajor == Major::kOuter, ByDepth<kTileCols, kOfDepth>,
+                                   ByOuter<kTileCols, false, kPaired>>;
+  using P = typename LoadP::Layout;
+  using Q = typename LoadQ::Layout;
+  static constexpr int kStageBytes = P::kBytes + Q::kBytes, kRingBytes = kStages * kStageBytes;
+
+  using Warp = WarpTile<T, P, Q, kWarpRows, kWarpCols>;
+  static constexpr int kSums = kWarpRows * kWarpCols / kWarpSize;
+  static constexpr int kChunk = kPaired ? kWarpCols / 2 : kWarpCols;
+  using Finisher = Finish<T, kEpilogue, kChunk>;
+  static_assert(4 * Finisher::kScratchFloats * static_cast<int>(sizeof(float)) <= kRingBytes);
+  static_assert(!kPaired || kMajor == Major::kOuter || LoadQ::kRowStep == kChunk);
+};
+
+// Sums `steps` tiles of the depth. The ring is free before and after.
+template <class Traits, int kSums>
+__device__ inline void sum_tiles(char* ring, int steps, typename Traits::LoadP& p,
+                                 typename Traits::LoadQ& q, const typename Traits::Warp& warp,
+                                 float (&c)[kSums]) {
+  constexpr int kStages = Traits::kStages, kLast = Traits::kRingBytes - Traits::kStageBytes;
+  constexpr int kSteps = Traits::kTileDepth / Traits::Warp::kStepDepth;
+  static_assert(kSteps % 2 == 0);
+  const auto fill = [&](int slot, int step) {
+    if (step < steps) {
+      p.load(ring + slot, step);
+      q.load(ring + slot + Traits::P::kBytes, step);
+    }
+    cp_async_commit();  // an empty group too: waits count groups
+  };
+  const auto next = [](int slot) { return slot == kLast ? 0 : slot + Traits::kStageBytes; };
+
+#pragma unroll 1
+  for (int s = 0; s < kStages - 1; ++s) fill(s * Traits::kStageBytes, s);
+  cp_async_wait<kStages - 2>();
+  __syncthreads();
+  typename Traits::Warp::Fragment f[2];
+  warp.load(f[0], ring, ring + Traits::P::kBytes, 0);
+  int read = 0, write = kLast;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      if (k + 1 == kSteps) {  // all warps have read the tile, and the next one has come
+        cp_async_wait<kStages - 2>();
+        __syncthreads();
+        read = next(read);
+      }
+      if (k == 0) {  // into the tile before, which all warps have read
+        fill(write, step + kStages - 1);
+        write = next(write);
+      }
+      warp.load(f[(k + 1) % 2], ring + read, ring + read + Traits::P::kBytes, (k + 1) % kSteps);
+      Traits::Warp::multiply(f[k % 2], c);
+    }
+  }
+  __syncthreads();  // the loop reads one fragment too many
+}
+
+// 16 rows after 16 rows of the warp's sums.
+template <class Traits, int kRowTile = 0, int kSums>
+__device__ inline void finish_rows(const Product& p, int32_t group, int64_t row, int valid,
+                                   int64_t col, const float (&c)[kSums], float* scratch) {
+  if constexpr (kRowTile < Traits::Warp::kRowTiles) {
+    if (valid <= 0) return;
+    constexpr int kAt = 4 * kRowTile * Traits::Warp::kColTiles;
+    Traits::Finisher::template run<kAt, kAt + 2 * Traits::Warp::kColTiles>(
+        p, Rows{group, row, valid}, col, c, scratch);
+    finish_rows<Traits, kRowTile + 1>(p, group, row + 16, valid - 16, col, c, scratch);
+  }
+}
+
+// The tiles that fall to this block.
+template <class Traits, class Visitor>
+__device__ inline void for_each_tile(const Product& p, const Visitor& visit) {
+  const int64_t col_tiles = (p.cols + Traits::kOutCols - 1) / Traits::kOutCols;
+  const int64_t row_tiles = (p.rows + Traits::kTileRows - 1) / Traits::kTileRows;
+  Tile tile;
+  if constexpr (Traits::kOfDepth) {
+    const DepthSchedule<> schedule(p, row_tiles, col_tiles);
+#pragma unroll 1
+    for (int64_t i = blockIdx.x; schedule.find(i, tile); i += gridDim.x) visit(tile);
+  } else {
+    using Schedule = RowSchedule<Traits::kTileRows>;
+    typename Schedule::Place place;  // the schedule itself would take registers from the sums
+#pragma unroll 1
+    for (int64_t i = blockIdx.x;; i += gridDim.x) {
+      Schedule schedule(p, col_tiles, Traits::kEpilogue == Epilogue::kStore, place);
+      if (!schedule.find(i, tile)) return;
+      place = schedule.place();
+      visit(tile);
+    }
+  }
+}
+
+__device__ inline int at_most(int64_t x, int limit) {
+  return x < limit ? static_cast<int>(x) : limit;
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+    product_kernel(const __grid_constant__ Sm80Job job) {
+  KIMI_SHARED(char, ring);
+  const Product& product = job.product;
+  const int down = warp_id() / Traits::kWarpsAcross, across = warp_id() % Traits::kWarpsAcross;
+  for_each_tile<Traits>(product, [&](const Tile& tile) {
+    const bool of_rows = !Traits::kOfDepth;
+    const int32_t group = tile.group;
+    if (!of_rows && product.accumulate && tile.begin == tile.end) return;
+    const int64_t row = of_rows ? tile.begin : int64_t{tile.row_tile} * Traits::kTileRows;
+    const int64_t col = int64_t{tile.col_tile} * Traits::kOutCols;
+    const int rows = at_most((of_rows ? tile.end : product.rows) - row, Traits::kTileRows);
+    const int cols = at_most(product.cols - col, Traits::kTileCols);
+    const int length = of_rows ? group < product.num_groups ? static_cast<int>(product.depth) : 0
+                               : static_cast<int>(tile.end - tile.begin);
+    float c[Traits::kSums] = {};
+    if (length > 0) {
+      const int64_t depth = of_rows ? 0 : tile.begin;
+      typename Traits::LoadP p(product.p, job.wide_p, {0, row, depth, rows, length}, 0);
+      typename Traits::LoadQ q(product.q, job.wide_q,
+                               {of_rows ? group : 0, col, depth, cols, length}, product.cols);
+      const typename Traits::Warp warp(down * Traits::kWarpRows, across * Traits::kWarpCols);
+      __syncthreads();  // the ring was the scratch of the tile before
+      sum_tiles<Traits>(ring, (length - 1) / Traits::kTileDepth + 1, p, q, warp, c);
+    }
+    float* scratch = reinterpret_cast<float*>(ring) + warp_id() * Traits::Finisher::kScratchFloats;
+    if (across * Traits::kChunk < cols)
+      finish_rows<Traits>(product, group, row + down * Traits::kWarpRows,
+                          rows - down * Traits::kWarpRows, col + across * Traits::kChunk, c,
+                          scratch);
+  });
+}
+
+template <class Traits>
+Status launch_product(const Sm80Job& job, void* stream) {
+  const Product& p = job.product;
+  const int64_t rows = Traits::kOfDepth ? p.rows : p.num_rows;
+  const int64_t full = rows / Traits::kTileRows;  // and one more that is not full in each group
+  const int64_t row_tiles = Traits::kOfDepth
+                                ? (full + (rows % Traits::kTileRows != 0)) * p.num_groups
+                                : std::min(rows, full + p.num_groups + 1);
+  const int64_t tiles = row_tiles * ((p.cols + Traits::kOutCols - 1) / Traits::kOutCols);
+  if (tiles == 0) return Status::ok();
+  const auto kernel = product_kernel<Traits>;
+  const int64_t resident = resident_blocks(kernel, Traits::kThreads, Traits::kRingBytes);
+  const dim3 grid(static_cast<unsigned>(std::min(tiles, resident)));
+  return launch(kernel, LaunchConfig{grid, dim3(Traits::kThreads), Traits::kRingBytes, stream},
+                job);
+}
+
+// The instantiations for one type. kFewRows: the tile of 16 rows is one of them.
+template <class T, bool kFewRows>
+Status serve(const Sm80Job& job, void* stream) {
+  constexpr Ragged kRows = Ragged::kRows;
+  const auto launch_rows = [&]<Major kMajor, Epilogue kEpilogue>() {
+    if constexpr (kFewRows)
+      if (job.few_rows)
+        return launch_product<ProductTraits<T, kRows, kMajor, kEpilogue, 16>>(job, stream);
+    return launch_product<ProductTraits<T, kRows, kMajor, kEpilogue, 128>>(job, stream);
+  };
+  if (job.product.ragged == Ragged::kDepth)
+    return launch_product<ProductTraits<T, Ragged::kDepth, Major::kOuter, Epilogue::kStore, 128>>(
+        job, stream);
+  if (job.product.epilogue == Epilogue::kActivate)
+    return launch_rows.template operator()<Major::kDepth, Epilogue::kActivate>();
+  if (job.product.epilogue == Epilogue::kActivateBackward)
+    return launch_rows.template operator()<Major::kOuter, Epilogue::kActivateBackward>();
+  if (job.q_major == Major::kOuter)
+    return launch_rows.template operator()<Major::kOuter, Epilogue::kStore>();
+  return launch_rows.template operator()<Major::kDepth, Epilogue::kStore>();
+}
+
+}  // namespace kimi::grouped
