@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "device/launch.cuh"
 #include "grouped_gemm/epilogue.cuh"
@@ -66,7 +67,8 @@ __device__ inline void sum_tiles(char* ring, int steps, typename Traits::LoadP& 
                                  float (&c)[kSums]) {
   constexpr int kStages = Traits::kStages, kLast = Traits::kRingBytes - Traits::kStageBytes;
   constexpr int kSteps = Traits::kTileDepth / Traits::Warp::kStepDepth;
-  static_assert(kSteps % 2 == 0);
+  constexpr int kUnroll = std::min(kSteps, Traits::Warp::kUnroll);
+  static_assert(kUnroll % 2 == 0 && kSteps % kUnroll == 0);
   const auto fill = [&](int slot, int step) {
     if (step < steps) {
       p.load(ring + slot, step);
@@ -74,45 +76,51 @@ __device__ inline void sum_tiles(char* ring, int steps, typename Traits::LoadP& 
     }
     cp_async_commit();  // an empty group too: waits count groups
   };
-  const auto next = [](int slot) { return slot == kLast ? 0 : slot + Traits::kStageBytes; };
-
 #pragma unroll 1
-  for (int s = 0; s < kStages - 1; ++s) fill(s * Traits::kStageBytes, s);
-  cp_async_wait<kStages - 2>();
+  for (int s = 0; s < kStages; ++s) fill(s * Traits::kStageBytes, s);
+  cp_async_wait<kStages - 1>();
   __syncthreads();
   typename Traits::Warp::Fragment f[2];
   warp.load(f[0], ring, ring + Traits::P::kBytes, 0);
-  int read = 0, write = kLast;
+  int slot = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
+#pragma unroll 1
+    for (int k = 0; k < kSteps; k += kUnroll) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      if (k + 1 == kSteps) {  // all warps have read the tile, and the next one has come
-        cp_async_wait<kStages - 2>();
-        __syncthreads();
-        read = next(read);
+      for (int i = 0; i < kUnroll; ++i) {
+        const bool last = i + 1 == kUnroll && k + kUnroll == kSteps;
+        if (last) {  // the next tile has come; all warps have read this one: it is filled anew
+          cp_async_wait<kStages - 2>();
+          __syncthreads();
+          fill(slot, step + kStages);
+          slot = slot == kLast ? 0 : slot + Traits::kStageBytes;
+        }
+        const char* const tile = ring + slot;
+        warp.load(f[(i + 1) % 2], tile, tile + Traits::P::kBytes, last ? 0 : k + i + 1);
+        Traits::Warp::multiply(f[i % 2], c);
       }
-      if (k == 0) {  // into the tile before, which all warps have read
-        fill(write, step + kStages - 1);
-        write = next(write);
-      }
-      warp.load(f[(k + 1) % 2], ring + read, ring + read + Traits::P::kBytes, (k + 1) % kSteps);
-      Traits::Warp::multiply(f[k % 2], c);
     }
   }
   __syncthreads();  // the loop reads one fragment too many
 }
 
-// 16 rows after 16 rows of the warp's sums.
-template <class Traits, int kRowTile = 0, int kSums>
+// 16 rows after 16 rows of the warp's sums. One copy of the epilogue serves them all: only the way
+// from the registers, whose numbers are fixed, is written out.
+template <class Traits, int kSums>
 __device__ inline void finish_rows(const Product& p, int32_t group, int64_t row, int valid,
                                    int64_t col, const float (&c)[kSums], float* scratch) {
-  if constexpr (kRowTile < Traits::Warp::kRowTiles) {
-    if (valid <= 0) return;
-    constexpr int kAt = 4 * kRowTile * Traits::Warp::kColTiles;
-    Traits::Finisher::template run<kAt, kAt + 2 * Traits::Warp::kColTiles>(
-        p, Rows{group, row, valid}, col, c, scratch);
-    finish_rows<Traits, kRowTile + 1>(p, group, row + 16, valid - 16, col, c, scratch);
+  constexpr int kPerTile = 4 * Traits::Warp::kColTiles;
+#pragma unroll 1
+  for (int tile = 0; tile < Traits::Warp::kRowTiles && 16 * tile < valid; ++tile) {
+    [&]<int... kTile>(std::integer_sequence<int, kTile...>) {
+      ((tile == kTile
+            ? Traits::Finisher::template collect<kTile * kPerTile, kTile * kPerTile + kPerTile / 2>(
+                  c, scratch)
+            : void()),
+       ...);
+    }(std::make_integer_sequence<int, Traits::Warp::kRowTiles>());
+    Traits::Finisher::write(p, Rows{group, row + 16 * tile, valid - 16 * tile}, col, scratch);
   }
 }
 

@@ -126,12 +126,14 @@ class DepthRows {
     const int left = w_.rows - chunk() * Layout::kPerChunk;
     const int depth = step * kDepth + row();
     if (wide_) {
+      const T* const next = first_ + (w_.depth + depth) * m_.depth_stride;
+      const int32_t source = kIndexed ? looked_up() : 0;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         const int local = row() + i * kRowStep;
-        int64_t source = w_.depth + step * kDepth + local;
-        if (kIndexed && m_.index != nullptr) source = warp_broadcast(source_, local);
-        cp_async16(tile + Layout::offset(local, chunk()), first_ + source * m_.depth_stride,
+        const T* const from = kIndexed ? first_ + warp_broadcast(source, local) * m_.depth_stride
+                                       : next + i * kRowStep * m_.depth_stride;
+        cp_async16(tile + Layout::offset(local, chunk()), from,
                    depth + i * kRowStep < w_.length && left > 0);
       }
       look_up(step + 1);
@@ -151,18 +153,23 @@ class DepthRows {
   __device__ static int chunk() { return static_cast<int>(threadIdx.x) % Layout::kChunks; }
   __device__ static int row() { return static_cast<int>(threadIdx.x) / Layout::kChunks; }
 
-  // Lane l learns where row l of tile `step` comes from, one tile before it is needed.
+  // Lane l learns where row l of tile `step` comes from, one tile before it is needed: nothing
+  // waits for the index.
   __device__ void look_up(int step) {
-    if (!kIndexed || m_.index == nullptr) return;
+    if (!kIndexed) return;
     const int at = step * kDepth + lane_id();
-    source_ = lane_id() < kDepth && at < w_.length ? m_.index[w_.depth + at] / m_.divisor : 0;
+    entry_ = static_cast<int32_t>(w_.depth) + at;
+    if (m_.index != nullptr && lane_id() < kDepth && at < w_.length) entry_ = m_.index[entry_];
+  }
+  __device__ int32_t looked_up() const {
+    return m_.index != nullptr ? entry_ / m_.divisor : entry_;
   }
 
   const Matrix& m_;
   bool wide_;
   Window w_;
-  const T* first_;      // of this thread's chunk, in row 0 of the operand
-  int32_t source_ = 0;  // of the lane's row
+  const T* first_;     // of this thread's chunk, in row 0 of the operand
+  int32_t entry_ = 0;  // of the index for the lane's row; the row itself without one
 };
 
 }  // namespace kimi::grouped

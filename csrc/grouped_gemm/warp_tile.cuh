@@ -22,7 +22,7 @@ namespace kimi::grouped {
 template <class T, class P, class Q, int kWarpRows, int kWarpCols>
 class WarpTile {
  public:
-  static constexpr int kStepDepth = 16;
+  static constexpr int kStepDepth = 16, kUnroll = 2;
   static constexpr int kRowTiles = kWarpRows / 16, kColTiles = kWarpCols / 8;
 
   struct Fragment {
@@ -76,7 +76,7 @@ class WarpTile {
 template <class P, class Q, int kWarpRows, int kWarpCols>
 class WarpTile<float, P, Q, kWarpRows, kWarpCols> {
  public:
-  static constexpr int kStepDepth = 1;
+  static constexpr int kStepDepth = 1, kUnroll = 2;
   static constexpr int kRowTiles = kWarpRows / 16, kColTiles = kWarpCols / 8;
 
   struct Fragment {

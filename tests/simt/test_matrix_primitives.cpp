@@ -68,6 +68,8 @@ TEST(asynchronous_copies) {
   for_each_seed([] { CHECK(ring_is_right(kNothing)); });
 }
 
+// Under ThreadSanitizer these kernels are races, and reported as such.
+#if !defined(__SANITIZE_THREAD__)
 TEST(what_asynchronous_copies_catch) {
   int wrong[4] = {};
   for_each_seed([&] {
@@ -77,6 +79,7 @@ TEST(what_asynchronous_copies_catch) {
   CHECK(wrong[kBarrier] > 0);
   CHECK(wrong[kReuse] > 0);
 }
+#endif
 
 __global__ void misaligned_copy_kernel(const char* in) {
   KIMI_SHARED(char, tile);
