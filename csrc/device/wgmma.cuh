@@ -66,29 +66,43 @@ float operand(uint64_t descriptor, int outer, int k) {
   return to_float(value);
 }
 
+/// What one thread gets.
 template <class T, int kN, Major kA, Major kB>
 void multiply(float* d, uint64_t a, uint64_t b, bool keep, int thread) {
   constexpr int kDepth = 32 / sizeof(T);
-  const int lane = thread % 32, row = thread / 32 % 4 * 16 + lane / 4;
-  for (int i = 0; i < kN / 2; ++i) {
-    const int r = row + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    float sum = keep ? d[i] : 0.0f;
-    for (int k = 0; k < kDepth; ++k) sum += operand<T, kA>(a, r, k) * operand<T, kB>(b, column, k);
-    d[i] = sum;
-  }
+  const int lane = thread % 32;
+  float rows[2][kDepth], column[kDepth];
+  for (int h = 0; h < 2; ++h)
+    for (int k = 0; k < kDepth; ++k)
+      rows[h][k] = operand<T, kA>(a, thread / 32 % 4 * 16 + lane / 4 + 8 * h, k);
+  for (int j = 0; j < kN / 8; ++j)
+    for (int i = 0; i < 2; ++i) {
+      for (int k = 0; k < kDepth; ++k)
+        column[k] = operand<T, kB>(b, 8 * j + 2 * (lane % 4) + i, k);
+      for (int h = 0; h < 2; ++h) {
+        float& sum = d[4 * j + 2 * h + i];
+        if (!keep) sum = 0.0f;
+        for (int k = 0; k < kDepth; ++k) sum += rows[h][k] * column[k];
+      }
+    }
 }
 
-template <class T, Major kMajor>
-void check_operand(uint64_t descriptor, int outer, const char* what) {
+/// Major dimension and shared memory of an operand of `outer` rows or columns; one lane looks
+/// whether what threads wrote there was fenced.
+template <Major kMajor>
+void check_operand(uint64_t descriptor, int outer, const char* what, bool look) {
   if (descriptor >> 62 != static_cast<uint64_t>(kMajor) + 1)
-    simt::fail(std::string("wgmma: ") + what +
-               ": the descriptor was made for the other major dimension");
+    simt::fail(std::string(what) + ": the descriptor was made for the other major dimension");
   const char* const first = address_of(descriptor);
-  const int bytes = kMajor == Major::kDepth
-                        ? outer * 128 - static_cast<int>(reinterpret_cast<uintptr_t>(first) % 128)
-                        : (outer - 1) / 64 * kOuterBlockBytes + 16 * 128;
-  simt::detail::check_shared(first, static_cast<size_t>(bytes), "wgmma");
-  simt::check_fenced(first, static_cast<size_t>(bytes), "wgmma");
+  const auto check = [&](const char* from, int bytes) {
+    simt::detail::check_shared(from, static_cast<size_t>(bytes), what);
+    if (look) simt::check_fenced(from, static_cast<size_t>(bytes), what);
+  };
+  if (kMajor == Major::kDepth)
+    check(first - reinterpret_cast<uintptr_t>(first) % 128, outer * 128);
+  else
+    for (int block = 0; block < outer; block += 64)
+      check(first + block / 64 * kOuterBlockBytes, kStepBytes<kMajor>);
 }
 
 }  // namespace detail
@@ -104,7 +118,7 @@ uint64_t wgmma_advance(uint64_t descriptor, int step) {
   return descriptor + static_cast<uint64_t>(step * detail::kStepBytes<kMajor>);
 }
 
-inline void wgmma_fence() { simt::wgmma_group().fence(); }
+inline void wgmma_fence() { simt::wgmma_group().fenced = true; }
 template <int kCount>
 void wgmma_fence(float (&)[kCount]) {}
 inline void wgmma_commit() { simt::wgmma_group().commit(); }
@@ -119,9 +133,15 @@ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool keep) {
   static_assert(detail::is_wgmma_columns(kN));
   static_assert(sizeof(T) == 2 || (kA == Major::kDepth && kB == Major::kDepth),
                 "e4m3 has no transposed form");
-  detail::check_operand<T, kA>(a, 64, "A");
-  detail::check_operand<T, kB>(b, kN, "B");
-  const int thread = simt::detail::builtins("wgmma").linear_thread;
+  const simt::detail::Builtins& self = simt::detail::builtins("wgmma");
+  const int thread = self.linear_thread;
+  const unsigned threads = self.block_shape.x * self.block_shape.y * self.block_shape.z;
+  if (static_cast<unsigned>(thread | 127) >= threads)
+    simt::fail("wgmma: the warpgroup has fewer than 128 threads");
+  if (!simt::wgmma_group().fenced)
+    simt::fail("wgmma: no wgmma_fence since the thread began or last waited");
+  detail::check_operand<kA>(a, 64, "wgmma: A", thread % 32 == 0);
+  detail::check_operand<kB>(b, kN, "wgmma: B", thread % 32 == 0);
   float* const sums = d;
   simt::wgmma_group().begin([=] { detail::multiply<T, kN, kA, kB>(sums, a, b, keep, thread); });
 }
