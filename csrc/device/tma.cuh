@@ -2,14 +2,15 @@
 //
 // TMA (sm_90): one thread moves a box of a tensor between global and shared memory.
 //
-//   load    global -> shared; the mbarrier is told all bytes of the box, those out of bounds
-//   (zeros) included store   shared -> global, reduce_add adds there; out of bounds nothing is
-//   written. fence_async_shared and a barrier
-//           come between the threads' writes to shared memory and the store; commit and wait are
-//           the storing thread's.
+//   tma_load        global -> shared; then the mbarrier is told all bytes of the box, also of those
+//                   out of bounds, which are zeros
+//   tma_store       shared -> global; nothing is written out of bounds
+//   tma_reduce_add  the same, adding in the element type of the map
 //
-// Coordinates count elements, x innermost; they may be negative or past the end. Shared addresses:
-// multiples of 128 bytes, of 1024 with Swizzle::k128 (the swizzle is a function of the address).
+// Threads that filled the shared memory call fence_async_shared and meet at a barrier before one of
+// them stores. Committing and waiting are the storing thread's own, and it waits before it ends.
+// Coordinates count elements, x innermost; they may be negative or past the end. 128 divides shared
+// addresses, 1024 with Swizzle::k128, which is a function of the address.
 #pragma once
 
 #include "device/mbarrier.cuh"

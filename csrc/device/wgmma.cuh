@@ -1,25 +1,24 @@
 // SPDX-License-Identifier: MIT
 //
 // wgmma (sm_90a): a warpgroup multiplies 64 rows of A by N columns of B, both in shared memory with
-// 128-byte swizzle.
+// 128-byte swizzle (tensor_map.cuh).
 //
-//   D[64, N] (+)= sum over one step of depth, 32 bytes: 16 values of 16 bits, 32 of 8
+//   D[64, N] (+)= A B over one step of depth, 32 bytes: 16 values of 16 bits, 32 of 8
 //
-//   kDepth  a tile holds rows of 128 bytes of depth, 8-row groups of 1024 bytes: what TMA loads
-//   with a box of
-//           [outer rows][128 bytes of depth]; four steps a tile
-//   kOuter  blocks of [64 depth][64 outer], 8192 bytes each, the next 64 outer values in the next
-//   block: what TMA loads
-//           with boxes of [64 depth][64 outer]; four steps a block
+//   kDepth  rows of 128 bytes of depth, one for each outer value: one TMA box [outer][128 bytes],
+//           four steps of depth
+//   kOuter  rows of 64 outer values, one for each of 64 of depth: TMA boxes [64 depth][64 outer] of
+//           8192 bytes, the next 64 outer values in the next one; four steps of depth
 //
-//   thread t of the warpgroup holds, with w = t / 32 and l = t % 32:
+//   thread t of the warpgroup, w = t / 32, l = t % 32:
 //   d[4 j + 2 h + i] = D[16 w + l / 4 + 8 h][8 j + 2 (l % 4) + i]
 //
-//   wgmma_fence(); wgmma(d, ...); ...; wgmma_commit(); ...; wgmma_wait<0>();
+//   wgmma_fence(d); wgmma_fence(); wgmma(d, ..); ..; wgmma_commit(); ..; wgmma_wait<0>();
+//   wgmma_fence(d);
 //
-// All 128 threads of the warpgroup take part. From the first wgmma to the wait d belongs to the
-// tensor core and the tiles to be read: touch neither. A warp's wait is its own: the stage is free
-// when all warps have waited.
+// All 128 threads take part. From the first wgmma to the wait d belongs to the tensor core and the
+// tiles are being read: touch neither. The wait is each warp's own, so a stage is free when all
+// four have waited. FP8 sums keep fewer bits on the hardware than fp32 has; the model keeps all.
 #pragma once
 
 #include <type_traits>
@@ -77,8 +76,7 @@ void multiply(float* d, uint64_t a, uint64_t b, bool keep, int thread) {
       rows[h][k] = operand<T, kA>(a, thread / 32 % 4 * 16 + lane / 4 + 8 * h, k);
   for (int j = 0; j < kN / 8; ++j)
     for (int i = 0; i < 2; ++i) {
-      for (int k = 0; k < kDepth; ++k)
-        column[k] = operand<T, kB>(b, 8 * j + 2 * (lane % 4) + i, k);
+      for (int k = 0; k < kDepth; ++k) column[k] = operand<T, kB>(b, 8 * j + 2 * (lane % 4) + i, k);
       for (int h = 0; h < 2; ++h) {
         float& sum = d[4 * j + 2 * h + i];
         if (!keep) sum = 0.0f;
