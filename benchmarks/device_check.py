@@ -74,7 +74,8 @@ def plan(out: Path) -> list[Step]:
     pytest = [*python, "-m", "pytest", "-q", "-x", "--durations=5"]
     build = {"KIMI_OPS_CUDA": "on", "KIMI_OPS_TESTS": "OFF", "CMAKE_BUILD_PARALLEL_LEVEL": "16"}
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
-    small = [*python, "-m", "pytest", "-q", "tests/gpu/test_primitives.py", "-k", "device_half"]
+    primitives = ["tests/gpu/test_primitives.py", "tests/gpu/test_primitives_sm90.py"]
+    small = [*python, "-m", "pytest", "-q", primitives[0], "-k", "device_half"]
     ops = [*python, "-m", "pytest", "-q", "tests/test_topk_gate.py", "tests/test_permute.py"]
     ops += [
         "tests/test_balance.py",
@@ -84,7 +85,7 @@ def plan(out: Path) -> list[Step]:
     results = str(out / "benchmarks.json")
     return [
         Step("build", [*python, "setup.py", "build_ext", "--inplace"], 180, build),
-        Step("primitives", [*pytest, "tests/gpu/test_primitives.py"], 40),
+        Step("primitives", [*pytest, *primitives], 50),
         Step("op tests", [*pytest, "tests", "-k", "cuda"], 100),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *small], 30, needs=sanitizer[0]),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *small], 30, needs=sanitizer[0]),
