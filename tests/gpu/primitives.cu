@@ -87,15 +87,17 @@ __global__ void reciprocal_kernel(Io io) {
   }
 }
 
-// 4 outputs: both halves of the input as bf16 and fp16, and the input rounded to them.
+// 6 outputs: the low bits of the input as bf16, fp16 and e4m3, and the input rounded to them.
 __global__ void dtype_kernel(Io io) {
   if (thread() >= io.n) return;
   const uint32_t v = io.in[thread()];
-  uint32_t* out = io.out + 4 * thread();
+  uint32_t* out = io.out + 6 * thread();
   out[0] = bits_of(to_float(bf16{static_cast<uint16_t>(v)}));
   out[1] = bits_of(to_float(fp16{static_cast<uint16_t>(v)}));
   out[2] = from_float<bf16>(float_of(v)).bits;
   out[3] = from_float<fp16>(float_of(v)).bits;
+  out[4] = bits_of(to_float(e4m3{static_cast<uint8_t>(v)}));
+  out[5] = from_float<e4m3>(float_of(v)).bits;
 }
 
 // Sums, a maximum, and a hash table by compare-and-swap whose occupied places are counted.
