@@ -190,6 +190,8 @@ class Check {
     product_.dtype = c.dtype;
     product_.p = p_->matrix(index_p_, c.divisor);
     product_.q = q_->matrix(index_q_, c.divisor);
+    product_.p.group_stride = -12345;  // means nothing there
+    if (!by_rows) product_.q.group_stride = -12345;
     product_.offsets = c.offsets.data();
     product_.num_rows = c.num_rows;
     product_.rows = c.rows;
