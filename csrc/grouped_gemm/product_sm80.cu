@@ -16,35 +16,36 @@ namespace {
 
 constexpr int64_t kFewRows = 16;
 
-// Whether cp.async can copy an operand into tiles that are contiguous along `major`, where the
-// operand is `extent` long.
-bool is_wide(const Matrix& m, Major major, int64_t extent, int64_t element_bytes) {
+// Whether cp.async can copy an operand of `matrices` into tiles that are contiguous along `major`,
+// where the operand is `extent` long.
+bool is_wide(const Matrix& m, int64_t matrices, Major major, int64_t extent,
+             int64_t element_bytes) {
   const int64_t along = major == Major::kDepth ? m.depth_stride : m.outer_stride;
   const int64_t across = major == Major::kDepth ? m.outer_stride : m.depth_stride;
   const auto divides = [&](int64_t elements) { return elements * element_bytes % 16 == 0; };
   return along == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && divides(across) &&
-         divides(m.group_stride) && divides(extent);
+         (matrices <= 1 || divides(m.group_stride)) && divides(extent);
 }
 
 }  // namespace
 
 Status product_sm80(const Product& p, void* stream) {
-  if (p.depth > INT_MAX || p.cols > INT_MAX)
+  if ((p.ragged == Ragged::kRows && p.depth > INT_MAX) || p.cols > INT_MAX)
     return invalid("grouped product: sizes: expected depth and columns below 2^31, got ", p.depth,
                    " and ", p.cols);
   const int64_t bytes = p.dtype == KIMI_FLOAT32 ? 4 : 2;
   Sm80Job job{p, Major::kOuter, false, false, false};
   if (p.ragged == Ragged::kDepth) {
-    job.wide_p = is_wide(p.p, Major::kOuter, p.rows, bytes);
-    job.wide_q = is_wide(p.q, Major::kOuter, p.cols, bytes);
+    job.wide_p = is_wide(p.p, 1, Major::kOuter, p.rows, bytes);
+    job.wide_q = is_wide(p.q, 1, Major::kOuter, p.cols, bytes);
   } else {
-    const bool by_depth = is_wide(p.q, Major::kDepth, p.depth, bytes);
-    const bool by_outer = is_wide(p.q, Major::kOuter, p.cols, bytes);
+    const bool by_depth = is_wide(p.q, p.num_groups, Major::kDepth, p.depth, bytes);
+    const bool by_outer = is_wide(p.q, p.num_groups, Major::kOuter, p.cols, bytes);
     const bool outer = p.epilogue == Epilogue::kActivateBackward ||
                        (p.epilogue == Epilogue::kStore && !by_depth && by_outer);
     job.q_major = outer ? Major::kOuter : Major::kDepth;
     job.few_rows = p.num_rows <= kFewRows * p.num_groups || p.num_rows <= kFewRows;
-    job.wide_p = is_wide(p.p, Major::kDepth, p.depth, bytes);
+    job.wide_p = is_wide(p.p, 1, Major::kDepth, p.depth, bytes);
     job.wide_q = outer ? by_outer : by_depth;
   }
   switch (p.dtype) {

@@ -183,6 +183,40 @@ TEST(activate_backward) {
       }
 }
 
+TEST(products_drawn_at_random) {
+  for (uint64_t seed = 300; seed < 380; ++seed) {
+    std::mt19937 random(static_cast<unsigned>(seed));
+    const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+    Case c{.dtype = kTypes[below(3)], .ragged = below(3) == 0 ? Ragged::kDepth : Ragged::kRows};
+    c.seed = seed;
+    if (c.ragged == Ragged::kRows) c.epilogue = static_cast<Epilogue>(below(3));
+    int32_t end = 0;
+    for (int e = below(6); e >= 0; --e) c.offsets.push_back(end += below(3) * below(40));
+    c.num_rows = end + below(2) * below(20);
+    c.rows = 1 + below(140);
+    c.cols = below(2) ? 8 + 8 * below(18) : 1 + below(140);
+    c.depth = below(2) ? 8 * below(16) : below(100);
+    c.p = static_cast<Contiguous>(below(3));
+    c.q = static_cast<Contiguous>(below(3));
+    if (below(3) != 0) c.p = c.ragged == Ragged::kRows ? kAlongDepth : kAlongOuter;
+    c.pad = below(2) ? 8 : below(9);
+    c.misalign = below(4) ? 0 : below(9);
+    c.gather_p = below(2);
+    c.gather_q = c.ragged == Ragged::kDepth && below(2);
+    c.divisor = 1 + below(3);
+    c.poison = below(8);
+    c.out_dtype = below(2) ? KIMI_FLOAT32 : c.dtype;
+    c.bias = c.ragged == Ragged::kRows && below(2);
+    c.accumulate = c.ragged == Ragged::kDepth && below(2);
+    c.out_pad = below(2) ? 0 : below(9);
+    c.out_misalign = below(2) ? 0 : below(9);
+    c.activation = kActivations[below(3)];
+    c.keep_gate_up = below(2);
+    c.keep_hidden = below(3);
+    check_product(c);
+  }
+}
+
 // ---- sums that rounding enters ------------------------------------------------------------------
 
 // The same bits in every fiber order; close to fp64; of fp32 operands the very sum of a plain loop.
