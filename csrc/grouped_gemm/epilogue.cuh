@@ -83,8 +83,18 @@ class Finish {
   template <int kAt, int kUpAt, int kN>
   __device__ static void run(const Product& p, const Rows& rows, int64_t col, const float (&c)[kN],
                              float* scratch) {
+    collect<kAt, kUpAt>(c, scratch);
+    write(p, rows, col, scratch);
+  }
+
+  // Its two halves.
+  template <int kAt, int kUpAt, int kN>
+  __device__ static void collect(const float (&c)[kN], float* scratch) {
     put<kAt>(c, scratch);
     if constexpr (kPairs) put<kUpAt>(c, scratch + 16 * kStride);
+  }
+  __device__ static void write(const Product& p, const Rows& rows, int64_t col,
+                               const float* scratch) {
     warp_barrier();
     constexpr int kPieces = 16 * kChunk / 8, kInRow = kChunk / 8;
 #pragma unroll 1

@@ -32,14 +32,23 @@ struct Tile {
 template <int kTileRows, int kSwizzle = 8>
 class RowSchedule {
  public:
+  // Where to go on: what a kernel may keep between two tiles in place of the whole schedule.
+  struct Place {
+    int32_t window = 0;
+    int64_t before = 0;  // tiles of the groups before it
+  };
+
   // `zero_rows`: rows after the last group are tiles too.
-  __device__ RowSchedule(const Product& p, int64_t col_tiles, bool zero_rows)
+  __device__ RowSchedule(const Product& p, int64_t col_tiles, bool zero_rows, Place from = {})
       : offsets_(p.offsets),
         num_rows_(p.num_rows),
         col_tiles_(col_tiles),
         groups_(p.num_groups),
         windowed_(p.num_groups + (zero_rows ? 1 : 0)) {
-    load_window(0, 0);
+    load_window(from.window, from.before);
+  }
+  __device__ Place place() const {
+    return {window_, warp_broadcast(before_ - tiles_ * col_tiles_, 0)};
   }
 
   // Tile `index`, which must not be below that of an earlier call; false after the last one.

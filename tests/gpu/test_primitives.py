@@ -29,6 +29,8 @@ OUTPUTS = {
     "vec": 2 * N,
     "barrier": N,
     "mbarrier": 128,
+    "cp_async": 2 * N,
+    "matrix": 16 * N,
 }
 
 
@@ -194,3 +196,33 @@ def test_host_model_of_the_rest(host: ctypes.CDLL) -> None:
     for i, row in enumerate(v):
         total = total * np.uint32(31) + row[(lanes + i) % 32]
     np.testing.assert_array_equal(out[:96], np.tile(total, 3))
+
+
+def test_host_model_of_matrices(host: ctypes.CDLL) -> None:
+    v, out = inputs("cp_async").reshape(-1, 128, 4), run(host, "cp_async").reshape(2, -1, 128, 4)
+    np.testing.assert_array_equal(out[0], v[:, ::-1])
+    rows = (np.arange(128) + 1) % 128
+    np.testing.assert_array_equal(out[1], v[:, rows] * (rows % 3 != 0)[None, :, None])
+
+    v, out = inputs("matrix").reshape(-1, 4, 32), run(host, "matrix").reshape(-1, 4, 32, 16)
+    lanes = np.arange(32)
+    g, t = lanes // 4, lanes % 4
+    for block, got in zip(v, out, strict=True):
+        raw = block.reshape(32, 4)  # rows of 16 bytes
+        halves = raw.view(np.uint16)
+        shifts = np.array([0, 16], np.uint32)
+        m = ((block.reshape(-1, 1) >> shifts) & 15).astype(np.float32).reshape(16, 16) - 8
+        for warp in range(4):
+            for i in range(4):
+                row = (8 * i + g + 5 * warp) % 32
+                np.testing.assert_array_equal(got[warp, :, i], raw[row, t])
+                low, high = (
+                    halves[(8 * i + 2 * t + k + 5 * warp) % 32, g].astype(np.uint32) for k in (0, 1)
+                )
+                np.testing.assert_array_equal(got[warp, :, 4 + i], low | high << np.uint32(16))
+            product = m @ m[(np.arange(16) + 3 * warp) % 16, :8]
+            for i in range(4):
+                old = (block[warp] >> np.uint32(8 * i)) & 63
+                want = (product[g + i // 2 * 8, 2 * t + i % 2] + old).astype(np.float32)
+                for first in (8, 12):
+                    np.testing.assert_array_equal(got[warp, :, first + i].view(np.float32), want)
