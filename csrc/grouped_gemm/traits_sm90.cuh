@@ -129,10 +129,10 @@ class Tiles {
 
  private:
   __device__ static typename X::Schedule make(const Product& p, int blocks) {
-    const int64_t cols = (p.cols + X::kTileCols - 1) / X::kTileCols;
+    const int64_t cols = (static_cast<uint32_t>(p.cols) + X::kTileCols - 1) / X::kTileCols;
     if constexpr (X::kDepthwise) {
-      const int64_t rows = blocks * X::kTileRows;
-      return {p, (p.rows + rows - 1) / rows, cols};
+      const uint32_t rows = static_cast<uint32_t>(blocks * X::kTileRows);
+      return {p, (static_cast<uint32_t>(p.rows) + rows - 1) / rows, cols};
     } else {
       return {p, cols, X::kEpilogue == Epilogue::kStore, {}, blocks};
     }
