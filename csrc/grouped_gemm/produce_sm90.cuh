@@ -18,11 +18,6 @@
 
 namespace kimi::grouped::sm90 {
 
-// Maps of P and Q; unused where the operand has an index.
-struct Maps {
-  TensorMap p, q;
-};
-
 // One stage of P and Q by TMA, from depth (kDepth: row) `depth` on. One thread.
 template <class X>
 class Loader {

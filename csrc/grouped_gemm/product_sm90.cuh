@@ -44,12 +44,33 @@ __global__ void __launch_bounds__(kThreads, 1)
       produce_by_tma<X>(p, maps, shared, blocks, rank);
   } else {
     registers_increase<kConsumerRegisters>();
-    consume<X>(p, shared, blocks, rank);
+    consume<X>(p, maps, shared, blocks, rank);
   }
   if (blocks > 1) {  // the other block still writes here
     cluster_arrive();
     cluster_wait();
   }
+}
+
+// TMA writes C if 16 bytes divide its addresses; bias takes the other way, and so does adding in 16
+// bits, which TMA would do in another format.
+template <class X>
+Status encode_out(const Product& p, Maps* maps) {
+  const auto encode = [&]<class Out>() {
+    const int64_t row = p.out_row_stride * int64_t{sizeof(Out)};
+    const int64_t group = p.num_groups > 1 ? p.out_group_stride * int64_t{sizeof(Out)} : 16;
+    maps->has_out = p.bias == nullptr && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && row > 0 &&
+                    row % 16 == 0 && (!X::kDepthwise || (group > 0 && group % 16 == 0)) &&
+                    (!p.accumulate || (X::kDepthwise && sizeof(Out) == 4));
+    if (!maps->has_out) return Status::ok();
+    const int64_t sizes[] = {p.cols, X::kDepthwise ? p.rows : p.num_rows, p.num_groups};
+    const int64_t strides[] = {row, group};
+    const int32_t box[] = {kRowBytes / static_cast<int32_t>(sizeof(Out)), 16, 1};
+    return encode_tensor_map<Out>(&maps->out, p.out, X::kDepthwise ? 3 : 2, sizes, strides, box,
+                                  Swizzle::k128);
+  };
+  if (p.out_dtype == KIMI_FLOAT32) return encode.template operator()<float>();
+  return encode.template operator()<typename X::T>();
 }
 
 // Maps of what TMA loads.
@@ -90,6 +111,7 @@ Status run(const Job& job, void* stream) {
   if (tiles == 0) return Status::ok();
   Maps maps{};
   KIMI_RETURN_IF_ERROR(encode_maps<X>(p, &maps));
+  if constexpr (X::kStoresByTma) KIMI_RETURN_IF_ERROR(encode_out<X>(p, &maps));
   const auto kernel = product_kernel<T, kPlan>;
   const int64_t resident =
       resident_blocks(kernel, kThreads, X::kSharedBytes, static_cast<int>(blocks));

@@ -67,7 +67,7 @@ TEST(rows_store) {
           c.depth = 328;
           c.gather_p = seed % 4 == 1;
           c.divisor = 2;
-          c.bias = seed % 2 == 1;
+          c.bias = seed % 4 == 2;  // or TMA stores
           c.out_dtype = seed % 3 == 0 ? KIMI_FLOAT32 : dtype;
           c.poison = 1;
           check_product(c, {shape, paired});
