@@ -69,7 +69,8 @@ namespace sm90 {
 Job make_job(const Product& p) {
   Job job{p, q_is_outer(p), Shape::kWide, false};
   if (p.ragged == Ragged::kDepth) {
-    job.paired = p.rows > 128;
+    const int64_t row_tiles = (p.rows + 127) / 128;
+    job.paired = row_tiles % 2 == 0 || row_tiles >= 16;
     return job;
   }
   const int64_t mean = p.num_rows / p.num_groups;
