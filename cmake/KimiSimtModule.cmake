@@ -4,7 +4,9 @@
 # load it as two more engines.
 if(kimi_has_python)
   file(GLOB kimi_kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu)
-  add_library(kimi_ops_simt STATIC ${kimi_host_sources} $<TARGET_OBJECTS:kimi_engines>)
+  list(FILTER kimi_kernels EXCLUDE REGEX "/grouped_gemm/")
+  add_library(kimi_ops_simt STATIC ${kimi_host_sources} $<TARGET_OBJECTS:kimi_engines>
+              $<TARGET_OBJECTS:kimi_simt_products>)
   kimi_set_isa_flags(${kimi_host_sources})
   target_link_libraries(kimi_ops_simt PUBLIC kimi_build_flags kimi_simt kimi_tiles)
   target_compile_definitions(kimi_ops_simt PRIVATE KIMI_OPS_CUDA)

@@ -11,8 +11,9 @@ namespace {
 
 constexpr int64_t kBytes = 2;  // of an element
 // From this many rows a group on, the half-empty tile of 256 rows at the end of a group costs less
-// than the pair saves of L2's bandwidth; up to kFewRows Q's bytes are what there is to wait for.
-constexpr int64_t kPairedRows = 1024, kFewRows = 64;
+// (14 %) than the pair saves of L2's bandwidth (26 %); up to kFewRows Q's bytes are what there is
+// to wait for.
+constexpr int64_t kPairedRows = 384, kFewRows = 64;
 constexpr int64_t kManyTiles = 132;  // of 128 x 256: enough for every multiprocessor
 
 bool divides16(int64_t elements) { return elements > 0 && elements * kBytes % 16 == 0; }
@@ -69,7 +70,8 @@ namespace sm90 {
 Job make_job(const Product& p) {
   Job job{p, q_is_outer(p), Shape::kWide, false};
   if (p.ragged == Ragged::kDepth) {
-    job.paired = p.rows > 128;
+    const int64_t row_tiles = (p.rows + 127) / 128;
+    job.paired = row_tiles % 2 == 0 || row_tiles >= 16;
     return job;
   }
   const int64_t mean = p.num_rows / p.num_groups;
