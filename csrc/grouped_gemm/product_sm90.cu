@@ -3,7 +3,6 @@
 #include <climits>
 
 #include "common/dtype.h"
-#include "device/launch.cuh"
 #include "grouped_gemm/product_sm90.h"
 
 namespace kimi::grouped {

@@ -175,6 +175,35 @@ TEST(activate_backward) {
       }
 }
 
+kimi_status g_code;
+
+bool serves_or_says_why(const Product& p) {
+  if (!serves_sm90(p)) g_code = product_sm90(p, nullptr).code;
+  return serves_sm90(p);
+}
+
+// What TMA and wgmma cannot take is refused, by product_sm90 too.
+TEST(what_it_does_not_serve) {
+  constexpr Kernel kKernel{product_sm90, serves_or_says_why};
+  Case served{.offsets = {3, 5}, .num_rows = 5, .cols = 16, .depth = 16};
+  CHECK(check_case(served, kKernel));
+  std::vector<Case> refused(7, served);
+  refused[0].misalign = 1;
+  refused[1].pad = 1;
+  refused[2].p = kAlongOuter;
+  refused[3].q = kNeither;
+  refused[4].depth = 12;  // gathered rows are copied by 16 bytes
+  refused[4].pad = 4;
+  refused[4].gather_p = true;
+  refused[5].dtype = KIMI_FLOAT32;
+  refused[6].offsets.clear();
+  for (const Case& c : refused) {
+    g_code = KIMI_OK;
+    CHECK(!check_case(c, kKernel));
+    CHECK(g_code == KIMI_INVALID_ARGUMENT);
+  }
+}
+
 // Also that it serves what it should, and nothing else wrongly.
 TEST(products_drawn_at_random) {
   int served = 0;
