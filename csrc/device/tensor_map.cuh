@@ -150,11 +150,19 @@ Status encode_tensor_map(TensorMap* map, const void* base, int rank, const int64
     if (d > 0) stride[d - 1] = static_cast<cuuint64_t>(strides_bytes[d - 1]);
   }
   CUtensorMap encoded;  // its alignment is stricter than ours
-  const CUresult code =
-      encode(&encoded, detail::tensor_map_type<T>(), static_cast<cuuint32_t>(rank),
-             const_cast<void*>(base), size, stride, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             swizzle == Swizzle::k128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto call = [&] {
+    return encode(
+        &encoded, detail::tensor_map_type<T>(), static_cast<cuuint32_t>(rank),
+        const_cast<void*>(base), size, stride, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle == Swizzle::k128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult code = call();
+  // A thread that has used no CUDA yet, such as one of autograd's, has no context until it sets its
+  // device: unlike the runtime the driver does not make it current by itself.
+  if (int device = 0; code == CUDA_ERROR_INVALID_CONTEXT && cudaGetDevice(&device) == cudaSuccess &&
+                      cudaSetDevice(device) == cudaSuccess)
+    code = call();
   if (code != CUDA_SUCCESS)
     return error(KIMI_CUDA_ERROR, "tensor map: cuTensorMapEncodeTiled refused rank ", rank,
                  ", sizes ", sizes[0], " ", sizes[1], ", box ", box[0], " ", box[1], ": CUresult ",

@@ -62,7 +62,10 @@ __device__ inline uint4 load16_streaming(const void* address) {
 
 /// st.v4.u32 to any space.
 __device__ inline void store16(void* address, uint4 value) {
-  *static_cast<uint4*>(address) = value;
+  // as asm: the compiler would split a value that it saw put together from smaller ones
+  asm volatile("st.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
 }
 
 /// st.global.cs.v4.u32: global memory that is not read again soon.

@@ -66,11 +66,12 @@ __device__ __forceinline__
 template <class X>
 __device__ inline void clear_rows(const Shared<X>& shared, int stage, int valid) {
   constexpr int kBoxes = X::kStageBytes / kBoxBytes;
-  const int pieces = (kBlockDepth - valid) * 8;
+  const int end = kBoxBytes - valid * kRowBytes;
   char* const first = shared.p_tile(stage) + valid * kRowBytes;
-  for (int i = static_cast<int>(threadIdx.x) - kGroupThreads; i < kBoxes * pieces;
-       i += 2 * kGroupThreads)
-    store16(first + i / pieces * kBoxBytes + i % pieces * 16, uint4{0, 0, 0, 0});
+  for (int i = 16 * (static_cast<int>(threadIdx.x) - kGroupThreads); i < end;
+       i += 16 * 2 * kGroupThreads)
+#pragma unroll 1
+    for (int box = 0; box < kBoxes; ++box) store16(first + box * kBoxBytes + i, uint4{0, 0, 0, 0});
   fence_async_shared();
   named_barrier_sync(kConsumerBarrier, 2 * kGroupThreads);
 }

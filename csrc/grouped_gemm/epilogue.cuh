@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "common/dtype.h"
+#include "device/convert.cuh"
 #include "device/vec.cuh"
 #include "device/warp.cuh"
 #include "fused_experts/activation.h"
@@ -51,16 +52,13 @@ __device__ inline void load8(const T* from, float (&v)[8], int count, bool wide)
 
 template <class T>
 __device__ inline void store8(T* to, const float (&v)[8], int count, bool wide) {
-  constexpr int kPerStore = 16 / sizeof(T);
   if (wide && count == 8) {
-#pragma unroll
-    for (int i = 0; i < 8; i += kPerStore) {
-      T values[kPerStore];
-#pragma unroll
-      for (int k = 0; k < kPerStore; ++k) values[k] = from_float<T>(v[i + k]);
-      uint4 bits;
-      memcpy(&bits, values, sizeof bits);
-      store16(to + i, bits);
+    if constexpr (sizeof(T) == 2) {
+      store16(to, {round_pair<T>(v[0], v[1]), round_pair<T>(v[2], v[3]), round_pair<T>(v[4], v[5]),
+                   round_pair<T>(v[6], v[7])});
+    } else {
+      store16(to, {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])});
+      store16(to + 4, {bits_of(v[4]), bits_of(v[5]), bits_of(v[6]), bits_of(v[7])});
     }
     return;
   }
@@ -68,6 +66,17 @@ __device__ inline void store8(T* to, const float (&v)[8], int count, bool wide) 
   for (int i = 0; i < 8; ++i)
     if (i < count) to[i] = from_float<T>(v[i]);
 }
+
+// Without the slow path of a division, which is a call: within 2 ulp while the divisor is normal
+// and below 2^100; beyond that every quotient here is 0 as far as its sum is concerned.
+struct ActivationOps : gate::CudaOps {
+  static KIMI_HOST_DEVICE float div(float a, float b) {
+    const float d = b > 0x1p100f ? 0x1p100f : b;
+    float r = reciprocal_estimate(d);
+    r = fma_rn(r, fma_rn(-d, r, 1.0f), r);
+    return mul_rn(a, r);
+  }
+};
 
 template <class T, Epilogue kEpilogue, int kChunk>
 class Finish {
@@ -201,7 +210,7 @@ class Finish {
     with_activation(p.activation, [&]<kimi_activation kActivation>() {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        h[i] = experts::gated<gate::CudaOps, kActivation, false>(g[i], u[i]).value;
+        h[i] = experts::gated<ActivationOps, kActivation, false>(g[i], u[i]).value;
     });
     store8(static_cast<T*>(p.hidden) + row * p.cols + col, h, count, p.wide_out);
   }
@@ -218,7 +227,7 @@ class Finish {
       with_activation(p.activation, [&]<kimi_activation kActivation>() {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const auto a = experts::gated<gate::CudaOps, kActivation, true>(g[i], u[i]);
+          const auto a = experts::gated<ActivationOps, kActivation, true>(g[i], u[i]);
           if (i < count) dot = fma_rn(c[i], a.value, dot);
           h[i] = mul_rn(weight, a.value);
           const float dh = mul_rn(weight, c[i]);

@@ -136,10 +136,13 @@ class Gatherer {
     if constexpr (X::kDepthwise) {
       first_ = tile.begin + thread_row();
       outer_at_ = (of_q_ ? tile.col_tile * X::kTileCols : static_cast<int32_t>(row)) + piece() * 8;
+      find_rows();
     } else {
       first_ = row + thread_row();
+      find_rows();
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) source_[i] = token(i);
     }
-    find_rows();
   }
 
   __device__ void load(char* to, int step) {
@@ -148,8 +151,9 @@ class Gatherer {
       const int boxes = (of_q_ ? X::kQRows : X::kTileRows) / 64;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const T* from = at(source_[i], outer_at_);
-        const int left = source_[i] < 0 ? 0 : outer_ - outer_at_;
+        const int32_t row = token(i);
+        const T* from = at(row, outer_at_);
+        const int left = row < 0 ? 0 : outer_ - outer_at_;
 #pragma unroll 1
         for (int box = 0; box < boxes; ++box, from += 64)
           cp_async16(to + i * kEvery * kRowBytes + box * kBoxBytes, from, 64 * box < left);
@@ -169,12 +173,16 @@ class Gatherer {
  private:
   __device__ static int thread_row() { return static_cast<int>(threadIdx.x) % kGroupThreads / 8; }
   __device__ static int piece() { return static_cast<int>(threadIdx.x) % 8; }
+  // The index of each row; no load waits for another one. Past the end that of the last row.
   __device__ void find_rows() {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int64_t r = first_ + i * kEvery;
-      source_[i] = r < end_ ? m_.index[r] / m_.divisor : -1;
+      source_[i] = m_.index[r < end_ ? r : end_ - 1];
     }
+  }
+  __device__ int32_t token(int i) const {
+    return first_ + i * kEvery < end_ ? source_[i] / m_.divisor : -1;
   }
   __device__ const T* at(int32_t row, int64_t column) const {
     const int64_t stride = X::kDepthwise ? m_.depth_stride : m_.outer_stride;
@@ -185,7 +193,7 @@ class Gatherer {
   const Matrix& m_;
   int64_t first_ = 0, end_ = 0;
   int32_t outer_, outer_at_ = 0;
-  int32_t source_[kRows];
+  int32_t source_[kRows];  // kDepth: the index of the stage to come; kRows: the token, or -1
   bool of_q_;
 };
 
@@ -224,9 +232,9 @@ __device__ inline void produce_by_gather(const Product& p, const Maps& maps,
         show();
       }
     }
+    cp_async_wait<0>();  // the consumers need not wait until the next tile's rows are known
+    while (hidden > 0) show();
   }
-  cp_async_wait<0>();
-  while (hidden > 0) show();
 }
 
 }  // namespace kimi::grouped::sm90

@@ -33,11 +33,10 @@
 
 namespace kimi::grouped::sm90 {
 
-template <class T, Plan kPlan>
+template <class X>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ Product p, const __grid_constant__ Maps maps,
                    int blocks) {
-  using X = Traits<T, kPlan>;
   KIMI_SHARED(char, memory);
   const Shared<X> shared{memory};
   const int rank = blocks == 1 ? 0 : cluster_rank();
@@ -81,7 +80,8 @@ template <class X>
 Status encode_out(const Product& p, Maps* maps) {
   const auto encode = [&]<class Out>() {
     const int64_t row = p.out_row_stride * int64_t{sizeof(Out)};
-    const int64_t group = p.num_groups > 1 ? p.out_group_stride * int64_t{sizeof(Out)} : 16;
+    // That of a single group means nothing.
+    const int64_t group = p.num_groups > 1 ? p.out_group_stride * int64_t{sizeof(Out)} : row;
     maps->has_out = p.bias == nullptr && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && row > 0 &&
                     row % 16 == 0 && (!X::kDepthwise || (group > 0 && group % 16 == 0)) &&
                     (!p.accumulate || (X::kDepthwise && sizeof(Out) == 4));
@@ -115,15 +115,15 @@ Status encode_maps(const Product& p, Maps* maps) {
   const int64_t stride = kOuter ? p.q.depth_stride : p.q.outer_stride;
   const int64_t sizes[] = {kOuter ? outer : depth, kOuter ? depth : outer, p.num_groups};
   // That of a single group means nothing.
-  const int64_t strides[] = {stride * kSize, p.num_groups > 1 ? p.q.group_stride * kSize : 16};
+  const int64_t strides[] = {stride * kSize,
+                             (p.num_groups > 1 ? p.q.group_stride : stride) * kSize};
   const int32_t box[] = {64, kOuter ? 64 : X::kQBoxRows, 1};
   return encode_tensor_map<T>(&maps->q, p.q.data, X::kDepthwise ? 2 : 3, sizes, strides, box,
                               Swizzle::k128);
 }
 
-template <class T, Plan kPlan>
+template <class X>
 Status run(const Job& job, void* stream) {
-  using X = Traits<T, kPlan>;
   const Product& p = job.product;
   const int64_t blocks = job.paired ? 2 : 1, tile_rows = X::kTileRows * blocks;
   const int64_t rows = X::kDepthwise ? p.rows : p.num_rows;
@@ -135,7 +135,7 @@ Status run(const Job& job, void* stream) {
   Maps maps{};
   KIMI_RETURN_IF_ERROR(encode_maps<X>(p, &maps));
   if constexpr (X::kStoresByTma) KIMI_RETURN_IF_ERROR(encode_out<X>(p, &maps));
-  const auto kernel = product_kernel<T, kPlan>;
+  const auto kernel = product_kernel<X>;
   const int64_t resident =
       resident_blocks(kernel, kThreads, X::kSharedBytes, static_cast<int>(blocks));
   LaunchConfig config{dim3(static_cast<unsigned>(std::min(tiles * blocks, resident))),

@@ -6,8 +6,8 @@ namespace kimi::grouped::sm90 {
 
 template <>
 Status store_depth<bf16>(const Job& job, void* stream) {
-  return run<bf16, Plan{Ragged::kDepth, Epilogue::kStore, Major::kOuter, Shape::kWide}>(job,
-                                                                                        stream);
+  return run<Traits<bf16, Ragged::kDepth, Epilogue::kStore, Major::kOuter, Shape::kWide>>(job,
+                                                                                          stream);
 }
 
 }  // namespace kimi::grouped::sm90

@@ -6,8 +6,8 @@ namespace kimi::grouped::sm90 {
 
 template <>
 Status store_depth<fp16>(const Job& job, void* stream) {
-  return run<fp16, Plan{Ragged::kDepth, Epilogue::kStore, Major::kOuter, Shape::kWide}>(job,
-                                                                                        stream);
+  return run<Traits<fp16, Ragged::kDepth, Epilogue::kStore, Major::kOuter, Shape::kWide>>(job,
+                                                                                          stream);
 }
 
 }  // namespace kimi::grouped::sm90

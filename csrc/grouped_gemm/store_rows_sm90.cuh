@@ -12,11 +12,11 @@ Status store_rows_of(const Job& job, void* stream) {
   constexpr Epilogue kStore = Epilogue::kStore;
   switch (job.shape) {
     case Shape::kFew:
-      return run<T, Plan{kRows, kStore, kMajor, Shape::kFew}>(job, stream);
+      return run<Traits<T, kRows, kStore, kMajor, Shape::kFew>>(job, stream);
     case Shape::kNarrow:
-      return run<T, Plan{kRows, kStore, kMajor, Shape::kNarrow}>(job, stream);
+      return run<Traits<T, kRows, kStore, kMajor, Shape::kNarrow>>(job, stream);
     default:
-      return run<T, Plan{kRows, kStore, kMajor, Shape::kWide}>(job, stream);
+      return run<Traits<T, kRows, kStore, kMajor, Shape::kWide>>(job, stream);
   }
 }
 

@@ -36,15 +36,18 @@ __device__ inline void fill_box(const float (&d)[kN], char* box) {
                   round_pair<Out>(c[6], c[7]));
     }
   } else {
+    // Odd rows take the columns in another order: else two rows would meet in each bank.
     const int row = lane / 4;
+    const bool odd = row % 2 != 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int piece = 2 * j + lane % 4 / 2;
+        const int even_at = kBox * 16 + 4 * j + 2 * half, odd_at = even_at ^ 8;
+        const int piece = 2 * (odd ? j ^ 2 : j) + lane % 4 / 2;
         char* to = box + (row + 8 * half) * 128 + ((piece ^ row) << 4) + lane % 2 * 8;
-        const int at = kBox * 16 + 4 * j + 2 * half;
-        *reinterpret_cast<Vec<float, 2>*>(to) = {{d[at], d[at + 1]}};
+        *reinterpret_cast<Vec<float, 2>*>(to) = {
+            {odd ? d[odd_at] : d[even_at], odd ? d[odd_at + 1] : d[even_at + 1]}};
       }
   }
 }

@@ -26,13 +26,6 @@
 
 namespace kimi::grouped::sm90 {
 
-struct Plan {
-  Ragged ragged;
-  Epilogue epilogue;
-  Major q_major;
-  Shape shape;
-};
-
 constexpr int kBlockDepth = 64;             // of a stage
 constexpr int kRowBytes = 2 * kBlockDepth;  // 128: one row of the swizzle
 constexpr int kGroupThreads = 128, kThreads = 3 * kGroupThreads;
@@ -44,19 +37,20 @@ constexpr int kGathers = 2;  // groups of cp.async that stay in flight
 // 65536 registers: 128 (kProducer + 2 kConsumer).
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
-template <class T_, Plan kPlan>
+// kMajor: how Q lies in memory.
+template <class T_, Ragged kRagged, Epilogue kEpilogue_, Major kMajor, Shape kShape>
 struct Traits {
   using T = T_;
-  static constexpr bool kFew = kPlan.shape == Shape::kFew;
-  static constexpr bool kDepthwise = kPlan.ragged == Ragged::kDepth;
-  static constexpr bool kPairs = kPlan.epilogue == Epilogue::kActivate;
-  static constexpr Epilogue kEpilogue = kPlan.epilogue;
+  static constexpr bool kFew = kShape == Shape::kFew;
+  static constexpr bool kDepthwise = kRagged == Ragged::kDepth;
+  static constexpr bool kPairs = kEpilogue_ == Epilogue::kActivate;
+  static constexpr Epilogue kEpilogue = kEpilogue_;
   static constexpr Major kPMajor = kDepthwise ? Major::kOuter : Major::kDepth;
-  static constexpr Major kQMajor = kPlan.q_major;
+  static constexpr Major kQMajor = kMajor;
   static_assert(!kDepthwise || (kQMajor == Major::kOuter && !kFew));
 
   static constexpr int kTileRows = kFew ? 64 : 128;
-  static constexpr int kTileCols = (kPlan.shape == Shape::kWide && !kPairs) ? 256 : 128;
+  static constexpr int kTileCols = (kShape == Shape::kWide && !kPairs) ? 256 : 128;
   static constexpr int kQRows = kTileCols * (kPairs ? 2 : 1);
   static constexpr int kPBoxRows = kFew ? 8 : kTileRows;
   static constexpr int kQBoxRows = kQRows / 2;  // one for each block of a pair, or gate and up
