@@ -6,6 +6,10 @@ if(NOT KIMI_OPS_CUDA MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "KIMI_OPS_CUDA: expected auto, on or off, got '${KIMI_OPS_CUDA}'")
 endif()
 
+# 80: machine code and PTX. Each further one, such as 90-real, takes as long to build again, and saves
+# its chip the driver's compilation when a kernel is first used.
+set(KIMI_OPS_GENERIC_ARCHITECTURES 80 CACHE STRING "Architectures of the kernels for every GPU")
+
 set(kimi_has_cuda OFF)
 if(NOT KIMI_OPS_CUDA STREQUAL off)
   include(CheckLanguage)
@@ -60,7 +64,8 @@ function(kimi_add_cuda_kernels library)
     endif()
   endforeach()
   if(TARGET kimi_generic)
-    set_target_properties(kimi_generic PROPERTIES CUDA_ARCHITECTURES 80)  # machine code and PTX
+    set_target_properties(kimi_generic PROPERTIES
+                          CUDA_ARCHITECTURES "${KIMI_OPS_GENERIC_ARCHITECTURES}")
   endif()
   if(TARGET kimi_hopper)
     set_target_properties(kimi_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real)
