@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// Clusters (sm_90): blocks that run at the same time and reach each other's shared memory.
+// Clusters (sm_90): blocks that run together and reach each other's shared memory.
 // LaunchConfig::cluster says how many follow one another along x.
+//
+// Between mbarrier_init and the first arrival or multicast from another block, and before a block
+// ends whose shared memory another may still reach, all meet: cluster_arrive(); cluster_wait().
 #pragma once
 
 #include "device/mbarrier.cuh"
@@ -13,9 +16,7 @@ namespace kimi {
 
 inline int cluster_rank() { return simt::cluster_rank(); }
 inline int cluster_blocks() { return simt::cluster_blocks(); }
-inline void cluster_arrive(std::source_location where = std::source_location::current()) {
-  simt::cluster_arrive(where);
-}
+inline void cluster_arrive() { simt::cluster_arrive(); }
 inline void cluster_wait(std::source_location where = std::source_location::current()) {
   simt::cluster_wait(where);
 }

@@ -45,8 +45,9 @@ inline Status memset_async(void* destination, int byte, size_t bytes, void* /*st
 /// Blocks of the kernel that run at the same time on the whole device. Few on the host runner, so
 /// that persistent kernels go round.
 template <class... Parameters>
-int resident_blocks(void (*)(Parameters...), int /*threads*/, size_t /*smem_bytes*/) {
-  return 5;
+int resident_blocks(void (*)(Parameters...), int /*threads*/, size_t /*smem_bytes*/,
+                    int cluster = 1) {
+  return cluster == 1 ? 5 : 3 * cluster;
 }
 
 /// The host runner has the primitives of a Hopper GPU.
@@ -67,7 +68,7 @@ inline Status cuda_status(const char* what, cudaError_t code) {
 /// library's exported symbols.
 struct LaunchShape {
   const void* kernel;
-  int device, threads;
+  int device, threads, cluster;
   size_t smem_bytes;
   auto operator<=>(const LaunchShape&) const = default;
 };
@@ -83,7 +84,7 @@ Status allow_shared_memory(void (*kernel)(Parameters...), size_t smem_bytes) {
   int device = 0;
   KIMI_RETURN_IF_ERROR(cuda_status("launch: device", cudaGetDevice(&device)));
   const std::lock_guard lock(mutex);
-  size_t& limit = allowed[{reinterpret_cast<const void*>(kernel), device, 0, 0}];
+  size_t& limit = allowed[{reinterpret_cast<const void*>(kernel), device, 0, 0, 0}];
   if (smem_bytes <= limit) return Status::ok();
   KIMI_RETURN_IF_ERROR(
       cuda_status("launch: shared memory",
@@ -91,6 +92,13 @@ Status allow_shared_memory(void (*kernel)(Parameters...), size_t smem_bytes) {
                                        static_cast<int>(smem_bytes))));
   limit = smem_bytes;
   return Status::ok();
+}
+
+inline cudaLaunchAttribute cluster_attribute(unsigned cluster) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  return attribute;
 }
 
 /// cudaLaunchKernelEx: queues the kernel; reports what the runtime refuses, not what the kernel
@@ -104,10 +112,7 @@ Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Argumen
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count++].val.cooperative = 1;
   }
-  if (config.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {config.cluster, 1, 1};
-  }
+  if (config.cluster > 1) attributes[count++] = cluster_attribute(config.cluster);
   cudaLaunchConfig_t cuda{};
   cuda.gridDim = config.grid;
   cuda.blockDim = config.block;
@@ -125,26 +130,44 @@ inline Status memset_async(void* destination, int byte, size_t bytes, void* stre
                      cudaMemsetAsync(destination, byte, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-/// Blocks of the kernel that run at the same time on the whole current device; 1 where the runtime
-/// cannot say (the launch then reports why). Asked once for a kernel, device and launch shape.
+/// Blocks of the kernel that run at the same time on the whole current device, in whole clusters;
+/// one cluster where the runtime cannot say (the launch then reports why). Asked once for a kernel,
+/// device and launch shape.
 template <class... Parameters>
-int resident_blocks(void (*kernel)(Parameters...), int threads, size_t smem_bytes) {
+int resident_blocks(void (*kernel)(Parameters...), int threads, size_t smem_bytes,
+                    int cluster = 1) {
   static std::mutex mutex;
   static std::map<LaunchShape, int> known;
-  int device = 0, multiprocessors = 0, blocks = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  const LaunchShape key{reinterpret_cast<const void*>(kernel), device, threads, smem_bytes};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return cluster;
+  const LaunchShape key{reinterpret_cast<const void*>(kernel), device, threads, cluster,
+                        smem_bytes};
   const std::lock_guard lock(mutex);
   if (const auto found = known.find(key); found != known.end()) return found->second;
   // The occupancy is 0 for shared memory that the kernel may not have yet.
-  if (!allow_shared_memory(kernel, smem_bytes).is_ok() ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
-          cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, smem_bytes) !=
-          cudaSuccess ||
-      blocks == 0)
-    return 1;
-  return known[key] = blocks * multiprocessors;
+  if (!allow_shared_memory(kernel, smem_bytes).is_ok()) return cluster;
+  int blocks = 0;
+  if (cluster == 1) {
+    int multiprocessors = 0;
+    if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
+            cudaSuccess ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, smem_bytes) !=
+            cudaSuccess)
+      return cluster;
+    blocks *= multiprocessors;
+  } else {
+    cudaLaunchAttribute attribute = cluster_attribute(static_cast<unsigned>(cluster));
+    cudaLaunchConfig_t cuda{};
+    cuda.gridDim = dim3(static_cast<unsigned>(cluster));
+    cuda.blockDim = dim3(static_cast<unsigned>(threads));
+    cuda.dynamicSmemBytes = smem_bytes;
+    cuda.attrs = &attribute;
+    cuda.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&blocks, kernel, &cuda) != cudaSuccess) return cluster;
+    blocks *= cluster;
+  }
+  if (blocks == 0) return cluster;
+  return known[key] = blocks;
 }
 
 /// Compute capability whose kernels the current device runs, 10 major + minor, at most max_sm().

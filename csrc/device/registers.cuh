@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // Registers that move between the warpgroups of a block (sm_90a): producers give up what consumers
-// need.
+// need. All warps of a warpgroup do it together, once. ptxas ignores it, with a remark, unless it
+// knows the count at the start: __launch_bounds__(threads, blocks) with both numbers.
 #pragma once
 
 #include "device/platform.cuh"
@@ -13,8 +14,7 @@ template <int kCount>
 constexpr bool kRegisterCount = kCount >= 24 && kCount <= 256 && kCount % 8 == 0;
 }
 
-/// setmaxnreg.inc: the warp goes on when `kCount` registers a thread are there. All warps of a
-/// warpgroup, together.
+/// setmaxnreg.inc: the warp goes on when `kCount` registers a thread are there.
 template <int kCount>
 __device__ inline void registers_increase() {
   static_assert(detail::kRegisterCount<kCount>, "24 to 256, a multiple of 8");

@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: MIT
 //
-// stmatrix (sm_90): a warp stores four 8x8 matrices of 16-bit values, the way mma and wgmma hold
-// them.
+// stmatrix (sm_90): a warp stores four 8x8 matrices of 16-bit values as mma and wgmma hold them.
 //
-//   lane l gives the address of row l % 8 of matrix l / 8: 16 bytes, a multiple of 16
-//   register m of lane l: row l / 4 of matrix m, columns 2 (l % 4) and 2 (l % 4) + 1, the first in
-//   the low half
+//   lane l gives the address of row l % 8 of matrix l / 8: 16 bytes, which 16 divides
+//   register m of lane l holds row l / 4 of matrix m, columns 2 (l % 4) (low half) and the next
 //
-// The transposed form stores the matrices with rows and columns exchanged.
+// The transposed form exchanges rows and columns of each matrix.
 #pragma once
 
 #include "device/mbarrier.cuh"
@@ -18,24 +16,23 @@ namespace kimi {
 #if defined(KIMI_HOST_SIMT)
 
 namespace detail {
-/// Every lane writes the row whose address it gave; the values come through the warp.
+/// Every lane writes what it holds to the rows whose addresses other lanes give.
 template <bool kTransposed>
 void stmatrix_x4(void* row, const uint32_t (&registers)[4], std::source_location where) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
     simt::fail("stmatrix_x4: the address of a row must be a multiple of 16 bytes");
   simt::detail::check_shared(row, 16, "stmatrix_x4");
-  const int lane = static_cast<int>(simt::detail::builtins("stmatrix_x4").linear_thread % 32);
-  uint16_t values[8];
+  const int lane = simt::detail::builtins("stmatrix_x4").linear_thread % 32;
   for (int m = 0; m < 4; ++m)
-    for (int c = 0; c < 8; ++c) {
-      const int of_row = lane % 8;
-      const int source = kTransposed ? c * 4 + of_row / 2 : of_row * 4 + c / 2;
-      const uint32_t pair = __shfl_sync(~0u, registers[m], source, 32, where);
-      const int half = kTransposed ? of_row % 2 : c % 2;
-      if (m == lane / 8) values[c] = static_cast<uint16_t>(pair >> 16 * half);
+    for (int half = 0; half < 2; ++half) {
+      const int r = lane / 4, c = lane % 4 * 2 + half;
+      const int to_row = kTransposed ? c : r, to_column = kTransposed ? r : c;
+      const auto value = static_cast<uint16_t>(registers[m] >> 16 * half);
+      const uint64_t to =
+          __shfl_sync(~0u, reinterpret_cast<uintptr_t>(row), m * 8 + to_row, 32, where);
+      std::memcpy(reinterpret_cast<uint16_t*>(to) + to_column, &value, sizeof value);
     }
-  std::memcpy(row, values, sizeof values);
-  simt::generic_write(row, sizeof values);
+  simt::generic_write(row, 16);
 }
 }  // namespace detail
 

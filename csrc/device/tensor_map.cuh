@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 //
-// A tensor map: what TMA is told about a tensor in global memory and the box it moves at a time.
-// The host encodes it, a kernel takes it as `const __grid_constant__ TensorMap map`.
+// A tensor map: what TMA is told about a tensor in global memory and the box that it moves at a
+// time. The host encodes it; a kernel takes it as `const __grid_constant__ TensorMap map`.
 //
-//   sizes[0] is contiguous; strides_bytes[d - 1] is the distance of neighbours in dimension d
-//   Swizzle::k128  rows of 128 bytes; in row r, the 16-byte piece p lies at place p ^ (r % 8):
-//   columns without bank
-//                  conflicts. What wgmma with 128-byte swizzle reads.
+//   sizes[0]          the contiguous dimension
+//   strides_bytes[d]  from one to the next in dimension d + 1: 16 divides it
+//   Swizzle::k128     rows of 128 bytes, 16-byte piece p of row r at place p ^ (r % 8), so that
+//                     columns have no bank conflicts: what wgmma reads
 #pragma once
 
 #include <type_traits>

@@ -2,18 +2,23 @@
 //
 // TMA (sm_90): one thread moves a box of a tensor between global and shared memory.
 //
-//   load    global -> shared; the mbarrier is told all bytes of the box, those out of bounds
-//   (zeros) included store   shared -> global, reduce_add adds there; out of bounds nothing is
-//   written. fence_async_shared and a barrier
-//           come between the threads' writes to shared memory and the store; commit and wait are
-//           the storing thread's.
+//   tma_load        global -> shared; then the mbarrier is told all bytes of the box, also of those
+//                   out of bounds, which are zeros
+//   tma_store       shared -> global; nothing is written out of bounds
+//   tma_reduce_add  the same, adding in the element type of the map
 //
-// Coordinates count elements, x innermost; they may be negative or past the end. Shared addresses:
-// multiples of 128 bytes, of 1024 with Swizzle::k128 (the swizzle is a function of the address).
+// Threads that filled the shared memory call fence_async_shared and meet at a barrier before one of
+// them stores. Committing and waiting are the storing thread's own, and it waits before it ends.
+// Coordinates count elements, x innermost; they may be negative or past the end. 128 divides shared
+// addresses, 1024 with Swizzle::k128, which is a function of the address.
 #pragma once
 
 #include "device/mbarrier.cuh"
 #include "device/tensor_map.cuh"
+
+#if defined(KIMI_HOST_SIMT)
+#include <algorithm>
+#endif
 
 namespace kimi {
 
@@ -24,7 +29,9 @@ namespace detail {
 struct Box {
   TensorMap map;
   int64_t at[3];
-  int64_t bytes() const { return map.strides_bytes[0] * map.box[0] * map.box[1] * map.box[2]; }
+  size_t bytes() const {
+    return static_cast<size_t>(map.strides_bytes[0] * map.box[0] * map.box[1] * map.box[2]);
+  }
 };
 inline Box box_at(const TensorMap& map, const void* shared, const char* what, int rank, int32_t x,
                   int32_t y, int32_t z) {
@@ -36,105 +43,96 @@ inline Box box_at(const TensorMap& map, const void* shared, const char* what, in
     simt::fail(std::string(what) + ": the shared address must be a multiple of " +
                std::to_string(alignment) + " bytes");
   const Box box{map, {x, y, z}};
-  simt::detail::check_shared(shared, static_cast<size_t>(box.bytes()), what);
+  simt::detail::check_shared(shared, box.bytes(), what);
   return box;
 }
 
-/// Calls visit(place in shared memory, address in global memory or nullptr if out of bounds) for
-/// every element.
+/// Calls visit(place, first, bytes, global) for every 16 bytes of the box in shared memory: `bytes`
+/// of them, from place + first on, are in bounds and belong to `global`.
 template <class Visitor>
-void for_each_element(const Box& box, char* shared, Visitor visit) {
+void for_each_piece(const Box& box, char* shared, Visitor visit) {
   const TensorMap& map = box.map;
-  const int64_t element = map.strides_bytes[0];
-  int64_t row_start = 0;
-  for (int32_t z = 0; z < map.box[2]; ++z)
-    for (int32_t y = 0; y < map.box[1]; ++y, row_start += map.box[0] * element)
-      for (int32_t x = 0; x < map.box[0]; ++x) {
-        const int64_t g[3] = {box.at[0] + x, box.at[1] + y, box.at[2] + z};
-        bool inside = true;
-        const char* global = map.base;
-        for (int d = 0; d < 3; ++d) {
-          inside &= g[d] >= 0 && g[d] < map.sizes[d];
-          global += g[d] * map.strides_bytes[d];
-        }
-        uintptr_t place = reinterpret_cast<uintptr_t>(shared + row_start + x * element);
+  const int64_t element = map.strides_bytes[0], in_piece = 16 / element;
+  int64_t offset = 0;
+  for (int64_t z = box.at[2]; z < box.at[2] + map.box[2]; ++z)
+    for (int64_t y = box.at[1]; y < box.at[1] + map.box[1]; ++y) {
+      const bool inside = y >= 0 && y < map.sizes[1] && z >= 0 && z < map.sizes[2];
+      const int64_t row = y * map.strides_bytes[1] + z * map.strides_bytes[2];
+      for (int64_t x = box.at[0]; x < box.at[0] + map.box[0]; x += in_piece, offset += 16) {
+        const int64_t first = std::clamp<int64_t>(-x, 0, in_piece);
+        const int64_t end = inside ? std::clamp<int64_t>(map.sizes[0] - x, first, in_piece) : first;
+        uintptr_t place = reinterpret_cast<uintptr_t>(shared + offset);
         if (map.swizzle == Swizzle::k128) place ^= (place >> 7 & 7) << 4;
-        visit(reinterpret_cast<char*>(place), inside ? const_cast<char*>(global) : nullptr);
+        visit(reinterpret_cast<char*>(place), first * element,
+              static_cast<size_t>((end - first) * element),
+              const_cast<char*>(end > first ? map.base + row + (x + first) * element : map.base));
       }
+    }
 }
 
-inline void load_box(char* shared, const Box& box) {
-  const size_t element = static_cast<size_t>(box.map.strides_bytes[0]);
-  for_each_element(box, shared, [&](char* place, const char* global) {
-    if (global != nullptr)
-      std::memcpy(place, global, element);
-    else
-      std::memset(place, 0, element);
-  });
+/// Runs on the stack of whatever thread is there, so ThreadSanitizer is told what it should see.
+inline void load_box(char* shared, MBarrier& full, const Box& box) {
+  simt::sees_write(shared, box.bytes());
+  {
+    const simt::InsideModel inside;
+    for_each_piece(box, shared, [](char* place, int64_t first, size_t bytes, const char* global) {
+      std::memset(place, 0, 16);
+      std::memcpy(place + first, global, bytes);
+    });
+  }
+  simt::async_write(shared, box.bytes());
+  mbarrier_complete_tx(full, static_cast<uint32_t>(box.bytes()));
 }
 
+/// To the same place in every block of the cluster that `blocks` names.
 inline void load(void* shared, const TensorMap& map, MBarrier& full, const char* what, int rank,
-                 int32_t x, int32_t y, int32_t z) {
+                 int32_t x, int32_t y, int32_t z, unsigned blocks) {
   const Box box = box_at(map, shared, what, rank, x, y, z);
-  simt::complete_later([=, &full] {
-    load_box(static_cast<char*>(shared), box);
-    mbarrier_complete_tx(full, static_cast<uint32_t>(box.bytes()));
-  });
-}
-
-/// The same place in every block of the cluster that `blocks` names.
-inline void load_multicast(void* shared, const TensorMap& map, MBarrier& full, const char* what,
-                           int rank, int32_t x, int32_t y, int32_t z, uint16_t blocks) {
   if (blocks == 0 || blocks >> simt::cluster_blocks() != 0)
-    simt::fail(std::string(what) + ": blocks names none or more than the cluster's " +
-               std::to_string(simt::cluster_blocks()));
-  const Box box = box_at(map, shared, what, rank, x, y, z);
+    simt::fail(std::string(what) + ": blocks: names none or more than the " +
+               std::to_string(simt::cluster_blocks()) + " of the cluster");
   for (int b = 0; b < simt::cluster_blocks(); ++b)
     if (blocks >> b & 1) {
       char* const there = static_cast<char*>(simt::in_peer(shared, b));
       MBarrier* const barrier = static_cast<MBarrier*>(simt::in_peer(&full, b));
-      simt::complete_later([=] {
-        load_box(there, box);
-        mbarrier_complete_tx(*barrier, static_cast<uint32_t>(box.bytes()));
-      });
+      simt::check_fenced(there, box.bytes(), what);
+      simt::complete_later(b, [=] { load_box(there, *barrier, box); });
     }
 }
+inline unsigned own_block() { return 1u << simt::cluster_rank(); }
 
 template <class T>
-void add_at(char* global, const char* value) {
-  T a, b;
-  std::memcpy(&a, global, sizeof a);
-  std::memcpy(&b, value, sizeof b);
-  a = from_float<T>(to_float(a) + to_float(b));
-  std::memcpy(global, &a, sizeof a);
+void add_all(char* global, const char* values, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += sizeof(T)) {
+    T a, b;
+    std::memcpy(&a, global + i, sizeof a);
+    std::memcpy(&b, values + i, sizeof b);
+    a = from_float<T>(to_float(a) + to_float(b));
+    std::memcpy(global + i, &a, sizeof a);
+  }
 }
 
-/// Reads shared memory at the first step and writes global memory at the second.
+/// Reads shared memory in the first step and writes global memory in the second.
 inline void store(const TensorMap& map, const void* shared, const char* what, bool add, int rank,
                   int32_t x, int32_t y, int32_t z) {
   const Box box = box_at(map, shared, what, rank, x, y, z);
-  const size_t element = static_cast<size_t>(map.strides_bytes[0]);
-  if (add && element == 1) simt::fail(std::string(what) + ": bytes cannot be added");
+  if (add && map.strides_bytes[0] == 1) simt::fail(std::string(what) + ": bytes cannot be added");
   char* const from = const_cast<char*>(static_cast<const char*>(shared));
-  simt::check_fenced(from, static_cast<size_t>(box.bytes()), what);
-  auto values = std::make_shared<std::vector<char>>();
+  simt::check_fenced(from, box.bytes(), what);
+  auto copy = std::make_shared<std::vector<char>>(box.bytes());
   simt::bulk_group().begin(
+      [=] { std::memcpy(copy->data(), from, box.bytes()); },
       [=] {
-        values->reserve(static_cast<size_t>(box.bytes()));
-        for_each_element(box, from, [&](const char* place, const char*) {
-          values->insert(values->end(), place, place + element);
-        });
-      },
-      [=] {
-        const char* value = values->data();
-        for_each_element(box, from, [&](const char*, char* global) {
-          if (global != nullptr && !add) std::memcpy(global, value, element);
-          if (global != nullptr && add) {
-            if (box.map.dtype == KIMI_FLOAT32) add_at<float>(global, value);
-            if (box.map.dtype == KIMI_BFLOAT16) add_at<bf16>(global, value);
-            if (box.map.dtype == KIMI_FLOAT16) add_at<fp16>(global, value);
-          }
-          value += element;
+        for_each_piece(box, from, [&](char* place, int64_t first, size_t bytes, char* global) {
+          const char* values = copy->data() + (place - from) + first;
+          if (!add)
+            std::memcpy(global, values, bytes);
+          else if (box.map.dtype == KIMI_FLOAT32)
+            add_all<float>(global, values, bytes);
+          else if (box.map.dtype == KIMI_BFLOAT16)
+            add_all<bf16>(global, values, bytes);
+          else
+            add_all<fp16>(global, values, bytes);
         });
       });
 }
@@ -143,19 +141,19 @@ inline void store(const TensorMap& map, const void* shared, const char* what, bo
 
 inline void tma_prefetch(const TensorMap&) {}
 inline void tma_load(void* shared, const TensorMap& map, MBarrier& full, int32_t x, int32_t y) {
-  detail::load(shared, map, full, "tma_load", 2, x, y, 0);
+  detail::load(shared, map, full, "tma_load", 2, x, y, 0, detail::own_block());
 }
 inline void tma_load(void* shared, const TensorMap& map, MBarrier& full, int32_t x, int32_t y,
                      int32_t z) {
-  detail::load(shared, map, full, "tma_load", 3, x, y, z);
+  detail::load(shared, map, full, "tma_load", 3, x, y, z, detail::own_block());
 }
 inline void tma_load_multicast(void* shared, const TensorMap& map, MBarrier& full, int32_t x,
                                int32_t y, uint16_t blocks) {
-  detail::load_multicast(shared, map, full, "tma_load_multicast", 2, x, y, 0, blocks);
+  detail::load(shared, map, full, "tma_load_multicast", 2, x, y, 0, blocks);
 }
 inline void tma_load_multicast(void* shared, const TensorMap& map, MBarrier& full, int32_t x,
                                int32_t y, int32_t z, uint16_t blocks) {
-  detail::load_multicast(shared, map, full, "tma_load_multicast", 3, x, y, z, blocks);
+  detail::load(shared, map, full, "tma_load_multicast", 3, x, y, z, blocks);
 }
 inline void tma_store(const TensorMap& map, const void* shared, int32_t x, int32_t y) {
   detail::store(map, shared, "tma_store", false, 2, x, y, 0);

@@ -38,6 +38,7 @@ inline uint4 load16_streaming(const void* address) {
 inline void store16(void* address, uint4 value) {
   detail::check_alignment(address, "store16");
   *static_cast<uint4*>(address) = value;
+  simt::generic_write(address, 16);
 }
 inline void store16_streaming(void* address, uint4 value) {
   detail::check_alignment(address, "store16_streaming");

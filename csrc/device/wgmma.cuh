@@ -1,25 +1,24 @@
 // SPDX-License-Identifier: MIT
 //
 // wgmma (sm_90a): a warpgroup multiplies 64 rows of A by N columns of B, both in shared memory with
-// 128-byte swizzle.
+// 128-byte swizzle (tensor_map.cuh).
 //
-//   D[64, N] (+)= sum over one step of depth, 32 bytes: 16 values of 16 bits, 32 of 8
+//   D[64, N] (+)= A B over one step of depth, 32 bytes: 16 values of 16 bits, 32 of 8
 //
-//   kDepth  a tile holds rows of 128 bytes of depth, 8-row groups of 1024 bytes: what TMA loads
-//   with a box of
-//           [outer rows][128 bytes of depth]; four steps a tile
-//   kOuter  blocks of [64 depth][64 outer], 8192 bytes each, the next 64 outer values in the next
-//   block: what TMA loads
-//           with boxes of [64 depth][64 outer]; four steps a block
+//   kDepth  rows of 128 bytes of depth, one for each outer value: one TMA box [outer][128 bytes],
+//           four steps of depth
+//   kOuter  rows of 64 outer values, one for each of 64 of depth: TMA boxes [64 depth][64 outer] of
+//           8192 bytes, the next 64 outer values in the next one; four steps of depth
 //
-//   thread t of the warpgroup holds, with w = t / 32 and l = t % 32:
+//   thread t of the warpgroup, w = t / 32, l = t % 32:
 //   d[4 j + 2 h + i] = D[16 w + l / 4 + 8 h][8 j + 2 (l % 4) + i]
 //
-//   wgmma_fence(); wgmma(d, ...); ...; wgmma_commit(); ...; wgmma_wait<0>();
+//   wgmma_fence(d); wgmma_fence(); wgmma(d, ..); ..; wgmma_commit(); ..; wgmma_wait<0>();
+//   wgmma_fence(d);
 //
-// All 128 threads of the warpgroup take part. From the first wgmma to the wait d belongs to the
-// tensor core and the tiles to be read: touch neither. A warp's wait is its own: the stage is free
-// when all warps have waited.
+// All 128 threads take part. From the first wgmma to the wait d belongs to the tensor core and the
+// tiles are being read: touch neither. The wait is each warp's own, so a stage is free when all
+// four have waited. FP8 sums keep fewer bits on the hardware than fp32 has; the model keeps all.
 #pragma once
 
 #include <type_traits>
@@ -66,29 +65,42 @@ float operand(uint64_t descriptor, int outer, int k) {
   return to_float(value);
 }
 
+/// What one thread gets.
 template <class T, int kN, Major kA, Major kB>
 void multiply(float* d, uint64_t a, uint64_t b, bool keep, int thread) {
   constexpr int kDepth = 32 / sizeof(T);
-  const int lane = thread % 32, row = thread / 32 % 4 * 16 + lane / 4;
-  for (int i = 0; i < kN / 2; ++i) {
-    const int r = row + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    float sum = keep ? d[i] : 0.0f;
-    for (int k = 0; k < kDepth; ++k) sum += operand<T, kA>(a, r, k) * operand<T, kB>(b, column, k);
-    d[i] = sum;
-  }
+  const int lane = thread % 32;
+  float rows[2][kDepth], column[kDepth];
+  for (int h = 0; h < 2; ++h)
+    for (int k = 0; k < kDepth; ++k)
+      rows[h][k] = operand<T, kA>(a, thread / 32 % 4 * 16 + lane / 4 + 8 * h, k);
+  for (int j = 0; j < kN / 8; ++j)
+    for (int i = 0; i < 2; ++i) {
+      for (int k = 0; k < kDepth; ++k) column[k] = operand<T, kB>(b, 8 * j + 2 * (lane % 4) + i, k);
+      for (int h = 0; h < 2; ++h) {
+        float& sum = d[4 * j + 2 * h + i];
+        if (!keep) sum = 0.0f;
+        for (int k = 0; k < kDepth; ++k) sum += rows[h][k] * column[k];
+      }
+    }
 }
 
-template <class T, Major kMajor>
-void check_operand(uint64_t descriptor, int outer, const char* what) {
+/// Major dimension and shared memory of an operand of `outer` rows or columns; one lane looks
+/// whether what threads wrote there was fenced.
+template <Major kMajor>
+void check_operand(uint64_t descriptor, int outer, const char* what, bool look) {
   if (descriptor >> 62 != static_cast<uint64_t>(kMajor) + 1)
-    simt::fail(std::string("wgmma: ") + what +
-               ": the descriptor was made for the other major dimension");
+    simt::fail(std::string(what) + ": the descriptor was made for the other major dimension");
   const char* const first = address_of(descriptor);
-  const int bytes = kMajor == Major::kDepth
-                        ? outer * 128 - static_cast<int>(reinterpret_cast<uintptr_t>(first) % 128)
-                        : (outer - 1) / 64 * kOuterBlockBytes + 16 * 128;
-  simt::detail::check_shared(first, static_cast<size_t>(bytes), "wgmma");
-  simt::check_fenced(first, static_cast<size_t>(bytes), "wgmma");
+  const auto check = [&](const char* from, int bytes) {
+    simt::detail::check_shared(from, static_cast<size_t>(bytes), what);
+    if (look) simt::check_fenced(from, static_cast<size_t>(bytes), what);
+  };
+  if (kMajor == Major::kDepth)
+    check(first - reinterpret_cast<uintptr_t>(first) % 128, outer * 128);
+  else
+    for (int block = 0; block < outer; block += 64)
+      check(first + block / 64 * kOuterBlockBytes, kStepBytes<kMajor>);
 }
 
 }  // namespace detail
@@ -104,7 +116,7 @@ uint64_t wgmma_advance(uint64_t descriptor, int step) {
   return descriptor + static_cast<uint64_t>(step * detail::kStepBytes<kMajor>);
 }
 
-inline void wgmma_fence() { simt::wgmma_group().fence(); }
+inline void wgmma_fence() { simt::wgmma_group().fenced = true; }
 template <int kCount>
 void wgmma_fence(float (&)[kCount]) {}
 inline void wgmma_commit() { simt::wgmma_group().commit(); }
@@ -119,9 +131,15 @@ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool keep) {
   static_assert(detail::is_wgmma_columns(kN));
   static_assert(sizeof(T) == 2 || (kA == Major::kDepth && kB == Major::kDepth),
                 "e4m3 has no transposed form");
-  detail::check_operand<T, kA>(a, 64, "A");
-  detail::check_operand<T, kB>(b, kN, "B");
-  const int thread = simt::detail::builtins("wgmma").linear_thread;
+  const simt::detail::Builtins& self = simt::detail::builtins("wgmma");
+  const int thread = self.linear_thread;
+  const unsigned threads = self.block_shape.x * self.block_shape.y * self.block_shape.z;
+  if (static_cast<unsigned>(thread | 127) >= threads)
+    simt::fail("wgmma: the warpgroup has fewer than 128 threads");
+  if (!simt::wgmma_group().fenced)
+    simt::fail("wgmma: no wgmma_fence since the thread began or last waited");
+  detail::check_operand<kA>(a, 64, "wgmma: A", thread % 32 == 0);
+  detail::check_operand<kB>(b, kN, "wgmma: B", thread % 32 == 0);
   float* const sums = d;
   simt::wgmma_group().begin([=] { detail::multiply<T, kN, kA, kB>(sums, a, b, keep, thread); });
 }

@@ -23,7 +23,7 @@ constexpr unsigned char kCanary = 0xc5, kFill = 0xff;
 // ASan's own red zone begins at the first byte past the end, so the canary behind is left out for
 // it.
 SharedMemory::SharedMemory(size_t bytes, size_t alignment)
-    : bytes_(bytes), prefix_(std::max(alignment, kCanaryBytes)) {
+    : bytes_(bytes), alignment_(alignment), prefix_(std::max(alignment, kCanaryBytes)) {
 #if defined(KIMI_SIMT_ASAN)
   const size_t suffix = 0;
 #else
@@ -58,14 +58,17 @@ std::string SharedMemory::damage() const {
 
 void* dynamic_shared() { return Runner::instance().self("KIMI_SHARED").block->dynamic->data(); }
 
+void* static_of(Block& block, const void* site, size_t bytes, size_t alignment) {
+  for (const auto& [key, memory] : block.statics)
+    if (key == site) return memory->data();
+  block.statics.emplace_back(
+      site, std::make_unique<SharedMemory>(bytes, std::max<size_t>(alignment, 16)));
+  return block.statics.back().second->data();
+}
+
 void* static_shared(const void* site, size_t bytes, size_t alignment) {
   const InsideModel inside;
-  auto& statics = Runner::instance().self("KIMI_STATIC_SHARED").block->statics;
-  for (const auto& [key, memory] : statics)
-    if (key == site) return memory->data();
-  statics.emplace_back(site,
-                       std::make_unique<SharedMemory>(bytes, std::max<size_t>(alignment, 16)));
-  return statics.back().second->data();
+  return static_of(*Runner::instance().self("KIMI_STATIC_SHARED").block, site, bytes, alignment);
 }
 
 // A barrier for `expected` threads, or all threads of the block if that is 0. Returns how many came

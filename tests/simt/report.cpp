@@ -90,30 +90,19 @@ std::string deadlock_report(const std::vector<std::unique_ptr<Block>>& live,
 }
 
 std::string shared_address(const void* address) {
-  const auto offset_in = [&](const SharedMemory& memory) {
-    const ptrdiff_t offset = static_cast<const char*>(address) - memory.data();
-    return offset >= 0 && static_cast<size_t>(offset) < memory.bytes() ? offset : -1;
-  };
   const Block& block = Runner::instance().block();
-  if (const ptrdiff_t offset = offset_in(*block.dynamic); offset >= 0)
-    return "dynamic shared + " + std::to_string(offset);
-  for (const auto& [site, memory] : block.statics)
-    if (const ptrdiff_t offset = offset_in(*memory); offset >= 0)
-      return "static shared + " + std::to_string(offset);
-  return "no shared memory";
+  const SharedMemory* const memory = memory_of(block, address);
+  if (memory == nullptr) return "no shared memory";
+  return std::string(memory == block.dynamic.get() ? "dynamic" : "static") + " shared + " +
+         std::to_string(static_cast<const char*>(address) - memory->data());
 }
 
 void check_shared(const void* address, size_t bytes, const char* what) {
-  const auto holds = [&](const SharedMemory& memory) {
-    const ptrdiff_t offset = static_cast<const char*>(address) - memory.data();
-    return offset >= 0 && static_cast<size_t>(offset) + bytes <= memory.bytes();
-  };
-  const Block& block = Runner::instance().block();
-  bool inside = holds(*block.dynamic);
-  for (const auto& [site, memory] : block.statics) inside |= holds(*memory);
-  if (!inside)
-    fail(std::string(what) + ": " + std::to_string(bytes) + " bytes at " + shared_address(address) +
-         " are not all in the block's shared memory");
+  const SharedMemory* const memory = memory_of(Runner::instance().block(), address);
+  if (memory == nullptr ||
+      static_cast<const char*>(address) + bytes > memory->data() + memory->bytes())
+    fail(std::string(what) + ": " + std::to_string(bytes) + " bytes from " +
+         shared_address(address) + " on are not all in the block's shared memory");
 }
 
 void fail_outside_kernel(const char* what) {

@@ -39,7 +39,9 @@ struct Thread {
   int lane() const { return builtins.linear_thread % 32; }
   int warp() const { return builtins.linear_thread / 32; }
   Fiber fiber;
-  GroupedOperations wgmma{"wgmma"}, bulk{"tma_store"};
+  GroupedOperations wgmma{"wgmma"}, bulk{"TMA store"};
+  uint64_t fenced_at = 0;        // the last fence_async_proxy, by Runner::tick
+  int64_t cluster_arrival = -1;  // the generation of the cluster barrier that it waits for, or -1
   void* sanitizer_thread = nullptr;  // ThreadSanitizer's name for what the kernel does here
 };
 
@@ -78,18 +80,36 @@ class SharedMemory {
   SharedMemory& operator=(const SharedMemory&) = delete;
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
+  size_t alignment() const { return alignment_; }
   /// What was overwritten around the memory, or an empty text.
   std::string damage() const;
 
  private:
-  size_t bytes_, prefix_;
+  size_t bytes_, alignment_, prefix_;
   char* allocation_;
   char* data_;
+};
+
+/// Blocks that are live together and reach each other's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank; null once it has ended
+  int arrived = 0;             // live threads that have arrived at the barrier
+  int64_t generation = 0;
+  unsigned char meetings[2];
+};
+
+/// The last write of threads to 16 bytes of shared memory; `at` 0 if there is none.
+struct GenericWrite {
+  const Thread* writer;
+  uint64_t at;
 };
 
 struct Block {
   static constexpr int kBarriers = 16;
   uint3 index{};
+  std::shared_ptr<Cluster> cluster;
+  int rank = 0;
+  std::vector<GenericWrite> generic_writes;  // of the dynamic memory; empty if there were none
   std::vector<Thread*> threads;
   int running = 0;  // threads that have not exited
   std::vector<Warp> warps;
@@ -97,6 +117,16 @@ struct Block {
   std::unique_ptr<SharedMemory> dynamic;
   std::vector<std::pair<const void*, std::unique_ptr<SharedMemory>>> statics;
 };
+
+/// An action of complete_later.
+struct Flight {
+  std::function<void()> action;
+  Thread* issuer;
+  const Block* target;
+};
+
+/// When what goes on by itself happens.
+enum Lateness { kAnyTime, kAtOnce, kAsLateAsPossible };
 
 class Runner {
  public:
@@ -112,7 +142,11 @@ class Runner {
   void yield();
   bool one_in(unsigned n) { return random_() % n == 0; }
   void wake_spinners();
-  std::vector<std::unique_ptr<Block>>& live_blocks() { return live_; }
+  Lateness lateness() const { return static_cast<Lateness>(settings.seed / 4 % 3); }
+  /// Whether what may happen later happens now.
+  bool at_once() { return lateness() == kAtOnce || (lateness() == kAnyTime && one_in(2)); }
+  void take_off(Flight flight) { in_flight_.push_back(std::move(flight)); }
+  uint64_t tick() { return ++ticks_; }
 
   Settings settings;
   Statistics statistics;
@@ -121,7 +155,9 @@ class Runner {
   friend struct Thread;
   void progress() { ++progress_; }
   void start_blocks();
-  void start_block(uint64_t index);
+  void start_block(uint64_t index, const std::shared_ptr<Cluster>& cluster);
+  void land(size_t flight);
+  void land_all_of(const Block& block);
   void finish_block(Block& block);
   Thread* next_ready();
   void resume_next();
@@ -137,8 +173,10 @@ class Runner {
   std::vector<std::unique_ptr<Thread>> threads_;  // all that were ever made, on this OS thread
   std::vector<Thread*> free_;
   std::vector<std::unique_ptr<Block>> live_;
-  std::vector<uint64_t> waiting_blocks_;  // to be started, last first
-  std::vector<Thread*> ready_;            // a heap by priority, or unordered if the order is random
+  std::vector<uint64_t> waiting_blocks_;  // first ones of clusters to be started, last first
+  std::vector<Flight> in_flight_;
+  uint64_t ticks_ = 0;
+  std::vector<Thread*> ready_;  // a heap by priority, or unordered if the order is random
   std::vector<Thread*> spinning_;
   uint64_t progress_ = 0, progress_at_wake_ = 0;
   int fruitless_wakes_ = 0;
@@ -158,6 +196,13 @@ void* switch_sanitizer_thread(void* to);  // the one before; null means the laun
 void ignore_accesses(bool ignore);        // of the launching thread
 void release_as(const Thread& thread, const void* object);
 void acquire_as(const Thread& thread, const void* object);
+
+/// A live thread of the cluster has arrived at its barrier or exited: whether all are there now.
+void advance_cluster(Cluster& cluster);
+/// The block's memory that holds the address, or null.
+const SharedMemory* memory_of(const Block& block, const void* address);
+/// The block's static array that belongs to `site`, made when it is first asked for.
+void* static_of(Block& block, const void* site, size_t bytes, size_t alignment);
 
 /// Who runs, for error texts: "block (1,0,0) thread 37".
 std::string name_of(const Thread& thread);

@@ -15,6 +15,7 @@ void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
 void AnnotateIgnoreWritesBegin(const char* file, int line);
 void AnnotateIgnoreWritesEnd(const char* file, int line);
+void __tsan_write_range(void* address, unsigned long bytes);
 }
 
 namespace simt {
@@ -62,6 +63,9 @@ InsideModel::~InsideModel() {
 }
 void release(const void* object) { __tsan_release(const_cast<void*>(object)); }
 void acquire(const void* object) { __tsan_acquire(const_cast<void*>(object)); }
+void sees_write(const void* address, size_t bytes) {
+  __tsan_write_range(const_cast<void*>(address), bytes);
+}
 
 }  // namespace simt
 
@@ -81,6 +85,7 @@ InsideModel::InsideModel() : kernel_thread_(nullptr) {}
 InsideModel::~InsideModel() = default;
 void release(const void*) {}
 void acquire(const void*) {}
+void sees_write(const void*, size_t) {}
 
 }  // namespace simt
 

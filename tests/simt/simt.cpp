@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <numeric>
 #include <utility>
 
 #include "runner.h"
@@ -59,7 +58,9 @@ void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) 
     throw Error("launch: grid: expected 1 to 2^31-1, 65535, 65535 blocks, got " +
                 std::to_string(shape.grid.x) + ", " + std::to_string(shape.grid.y) + ", " +
                 std::to_string(shape.grid.z));
-  if (shape.cluster != 1) throw Error("launch: clusters are not modelled");
+  if (shape.cluster < 1 || shape.cluster > 8 || shape.grid.x % shape.cluster != 0)
+    throw Error("launch: cluster: expected 1 to 8 blocks that divide the grid's x of " +
+                std::to_string(shape.grid.x) + ", got " + std::to_string(shape.cluster));
   shape_ = shape;
   body_ = body;
   argument_ = argument;
@@ -71,8 +72,8 @@ void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) 
   error_ = nullptr;
   if (!main_) main_ = std::make_unique<Fiber>();
 
-  waiting_blocks_.resize(blocks);
-  std::iota(waiting_blocks_.rbegin(), waiting_blocks_.rend(), uint64_t{0});
+  waiting_blocks_.clear();
+  for (uint64_t first = blocks; first > 0;) waiting_blocks_.push_back(first -= shape.cluster);
   if (order_of(settings.seed) == kDescending)
     std::reverse(waiting_blocks_.begin(), waiting_blocks_.end());
   if (order_of(settings.seed) >= kWarpByWarp)
@@ -88,22 +89,26 @@ void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) 
 }
 
 void Runner::start_blocks() {
-  const size_t limit = shape_.cooperative
-                           ? waiting_blocks_.size() + live_.size()
-                           : static_cast<size_t>(std::max(1, settings.resident_blocks));
-  while (live_.size() < limit && !waiting_blocks_.empty()) {
-    start_block(waiting_blocks_.back());
+  const size_t resident = static_cast<size_t>(std::max(1, settings.resident_blocks));
+  while ((shape_.cooperative || live_.size() + shape_.cluster <= resident * shape_.cluster) &&
+         !waiting_blocks_.empty()) {
+    const uint64_t first = waiting_blocks_.back();
     waiting_blocks_.pop_back();
+    const auto cluster = std::make_shared<Cluster>();
+    for (uint64_t rank = 0; rank < shape_.cluster; ++rank) start_block(first + rank, cluster);
   }
 }
 
-void Runner::start_block(uint64_t index) {
+void Runner::start_block(uint64_t index, const std::shared_ptr<Cluster>& cluster) {
   const dim3 shape = shape_.block, grid = shape_.grid;
   const int n = static_cast<int>(shape.x * shape.y * shape.z);
   auto block = std::make_unique<Block>();
   block->index = {static_cast<unsigned>(index % grid.x),
                   static_cast<unsigned>(index / grid.x % grid.y),
                   static_cast<unsigned>(index / grid.x / grid.y)};
+  block->cluster = cluster;
+  block->rank = static_cast<int>(cluster->blocks.size());
+  cluster->blocks.push_back(block.get());
   block->dynamic = std::make_unique<SharedMemory>(shape_.dynamic_shared_bytes, 1024);
   block->running = n;
   block->warps.resize(static_cast<size_t>(n + 31) / 32);
@@ -122,8 +127,8 @@ void Runner::start_block(uint64_t index) {
         {u % shape.x, u / shape.x % shape.y, u / shape.x / shape.y}, block->index, shape, grid, i};
     thread->block = block.get();
     thread->wait = {};
-    thread->wgmma.clear();
-    thread->bulk.clear();
+    thread->fenced_at = 0;
+    thread->cluster_arrival = -1;
     thread->exited = thread->started = false;
     switch (order_of(settings.seed)) {
       case kAscending:
@@ -143,6 +148,7 @@ void Runner::start_block(uint64_t index) {
 }
 
 void Runner::finish_block(Block& block) {
+  land_all_of(block);
   std::string damage = block.dynamic->damage();
   if (!damage.empty())
     damage =
@@ -152,6 +158,7 @@ void Runner::finish_block(Block& block) {
       damage = "static shared memory of " + std::to_string(memory->bytes()) +
                " bytes: " + memory->damage();
   const std::string name = name_of(*block.threads[0]);
+  block.cluster->blocks[static_cast<size_t>(block.rank)] = nullptr;
   free_.insert(free_.end(), block.threads.begin(), block.threads.end());
   std::erase_if(live_, [&](const auto& b) { return b.get() == &block; });
   if (!damage.empty()) throw Error(name.substr(0, name.find(" thread")) + ": " + damage);
@@ -166,6 +173,9 @@ void Runner::make_ready(Thread* thread) {
 }
 
 Thread* Runner::next_ready() {
+  while (!in_flight_.empty() && !error_ &&
+         (ready_.empty() || (lateness() == kAnyTime && one_in(16))))
+    land(random_() % in_flight_.size());
   if (ready_.empty() && !spinning_.empty()) {
     fruitless_wakes_ = progress_ == progress_at_wake_ ? fruitless_wakes_ + 1 : 0;
     progress_at_wake_ = progress_;
@@ -200,8 +210,10 @@ void Runner::switch_to(Thread* next) {
 
 void Runner::resume_next() {
   Thread* next = error_ ? nullptr : next_ready();
+  if (error_) next = nullptr;
   if (next == nullptr && !live_.empty() && !error_)
-    error_ = std::make_exception_ptr(Error(deadlock_report(live_, waiting_blocks_.size())));
+    error_ = std::make_exception_ptr(
+        Error(deadlock_report(live_, waiting_blocks_.size() * shape_.cluster)));
   switch_to(next);
 }
 
@@ -248,7 +260,12 @@ void Runner::thread_exits(Thread& thread) {
   thread.block->warps[static_cast<size_t>(thread.warp())].exited |= 1u << thread.lane();
   progress();
   if (!giving_up_) check_exit(thread);
-  if (--thread.block->running == 0 && !giving_up_) finish_block(*thread.block);
+  Cluster& cluster = *thread.block->cluster;
+  if (thread.cluster_arrival == cluster.generation) --cluster.arrived;
+  --thread.block->running;
+  if (giving_up_) return;
+  advance_cluster(cluster);
+  if (thread.block->running == 0) finish_block(*thread.block);
 }
 
 // A pooled fiber: runs one CUDA thread after another, each time it is taken from the free list.
@@ -267,6 +284,8 @@ void Runner::thread_main(void*) {
     } catch (...) {
       if (!runner.error_) runner.error_ = std::current_exception();
     }
+    self.wgmma.clear();  // here, since it is this thread's memory to ThreadSanitizer
+    self.bulk.clear();
     release(&runner.main_);
     switch_sanitizer_thread(nullptr);
     try {
@@ -288,6 +307,7 @@ void Runner::give_up() {
   ready_.clear();
   spinning_.clear();
   waiting_blocks_.clear();
+  in_flight_.clear();
   for (const auto& block : live_)
     for (Thread* thread : block->threads) {
       if (thread->started && !thread->exited) switch_to(thread);

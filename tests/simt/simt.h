@@ -146,59 +146,60 @@ void spin_until(Ready ready, Describe describe,
 /// becomes visible to whoever acquires `object` later.
 void release(const void* object);
 void acquire(const void* object);
+/// The same: this thread writes memory, which the model then does inside of InsideModel.
+void sees_write(const void* address, size_t bytes);
 
-/// For primitives that go on by themselves: the seed says whether what they do happens at once, as
-/// late as it may, or anything between (seed / 4 % 3 is 1, 2, 0).
+/// For primitives that go on by themselves: does `action`, which writes the shared memory of block
+/// `rank` of the cluster, now or while the running thread goes on, at the latest when no thread can
+/// run. What it does counts as this thread's; it must not wait. The seed says when: seed / 4 % 3 is
+/// 0 any time, 1 at once, 2 as late as possible.
+void complete_later(int rank, std::function<void()> action);
 
-/// Does `action` now or while the running thread goes on, at the latest when no thread can run.
-/// What it does counts as this thread's. It must not wait.
-void complete_later(std::function<void()> action);
-
-/// Operations of one thread that are waited for in groups: begun, committed, waited for in order.
+/// Operations of one thread that are waited for in groups, in order: wgmma, TMA stores. The seed
+/// says when they happen, as above; at the latest when they are waited for.
 class GroupedOperations {
  public:
   explicit GroupedOperations(const char* name) : name_(name) {}
-  /// An operation of one or two steps.
+  /// An operation of one or two steps. The group it belongs to is closed by commit().
   void begin(std::function<void()> first, std::function<void()> second = {});
-  void commit();
-  /// Until all but the latest `pending` groups have done both steps, or the first one.
-  void wait(int pending);
-  void wait_first(int pending);
-  /// wgmma: the registers are the tensor core's from here on.
-  void fence() { fenced_ = true; }
-  bool fenced() const { return fenced_; }
-  /// The thread ends: fails if an operation has not done its first step; the second ones are done.
+  void commit() { ++open_group_; }
+  /// All but the latest `pending` groups have done both steps, or the first one.
+  void wait(int pending) { wait_for(pending, true); }
+  void wait_first(int pending) { wait_for(pending, false); }
+  /// The thread ends: fails if it has not waited for a first step; does the second steps.
   void finish();
   void clear();
+  bool fenced = false;  // for wgmma: since the last wait
 
  private:
   struct Operation {
     std::function<void()> first, second;
     int group;
+    bool waited;  // for the first step
   };
-  void run_first(int last_group);
-  void run_second(int last_group);
+  void run(int last_group, bool both);
+  void wait_for(int pending, bool both);
   const char* name_;
   std::deque<Operation> operations_;
-  int group_ = 0;  // the open one
-  bool fenced_ = false;
+  int open_group_ = 0;
 };
 GroupedOperations& wgmma_group();
 GroupedOperations& bulk_group();
 
-/// For primitives: that shared memory was written by threads (the generic proxy), that the running
-/// thread fenced that, and that wgmma or TMA now reads it (the async proxy), which fails if neither
-/// the writer nor the reader has fenced since.
+/// For primitives, the proxies of dynamic shared memory: threads wrote it; the running thread
+/// fences what it wrote or has seen written; wgmma or TMA reads or overwrites it, which fails if
+/// neither the writer nor the running thread has fenced since it was written.
 void generic_write(const void* address, size_t bytes);
 void fence_async_proxy();
 void check_fenced(const void* address, size_t bytes, const char* what);
+void async_write(const void* address, size_t bytes);
 
-/// For primitives: blocks of the running thread's cluster.
+/// For primitives: the blocks of the running thread's cluster.
 int cluster_rank();
 int cluster_blocks();
-void cluster_arrive(std::source_location where);
+void cluster_arrive();
 void cluster_wait(std::source_location where);
-/// The same place in the shared memory of another block of the cluster.
+/// The same place in the shared memory of block `rank`.
 void* in_peer(const void* address, int rank);
 
 /// Runs `kernel(arguments...)` once for every thread of `shape`; every thread gets its own copies.

@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: MIT
 //
 // Broken kernels: each mistake must be caught, and the text must say where.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <vector>
 
 #include "check.h"
 #include "device/barrier.cuh"
 #include "device/mbarrier.cuh"
 #include "device/warp.cuh"
+#include "races.h"
 
 namespace {
 
@@ -69,23 +67,8 @@ std::vector<uint64_t> wrong_seeds(void (*kernel)(const int*, int*, Omission), Om
 
 #if defined(__SANITIZE_THREAD__)
 
-// Whether ThreadSanitizer reports anything while a child process does `work`.
-template <class Work>
-bool races(Work work) {
-  std::fflush(stdout);
-  const pid_t child = fork();
-  if (child == 0) {
-    if (!freopen("/dev/null", "w", stderr)) _exit(2);
-    work();
-    std::exit(0);  // ThreadSanitizer replaces the status if it has reported a race
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  return !(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-}
-
 bool races(void (*kernel)(const int*, int*, Omission), Omission omission, uint64_t seed) {
-  return races([=] {
+  return ::races([=] {
     std::vector<int> in(256), out(256);
     simt::settings().seed = seed;
     simt::launch(kernel, {1, 128, 128 * sizeof(int)}, in.data(), out.data(), omission);
