@@ -50,14 +50,15 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/// mbarrier.arrive.release.cluster.shared::cluster.b64 on the barrier at the same place in block
-/// `rank`.
+/// mbarrier.arrive.shared::cluster.b64 on the barrier at the same place in block `rank`. It says
+/// that memory has been read and may be overwritten; it orders no writes beyond the own block,
+/// which .release.cluster would, by a fence of the whole GPU.
 __device__ __forceinline__ void mbarrier_arrive_in(MBarrier& b, int rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(detail::shared_u32(&b)),
       "r"(rank)
       : "memory");
