@@ -74,16 +74,17 @@ def plan(out: Path) -> list[Step]:
     pytest = [*python, "-m", "pytest", "-q", "-x", "--durations=5"]
     build = {"KIMI_OPS_CUDA": "on", "KIMI_OPS_TESTS": "OFF", "CMAKE_BUILD_PARALLEL_LEVEL": "16"}
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
-    small = [*python, "-m", "pytest", "-q", "tests/gpu/test_primitives.py", "-k", "device_half"]
+    primitives = ["tests/gpu/test_primitives.py", "tests/gpu/test_primitives_sm90.py"]
+    small = [*python, "-m", "pytest", "-q", primitives[0], "-k", "device_half"]
     files = ("topk_gate", "permute", "balance", "grouped_gemm_torch", "fused_experts_torch")
     some = "groups or empty or ties or contract or valid or nan_stays or awkward_sizes"
     ops = [*python, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in files)]
     ops += ["-k", f"cuda and ({some})"]
     results = str(out / "benchmarks.json")
     return [
-        Step("build", [*python, "setup.py", "build_ext", "--inplace"], 150, build),
-        Step("primitives", [*pytest, "tests/gpu/test_primitives.py"], 40),
-        Step("op tests", [*pytest, "tests", "-k", "cuda"], 120),
+        Step("build", [*python, "setup.py", "build_ext", "--inplace"], 180, build),
+        Step("primitives", [*pytest, *primitives], 50),
+        Step("op tests", [*pytest, "tests", "-k", "cuda"], 100),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *small], 30, needs=sanitizer[0]),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *small], 30, needs=sanitizer[0]),
         Step("memcheck ops", [*sanitizer, "--tool", "memcheck", *ops], 60, needs=sanitizer[0]),

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Every CUDA kernel stays within its register budget, without spills or local memory.
 
+Nor may ptxas give up on what a kernel asks for: that it ignores setmaxnreg or lets one wgmma wait
+for the other it says in a remark only.
+
 cmake/ptxas_budget.txt holds one line for each kernel. After a change that is meant, renew it with
 ``python tests/test_ptxas_budget.py > cmake/ptxas_budget.txt`` and look at the difference.
 """
@@ -44,6 +47,11 @@ def parse_ptxas(log: str) -> dict[str, Usage]:
     }
 
 
+def performance_losses(log: str) -> list[str]:
+    """What ptxas remarks that it did not do as asked."""
+    return [line for line in log.splitlines() if "Potential Performance Loss" in line]
+
+
 def readable(mangled: str) -> str:
     """``topk_gate_kernel<bf16, 32>`` of a mangled kernel name."""
     demangler = shutil.which("cu++filt") or shutil.which("c++filt")
@@ -63,6 +71,8 @@ def compile_kernels(source: Path) -> dict[tuple[str, str], Usage]:
         command = ["nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch={architecture}", "-Xptxas=-v"]
         command += ["-cubin", str(source), "-o", f"{folder}/kernels.cubin"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if losses := performance_losses(result.stderr):
+        raise RuntimeError(f"{source}: " + "\n".join(losses))
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
     usage = parse_ptxas(result.stderr)
@@ -135,6 +145,11 @@ ptxas info    : Used 255 registers
     text = "\n".join(complaints(keyed, budget, compare_registers=False))
     assert "_Z1aPf (sm_80): 16 spill, 8 stack bytes" in text and "gone (sm_80)" in text
     assert "the budget is" not in text
+    assert not performance_losses(log)
+    remark = (
+        "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to ..."
+    )
+    assert performance_losses(log + remark) == [remark]
 
 
 def test_spills_fail_with_any_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:

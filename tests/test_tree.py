@@ -66,6 +66,44 @@ def test_asm_stands_in_device_headers_only():
         assert not re.search(r"\basm\b\s*(volatile)?\s*[({]", path.read_text()), path
 
 
+# Loads that may pass by what this kernel's blocks write (ld.global.nc): by file and address, the
+# struct of csrc/kimi_ops.h and its member that the memory belongs to.
+NON_COHERENT_LOADS = {
+    ("csrc/permute/permute.cu", "from + column"): ("kimi_permute_params", "x"),
+    ("csrc/permute/sort_chunks.cu", "from + c"): ("kimi_sort_chunks_params", "x"),
+    ("csrc/permute/unpermute.cu", "from"): ("kimi_unpermute_params", "y"),
+    ("csrc/permute/unpermute_backward.cu", "y + h"): ("kimi_unpermute_backward_params", "y"),
+}
+
+
+def test_non_coherent_loads_read_inputs_that_no_block_writes():
+    loads = re.compile(r"\b(?:load16_streaming|load_once|__ldg\w*|__ld[cl]\w+)\(([^()]*)\)")
+    members = {}
+    for header in (ROOT / "csrc").glob("kimi_ops*.h"):
+        structs = re.finditer(r"typedef struct (\w+) \{(.*?)\n\}", header.read_text(), re.DOTALL)
+        members |= {match[1]: match[2] for match in structs}
+    found = set()
+    for path in tracked(".cu", ".cuh"):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("csrc/") or name == "csrc/device/vec.cuh":
+            continue
+        text = path.read_text()
+        assert not re.search(r"ld\.global\.nc|__restrict", text), f"{name}: may load past writes"
+        for match in loads.finditer(text):
+            if name == "csrc/permute/permute.cuh" and match[1] in ("from", "const Unit* from"):
+                continue  # load_once itself: its calls are looked at
+            found.add((name, match[1]))
+            # blocks that wait for each other may read what others have written
+            assert not re.search(r"cooperative|const_cast", text), f"{name}: a cooperative launch"
+    assert found == set(NON_COHERENT_LOADS), "review the address, then list it here"
+    for struct, member in NON_COHERENT_LOADS.values():
+        declared = re.search(
+            rf"^  const [\w ]+\* ?{member}; *(/\*.*)?$", members[struct], re.MULTILINE
+        )
+        assert declared, f"{struct}.{member} is not a const pointer"
+        assert not (declared[1] or "").startswith("/* out"), f"{struct}.{member} is an output"
+
+
 def test_intrinsics_stand_in_files_of_their_instruction_set():
     for path in tracked(".h", ".cpp", ".cu", ".cuh"):
         if path.parts[-3:-1] == ("tests", "simt") or "csrc" not in path.parts:

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 //
 // Registers that move between the warpgroups of a block (sm_90a): producers give up what consumers
-// need. All warps of a warpgroup do it together, once. ptxas ignores it, with a remark, unless it
-// knows the count at the start: __launch_bounds__(threads, blocks) with both numbers.
+// need. All warps of a warpgroup do it together. A block starts with 65536 / threads registers a
+// thread, in steps of 8 (168 of 384 threads: 40 + 232 + 232), if its kernel says
+// __launch_bounds__(threads, 1); without the second number ptxas ignores these, with a remark.
 #pragma once
 
 #include "device/platform.cuh"
@@ -14,7 +15,7 @@ template <int kCount>
 constexpr bool kRegisterCount = kCount >= 24 && kCount <= 256 && kCount % 8 == 0;
 }
 
-/// setmaxnreg.inc: the warp goes on when `kCount` registers a thread are there.
+/// setmaxnreg.inc: the warp goes on when it has `kCount` registers a thread, no fewer than before.
 template <int kCount>
 __device__ inline void registers_increase() {
   static_assert(detail::kRegisterCount<kCount>, "24 to 256, a multiple of 8");
@@ -23,7 +24,7 @@ __device__ inline void registers_increase() {
 #endif
 }
 
-/// setmaxnreg.dec: the warp keeps `kCount` registers a thread.
+/// setmaxnreg.dec: the warp keeps `kCount` registers a thread, no more than before.
 template <int kCount>
 __device__ inline void registers_decrease() {
   static_assert(detail::kRegisterCount<kCount>, "24 to 256, a multiple of 8");

@@ -83,8 +83,18 @@ class Finish {
   template <int kAt, int kUpAt, int kN>
   __device__ static void run(const Product& p, const Rows& rows, int64_t col, const float (&c)[kN],
                              float* scratch) {
+    collect<kAt, kUpAt>(c, scratch);
+    write(p, rows, col, scratch);
+  }
+
+  // Its two halves.
+  template <int kAt, int kUpAt, int kN>
+  __device__ static void collect(const float (&c)[kN], float* scratch) {
     put<kAt>(c, scratch);
     if constexpr (kPairs) put<kUpAt>(c, scratch + 16 * kStride);
+  }
+  __device__ static void write(const Product& p, const Rows& rows, int64_t col,
+                               const float* scratch) {
     warp_barrier();
     constexpr int kPieces = 16 * kChunk / 8, kInRow = kChunk / 8;
 #pragma unroll 1
@@ -105,7 +115,35 @@ class Finish {
     warp_barrier();
   }
 
+  // kStore of zeros: `width` columns, a multiple of 8.
+  __device__ static void clear(const Product& p, const Rows& rows, int64_t col, int width) {
+#pragma unroll 1
+    for (int piece = lane_id(); piece < 2 * width; piece += kWarpSize) {
+      const int r = piece / (width / 8);
+      const int64_t first = col + piece % (width / 8) * 8, left = p.cols - first;
+      const int count = r >= rows.valid || left <= 0 ? 0 : left < 8 ? static_cast<int>(left) : 8;
+      float zeros[8] = {};
+      store(p, rows.group, rows.row + r, first, zeros, count);
+    }
+  }
+
+  // collect() where the registers hold C transposed, 16 columns x 16 rows.
+  template <int kAt, int kUpAt, int kN>
+  __device__ static void collect_transposed(const float (&c)[kN], float* scratch) {
+    put_transposed<kAt>(c, scratch);
+    if constexpr (kPairs) put_transposed<kUpAt>(c, scratch + 16 * kStride);
+  }
+
  private:
+  template <int kAt, int kN>
+  __device__ static void put_transposed(const float (&c)[kN], float* scratch) {
+    static_assert(kChunk == 16);
+    const int column = lane_id() / 4, row = lane_id() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      scratch[(row + 8 * (i / 4) + i % 2) * kStride + column + i / 2 % 2 * 8] = c[kAt + i];
+  }
+
   template <int kAt, int kN>
   __device__ static void put(const float (&c)[kN], float* scratch) {
     const int row = lane_id() / 4, column = lane_id() % 4 * 2;

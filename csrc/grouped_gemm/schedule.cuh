@@ -29,17 +29,43 @@ struct Tile {
   int64_t end;    // one past the group's last row
 };
 
+// Tile `local` of a group. 32 bits are enough for numbers of tiles: a C with more fits no memory;
+// and a division of 64 bits is a call, next to which wgmma would not run asynchronously.
+template <int kSwizzle>
+__device__ inline void place_in_group(int64_t local, int64_t row_tiles, int64_t col_tiles,
+                                      Tile& tile) {
+  const uint32_t width = static_cast<uint32_t>(kSwizzle * col_tiles);
+  const uint32_t chunk = static_cast<uint32_t>(local) / width;
+  const uint32_t in_chunk = static_cast<uint32_t>(local) - chunk * width;
+  const uint32_t left = static_cast<uint32_t>(row_tiles) - chunk * kSwizzle;
+  const uint32_t rows = left < kSwizzle ? left : kSwizzle, col = in_chunk / rows;
+  tile.col_tile = static_cast<int32_t>(col);
+  tile.row_tile = static_cast<int32_t>(chunk * kSwizzle + in_chunk - col * rows);
+}
+
 template <int kTileRows, int kSwizzle = 8>
 class RowSchedule {
  public:
-  // `zero_rows`: rows after the last group are tiles too.
-  __device__ RowSchedule(const Product& p, int64_t col_tiles, bool zero_rows)
+  // Where to go on: what a kernel may keep between two tiles in place of the whole schedule.
+  struct Place {
+    int32_t window = 0;
+    int64_t before = 0;  // tiles of the groups before it
+  };
+
+  // `zero_rows`: rows after the last group are tiles too. `blocks`: of a cluster, each of which
+  // takes kTileRows of a tile.
+  __device__ RowSchedule(const Product& p, int64_t col_tiles, bool zero_rows, Place from = {},
+                         int blocks = 1)
       : offsets_(p.offsets),
         num_rows_(p.num_rows),
         col_tiles_(col_tiles),
+        tile_rows_(static_cast<uint32_t>(kTileRows * blocks)),
         groups_(p.num_groups),
         windowed_(p.num_groups + (zero_rows ? 1 : 0)) {
-    load_window(0, 0);
+    load_window(from.window, from.before);
+  }
+  __device__ Place place() const {
+    return {window_, warp_broadcast(before_ - tiles_ * col_tiles_, 0)};
   }
 
   // Tile `index`, which must not be below that of an earlier call; false after the last one.
@@ -56,13 +82,8 @@ class RowSchedule {
     const int64_t local = index - (warp_broadcast(before_, lane) - row_tiles * col_tiles_);
     tile.group = window_ + lane;
     tile.end = warp_broadcast(end_, lane);
-    const int64_t chunk = local / (kSwizzle * col_tiles_);
-    const int64_t left = row_tiles - chunk * kSwizzle;
-    const int64_t rows = left < kSwizzle ? left : kSwizzle;
-    const int64_t in_chunk = local - chunk * kSwizzle * col_tiles_;
-    tile.col_tile = static_cast<int32_t>(in_chunk / rows);
-    tile.row_tile = static_cast<int32_t>(chunk * kSwizzle + in_chunk % rows);
-    tile.begin = warp_broadcast(begin_, lane) + int64_t{tile.row_tile} * kTileRows;
+    place_in_group<kSwizzle>(local, row_tiles, col_tiles_, tile);
+    tile.begin = warp_broadcast(begin_, lane) + int64_t{tile.row_tile} * tile_rows_;
     return true;
   }
 
@@ -80,7 +101,8 @@ class RowSchedule {
     const bool exists = e < windowed_;
     begin_ = exists ? offset(e - 1) : 0;
     end_ = exists ? offset(e) : 0;
-    tiles_ = end_ > begin_ ? (end_ - begin_ + kTileRows - 1) / kTileRows : 0;
+    const int64_t rows = end_ > begin_ ? end_ - begin_ : 0;
+    tiles_ = (static_cast<uint32_t>(rows) + tile_rows_ - 1) / tile_rows_;
     before_ = tiles_ * col_tiles_;
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
@@ -92,6 +114,7 @@ class RowSchedule {
 
   const int32_t* offsets_;
   int64_t num_rows_, col_tiles_;
+  uint32_t tile_rows_;
   int32_t groups_, windowed_, window_ = 0;
   int64_t begin_ = 0, end_ = 0, tiles_ = 0;  // of the lane's group
   int64_t before_ = 0;                       // tiles up to and with the lane's group
@@ -107,14 +130,9 @@ class DepthSchedule {
   __device__ bool find(int64_t index, Tile& tile) const {
     const int64_t tiles = row_tiles_ * col_tiles_;
     if (tiles == 0 || index >= tiles * p_.num_groups) return false;
-    const int64_t group = index / tiles, local = index - group * tiles;
-    const int64_t chunk = local / (kSwizzle * col_tiles_);
-    const int64_t left = row_tiles_ - chunk * kSwizzle;
-    const int64_t rows = left < kSwizzle ? left : kSwizzle;
-    const int64_t in_chunk = local - chunk * kSwizzle * col_tiles_;
+    const uint32_t group = static_cast<uint32_t>(index) / static_cast<uint32_t>(tiles);
     tile.group = static_cast<int32_t>(group);
-    tile.col_tile = static_cast<int32_t>(in_chunk / rows);
-    tile.row_tile = static_cast<int32_t>(chunk * kSwizzle + in_chunk % rows);
+    place_in_group<kSwizzle>(index - group * tiles, row_tiles_, col_tiles_, tile);
     const int64_t begin = group > 0 ? p_.offsets[group - 1] : 0, end = p_.offsets[group];
     tile.begin = begin < 0 ? 0 : begin;
     tile.end = end > p_.num_rows ? p_.num_rows : end;

@@ -10,9 +10,11 @@
 #include "common/dtype.h"
 #include "device/atomic.cuh"
 #include "device/barrier.cuh"
+#include "device/cp_async.cuh"
 #include "device/launch.cuh"
 #include "device/math.cuh"
 #include "device/mbarrier.cuh"
+#include "device/mma.cuh"
 #include "device/vec.cuh"
 #include "device/warp.cuh"
 #include "topk_gate/score.cuh"
@@ -85,15 +87,17 @@ __global__ void reciprocal_kernel(Io io) {
   }
 }
 
-// 4 outputs: both halves of the input as bf16 and fp16, and the input rounded to them.
+// 6 outputs: the low bits of the input as bf16, fp16 and e4m3, and the input rounded to them.
 __global__ void dtype_kernel(Io io) {
   if (thread() >= io.n) return;
   const uint32_t v = io.in[thread()];
-  uint32_t* out = io.out + 4 * thread();
+  uint32_t* out = io.out + 6 * thread();
   out[0] = bits_of(to_float(bf16{static_cast<uint16_t>(v)}));
   out[1] = bits_of(to_float(fp16{static_cast<uint16_t>(v)}));
   out[2] = from_float<bf16>(float_of(v)).bits;
   out[3] = from_float<fp16>(float_of(v)).bits;
+  out[4] = bits_of(to_float(e4m3{static_cast<uint8_t>(v)}));
+  out[5] = from_float<e4m3>(float_of(v)).bits;
 }
 
 // Sums, a maximum, and a hash table by compare-and-swap whose occupied places are counted.
@@ -171,17 +175,72 @@ __global__ void mbarrier_kernel(Io io) {
 #endif
 }
 
+// Four words a thread by cp.async, in two groups, of which every third copy of the second is zeros;
+// each thread then reads what another one has copied. 2 outputs for each input.
+__global__ void cp_async_kernel(Io io) {
+  KIMI_STATIC_SHARED(uint4, tile, 2 * kThreads);
+  const int t = static_cast<int>(threadIdx.x), first = thread() * 4;
+  if (blockIdx.x * kThreads * 4 >= static_cast<unsigned>(io.n)) return;
+  cp_async16(tile + t, io.in + first, true);
+  cp_async_commit();
+  cp_async16(tile + kThreads + t, t % 3 == 0 ? nullptr : io.in + first, t % 3 != 0);
+  cp_async_commit();
+  cp_async_wait<1>();
+  __syncthreads();
+  store16(io.out + first, tile[kThreads - 1 - t]);
+  cp_async_wait<0>();
+  __syncthreads();
+  store16(io.out + io.n + first, tile[kThreads + (t + 1) % kThreads]);
+}
+
+// d += a b of small integers, whose sums are exact in any order. a and b are the block's inputs.
+template <class T>
+__device__ void small_product(uint4* tile, uint32_t word, uint32_t* out) {
+  const int l = lane_id();
+  T pair[2];
+  for (int i = 0; i < 2; ++i)
+    pair[i] = from_float<T>(static_cast<float>(word >> 16 * i & 15) - 8.0f);
+  memcpy(reinterpret_cast<char*>(tile) + 4 * threadIdx.x, pair, 4);
+  __syncthreads();
+  uint32_t a[4], b[4];
+  ldmatrix_x4(a, tile + (l % 8 + l / 8 % 2 * 8) * 2 + l / 16);              // [row][depth]
+  ldmatrix_x4_transposed(b, tile + (l + 3 * warp_id()) % 16 * 2 + l / 16);  // [depth][col]
+  float d[4];
+  for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(word >> 8 * i & 63);
+  const uint32_t low[2] = {b[0], b[1]};
+  mma_m16n8k16<T>(d, a, low);
+  for (int i = 0; i < 4; ++i) out[i] = bits_of(d[i]);
+}
+
+// 16 outputs: what ldmatrix reads of the block's words, both ways, and two products.
+__global__ void matrix_kernel(Io io) {
+  KIMI_STATIC_SHARED(uint4, raw, 32);
+  KIMI_STATIC_SHARED(uint4, of_bf16, 32);
+  KIMI_STATIC_SHARED(uint4, of_fp16, 32);
+  const uint32_t word = io.in[thread()];
+  uint32_t r[4], *out = io.out + 16 * thread();
+  memcpy(reinterpret_cast<char*>(raw) + 4 * threadIdx.x, &word, 4);
+  __syncthreads();
+  ldmatrix_x4(r, raw + (lane_id() + 5 * warp_id()) % 32);
+  for (int i = 0; i < 4; ++i) out[i] = r[i];
+  ldmatrix_x4_transposed(r, raw + (lane_id() + 5 * warp_id()) % 32);
+  for (int i = 0; i < 4; ++i) out[4 + i] = r[i];
+  small_product<bf16>(of_bf16, word, out + 8);
+  small_product<fp16>(of_fp16, word, out + 12);
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(Io);
   int blocks;  // 0: as many as make one thread an input
 };
 constexpr Entry kEntries[] = {
-    {"warp", warp_kernel, 0},        {"math", math_kernel, 0},
-    {"score", score_kernel, 0},      {"reciprocal", reciprocal_kernel, 64},
-    {"dtype", dtype_kernel, 0},      {"atomic", atomic_kernel, 0},
-    {"vec", vec_kernel, 0},          {"barrier", barrier_kernel, 0},
-    {"mbarrier", mbarrier_kernel, 1}};
+    {"warp", warp_kernel, 0},         {"math", math_kernel, 0},
+    {"score", score_kernel, 0},       {"reciprocal", reciprocal_kernel, 64},
+    {"dtype", dtype_kernel, 0},       {"atomic", atomic_kernel, 0},
+    {"vec", vec_kernel, 0},           {"barrier", barrier_kernel, 0},
+    {"mbarrier", mbarrier_kernel, 1}, {"cp_async", cp_async_kernel, 0},
+    {"matrix", matrix_kernel, 0}};
 
 #if defined(KIMI_HOST_SIMT)
 Status run(const Entry& entry, const LaunchConfig& config, Io io, int /*outputs*/) {

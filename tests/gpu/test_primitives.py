@@ -2,7 +2,8 @@
 """Each primitive of csrc/device on a GPU against its host model, word for word.
 
 primitives.cu is built twice: by nvcc and for the host runner. The host build is also held against
-numpy here, so that the comparison has something true to compare with.
+numpy here, so that the comparison has something true to compare with. test_primitives_sm90.py does
+the same with what only Hopper has.
 """
 
 import ctypes
@@ -23,11 +24,13 @@ OUTPUTS = {
     "math": 7 * N,
     "score": 5 * N,
     "reciprocal": 2,
-    "dtype": 4 * N,
+    "dtype": 6 * N,
     "atomic": 10,
     "vec": 2 * N,
     "barrier": N,
     "mbarrier": 128,
+    "cp_async": 2 * N,
+    "matrix": 16 * N,
 }
 
 
@@ -55,36 +58,44 @@ def load(path: Path) -> ctypes.CDLL:
     return library
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("host") / "primitives.so"
+def build_host(source: Path, folder: Path) -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         pytest.skip(f"no C++ compiler: {compiler}")
+    path = folder / f"{source.stem}_host.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-    flags += ["-DKIMI_HOST_SIMT", f"-I{RUNNER}", f"-I{ROOT / 'csrc'}"]
+    flags += ["-Wno-psabi", "-DKIMI_HOST_SIMT", f"-I{RUNNER}", f"-I{ROOT / 'csrc'}"]
     runner = [str(p) for p in RUNNER.glob("*.cpp") if not p.name.startswith(("test_", "bench_"))]
-    command = [compiler, *flags, "-x", "c++", str(SOURCE), "-x", "none", *runner, "-o", str(path)]
+    command = [compiler, *flags, "-x", "c++", str(source), "-x", "none", *runner, "-o", str(path)]
     subprocess.run(command, check=True)
     return load(path)
+
+
+def build_gpu(source: Path, folder: Path, architecture: str) -> ctypes.CDLL:
+    path = folder / f"{source.stem}_gpu.so"
+    flags = ["-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", architecture, "-cudart=static"]
+    flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["nvcc", *flags, str(source), "-o", str(path)], check=True)
+    return load(path)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build_host(SOURCE, tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if reason := gpu_missing():
         pytest.skip(reason)
-    path = tmp_path_factory.mktemp("gpu") / "primitives.so"
-    flags = ["-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", "-arch=native", "-cudart=static"]
-    flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["nvcc", *flags, str(SOURCE), "-o", str(path)], check=True)
-    return load(path)
+    return build_gpu(SOURCE, tmp_path_factory.mktemp("gpu"), "-arch=native")
 
 
 def inputs(name: str) -> np.ndarray:
     """Random words; floats of all magnitudes with the special ones for arithmetic."""
     random = np.random.default_rng(len(name))
     words = random.integers(0, 2**32, N, dtype=np.uint32)
-    if name in ("math", "score"):
+    if name in ("math", "score", "dtype"):
         usual = random.normal(0, 4, N // 2).astype(np.float32)
         words[: N // 2] = usual.view(np.uint32)
         special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 3.4e38, 88, -87])
@@ -155,11 +166,23 @@ def test_host_model_of_arithmetic(host: ctypes.CDLL) -> None:
 
 def test_host_model_of_the_rest(host: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(run(host, "reciprocal"), [0, 1])
-    v, out = inputs("dtype"), run(host, "dtype").reshape(N, 4)
+    v, out = inputs("dtype"), run(host, "dtype").reshape(N, 6)
     half = (v & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float32)
     nan = np.isnan(half)
     np.testing.assert_array_equal(out[~nan, 1], half.view(np.uint32)[~nan])
     np.testing.assert_array_equal(out[:, 0], v << 16)
+    codes = np.arange(127)  # e4m3 without its sign, rising
+    e4m3 = np.where(codes < 8, codes * 2.0**-9, (1 + codes % 8 / 8) * 2.0 ** (codes // 8 - 7))
+    np.testing.assert_array_equal(
+        np.abs(out[:, 4].view(np.float32)), np.append(e4m3, np.nan)[v & 127]
+    )
+    with np.errstate(invalid="ignore"):
+        x = np.abs(v.view(np.float32).astype(np.float64))
+    below = np.clip(np.searchsorted(e4m3, np.minimum(x, 448), side="right") - 1, 0, 125)
+    middle = (e4m3[below] + e4m3[below + 1]) / 2
+    code = below + ((x > middle) | ((x == middle) & (below % 2 == 1)))
+    code = np.where(np.isnan(x), 127, code | (v >> 31 << 7))
+    np.testing.assert_array_equal(out[:, 5], code)
     v, out = inputs("atomic"), run(host, "atomic")
     np.testing.assert_array_equal(out[:7], [v[v % 7 == i].sum(dtype=np.uint32) for i in range(7)])
     assert out[9] == N
@@ -173,3 +196,33 @@ def test_host_model_of_the_rest(host: ctypes.CDLL) -> None:
     for i, row in enumerate(v):
         total = total * np.uint32(31) + row[(lanes + i) % 32]
     np.testing.assert_array_equal(out[:96], np.tile(total, 3))
+
+
+def test_host_model_of_matrices(host: ctypes.CDLL) -> None:
+    v, out = inputs("cp_async").reshape(-1, 128, 4), run(host, "cp_async").reshape(2, -1, 128, 4)
+    np.testing.assert_array_equal(out[0], v[:, ::-1])
+    rows = (np.arange(128) + 1) % 128
+    np.testing.assert_array_equal(out[1], v[:, rows] * (rows % 3 != 0)[None, :, None])
+
+    v, out = inputs("matrix").reshape(-1, 4, 32), run(host, "matrix").reshape(-1, 4, 32, 16)
+    lanes = np.arange(32)
+    g, t = lanes // 4, lanes % 4
+    for block, got in zip(v, out, strict=True):
+        raw = block.reshape(32, 4)  # rows of 16 bytes
+        halves = raw.view(np.uint16)
+        shifts = np.array([0, 16], np.uint32)
+        m = ((block.reshape(-1, 1) >> shifts) & 15).astype(np.float32).reshape(16, 16) - 8
+        for warp in range(4):
+            for i in range(4):
+                row = (8 * i + g + 5 * warp) % 32
+                np.testing.assert_array_equal(got[warp, :, i], raw[row, t])
+                low, high = (
+                    halves[(8 * i + 2 * t + k + 5 * warp) % 32, g].astype(np.uint32) for k in (0, 1)
+                )
+                np.testing.assert_array_equal(got[warp, :, 4 + i], low | high << np.uint32(16))
+            product = m @ m[(np.arange(16) + 3 * warp) % 16, :8]
+            for i in range(4):
+                old = (block[warp] >> np.uint32(8 * i)) & 63
+                want = (product[g + i // 2 * 8, 2 * t + i % 2] + old).astype(np.float32)
+                for first in (8, 12):
+                    np.testing.assert_array_equal(got[warp, :, first + i].view(np.float32), want)

@@ -178,6 +178,7 @@ class Runner {
   uint64_t ticks_ = 0;
   std::vector<Thread*> ready_;  // a heap by priority, or unordered if the order is random
   std::vector<Thread*> spinning_;
+  uint64_t serial_ = 0;
   uint64_t progress_ = 0, progress_at_wake_ = 0;
   int fruitless_wakes_ = 0;
   std::mt19937_64 random_;

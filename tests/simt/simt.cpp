@@ -123,8 +123,12 @@ void Runner::start_block(uint64_t index, const std::shared_ptr<Cluster>& cluster
     Thread* thread = free_.back();
     free_.pop_back();
     const unsigned u = static_cast<unsigned>(i);
-    thread->builtins = {
-        {u % shape.x, u / shape.x % shape.y, u / shape.x / shape.y}, block->index, shape, grid, i};
+    thread->builtins = {{u % shape.x, u / shape.x % shape.y, u / shape.x / shape.y},
+                        block->index,
+                        shape,
+                        grid,
+                        i,
+                        ++serial_};
     thread->block = block.get();
     thread->wait = {};
     thread->fenced_at = 0;

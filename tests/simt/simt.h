@@ -86,6 +86,7 @@ struct Builtins {
   uint3 thread_index, block_index;
   dim3 block_shape, grid_shape;
   int linear_thread;
+  uint64_t serial;  // no other thread of any launch has it
 };
 extern thread_local constinit const Builtins* t_builtins;
 [[noreturn]] void fail_outside_kernel(const char* what);

@@ -22,6 +22,7 @@ using namespace kimi;
 enum Mistake {
   kNothing,
   kStageReleasedEarly,
+  kOneThreadReleases,
   kSumsReadEarly,
   kNoCommit,
   kTooFewBytes,
@@ -49,7 +50,7 @@ __global__ void product_kernel(const __grid_constant__ TensorMap a,
   if (threadIdx.x == 0)
     for (int s = 0; s < kStages; ++s) {
       mbarrier_init(full[s], 1);
-      mbarrier_init(empty[s], 4);
+      mbarrier_init(empty[s], mistake == kOneThreadReleases ? 1 : 4);
     }
   mbarrier_fence_init();
   __syncthreads();
@@ -69,7 +70,7 @@ __global__ void product_kernel(const __grid_constant__ TensorMap a,
   const int lane = lane_id(), warp = warp_id();
   char* const staging = shared + kStaging;
   const auto release = [&](int stage) {
-    if (lane == 0) mbarrier_arrive(empty[stage]);
+    if (lane == 0 && (warp == 0 || mistake != kOneThreadReleases)) mbarrier_arrive(empty[stage]);
   };
   for (int tile = 0; tile < kTiles; ++tile) {
     float d[kN / 2];
@@ -220,6 +221,7 @@ TEST(a_stage_released_early_is_a_race) {
 
 TEST(a_stage_released_early_gives_wrong_results) {
   CHECK(outcomes(kStageReleasedEarly, "deadlock").wrong > 0);  // or a lane misses a phase
+  CHECK(outcomes(kOneThreadReleases, "deadlock").wrong > 0);   // for the whole warpgroup
   CHECK(outcomes(kNoCommit, "wgmma: not waited for when the thread ended").caught == 24);
 }
 

@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: MIT
+//
+// The Hopper primitives of csrc/device, built twice from this file as primitives.cu is: by nvcc for
+// sm_90a, and for the host runner. test_primitives.py gives both the same input and compares every
+// word.
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "device/cluster.cuh"
+#include "device/fence.cuh"
+#include "device/launch.cuh"
+#include "device/registers.cuh"
+#include "device/stmatrix.cuh"
+#include "device/tma.cuh"
+#include "device/warp.cuh"
+#include "device/wgmma.cuh"
+
+namespace {
+
+using namespace kimi;
+
+struct Io {
+  const uint32_t* in;
+  uint32_t* out;  // zero at first
+  int n;          // inputs
+};
+
+/// -4 .. 4: sums of products of them are exact.
+template <class T>
+__device__ T small_integer(uint32_t word) {
+  return from_float<T>(static_cast<float>(static_cast<int>(word % 9) - 4));
+}
+
+/// What the launcher makes tensor maps of, over `in` and over `out`.
+enum Element { kBytes, kBf16, kFp16, kFloat };
+struct Geometry {
+  Element element;
+  int rank;
+  Swizzle swizzle;
+};
+template <class T>
+constexpr Element kElement = sizeof(T) == 1 ? kBytes : kFloat;
+template <>
+constexpr Element kElement<bf16> = kBf16;
+template <>
+constexpr Element kElement<fp16> = kFp16;
+
+// A tensor of up to 3 planes of 11 rows of 200 bytes, 208 bytes apart, and its box.
+constexpr int kRows = 11, kPlanes = 3, kRowBytes = 200, kRowStride = 208;
+constexpr int kBoxRows = 10, kBoxPlanes = 2;
+constexpr int box_row_bytes(Swizzle swizzle) { return swizzle == Swizzle::k128 ? 128 : 48; }
+constexpr int box_bytes(int rank, Swizzle swizzle) {
+  return box_row_bytes(swizzle) * kBoxRows * (rank == 3 ? kBoxPlanes : 1);
+}
+
+struct Point {
+  int x, y, z;
+};
+constexpr int kPoints = 5;
+__device__ inline Point point(int i) {
+  constexpr Point kAll[kPoints] = {{0, 0, 0}, {3, 2, 1}, {-5, -3, -1}, {30, 9, 2}, {500, 0, 0}};
+  return kAll[i];
+}
+
+#define KIMI_MAPS const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to
+
+// The box at every point, as it lies in shared memory.
+template <class T, int kRank, Swizzle kSwizzle>
+__global__ void load_kernel(Io io, KIMI_MAPS) {
+  (void)to;
+  constexpr int kBytes = box_bytes(kRank, kSwizzle);
+  KIMI_SHARED(uint32_t, tile);
+  KIMI_STATIC_SHARED(MBarrier, full, 1);
+  if (threadIdx.x == 0) {
+    tma_prefetch(from);
+    mbarrier_init(full[0], 1);
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  for (int i = 0; i < kPoints; ++i) {
+    const Point at = point(i);
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_expect_tx(full[0], kBytes);
+      if constexpr (kRank == 2)
+        tma_load(tile, from, full[0], at.x, at.y);
+      else
+        tma_load(tile, from, full[0], at.x, at.y, at.z);
+    }
+    mbarrier_wait(full[0], static_cast<uint32_t>(i & 1));
+    for (int w = static_cast<int>(threadIdx.x); w < kBytes / 4; w += 128)
+      io.out[i * kBytes / 4 + w] = tile[w];
+    __syncthreads();
+  }
+}
+
+// Boxes of small integers, other ones for each point, stored or added at every point.
+template <class T, int kRank, Swizzle kSwizzle, bool kAdd>
+__global__ void store_kernel(Io io, KIMI_MAPS) {
+  (void)from;
+  constexpr int kElements = box_bytes(kRank, kSwizzle) / sizeof(T);
+  KIMI_SHARED(T, tile);
+  for (int i = 0; i < kPoints; ++i) {
+    for (int k = static_cast<int>(threadIdx.x); k < kElements; k += 128)
+      tile[k] = small_integer<T>(io.in[i * kElements + k]);
+    fence_async_shared();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const Point at = point(i);
+      if constexpr (kRank == 2)
+        kAdd ? tma_reduce_add(to, tile, at.x, at.y) : tma_store(to, tile, at.x, at.y);
+      else
+        kAdd ? tma_reduce_add(to, tile, at.x, at.y, at.z) : tma_store(to, tile, at.x, at.y, at.z);
+      tma_store_commit();
+      if (i % 2 == 0) tma_store_wait_read<0>();
+      tma_store_wait<0>();  // the next box may overlap
+    }
+    __syncthreads();
+  }
+}
+
+// out [64, N] = (r + c) % 16 + a [64, 128 bytes] b [N, 128 bytes]^T, or without the first term
+// where 16 does not divide N.
+template <class T, int kN, Major kA, Major kB>
+__global__ void __launch_bounds__(128, 1) wgmma_kernel(Io io, KIMI_MAPS) {
+  (void)from, (void)to;
+  constexpr int kDepth = 128 / sizeof(T);
+  KIMI_SHARED(char, shared);
+  const int t = static_cast<int>(threadIdx.x);
+  const auto put = [&](char* tile, Major major, int outer, int k, T value) {
+    const int row = major == Major::kDepth ? outer : outer / 64 * 64 + k;
+    const int byte = static_cast<int>(sizeof(T)) * (major == Major::kDepth ? k : outer % 64);
+    *reinterpret_cast<T*>(tile + row * 128 + (byte / 16 ^ row % 8) * 16 + byte % 16) = value;
+  };
+  for (int i = t; i < 64 * kDepth; i += 128)
+    put(shared, kA, i / kDepth, i % kDepth, small_integer<T>(io.in[i % io.n]));
+  for (int i = t; i < kN * kDepth; i += 128)
+    put(shared + 8192, kB, i / kDepth, i % kDepth, small_integer<T>(io.in[(i + 1000) % io.n] / 9));
+  fence_async_shared();
+  __syncthreads();
+  float d[kN / 2];
+  const int row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i)
+    d[i] = static_cast<float>((row + i / 2 % 2 * 8 + column + i / 4 * 8 + i % 2) % 16);
+  const uint64_t a = wgmma_descriptor<kA>(shared), b = wgmma_descriptor<kB>(shared + 8192);
+  wgmma_fence(d);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    wgmma<T, kN, kA, kB>(d, wgmma_advance<kA>(a, step), wgmma_advance<kB>(b, step),
+                         step > 0 || kN % 16 == 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_fence(d);
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i)
+    io.out[(row + i / 2 % 2 * 8) * kN + column + i / 4 * 8 + i % 2] = bits_of(d[i]);
+}
+
+// Both forms, every warp four matrices: out [form][warp][128].
+__global__ void stmatrix_kernel(Io io, KIMI_MAPS) {
+  (void)from, (void)to;
+  KIMI_SHARED(uint32_t, tiles);
+  uint32_t* const tile = tiles + warp_id() * 128;
+  for (int form = 0; form < 2; ++form) {
+    const uint32_t* in = io.in + form * 512 + static_cast<int>(threadIdx.x) * 4;
+    uint32_t* const row = tile + (lane_id() ^ 5) * 4;
+    if (form == 0)
+      stmatrix_x4(row, in[0], in[1], in[2], in[3]);
+    else
+      stmatrix_x4_transposed(row, in[0], in[1], in[2], in[3]);
+    warp_barrier();
+    for (int i = lane_id(); i < 128; i += 32) io.out[form * 512 + warp_id() * 128 + i] = tile[i];
+    warp_barrier();
+  }
+}
+
+// Two warpgroups get the registers of a third one. Each block of a cluster of two loads a box for
+// both, and its last two threads arrive at the other's barrier. out [block][both boxes, as they
+// lie, 1024 bytes apart; then rank and blocks].
+__global__ void __launch_bounds__(384, 1) cluster_kernel(Io io, KIMI_MAPS) {
+  (void)to;
+  constexpr int kBytes = box_bytes(2, Swizzle::kNone), kWords = kBytes / 4, kApart = 1024 / 4;
+  KIMI_SHARED(uint32_t, tile);
+  KIMI_STATIC_SHARED(MBarrier, full, 1);
+  KIMI_STATIC_SHARED(MBarrier, met, 1);
+  const int rank = cluster_rank(), t = static_cast<int>(threadIdx.x);
+  if (t == 0) {
+    mbarrier_init(full[0], 1);
+    mbarrier_init(met[0], 2);
+    mbarrier_fence_init();
+  }
+  cluster_arrive();
+  cluster_wait();
+  if (t >= 256) {
+    registers_decrease<40>();
+    if (t >= 382) mbarrier_arrive_in(met[0], rank ^ 1);
+  } else {
+    registers_increase<232>();
+    if (t == 0) {
+      mbarrier_arrive_expect_tx(full[0], 2 * kBytes);
+      tma_load_multicast(tile + rank * kApart, from, full[0], 4 * rank, rank, uint16_t{3});
+    }
+    mbarrier_wait(full[0], 0);
+    mbarrier_wait(met[0], 0);
+    uint32_t* const out = io.out + static_cast<int>(blockIdx.x) * (2 * kWords + 2);
+    for (int i = t; i < 2 * kWords; i += 256) out[i] = tile[i / kWords * kApart + i % kWords];
+    if (t == 0) {
+      out[2 * kWords] = static_cast<uint32_t>(rank);
+      out[2 * kWords + 1] = static_cast<uint32_t>(cluster_blocks());
+    }
+  }
+  cluster_arrive();
+  cluster_wait();
+}
+
+struct Entry {
+  const char* name;
+  void (*kernel)(Io, TensorMap, TensorMap);
+  unsigned threads, cluster;
+  Geometry geometry;
+};
+
+#define KIMI_TMA(T, rank, swizzle)                                                                \
+  {"load " #T " " #rank " " #swizzle,                                                             \
+   load_kernel<T, rank, Swizzle::swizzle>,                                                        \
+   128,                                                                                           \
+   1,                                                                                             \
+   {kElement<T>, rank, Swizzle::swizzle}},                                                        \
+  {                                                                                               \
+    "store " #T " " #rank " " #swizzle, store_kernel<T, rank, Swizzle::swizzle, false>, 128, 1, { \
+      kElement<T>, rank, Swizzle::swizzle                                                         \
+    }                                                                                             \
+  }
+#define KIMI_ADD(T, rank, swizzle)                                                             \
+  {                                                                                            \
+    "add " #T " " #rank " " #swizzle, store_kernel<T, rank, Swizzle::swizzle, true>, 128, 1, { \
+      kElement<T>, rank, Swizzle::swizzle                                                      \
+    }                                                                                          \
+  }
+#define KIMI_PRODUCT(T, n, a, b)                                                        \
+  {                                                                                     \
+    "wgmma " #T " " #n " " #a " " #b, wgmma_kernel<T, n, Major::a, Major::b>, 128, 1, { \
+      kBytes, 2, Swizzle::kNone                                                         \
+    }                                                                                   \
+  }
+#define KIMI_MAJORS(T, n)                                                 \
+  KIMI_PRODUCT(T, n, kDepth, kDepth), KIMI_PRODUCT(T, n, kDepth, kOuter), \
+      KIMI_PRODUCT(T, n, kOuter, kDepth), KIMI_PRODUCT(T, n, kOuter, kOuter)
+#define KIMI_WIDTH(n) KIMI_PRODUCT(bf16, n, kDepth, kDepth), KIMI_PRODUCT(e4m3, n, kDepth, kDepth)
+
+const Entry kEntries[] = {
+    KIMI_TMA(bf16, 2, kNone),
+    KIMI_TMA(bf16, 3, kNone),
+    KIMI_TMA(bf16, 2, k128),
+    KIMI_TMA(bf16, 3, k128),
+    KIMI_TMA(fp16, 2, k128),
+    KIMI_TMA(float, 2, k128),
+    KIMI_TMA(float, 3, kNone),
+    KIMI_TMA(e4m3, 2, k128),
+    KIMI_TMA(e4m3, 3, kNone),
+    KIMI_ADD(float, 2, kNone),
+    KIMI_ADD(float, 3, k128),
+    KIMI_ADD(bf16, 2, k128),
+    KIMI_ADD(fp16, 2, kNone),
+    KIMI_MAJORS(bf16, 8),
+    KIMI_MAJORS(bf16, 64),
+    KIMI_MAJORS(bf16, 128),
+    KIMI_MAJORS(bf16, 256),
+    KIMI_MAJORS(fp16, 16),
+    KIMI_MAJORS(fp16, 32),
+    KIMI_MAJORS(fp16, 192),
+    KIMI_WIDTH(16),
+    KIMI_WIDTH(24),
+    KIMI_WIDTH(32),
+    KIMI_WIDTH(40),
+    KIMI_WIDTH(48),
+    KIMI_WIDTH(56),
+    KIMI_WIDTH(80),
+    KIMI_WIDTH(96),
+    KIMI_WIDTH(112),
+    KIMI_WIDTH(160),
+    KIMI_WIDTH(192),
+    KIMI_WIDTH(224),
+    KIMI_PRODUCT(e4m3, 8, kDepth, kDepth),
+    KIMI_PRODUCT(e4m3, 64, kDepth, kDepth),
+    KIMI_PRODUCT(e4m3, 128, kDepth, kDepth),
+    KIMI_PRODUCT(e4m3, 256, kDepth, kDepth),
+    {"stmatrix", stmatrix_kernel, 128, 1, {kBytes, 2, Swizzle::kNone}},
+    {"cluster", cluster_kernel, 384, 2, {kBytes, 2, Swizzle::kNone}},
+};
+
+template <class T>
+Status encode(TensorMap* map, const void* base, const Geometry& g) {
+  constexpr int kSize = sizeof(T);
+  const int64_t sizes[3] = {kRowBytes / kSize, kRows, kPlanes};
+  const int64_t strides[2] = {kRowStride, kRowStride * kRows};
+  const int32_t box[3] = {box_row_bytes(g.swizzle) / kSize, kBoxRows, kBoxPlanes};
+  return encode_tensor_map<T>(map, base, g.rank, sizes, strides, box, g.swizzle);
+}
+Status encode(TensorMap* map, const void* base, const Geometry& g) {
+  switch (g.element) {
+    case kBf16:
+      return encode<bf16>(map, base, g);
+    case kFp16:
+      return encode<fp16>(map, base, g);
+    case kFloat:
+      return encode<float>(map, base, g);
+    default:
+      return encode<e4m3>(map, base, g);
+  }
+}
+
+Status run(const Entry& entry, const Io& io) {
+  TensorMap from, to;
+  KIMI_RETURN_IF_ERROR(encode(&from, io.in, entry.geometry));
+  KIMI_RETURN_IF_ERROR(encode(&to, io.out, entry.geometry));
+  LaunchConfig config{entry.cluster, entry.threads, 8192 + 256 * 128};
+  config.cluster = entry.cluster;
+  return launch(entry.kernel, config, io, from, to);
+}
+
+#if defined(KIMI_HOST_SIMT)
+Status run_on_device(const Entry& entry, const Io& io, int /*outputs*/) { return run(entry, io); }
+#else
+struct DeviceMemory {
+  void* data = nullptr;
+  ~DeviceMemory() { cudaFree(data); }
+};
+
+Status run_on_device(const Entry& entry, const Io& io, int outputs) {
+  const size_t in_bytes = sizeof(uint32_t) * static_cast<size_t>(io.n);
+  const size_t out_bytes = sizeof(uint32_t) * static_cast<size_t>(outputs);
+  DeviceMemory in, out;
+  KIMI_RETURN_IF_ERROR(cuda_status("malloc", cudaMalloc(&in.data, in_bytes)));
+  KIMI_RETURN_IF_ERROR(cuda_status("malloc", cudaMalloc(&out.data, out_bytes)));
+  KIMI_RETURN_IF_ERROR(
+      cuda_status("copy", cudaMemcpy(in.data, io.in, in_bytes, cudaMemcpyHostToDevice)));
+  KIMI_RETURN_IF_ERROR(memset_async(out.data, 0, out_bytes, nullptr));
+  KIMI_RETURN_IF_ERROR(
+      run(entry, Io{static_cast<uint32_t*>(in.data), static_cast<uint32_t*>(out.data), io.n}));
+  return cuda_status("copy", cudaMemcpy(io.out, out.data, out_bytes, cudaMemcpyDeviceToHost));
+}
+#endif
+
+}  // namespace
+
+/// The names of the kernels, one a line.
+extern "C" __attribute__((visibility("default"))) const char* kimi_primitives() {
+  static std::string names;
+  if (names.empty())
+    for (const Entry& entry : kEntries) names += std::string(entry.name) + "\n";
+  return names.c_str();
+}
+
+/// Runs the kernel `name` on n inputs; an empty text, or what went wrong. `out` is zero at first;
+/// 16 divides both addresses.
+extern "C" __attribute__((visibility("default"))) const char* kimi_run_primitive(
+    const char* name, const uint32_t* in, int n, uint32_t* out, int n_out) {
+  static thread_local std::string message;
+  for (const Entry& entry : kEntries)
+    if (std::strcmp(entry.name, name) == 0) {
+      message = run_on_device(entry, Io{in, out, n}, n_out).message;
+      return message.c_str();
+    }
+  return "no such kernel";
+}

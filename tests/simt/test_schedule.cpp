@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MIT
+//
+// The order of tiles of a grouped product against a list made by plain loops: every tile once, in
+// the very order, whatever the number of blocks that share them.
+#include <algorithm>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "device/launch.cuh"
+#include "grouped_gemm/schedule.cuh"
+
+namespace {
+
+using namespace kimi;
+using namespace kimi::grouped;
+
+constexpr int kSwizzle = 8;
+constexpr int64_t kTileCols = 8;
+
+struct Found {
+  Tile tile;
+  int32_t times;
+};
+
+bool same(const Tile& a, const Tile& b) {
+  return a.group == b.group && a.row_tile == b.row_tile && a.col_tile == b.col_tile &&
+         a.begin == b.begin && a.end == b.end;
+}
+
+// A warp a block; `resumes`: only the place is kept from one tile to the next.
+template <int kTileRows>
+__global__ void row_kernel(Product p, bool zero_rows, bool resumes, Found* found, int64_t room) {
+  using Schedule = RowSchedule<kTileRows>;
+  const int64_t col_tiles = (p.cols + kTileCols - 1) / kTileCols;
+  Schedule schedule(p, col_tiles, zero_rows);
+  Tile tile;
+  for (int64_t i = blockIdx.x; schedule.find(i, tile); i += gridDim.x) {
+    if (lane_id() == 7 && i < room) found[i] = {tile, found[i].times + 1};
+    if (resumes) schedule = Schedule(p, col_tiles, zero_rows, schedule.place());
+  }
+}
+
+__global__ void depth_kernel(Product p, int64_t row_tiles, int64_t col_tiles, Found* found,
+                             int64_t room) {
+  const DepthSchedule<> schedule(p, row_tiles, col_tiles);
+  Tile tile;
+  for (int64_t i = blockIdx.x; schedule.find(i, tile); i += gridDim.x)
+    if (lane_id() == 7 && i < room) found[i] = {tile, found[i].times + 1};
+}
+
+// Within a group kSwizzle row tiles share a column tile before the next one comes.
+void add_group(std::vector<Tile>& want, int32_t group, int64_t row_tiles, int64_t col_tiles,
+               int64_t begin, int64_t end, int64_t row_step) {
+  for (int64_t first = 0; first < row_tiles; first += kSwizzle)
+    for (int64_t c = 0; c < col_tiles; ++c)
+      for (int64_t r = first; r < std::min<int64_t>(first + kSwizzle, row_tiles); ++r)
+        want.push_back(
+            {group, static_cast<int32_t>(r), static_cast<int32_t>(c), begin + r * row_step, end});
+}
+
+void compare(const std::vector<Tile>& want, const std::vector<Found>& found) {
+  for (size_t i = 0; i < found.size(); ++i)
+    CHECK(i < want.size() ? found[i].times == 1 && same(found[i].tile, want[i])
+                          : found[i].times == 0);
+}
+
+template <int kTileRows>
+void compare_rows(uint64_t seed) {
+  simt::settings().seed = seed;
+  std::mt19937 random(static_cast<unsigned>(seed));
+  const int groups = seed % 5 == 0 ? 0 : static_cast<int>(random() % (seed % 3 == 0 ? 140 : 34));
+  std::vector<int32_t> offsets;
+  int32_t end = 0;
+  for (int e = 0; e < groups; ++e) {
+    if (random() % 3 != 0) end += static_cast<int32_t>(random() % (random() % 8 == 0 ? 1500 : 40));
+    offsets.push_back(end);
+  }
+  Product p{};
+  p.offsets = offsets.data();
+  p.num_groups = groups;
+  p.num_rows = end + static_cast<int64_t>(random() % 3 * 70);
+  p.cols = 1 + static_cast<int64_t>(random() % 30);
+  const int64_t col_tiles = (p.cols + kTileCols - 1) / kTileCols;
+  for (bool zero_rows : {false, true}) {
+    std::vector<Tile> want;
+    for (int32_t e = 0; e < groups + (zero_rows ? 1 : 0); ++e) {
+      const int64_t begin = e == 0 ? 0 : offsets[e - 1],
+                    last = e < groups ? offsets[e] : p.num_rows;
+      add_group(want, e, (last - begin + kTileRows - 1) / kTileRows, col_tiles, begin, last,
+                kTileRows);
+    }
+    for (bool resumes : {false, true}) {
+      std::vector<Found> found(want.size() + 3);
+      const unsigned blocks = 1 + static_cast<unsigned>(random() % 40);
+      CHECK(launch(row_kernel<kTileRows>, LaunchConfig{blocks, 32}, p, zero_rows, resumes,
+                   found.data(), static_cast<int64_t>(found.size()))
+                .is_ok());
+      compare(want, found);
+    }
+  }
+}
+
+TEST(tiles_of_rows) {
+  for (uint64_t seed = 0; seed < 24; ++seed) {
+    compare_rows<16>(seed);
+    compare_rows<128>(seed);
+  }
+}
+
+// Wrong offsets must not lead out of the rows.
+TEST(tiles_of_wrong_offsets) {
+  const std::vector<int32_t> offsets{-5, 40, 20, 1000, 30};
+  Product p{};
+  p.offsets = offsets.data();
+  p.num_groups = static_cast<int32_t>(offsets.size());
+  p.num_rows = 64;
+  p.cols = 8;
+  std::vector<Found> found(200);
+  CHECK(launch(row_kernel<16>, LaunchConfig{3, 32}, p, true, false, found.data(), int64_t{200})
+            .is_ok());
+  for (const Found& f : found)
+    if (f.times > 0) CHECK(f.tile.begin >= 0 && f.tile.begin < f.tile.end && f.tile.end <= 64);
+}
+
+TEST(tiles_of_the_depth) {
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    simt::settings().seed = seed;
+    const std::vector<int32_t> offsets{0, 7, 7, 100, 100};
+    const int64_t row_tiles = static_cast<int64_t>(seed),
+                  col_tiles = 1 + static_cast<int64_t>(seed) % 4;
+    Product p{};
+    p.offsets = offsets.data();
+    p.num_groups = static_cast<int32_t>(offsets.size());
+    p.num_rows = 120;
+    std::vector<Tile> want;
+    for (int32_t e = 0; e < p.num_groups; ++e)
+      add_group(want, e, row_tiles, col_tiles, e == 0 ? 0 : offsets[e - 1], offsets[e], 0);
+    std::vector<Found> found(want.size() + 3);
+    CHECK(launch(depth_kernel, LaunchConfig{1 + static_cast<unsigned>(seed), 32}, p, row_tiles,
+                 col_tiles, found.data(), static_cast<int64_t>(found.size()))
+              .is_ok());
+    compare(want, found);
+  }
+}
+
+}  // namespace
+
+TEST_MAIN()
