@@ -27,7 +27,7 @@ template <class T>
 struct Buffer {
   std::vector<uint4> memory;
   explicit Buffer(int64_t n) : memory((static_cast<size_t>(n) * sizeof(T) + 15) / 16) {
-    std::memset(memory.data(), kCanary, memory.size() * 16);
+    if (n > 0) std::memset(memory.data(), kCanary, memory.size() * 16);
   }
   T* data() { return reinterpret_cast<T*>(memory.data()); }
 };
