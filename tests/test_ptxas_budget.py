@@ -8,6 +8,7 @@ cmake/ptxas_budget.txt holds one line for each kernel. After a change that is me
 ``python tests/test_ptxas_budget.py > cmake/ptxas_budget.txt`` and look at the difference.
 """
 
+import functools
 import re
 import shutil
 import subprocess
@@ -64,19 +65,29 @@ def readable(mangled: str) -> str:
     return name[: name.rindex("(")] if name.endswith(")") else name
 
 
+def architecture_of(source: Path) -> str:
+    return "sm_90a" if source.stem.endswith("_sm90") else "sm_80"
+
+
+@functools.cache
+def build(source: Path) -> tuple[str, bytes]:
+    """What ptxas says of a file, and its machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = ["nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch={architecture_of(source)}"]
+        command += ["-Xptxas=-v", "-cubin", str(source), "-o", str(cubin)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+        return result.stderr, cubin.read_bytes()
+
+
 def compile_kernels(source: Path) -> dict[tuple[str, str], Usage]:
     """Usage by (architecture, kernel), for the architecture that the file is built for."""
-    architecture = "sm_90a" if source.stem.endswith("_sm90") else "sm_80"
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch={architecture}", "-Xptxas=-v"]
-        command += ["-cubin", str(source), "-o", f"{folder}/kernels.cubin"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if losses := performance_losses(result.stderr):
+    log, _ = build(source)
+    if losses := performance_losses(log):
         raise RuntimeError(f"{source}: " + "\n".join(losses))
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-    usage = parse_ptxas(result.stderr)
-    return {(architecture, readable(name)): value for name, value in usage.items()}
+    return {(architecture_of(source), readable(n)): value for n, value in parse_ptxas(log).items()}
 
 
 def compile_all() -> dict[tuple[str, str], Usage]:

@@ -50,9 +50,9 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/// mbarrier.arrive.shared::cluster.b64 on the barrier at the same place in block `rank`. It says
-/// that memory has been read and may be overwritten; it orders no writes beyond the own block,
-/// which .release.cluster would, by a fence of the whole GPU.
+/// mbarrier.arrive.shared::cluster.b64 on the barrier at the same place in block `rank`. For what
+/// wgmma has read and TMA may overwrite: this thread's own writes are not ordered for that block's
+/// threads, for which .release.cluster would fence the whole GPU's memory.
 __device__ __forceinline__ void mbarrier_arrive_in(MBarrier& b, int rank) {
   asm volatile(
       "{\n"

@@ -1,34 +1,41 @@
 // SPDX-License-Identifier: MIT
 //
-// Two fp32 values as a pair of narrower ones, rounded to nearest even, in one instruction.
+// Two fp32 values to a pair of narrower ones in one instruction (sm_80 for bf16, sm_89 for FP8).
 #pragma once
+
+#include <type_traits>
 
 #include "common/dtype.h"
 #include "device/platform.cuh"
 
 namespace kimi {
 
-/// cvt.rn.bf16x2.f32 or cvt.rn.f16x2.f32: `low` in the lower half. Every NaN becomes 0x7fff.
-template <class T>
-__device__ inline uint32_t convert_pair(float low, float high) {
-  static_assert(sizeof(T) == 2);
+/// cvt.rn.{bf16x2,f16x2}.f32: `low` in the low half. Rounds like from_float; every NaN becomes
+/// 0x7fff.
 #if defined(KIMI_HOST_SIMT)
-  const uint32_t l = low == low ? from_float<T>(low).bits : 0x7fffu;
-  const uint32_t h = high == high ? from_float<T>(high).bits : 0x7fffu;
-  return l | h << 16;
+template <class T>
+uint32_t round_pair(float low, float high) {
+  const auto half = [](float x) {
+    return uint32_t{x != x ? uint16_t{0x7fff} : from_float<T>(x).bits};
+  };
+  return half(low) | half(high) << 16;
+}
 #else
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
   uint32_t pair;
-  if constexpr (kDtype<T> == KIMI_BFLOAT16)
+  if constexpr (std::is_same_v<T, bf16>)
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   else
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
-#endif
 }
+#endif
 
 /// cvt.rn.satfinite.e4m3x2.f32 from sm_89 on, else the same values by integers: `low` in bits 0-7,
 /// `high` in bits 8-15. Saturates to 448; every NaN becomes 0x7f.
-__device__ inline uint32_t convert_pair_e4m3(float low, float high) {
+__device__ inline uint32_t round_pair_e4m3(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   uint16_t pair;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));

@@ -30,12 +30,27 @@ struct AsyncCopy {
 using AsyncGroups = std::vector<std::vector<AsyncCopy>>;  // oldest first; the last is still open
 
 /// Of the running CUDA thread. What a thread leaves behind when it exits never lands.
-inline AsyncGroups& async_groups() {
-  thread_local std::unordered_map<uint64_t, AsyncGroups> groups;
-  AsyncGroups& mine = groups[simt::detail::builtins("cp_async").serial];
-  if (mine.empty()) mine.resize(1);
-  return mine;
-}
+class ThreadsGroups {
+ public:
+  ThreadsGroups() : serial_(simt::detail::builtins("cp_async").serial) {
+    AsyncGroups& groups = all()[serial_];
+    if (groups.empty()) groups.resize(1);
+  }
+  // Forgets old groups without copies: no wait can tell.
+  ~ThreadsGroups() {
+    AsyncGroups& groups = all()[serial_];
+    while (groups.size() > 1 && groups.front().empty()) groups.erase(groups.begin());
+    if (groups.size() == 1 && groups.front().empty()) all().erase(serial_);
+  }
+  AsyncGroups* operator->() const { return &all()[serial_]; }
+
+ private:
+  static std::unordered_map<uint64_t, AsyncGroups>& all() {
+    thread_local std::unordered_map<uint64_t, AsyncGroups> groups;
+    return groups;
+  }
+  uint64_t serial_;
+};
 inline void land(const AsyncCopy& copy) {
   if (copy.valid)
     std::memcpy(copy.shared, copy.global, 16);
@@ -51,21 +66,21 @@ inline void cp_async16(void* shared, const void* global, bool valid) {
   const detail::AsyncCopy copy{shared, global, valid};
   if (simt::settings().seed / 4 % 2 != 0) return detail::land(copy);
   const simt::InsideModel inside;
-  detail::async_groups().back().push_back(copy);
+  detail::ThreadsGroups()->back().push_back(copy);
 }
 inline void cp_async_commit() {
   const simt::InsideModel inside;
-  detail::async_groups().emplace_back();
+  detail::ThreadsGroups()->emplace_back();
 }
 template <int kPending>
 inline void cp_async_wait() {
   std::vector<detail::AsyncCopy> due;
   {
     const simt::InsideModel inside;
-    detail::AsyncGroups& groups = detail::async_groups();
-    while (groups.size() > kPending + 1) {
-      due.insert(due.end(), groups.front().begin(), groups.front().end());
-      groups.erase(groups.begin());
+    const detail::ThreadsGroups groups;
+    while (groups->size() > kPending + 1) {
+      due.insert(due.end(), groups->front().begin(), groups->front().end());
+      groups->erase(groups->begin());
     }
   }
   for (const detail::AsyncCopy& copy : due) detail::land(copy);

@@ -13,6 +13,7 @@
 #include "device/cluster.cuh"
 #include "device/fence.cuh"
 #include "device/vec.cuh"
+#include "grouped_gemm/store_sm90.cuh"
 #include "grouped_gemm/traits_sm90.cuh"
 
 namespace kimi::grouped::sm90 {
@@ -112,6 +113,32 @@ __device__ inline void finish_tile(const Product& p, const Tile& tile, int64_t r
   }
 }
 
+// The same by TMA where it can.
+template <class X>
+__device__ inline void store_tile(const Product& p, const Maps& maps, const Tile& tile, int64_t row,
+                                  int group, const float (&d)[X::kSums], char* scratch) {
+  if constexpr (X::kStoresByTma) {
+    const int64_t first = row + group * 64 + warp_id() % 4 * 16;
+    const int64_t left = (X::kDepthwise ? p.rows : tile.end) - first;
+    if (maps.has_out && left <= 0) return;
+    if (maps.has_out && (X::kDepthwise || left >= 16)) {
+      const int32_t col = tile.col_tile * X::kTileCols;
+      if (p.out_dtype == KIMI_FLOAT32)
+        store_by_tma<X, float>(p, maps.out, tile.group, static_cast<int32_t>(first), col, d,
+                               scratch);
+      else
+        store_by_tma<X, typename X::T>(p, maps.out, tile.group, static_cast<int32_t>(first), col, d,
+                                       scratch);
+      return;
+    }
+    if (maps.has_out) {
+      if (lane_id() == 0) tma_store_wait_read<0>();
+      warp_barrier();
+    }
+  }
+  finish_tile<X>(p, tile, row, group, d, reinterpret_cast<float*>(scratch));
+}
+
 // A tile without depth: kStore of zeros.
 template <class X>
 __device__ inline void clear_tile(const Product& p, const Tile& tile, int64_t row, int group) {
@@ -125,9 +152,10 @@ __device__ inline void clear_tile(const Product& p, const Tile& tile, int64_t ro
 }
 
 template <class X>
-__device__ inline void consume(const Product& p, const Shared<X>& shared, int blocks, int rank) {
+__device__ inline void consume(const Product& p, const Maps& maps, const Shared<X>& shared,
+                               int blocks, int rank) {
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
-  float* const scratch = shared.scratch(warp_id() - kGroupThreads / kWarpSize);
+  char* const scratch = shared.scratch(warp_id() - kGroupThreads / kWarpSize);
   const auto release = [&](int stage) {
     if (lane_id() >= blocks) return;
     if (blocks == 1)
@@ -165,7 +193,7 @@ __device__ inline void consume(const Product& p, const Shared<X>& shared, int bl
       wgmma_wait<0>();
       wgmma_fence(d);
       release(before);
-      finish_tile<X>(p, tile, row, group, d, scratch);
+      store_tile<X>(p, maps, tile, row, group, d, scratch);
     } else {
       more = tiles.next(after, row_after);
       if constexpr (X::kEpilogue == Epilogue::kStore) clear_tile<X>(p, tile, row, group);
@@ -173,6 +201,7 @@ __device__ inline void consume(const Product& p, const Shared<X>& shared, int bl
     tile = after;
     row = row_after;
   }
+  if (X::kStoresByTma && maps.has_out && lane_id() == 0) tma_store_wait<0>();
 }
 
 }  // namespace kimi::grouped::sm90

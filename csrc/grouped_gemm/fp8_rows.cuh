@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
       float q[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) q[k] = divide(v[(i + k) / 8][(i + k) % 8]);
-      words[i / 4] = convert_pair_e4m3(q[0], q[1]) | convert_pair_e4m3(q[2], q[3]) << 16;
+      words[i / 4] = round_pair_e4m3(q[0], q[1]) | round_pair_e4m3(q[2], q[3]) << 16;
     }
     if (wide_out && count == kValues) {
       store16(data + first, {words[0], words[1], words[2], words[3]});

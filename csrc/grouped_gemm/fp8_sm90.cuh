@@ -154,10 +154,10 @@ class Store {
       unsigned char* const row = scratch + lane % 16 * kStride + lane / 16 * 16;
 #pragma unroll
       for (int i = 0; i < kChunk / 2; i += 8)
-        stmatrix_x4(row + 4 * i, convert_pair<Out>(total[at + i], total[at + i + 1]),
-                    convert_pair<Out>(total[at + i + 2], total[at + i + 3]),
-                    convert_pair<Out>(total[at + i + 4], total[at + i + 5]),
-                    convert_pair<Out>(total[at + i + 6], total[at + i + 7]));
+        stmatrix_x4(row + 4 * i, round_pair<Out>(total[at + i], total[at + i + 1]),
+                    round_pair<Out>(total[at + i + 2], total[at + i + 3]),
+                    round_pair<Out>(total[at + i + 4], total[at + i + 5]),
+                    round_pair<Out>(total[at + i + 6], total[at + i + 7]));
     } else {
 #pragma unroll
       for (int i = 0; i < kChunk / 2; i += 2) {

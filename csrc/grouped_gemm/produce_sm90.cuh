@@ -18,11 +18,6 @@
 
 namespace kimi::grouped::sm90 {
 
-// Maps of P and Q; unused where the operand has an index.
-struct Maps {
-  TensorMap p, q;
-};
-
 // One stage of P and Q by TMA, from depth (kDepth: row) `depth` on. One thread.
 template <class X>
 class Loader {
@@ -131,13 +126,16 @@ class Gatherer {
 
  public:
   __device__ Gatherer(const Product& p, bool of_q)
-      : p_(p), m_(of_q ? p.q : p.p), outer_(of_q ? p.cols : p.rows), of_q_(of_q) {}
+      : p_(p),
+        m_(of_q ? p.q : p.p),
+        outer_(static_cast<int32_t>(of_q ? p.cols : p.rows)),
+        of_q_(of_q) {}
 
   __device__ void set_tile(const Tile& tile, int64_t row) {
     end_ = tile.end;
     if constexpr (X::kDepthwise) {
       first_ = tile.begin + thread_row();
-      outer_at_ = (of_q_ ? int64_t{tile.col_tile} * X::kTileCols : row) + piece() * 8;
+      outer_at_ = (of_q_ ? tile.col_tile * X::kTileCols : static_cast<int32_t>(row)) + piece() * 8;
     } else {
       first_ = row + thread_row();
     }
@@ -149,11 +147,13 @@ class Gatherer {
     if constexpr (X::kDepthwise) {
       const int boxes = (of_q_ ? X::kQRows : X::kTileRows) / 64;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        for (int box = 0; box < boxes; ++box)
-          cp_async16(to + i * kEvery * kRowBytes + box * kBoxBytes,
-                     at(source_[i], outer_at_ + 64 * box),
-                     source_[i] >= 0 && outer_at_ + 64 * box < outer_);
+      for (int i = 0; i < kRows; ++i) {
+        const T* from = at(source_[i], outer_at_);
+        const int left = source_[i] < 0 ? 0 : outer_ - outer_at_;
+#pragma unroll 1
+        for (int box = 0; box < boxes; ++box, from += 64)
+          cp_async16(to + i * kEvery * kRowBytes + box * kBoxBytes, from, 64 * box < left);
+      }
       first_ += kBlockDepth;
       find_rows();
     } else {
@@ -183,7 +183,8 @@ class Gatherer {
 
   const Product& p_;
   const Matrix& m_;
-  int64_t outer_, first_ = 0, end_ = 0, outer_at_ = 0;
+  int64_t first_ = 0, end_ = 0;
+  int32_t outer_, outer_at_ = 0;
   int32_t source_[kRows];
   bool of_q_;
 };

@@ -70,7 +70,7 @@ struct ProductTraits {
   static constexpr int kChunk = kPaired ? kWarpCols / 2 : kWarpCols;
   using Finisher = Finish<T, kEpilogue, kChunk>;
   static_assert(4 * Finisher::kScratchFloats * static_cast<int>(sizeof(float)) <= kRingBytes);
-  static_assert(!kPaired || kMajor == Major::kOuter || LoadQ::kRowStep == kChunk);
+  static_assert(!kPaired || (kMajor == Major::kDepth && LoadQ::kRowStep == kChunk));
 };
 
 // Sums `steps` tiles of the depth. The ring is free before and after.

@@ -3,7 +3,6 @@
 #include <climits>
 
 #include "common/dtype.h"
-#include "device/launch.cuh"
 #include "grouped_gemm/product_sm90.h"
 
 namespace kimi::grouped {
@@ -46,28 +45,8 @@ bool serves_rows(const Product& p) {
          is_loadable(p.q, outer ? p.q.depth_stride : p.q.outer_stride, p.depth);
 }
 
-sm90::Job make_job(const Product& p) {
-  sm90::Job job{p, q_is_outer(p), sm90::Shape::kWide, false};
-  if (p.ragged == Ragged::kDepth) {
-    job.paired = p.rows > 128;
-    return job;
-  }
-  const int64_t mean = p.num_rows / p.num_groups;
-  if (mean <= kFewRows && p.epilogue != Epilogue::kActivateBackward) {
-    job.shape = sm90::Shape::kFew;
-    return job;
-  }
-  job.paired = mean >= kPairedRows;
-  const int64_t tiles = (p.num_rows / 128 + 1) * ((p.cols + 255) / 256);
-  if (p.epilogue == Epilogue::kStore && (p.cols <= 128 || tiles < kManyTiles)) {
-    job.shape = sm90::Shape::kNarrow;
-    job.paired = false;
-  }
-  return job;
-}
-
 template <class T>
-Status run_job(const sm90::Job& job, void* stream) {
+Status run_family(const sm90::Job& job, void* stream) {
   if (job.product.ragged == Ragged::kDepth) return sm90::store_depth<T>(job, stream);
   if (job.product.epilogue == Epilogue::kStore) return sm90::store_rows<T>(job, stream);
   return sm90::activate<T>(job, stream);
@@ -84,11 +63,39 @@ bool serves_sm90(const Product& p) {
                                     : serves_rows(p);
 }
 
+namespace sm90 {
+
+Job make_job(const Product& p) {
+  Job job{p, q_is_outer(p), Shape::kWide, false};
+  if (p.ragged == Ragged::kDepth) {
+    const int64_t row_tiles = (p.rows + 127) / 128;
+    job.paired = row_tiles % 2 == 0 || row_tiles >= 16;
+    return job;
+  }
+  const int64_t mean = p.num_rows / p.num_groups;
+  if (mean <= kFewRows && p.epilogue != Epilogue::kActivateBackward) {
+    job.shape = Shape::kFew;
+    return job;
+  }
+  job.paired = mean >= kPairedRows;
+  const int64_t tiles = (p.num_rows / 128 + 1) * ((p.cols + 255) / 256);
+  if (p.epilogue == Epilogue::kStore && (p.cols <= 128 || tiles < kManyTiles)) {
+    job.shape = Shape::kNarrow;
+    job.paired = false;
+  }
+  return job;
+}
+
+Status run_job(const Job& job, void* stream) {
+  if (job.product.dtype == KIMI_BFLOAT16) return run_family<bf16>(job, stream);
+  return run_family<fp16>(job, stream);
+}
+
+}  // namespace sm90
+
 Status product_sm90(const Product& p, void* stream) {
   if (!serves_sm90(p)) return invalid("product_sm90: operands: expected what serves_sm90 accepts");
-  const sm90::Job job = make_job(p);
-  if (p.dtype == KIMI_BFLOAT16) return run_job<bf16>(job, stream);
-  return run_job<fp16>(job, stream);
+  return sm90::run_job(sm90::make_job(p), stream);
 }
 
 }  // namespace kimi::grouped

@@ -1,10 +1,29 @@
 // SPDX-License-Identifier: MIT
 // The Hopper product: persistent blocks of one producing and two consuming warpgroups.
 //
-//   P, Q in memory -- TMA or cp.async --> ring of stages -- wgmma --> sums in registers -- epilogue
-//   --> C
+//   P, Q in memory -- TMA or cp.async --> ring of stages -- wgmma --> sums -- epilogue --> C
 //
 // The tile that comes next is loaded while the consumers write the last one.
+//
+// Predicted for an H200, not measured: a multiprocessor multiplies 2048 pairs a cycle and moves
+// 128 bytes of shared memory; L2 is taken to give all 132 together 5000 bytes a cycle. Per stage:
+//
+//                 stages  wgmma    shared memory read + written   from L2
+//   wide          4       1024     640 + 384 cycles               48 KB, 48 B a cycle
+//   wide, paired  4       1024     640 + 384                      32 KB, 32 B a cycle
+//   narrow        6        512     384 + 256                      32 KB, 64 B a cycle
+//   few           8        256     256 + 192                      16 KB of Q and 1 to 8 of P
+//   few, gate+up  5        512     512 + 320                      32 KB and 1 to 8
+//
+// So wide needs pairs to stay off the limit of L2 (132 x 48 B = 6300 B a cycle), which is why large
+// groups get them. C: 256 columns cost a warp 64 (fp32 128) conversions or stores and as many
+// cycles of shared memory, about 800 cycles a tile in which wgmma stands still, 2 % at a depth of
+// 2048; bias, adding in 16 bits and the rows at a group's end take Finish, about 3500. Few waits
+// for Q's bytes: 128 KB in flight a multiprocessor, three times what 4.8 TB/s need at 1 us; wgmma
+// is busy for a third of the time.
+//
+// With 1.4 GHz at 700 W wgmma peaks at 757 TFLOP/s; 690 for wide, paired, allows 9 % for epilogues,
+// the last wave and waits.
 #pragma once
 
 #include "device/launch.cuh"
@@ -29,7 +48,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(shared.empty(stage), static_cast<uint32_t>(kConsumerWarps * blocks));
     }
     mbarrier_fence_init();
+    if (p.p.index == nullptr) tma_prefetch(maps.p);
+    if (p.q.index == nullptr) tma_prefetch(maps.q);
   }
+  warp_barrier();
   if (blocks > 1) {
     cluster_arrive();
     cluster_wait();
@@ -44,12 +66,34 @@ __global__ void __launch_bounds__(kThreads, 1)
       produce_by_tma<X>(p, maps, shared, blocks, rank);
   } else {
     registers_increase<kConsumerRegisters>();
-    consume<X>(p, shared, blocks, rank);
+    consume<X>(p, maps, shared, blocks, rank);
   }
   if (blocks > 1) {  // the other block still writes here
+    warp_barrier();
     cluster_arrive();
     cluster_wait();
   }
+}
+
+// TMA writes C if 16 bytes divide its addresses; bias takes the other way, and so does adding in 16
+// bits, which TMA would do in another format.
+template <class X>
+Status encode_out(const Product& p, Maps* maps) {
+  const auto encode = [&]<class Out>() {
+    const int64_t row = p.out_row_stride * int64_t{sizeof(Out)};
+    const int64_t group = p.num_groups > 1 ? p.out_group_stride * int64_t{sizeof(Out)} : 16;
+    maps->has_out = p.bias == nullptr && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && row > 0 &&
+                    row % 16 == 0 && (!X::kDepthwise || (group > 0 && group % 16 == 0)) &&
+                    (!p.accumulate || (X::kDepthwise && sizeof(Out) == 4));
+    if (!maps->has_out) return Status::ok();
+    const int64_t sizes[] = {p.cols, X::kDepthwise ? p.rows : p.num_rows, p.num_groups};
+    const int64_t strides[] = {row, group};
+    const int32_t box[] = {kRowBytes / static_cast<int32_t>(sizeof(Out)), 16, 1};
+    return encode_tensor_map<Out>(&maps->out, p.out, X::kDepthwise ? 3 : 2, sizes, strides, box,
+                                  Swizzle::k128);
+  };
+  if (p.out_dtype == KIMI_FLOAT32) return encode.template operator()<float>();
+  return encode.template operator()<typename X::T>();
 }
 
 // Maps of what TMA loads.
@@ -90,6 +134,7 @@ Status run(const Job& job, void* stream) {
   if (tiles == 0) return Status::ok();
   Maps maps{};
   KIMI_RETURN_IF_ERROR(encode_maps<X>(p, &maps));
+  if constexpr (X::kStoresByTma) KIMI_RETURN_IF_ERROR(encode_out<X>(p, &maps));
   const auto kernel = product_kernel<T, kPlan>;
   const int64_t resident =
       resident_blocks(kernel, kThreads, X::kSharedBytes, static_cast<int>(blocks));

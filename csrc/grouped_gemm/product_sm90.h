@@ -15,6 +15,11 @@ struct Job {
   bool paired;  // clusters of two blocks
 };
 
+// What product_sm90 makes of a product that serves_sm90 says yes to; and the kernel of a job. Tests
+// change the job in between: small products take the narrow shapes only.
+Job make_job(const Product& p);
+Status run_job(const Job& job, void* stream);
+
 // A file each, which compile side by side: by dtype and family.
 template <class T>
 Status store_rows(const Job& job, void* stream);  // kRows, kStore

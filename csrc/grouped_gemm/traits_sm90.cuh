@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "device/mbarrier.cuh"
+#include "device/tensor_map.cuh"
 #include "device/wgmma.cuh"
 #include "grouped_gemm/epilogue.cuh"
 #include "grouped_gemm/product_sm90.h"
@@ -37,6 +38,7 @@ constexpr int kRowBytes = 2 * kBlockDepth;  // 128: one row of the swizzle
 constexpr int kGroupThreads = 128, kThreads = 3 * kGroupThreads;
 constexpr int kConsumerWarps = 8;
 constexpr int kBoxBytes = 64 * kRowBytes;  // 64 rows, or with Major::kOuter 64 outer x 64 deep
+constexpr int kStoreBoxBytes = 16 * kRowBytes;
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kGathers = 2;  // groups of cp.async that stay in flight
 // 65536 registers: 128 (kProducer + 2 kConsumer).
@@ -65,12 +67,23 @@ struct Traits {
 
   using Finisher = Finish<T, kEpilogue, kFew || kPairs ? 16 : 32>;
   static constexpr int kChunk = kFew || kPairs ? 16 : 32;
-  static constexpr int kScratchBytes = kConsumerWarps * Finisher::kScratchFloats * 4;
-  static constexpr int kStages = std::min(8, (kSharedLimit - kScratchBytes - 256) / kStageBytes);
+  static constexpr bool kStoresByTma = kEpilogue == Epilogue::kStore && !kFew;
+  // Of a warp.
+  static constexpr int kScratchBytes =
+      std::max(Finisher::kScratchFloats * 4, kStoresByTma ? 2 * kStoreBoxBytes : 0);
+  static constexpr int kStages =
+      std::min(8, (kSharedLimit - kConsumerWarps * kScratchBytes - 256) / kStageBytes);
   static_assert(kStages >= kGathers + 2);  // a gathered stage shows only kGathers stages later
-  static constexpr int kSharedBytes = kStages * kStageBytes + kScratchBytes + 2 * kStages * 8;
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes + kConsumerWarps * kScratchBytes + 2 * kStages * 8;
 
   using Schedule = std::conditional_t<kDepthwise, DepthSchedule<>, RowSchedule<kTileRows>>;
+};
+
+// What TMA is told of P and Q, where they have no index, and of C, where it writes it.
+struct Maps {
+  TensorMap p, q, out;
+  bool has_out;
 };
 
 // Where a ring of stages is.
@@ -92,9 +105,8 @@ struct Shared {
   char* stages;  // [kStages][P tile, Q tile]
   __device__ char* p_tile(int stage) const { return stages + stage * X::kStageBytes; }
   __device__ char* q_tile(int stage) const { return p_tile(stage) + X::kPBytes; }
-  __device__ float* scratch(int warp) const {
-    return reinterpret_cast<float*>(stages + X::kStages * X::kStageBytes) +
-           warp * X::Finisher::kScratchFloats;
+  __device__ char* scratch(int warp) const {
+    return stages + X::kStages * X::kStageBytes + warp * X::kScratchBytes;
   }
   __device__ MBarrier& full(int stage) const { return barriers()[stage]; }
   __device__ MBarrier& empty(int stage) const { return barriers()[X::kStages + stage]; }
@@ -129,10 +141,10 @@ class Tiles {
 
  private:
   __device__ static typename X::Schedule make(const Product& p, int blocks) {
-    const int64_t cols = (p.cols + X::kTileCols - 1) / X::kTileCols;
+    const int64_t cols = (static_cast<uint32_t>(p.cols) + X::kTileCols - 1) / X::kTileCols;
     if constexpr (X::kDepthwise) {
-      const int64_t rows = blocks * X::kTileRows;
-      return {p, (p.rows + rows - 1) / rows, cols};
+      const uint32_t rows = static_cast<uint32_t>(blocks * X::kTileRows);
+      return {p, (static_cast<uint32_t>(p.rows) + rows - 1) / rows, cols};
     } else {
       return {p, cols, X::kEpilogue == Epilogue::kStore, {}, blocks};
     }

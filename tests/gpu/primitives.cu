@@ -10,6 +10,7 @@
 #include "common/dtype.h"
 #include "device/atomic.cuh"
 #include "device/barrier.cuh"
+#include "device/convert.cuh"
 #include "device/cp_async.cuh"
 #include "device/launch.cuh"
 #include "device/math.cuh"
@@ -87,17 +88,20 @@ __global__ void reciprocal_kernel(Io io) {
   }
 }
 
-// 6 outputs: the low bits of the input as bf16, fp16 and e4m3, and the input rounded to them.
+// 8 outputs: the low bits of the input as bf16, fp16 and e4m3, and the input rounded to them; it
+// and its negative as pairs of bf16 and of fp16.
 __global__ void dtype_kernel(Io io) {
   if (thread() >= io.n) return;
   const uint32_t v = io.in[thread()];
-  uint32_t* out = io.out + 6 * thread();
+  uint32_t* out = io.out + 8 * thread();
   out[0] = bits_of(to_float(bf16{static_cast<uint16_t>(v)}));
   out[1] = bits_of(to_float(fp16{static_cast<uint16_t>(v)}));
   out[2] = from_float<bf16>(float_of(v)).bits;
   out[3] = from_float<fp16>(float_of(v)).bits;
   out[4] = bits_of(to_float(e4m3{static_cast<uint8_t>(v)}));
   out[5] = from_float<e4m3>(float_of(v)).bits;
+  out[6] = round_pair<bf16>(float_of(v), float_of(v ^ 0x80000000u));
+  out[7] = round_pair<fp16>(float_of(v), float_of(v ^ 0x80000000u));
 }
 
 // Sums, a maximum, and a hash table by compare-and-swap whose occupied places are counted.

@@ -24,7 +24,7 @@ OUTPUTS = {
     "math": 7 * N,
     "score": 5 * N,
     "reciprocal": 2,
-    "dtype": 6 * N,
+    "dtype": 8 * N,
     "atomic": 10,
     "vec": 2 * N,
     "barrier": N,
@@ -166,7 +166,7 @@ def test_host_model_of_arithmetic(host: ctypes.CDLL) -> None:
 
 def test_host_model_of_the_rest(host: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(run(host, "reciprocal"), [0, 1])
-    v, out = inputs("dtype"), run(host, "dtype").reshape(N, 6)
+    v, out = inputs("dtype"), run(host, "dtype").reshape(N, 8)
     half = (v & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float32)
     nan = np.isnan(half)
     np.testing.assert_array_equal(out[~nan, 1], half.view(np.uint32)[~nan])
@@ -183,6 +183,8 @@ def test_host_model_of_the_rest(host: ctypes.CDLL) -> None:
     code = below + ((x > middle) | ((x == middle) & (below % 2 == 1)))
     code = np.where(np.isnan(x), 127, code | (v >> 31 << 7))
     np.testing.assert_array_equal(out[:, 5], code)
+    pair = np.where(np.isnan(x), 0x7FFF7FFF, out[:, [2, 3]].T * 0x10001 ^ 0x80000000)
+    np.testing.assert_array_equal(out[:, [6, 7]].T, pair)
     v, out = inputs("atomic"), run(host, "atomic")
     np.testing.assert_array_equal(out[:7], [v[v % 7 == i].sum(dtype=np.uint32) for i in range(7)])
     assert out[9] == N

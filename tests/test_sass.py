@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""What ptxas made of the Hopper kernels: wgmma in each of them, and nothing in local memory."""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from test_ptxas_budget import ROOT, build, readable
+
+SOURCES = sorted((ROOT / "csrc").glob("*/*_sm90.cu"))
+
+
+def find_disassembler() -> str | None:
+    """nvdisasm on the PATH, or the one in triton's package."""
+    if found := shutil.which("nvdisasm"):
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return str(path) if path.exists() else None
+
+
+def kernels_of(sass: str) -> dict[str, list[str]]:
+    """Opcodes of every kernel in the output of ``nvdisasm -c``."""
+    sections = re.split(r"^\s*\.section\s+\.text\.(\w+)", sass, flags=re.MULTILINE)
+    opcode = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+    return {
+        readable(name): opcode.findall(body)
+        for name, body in zip(sections[1::2], sections[2::2], strict=True)
+    }
+
+
+def complaints(kernels: dict[str, list[str]]) -> list[str]:
+    found = []
+    for name, opcodes in kernels.items():
+        if not any(o.startswith("HGMMA") for o in opcodes):
+            found.append(f"{name}: no HGMMA")
+        local = {o.split(".")[0] for o in opcodes} & {"LDL", "STL"}
+        found += [f"{name}: {o}" for o in sorted(local)]
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_wgmma_and_no_local_memory(source: Path) -> None:
+    disassembler = find_disassembler()
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on the PATH")
+    if disassembler is None:
+        pytest.skip("no nvdisasm on the PATH or in a triton package")
+    log, cubin = build(source)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.check_output([disassembler, "-c", file.name], text=True)
+    kernels = kernels_of(sass)
+    assert len(kernels) == log.count("Compiling entry function")
+    assert not complaints(kernels)
+
+
+def test_parser_sees_opcodes() -> None:
+    sass = """
+\t.section\t.text._Z1aPf,"ax",@progbits
+        /*0010*/              @!P0 BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR20], R24, UP0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+\t.section\t.text._Z1bPf,"ax",@progbits
+        /*14a60*/             @UP1 STL.64 [R1+0x8], R2 ;
+        /*14a70*/                  LDL R3, [R1] ;
+"""
+    kernels = kernels_of(sass)
+    first, second = kernels.values()
+    assert first == ["BAR.SYNC.DEFER_BLOCKING", "HGMMA.64x256x16.F32.BF16", "WARPGROUP.DEPBAR.LE"]
+    assert second == ["STL.64", "LDL"]
+    assert [text.split(": ")[1] for text in complaints(kernels)] == ["no HGMMA", "LDL", "STL"]
