@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What ptxas made of the Hopper kernels: wgmma in each of them, and nothing in local memory."""
+"""What ptxas made of the Hopper kernels: the instructions that they are for, and nothing in local
+memory."""
 
 import re
 import shutil
@@ -11,6 +12,10 @@ import pytest
 from test_ptxas_budget import ROOT, build, readable
 
 SOURCES = sorted((ROOT / "csrc").glob("*/*_sm90.cu"))
+
+
+WGMMA = ("HGMMA", "QGMMA")  # of 16-bit and of FP8 operands
+WANTED = {"fp8_rows_sm90": ("F2FP.SATFINITE.E4M3",)}  # of other kernels than products
 
 
 def find_disassembler() -> str | None:
@@ -35,11 +40,11 @@ def kernels_of(sass: str) -> dict[str, list[str]]:
     }
 
 
-def complaints(kernels: dict[str, list[str]]) -> list[str]:
+def complaints(kernels: dict[str, list[str]], wanted: tuple[str, ...] = WGMMA) -> list[str]:
     found = []
     for name, opcodes in kernels.items():
-        if not any(o.startswith("HGMMA") for o in opcodes):
-            found.append(f"{name}: no HGMMA")
+        if not any(o.startswith(wanted) for o in opcodes):
+            found.append(f"{name}: no {wanted[0]}")
         local = {o.split(".")[0] for o in opcodes} & {"LDL", "STL"}
         found += [f"{name}: {o}" for o in sorted(local)]
     return found
@@ -59,7 +64,7 @@ def test_wgmma_and_no_local_memory(source: Path) -> None:
         sass = subprocess.check_output([disassembler, "-c", file.name], text=True)
     kernels = kernels_of(sass)
     assert len(kernels) == log.count("Compiling entry function")
-    assert not complaints(kernels)
+    assert not complaints(kernels, WANTED.get(source.stem, WGMMA))
 
 
 def test_parser_sees_opcodes() -> None:

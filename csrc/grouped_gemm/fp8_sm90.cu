@@ -30,97 +30,14 @@
 #include "device/cluster.cuh"
 #include "device/launch.cuh"
 #include "device/registers.cuh"
-#include "device/tma.cuh"
 #include "device/wgmma.cuh"
+#include "grouped_gemm/fp8_produce_sm90.cuh"
 #include "grouped_gemm/fp8_sm90.cuh"
-#include "grouped_gemm/schedule.cuh"
 
 namespace kimi {
 namespace {
 
 using namespace fp8;
-
-struct Maps {
-  TensorMap a;        // [R, K], boxes of 64 rows
-  TensorMap a_scale;  // [ceil(K / 128), R], boxes of 64 rows
-  TensorMap b;        // [E, N, K], boxes of kCols rows
-};
-
-// The scales of a tile's columns, 64 at a time: column block c / 128 of b_scale, whose size divided
-// by 2^14 is that of b. Tiles begin at multiples of 64 and those beyond N have any scale.
-template <class Tr>
-struct ColumnScales {
-  int at[Tr::kChunks];  // of b_scale, [ceil(K / 128)]
-
-  __device__ ColumnScales(const Arguments& p, const Work& work) {
-    const int blocks = (p.cols + kBlock - 1) / kBlock;
-#pragma unroll
-    for (int c = 0; c < Tr::kChunks; ++c)
-      at[c] =
-          (work.group * blocks + std::min((work.col + 64 * c) / kBlock, blocks - 1)) * p.k_blocks;
-  }
-};
-
-// One thread, for all stages of a tile.
-template <class Tr>
-__device__ void load_tile(const Arguments& p, typename Tr::Shared& s, const Maps& maps,
-                          const Work& work, Place& stage) {
-  constexpr uint32_t kRowsBytes = kConsumerRows * (kRowBytes + sizeof(float));
-  constexpr uint16_t kBoth = (1u << kCluster) - 1;
-  const int rank = cluster_rank(), loads = work.rows > kConsumerRows ? 2 : 1;
-  const int32_t row = work.row + rank * kConsumerRows;
-  const ColumnScales<Tr> scales(p, work);
-  for (int kb = 0; kb < work.k_blocks; ++kb, stage.next(Tr::kStages)) {
-    float scale[Tr::kChunks];
-#pragma unroll
-    for (int c = 0; c < Tr::kChunks; ++c) scale[c] = p.b_scale[scales.at[c] + kb];
-    MBarrier& full = s.full[stage.at];
-    mbarrier_wait(s.empty[stage.at], stage.parity ^ 1);
-#pragma unroll
-    for (int c = 0; c < Tr::kChunks; ++c) s.b_scale[stage.at][c] = scale[c];
-    mbarrier_arrive_expect_tx(full, Tr::kCols * kRowBytes + loads * kRowsBytes);
-    if (rank < loads) {
-      tma_load_multicast(s.a[stage.at] + rank * kConsumerRows * kRowBytes, maps.a, full,
-                         kb * kBlock, row, kBoth);
-      tma_load_multicast(s.a_scale[stage.at] + rank * kConsumerRows, maps.a_scale, full, row, kb,
-                         kBoth);
-    }
-    tma_load(s.b[stage.at], maps.b, full, kb * kBlock, work.col, work.group);
-  }
-}
-
-// The first warp of the producer.
-template <class Tr>
-__device__ void produce(const Arguments& p, typename Tr::Shared& s, const Maps& maps) {
-  grouped::Product product{};
-  product.offsets = p.offsets;
-  product.num_rows = p.num_rows;
-  product.num_groups = p.num_groups;
-  const int pairs = (p.cols + kCluster * Tr::kCols - 1) / (kCluster * Tr::kCols);
-  grouped::RowSchedule<kTileRows> schedule(product, pairs, true);
-  Place slot, stage;
-  for (int64_t index = blockIdx.x / kCluster;; index += gridDim.x / kCluster) {
-    grouped::Tile tile;
-    Work work{0, -1, 0, 0, 0};
-    if (schedule.find(index, tile)) {
-      const int64_t left = tile.end - tile.begin;
-      work.row = static_cast<int32_t>(tile.begin);
-      work.group = tile.group;
-      work.rows = left < kTileRows ? static_cast<int32_t>(left) : kTileRows;
-      work.col = (tile.col_tile * kCluster + cluster_rank()) * Tr::kCols;
-      work.k_blocks = tile.group < p.num_groups ? p.k_blocks : 0;
-    }
-    if (lane_id() == 0) {
-      mbarrier_wait(s.tile_empty[slot.at], slot.parity ^ 1);
-      s.tiles[slot.at] = work;
-      mbarrier_arrive(s.tile_full[slot.at]);
-      load_tile<Tr>(p, s, maps, work, stage);
-    }
-    warp_barrier();
-    if (work.group < 0) return;
-    slot.next(kTileSlots);
-  }
-}
 
 // The stage may be loaded anew, here and in the other block.
 __device__ inline void release(MBarrier& empty) {
@@ -206,9 +123,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   KIMI_SHARED(typename Tr::Shared, shared);
   typename Tr::Shared& s = *shared;
   if (threadIdx.x == 0) {
-    tma_prefetch(maps.a);
-    tma_prefetch(maps.a_scale);
-    tma_prefetch(maps.b);
+    if (p.k_blocks > 0) {
+      tma_prefetch(maps.a);
+      tma_prefetch(maps.a_scale);
+      tma_prefetch(maps.b);
+    }
     for (int i = 0; i < Tr::kStages; ++i) {
       mbarrier_init(s.full[i], 1);
       mbarrier_init(s.empty[i], kCluster * kConsumerWarps);
