@@ -6,7 +6,9 @@ dgrad and wgrad run through autograd on both sides (one gradient wanted, graph k
 `grouped_gemm_wgrad` into an fp32 buffer against adding the gradient of a peer to it. "F.linear" is
 a reference, no peer: all rows times the matrix of one expert. Roof: the slower of the operations at
 the rate of a large dense product and the bytes (rows, the weights of experts with rows, results) at
-the read bandwidth, both of this run. A second table compares FP8 and INT4 weights with bfloat16.
+the read bandwidth, both of this run. A second table compares FP8 and INT4 weights with bfloat16; on
+a GPU it is that of FP8 rows and weights, against our own bfloat16 and torch._scaled_grouped_mm (one
+scale a row and a column), where the roof of operations is twice that of bfloat16.
 
     python -m benchmarks.bench_grouped_gemm [--quick] [--threads 1] [--cases TEXT] [--json FILE]
                                             [--device cuda]
@@ -23,6 +25,7 @@ from benchmarks.cases import (
     GEMM_SHAPES,
     GemmCase,
     arguments,
+    fp8_cases,
     gemm_cases,
     quantized_cases,
     select,
@@ -30,7 +33,7 @@ from benchmarks.cases import (
 from benchmarks.measure import compute_peak, measure, peak_memory, read_bandwidth, roof_rate
 from benchmarks.report import Report, Row
 from benchmarks.triton_peer import triton_grouped_gemm
-from kimi_ops import Fp8BlockWeight, Int4GroupWeight, grouped_gemm, grouped_gemm_wgrad
+from kimi_ops import Fp8BlockWeight, Fp8Rows, Int4GroupWeight, grouped_gemm, grouped_gemm_wgrad
 
 Functions = dict[str, Callable[[], object]]
 PEERS = ("grouped_mm", "mm loop", "F.linear")
@@ -208,8 +211,13 @@ def main(argv: list[str] | None = None) -> None:
         report.add(row)
     report.print_summary()
     report.finish()
-    if device == "cpu" and not options.cases:
+    if options.cases:
+        return
+    if device == "cpu":
         quantized(options, peaks["bfloat16"], bandwidth)
+    else:
+        weight = None
+        fp8(options, 2 * peaks["bfloat16"], bandwidth)
 
 
 def quantized_functions(case: GemmCase, form: str) -> tuple[Functions, int]:
@@ -244,6 +252,56 @@ def quantized(options: object, peak: float, bandwidth: float) -> None:
             report.add(row)
     report.print_summary()
     report.finish("_quantized")
+
+
+def fp8_functions(case: GemmCase, weight: Tensor) -> tuple[Functions, int]:
+    """The product of FP8 rows, of bfloat16 and torch's; the bytes that the first one moves."""
+    setting = Setting(case, weight)
+    rows, packed = Fp8Rows.quantize(setting.a), Fp8BlockWeight.quantize(weight)
+    b, offsets = weight.mT, setting.offsets
+    named: Functions = {
+        "kimi_ops": lambda: grouped_gemm(rows, packed, offsets),
+        "bf16": lambda: grouped_gemm(setting.a, b, offsets),
+        "quantize": lambda: Fp8Rows.quantize(setting.a),
+    }
+    ones_of_rows = torch.ones(case.total, device=weight.device)
+    ones_of_columns = torch.ones(weight.shape[:2], device=weight.device)
+
+    def theirs() -> object:
+        return torch._scaled_grouped_mm(
+            rows.data, packed.data.mT, ones_of_rows, ones_of_columns, offs=offsets,
+            out_dtype=torch.bfloat16,
+        )  # fmt: skip
+
+    try:
+        theirs()
+        named["scaled_grouped_mm"] = theirs
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        print(f"torch._scaled_grouped_mm does not serve {case}: {str(error).splitlines()[0]}")
+    stored = sum(tensor.nbytes for tensor in packed.tensors().values())
+    moved = rows.data.nbytes + rows.scale.nbytes + setting.dc.nbytes
+    return named, moved + stored * setting.active // case.experts
+
+
+def fp8(options: object, peak: float, bandwidth: float) -> None:
+    """FP8 rows and weights; "quantize" is what the rows cost before."""
+    quick = options.quick  # type: ignore[attr-defined]
+    print()
+    names = ("bf16", "scaled_grouped_mm", "quantize")
+    report = Report(
+        "grouped_gemm (fp8)", "cuda", options, width=44, peers=names, reference="quantize"
+    )
+    for case in fp8_cases(quick):
+        with torch.no_grad():
+            named, moved = fp8_functions(case, make_weight(case, "cuda"))
+            times = measure(named, "cuda", quick)
+            roof = roof_rate(case.flops, moved, peak, bandwidth)
+            row = Row(str(case), times.pop("kimi_ops"), case.flops, "TFLOP/s", roof, times)
+            row.peak_bytes = peak_memory(named["kimi_ops"], "cuda")
+            row.peer_bytes = peak_memory(named["bf16"], "cuda")
+        report.add(row)
+    report.print_summary()
+    report.finish("_fp8")
 
 
 @pytest.mark.parametrize("case", gemm_cases(quick=True), ids=str)

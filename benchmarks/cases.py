@@ -173,6 +173,17 @@ def _gemm_cases_cuda(quick: bool) -> list[GemmCase]:
     return cases
 
 
+def fp8_cases(quick: bool) -> list[GemmCase]:
+    """Forward products of a GPU: DeepGEMM's published shape, one of 8 ranks of K2, decoding."""
+    if quick:
+        return [GemmCase("K2 gate+up", 48, 1024), GemmCase("K2 down", 384, 64, "fwd", "decode")]
+    cases = [GemmCase("K2 gate+up", 4, 8192), GemmCase("K2 down", 4, 8192)]
+    for name in ("K2 gate+up", "K2 down"):
+        cases += [GemmCase(name, 48, rows) for rows in (21, 64, 128, 256, 1024)]
+        cases += [GemmCase(name, 384, t, "fwd", "decode") for t in (1, 16, 64, 256)]
+    return cases
+
+
 def quantized_cases(quick: bool) -> list[GemmCase]:
     """Few rows an expert: the bytes of the weights are the time."""
     if quick:

@@ -83,6 +83,51 @@ KIMI_API size_t kimi_grouped_gemm_wgrad_workspace_bytes(
 KIMI_API kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
                                              kimi_device device, void* stream);
 
+/* ---- grouped_gemm with FP8 rows and FP8 weights ---------------------------------------------- */
+
+/* data[r, k] = e4m3(x[r, k] / s), s = scale[k / 128, r] = max(max |x| of the 128 columns / 448,
+ * 2^-126): to nearest even. A block with a value that is not finite becomes NaN. */
+typedef struct kimi_fp8_rows_params {
+  const void* x; /* [R, K] dtype, K contiguous */
+  void* data;    /* out [R, K] e4m3, dense */
+  float* scale;  /* out [ceil(K / 128), R], row stride scale_stride */
+  int64_t num_rows;
+  int64_t k;
+  int64_t x_row_stride; /* strides in elements */
+  int64_t scale_stride;
+  kimi_dtype dtype;
+} kimi_fp8_rows_params;
+
+KIMI_API kimi_status kimi_fp8_rows(const kimi_fp8_rows_params* params, kimi_device device,
+                                   void* stream);
+
+/* out[r] = a[r] b[e]^T + bias[e] for offsets[e-1] <= r < offsets[e]; rows from offsets[E-1] on are
+ * zero. Products of 128 of depth are summed by the tensor cores, then scaled and summed in fp32.
+ * CUDA with compute capability 9.x: 16 divides a, b, a_scale, k, a_row_stride, and 4
+ * a_scale_stride; offsets are not checked (bad ones give wrong rows). csrc/grouped_gemm/fp8.h says
+ * how. */
+typedef struct kimi_grouped_gemm_fp8_params {
+  const void* a;          /* [R, K] e4m3, K contiguous */
+  const float* a_scale;   /* [ceil(K / 128), R] of kimi_fp8_rows */
+  const void* b;          /* [E, N, K] e4m3, dense: KIMI_STORAGE_FP8_BLOCK */
+  const float* b_scale;   /* [E, ceil(N / 128), ceil(K / 128)] dense */
+  const int32_t* offsets; /* [E] inclusive end rows */
+  const void* bias;       /* [E, N] out_dtype, dense, or NULL */
+  void* out;              /* out [R, N] dense, out_dtype */
+  int64_t num_rows;
+  int64_t k;
+  int64_t n;
+  int64_t a_row_stride; /* strides in elements */
+  int64_t a_scale_stride;
+  int32_t num_experts;
+  kimi_dtype out_dtype;
+} kimi_grouped_gemm_fp8_params;
+
+KIMI_API kimi_status kimi_grouped_gemm_fp8(const kimi_grouped_gemm_fp8_params* params,
+                                           kimi_device device, void* stream);
+/* 1 where the current device has its kernel, else 0: then dequantise and call kimi_grouped_gemm. */
+KIMI_API int32_t kimi_grouped_gemm_fp8_served(kimi_device device);
+
 /* ---- fused_experts: the routed experts of one layer ------------------------------------------ */
 
 typedef KIMI_ENUM(kimi_activation){

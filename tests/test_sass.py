@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What ptxas made of the Hopper kernels: wgmma in each of them, and nothing in local memory."""
+"""What ptxas made of the Hopper kernels: the instructions that they are for, and nothing in local
+memory."""
 
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -13,16 +15,20 @@ from test_ptxas_budget import ROOT, build, readable
 SOURCES = sorted((ROOT / "csrc").glob("*/*_sm90.cu"))
 
 
+WGMMA = ("HGMMA", "QGMMA")  # of 16-bit and of FP8 operands
+WANTED = {"fp8_rows_sm90": ("F2FP.SATFINITE.E4M3",)}  # of other kernels than products
+
+
 def find_disassembler() -> str | None:
-    """nvdisasm on the PATH, or the one in triton's package."""
+    """nvdisasm on the PATH, or that of the package nvidia-cuda-nvdisasm."""
     if found := shutil.which("nvdisasm"):
         return found
     try:
-        import triton
-    except ImportError:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
         return None
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return str(path) if path.exists() else None
+    paths = (str(file.locate()) for file in files if file.name == "nvdisasm")
+    return next(paths, None)
 
 
 def kernels_of(sass: str) -> dict[str, list[str]]:
@@ -35,11 +41,11 @@ def kernels_of(sass: str) -> dict[str, list[str]]:
     }
 
 
-def complaints(kernels: dict[str, list[str]]) -> list[str]:
+def complaints(kernels: dict[str, list[str]], wanted: tuple[str, ...] = WGMMA) -> list[str]:
     found = []
     for name, opcodes in kernels.items():
-        if not any(o.startswith("HGMMA") for o in opcodes):
-            found.append(f"{name}: no HGMMA")
+        if not any(o.startswith(wanted) for o in opcodes):
+            found.append(f"{name}: no {wanted[0]}")
         local = {o.split(".")[0] for o in opcodes} & {"LDL", "STL"}
         found += [f"{name}: {o}" for o in sorted(local)]
     return found
@@ -51,7 +57,7 @@ def test_wgmma_and_no_local_memory(source: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on the PATH")
     if disassembler is None:
-        pytest.skip("no nvdisasm on the PATH or in a triton package")
+        pytest.skip("no nvdisasm: neither on the PATH nor the package nvidia-cuda-nvdisasm")
     log, cubin = build(source)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -59,7 +65,7 @@ def test_wgmma_and_no_local_memory(source: Path) -> None:
         sass = subprocess.check_output([disassembler, "-c", file.name], text=True)
     kernels = kernels_of(sass)
     assert len(kernels) == log.count("Compiling entry function")
-    assert not complaints(kernels)
+    assert not complaints(kernels, WANTED.get(source.stem, WGMMA))
 
 
 def test_parser_sees_opcodes() -> None:

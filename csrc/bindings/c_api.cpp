@@ -11,6 +11,7 @@
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "fused_experts/fused_experts.h"
+#include "grouped_gemm/fp8.h"
 #include "grouped_gemm/grouped_gemm.h"
 #include "kimi_ops.h"
 #include "muon_clip/muon_clip.h"
@@ -172,6 +173,17 @@ size_t kimi_grouped_gemm_wgrad_workspace_bytes(const kimi_grouped_gemm_wgrad_par
 kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
                                     kimi_device device, void* stream) {
   return call("grouped_gemm_wgrad", kimi::grouped_gemm_wgrad, params, device, stream);
+}
+
+kimi_status kimi_fp8_rows(const kimi_fp8_rows_params* params, kimi_device device, void* stream) {
+  return call("fp8_rows", kimi::fp8_rows, params, device, stream);
+}
+kimi_status kimi_grouped_gemm_fp8(const kimi_grouped_gemm_fp8_params* params, kimi_device device,
+                                  void* stream) {
+  return call("grouped_gemm_fp8", kimi::grouped_gemm_fp8, params, device, stream);
+}
+int32_t kimi_grouped_gemm_fp8_served(kimi_device device) {
+  return kimi::serves_grouped_gemm_fp8(device) ? 1 : 0;
 }
 
 size_t kimi_fused_experts_workspace_bytes(const kimi_fused_experts_params* params,

@@ -174,6 +174,19 @@ PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
         m, "grouped_gemm_wgrad_workspace_bytes");
   }
   {
+    using P = kimi_fp8_rows_params;
+    bind<P, kimi_fp8_rows, &P::x, &P::data, &P::scale, &P::num_rows, &P::k, &P::x_row_stride,
+         &P::scale_stride, &P::dtype>(m, "fp8_rows");
+  }
+  {
+    using P = kimi_grouped_gemm_fp8_params;
+    bind<P, kimi_grouped_gemm_fp8, &P::a, &P::a_scale, &P::b, &P::b_scale, &P::offsets, &P::bias,
+         &P::out, &P::num_rows, &P::k, &P::n, &P::a_row_stride, &P::a_scale_stride, &P::num_experts,
+         &P::out_dtype>(m, "grouped_gemm_fp8");
+  }
+  m.def("grouped_gemm_fp8_served",
+        [](int device) { return kimi_grouped_gemm_fp8_served(kimi_device(device)) != 0; });
+  {
     using P = kimi_fused_experts_params;
     bind<P, kimi_fused_experts, &P::x, &P::w_gate_up, &P::w_down, &P::weights, &P::row_map,
          &P::source, &P::offsets, &P::y, &P::gate_up, &P::workspace, &P::num_tokens, &P::hidden,

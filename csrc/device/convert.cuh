@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Two fp32 values to a pair of 16-bit ones in one instruction (sm_80 for bf16).
+// Two fp32 values to a pair of narrower ones in one instruction (sm_80 for bf16, sm_89 for FP8).
 #pragma once
 
 #include <type_traits>
@@ -32,5 +32,17 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high) {
   return pair;
 }
 #endif
+
+/// cvt.rn.satfinite.e4m3x2.f32 from sm_89 on, else the same values by integers: `low` in bits 0-7,
+/// `high` in bits 8-15. Saturates to 448; every NaN becomes 0x7f.
+__device__ inline uint32_t round_pair_e4m3(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return uint32_t{from_float<e4m3>(low).bits} | uint32_t{from_float<e4m3>(high).bits} << 8;
+#endif
+}
 
 }  // namespace kimi

@@ -24,12 +24,13 @@ from kimi_ops.permute import (
     unpermute,
 )
 from kimi_ops.qk_clip import attention_max_logits, qk_clip_
-from kimi_ops.quantized import Fp8BlockWeight, Int4GroupWeight
+from kimi_ops.quantized import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
 from kimi_ops.topk_gate import TopkGate, topk_gate
 
 __version__ = _native._C.version()
 __all__ = [
     "Fp8BlockWeight",
+    "Fp8Rows",
     "Int4GroupWeight",
     "MuonClip",
     "PermutePlan",

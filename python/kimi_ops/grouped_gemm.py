@@ -6,13 +6,14 @@ from torch import Tensor
 
 from kimi_ops import _check
 from kimi_ops import _grouped_gemm_ops as _ops
-from kimi_ops.quantized import QuantizedWeight, quantized_gemm
+from kimi_ops.fp8_rows import Fp8Rows, fp8_gemm
+from kimi_ops.quantized import Fp8BlockWeight, QuantizedWeight, quantized_gemm
 
 __all__ = ["grouped_gemm", "grouped_gemm_wgrad"]
 
 
 def grouped_gemm(
-    a: Tensor,
+    a: Tensor | Fp8Rows,
     b: Tensor | QuantizedWeight,
     offsets: Tensor,
     *,
@@ -28,6 +29,8 @@ def grouped_gemm(
     Parameters
     ----------
     a : Tensor [R, K] bfloat16, float16, float32 or float64
+        Or `Fp8Rows`, with a `Fp8BlockWeight` only and without gradients: products of e4m3 values,
+        summed and scaled by blocks of 128.
     b : Tensor [E, K, N], the dtype of a, any stride order
         For weights stored as `torch.nn.Linear` does, [E, N, K], pass ``w.transpose(1, 2)``. A
         `Fp8BlockWeight` or `Int4GroupWeight` of shape [E, N, K] stands for its transpose; it is
@@ -35,10 +38,12 @@ def grouped_gemm(
     offsets : Tensor [E] int32 or int64
         Inclusive end rows, not decreasing, as `PermutePlan.offsets`.
     bias : Tensor [E, N], the dtype of a, optional
+        The dtype of the result beside FP8 rows.
     out : Tensor [R, N], optional
         Receives the result; not together with gradients.
     out_dtype : dtype of a or torch.float32, optional
-        float32 keeps the accumulator of half-precision products unrounded.
+        float32 keeps the accumulator of half-precision products unrounded. FP8 rows give bfloat16
+        unless this says float16 or float32.
 
     Returns
     -------
@@ -65,11 +70,13 @@ def grouped_gemm(
     >>> grouped_gemm(a, b, torch.tensor([1, 2], dtype=torch.int32)).tolist()
     [[1.0, 2.0], [6.0, 8.0], [0.0, 0.0]]
     """
+    if isinstance(a, Fp8Rows):
+        return _fp8(a, b, offsets, bias, out, out_dtype)
     _check_inputs("grouped_gemm", a=a, offsets=offsets)
     a, bias = autocast(a), None if bias is None else autocast(bias)
     offsets = _int32("grouped_gemm", offsets, a.shape[0])
     if isinstance(b, QuantizedWeight):
-        dtype = _result_dtype(a, out, out_dtype)
+        dtype = _result_dtype(a.dtype, out, out_dtype)
         if out is not None:
             _refuse_gradients(a, bias, out)
             _ops.check_out("grouped_gemm", out, [a.shape[0], b.shape[1]], a)
@@ -78,7 +85,7 @@ def grouped_gemm(
     b = autocast(b)
     if out is None:
         return _ops.gemm(a, b, offsets, bias, out_dtype or a.dtype)
-    _result_dtype(a, out, out_dtype)
+    _result_dtype(a.dtype, out, out_dtype)
     _refuse_gradients(a, b, bias, out)
     _ops.gemm_out(a, b, offsets, bias, out)
     return out
@@ -138,6 +145,25 @@ def grouped_gemm_wgrad(
         return _ops.wgrad(a, dc, offsets, a.dtype)
 
 
+def _fp8(
+    a: Fp8Rows,
+    b: Tensor | QuantizedWeight,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    if not isinstance(b, Fp8BlockWeight):
+        raise TypeError(
+            f"grouped_gemm: b: expected a Fp8BlockWeight beside FP8 rows, got {type(b).__name__}; "
+            "quantize it, or pass a.dequantize(dtype)"
+        )
+    _check_inputs("grouped_gemm", offsets=offsets)
+    offsets = _int32("grouped_gemm", offsets, a.shape[0])
+    dtype = _result_dtype(torch.bfloat16, out, out_dtype)
+    return fp8_gemm(a, b, offsets, bias, out, dtype)
+
+
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype of an enclosing `torch.autocast`, which leaves float64 alone; else x."""
     kind = x.device.type
@@ -167,9 +193,11 @@ def _int32(op: str, offsets: Tensor, rows: int) -> Tensor:
     return offsets.clamp(-1, torch.iinfo(torch.int32).max).int()
 
 
-def _result_dtype(a: Tensor, out: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
+def _result_dtype(
+    default: torch.dtype, out: Tensor | None, out_dtype: torch.dtype | None
+) -> torch.dtype:
     if out is None:
-        return out_dtype or a.dtype
+        return out_dtype or default
     if out_dtype not in (None, out.dtype):
         raise TypeError(
             f"grouped_gemm: out: expected {out_dtype}, got {out.dtype}; leave out_dtype away"

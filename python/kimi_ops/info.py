@@ -25,7 +25,8 @@ def info() -> dict[str, Any]:
     dict
         ``version``, ``python``, ``torch``; ``cpu`` (``isa`` in use, ``detected``, ``threads``,
         ``openmp`` runtimes and whether torch's is ``shared``); ``cuda`` (``built`` architectures,
-        ``device`` or the reason for none); ``engines``: op -> engine of CPU and of CUDA tensors.
+        ``device`` or the reason for none, what serves ``fp8`` rows there); ``engines``: op ->
+        engine of CPU and of CUDA tensors.
 
     Examples
     --------
@@ -55,7 +56,7 @@ def info() -> dict[str, Any]:
             "openmp": runtimes,
             "shared": len(runtimes) == 1,
         },
-        "cuda": {"built": built, "device": _gpu()},
+        "cuda": {"built": built, "device": _gpu(), "fp8": _fp8(built)},
         "engines": engines,
     }
 
@@ -77,6 +78,7 @@ def describe() -> str:
         ),
         f"cuda      built for {cuda['built'] or 'nothing (no nvcc, or KIMI_OPS_CUDA=off)'}",
         f"gpu       {cuda['device']}",
+        f"fp8 rows  {cuda['fp8']}",
         "engines",
     ]
     lines += [
@@ -95,6 +97,15 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _fp8(built: str) -> str:
+    """The way of a product of `Fp8Rows` on the current GPU."""
+    if not built or not torch.cuda.is_available():
+        return "none"
+    if _native._C.grouped_gemm_fp8_served(_native.CUDA):
+        return "cuda (sm_90a)"
+    return "dequantised to bfloat16 at each call"
 
 
 def _gpu() -> str:

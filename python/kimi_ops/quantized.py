@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kimi_ops import _check
 from kimi_ops import _grouped_gemm_ops as _ops
+from kimi_ops.fp8_rows import Fp8Rows
 from kimi_ops.reference import grouped_gemm as reference
 from kimi_ops.reference import quantized as maths
 
-__all__ = ["Fp8BlockWeight", "Int4GroupWeight", "QuantizedWeight", "quantized_gemm"]
+__all__ = ["Fp8BlockWeight", "Fp8Rows", "Int4GroupWeight", "QuantizedWeight", "quantized_gemm"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "device/cluster.cuh"
+#include "device/convert.cuh"
 #include "device/fence.cuh"
 #include "device/launch.cuh"
 #include "device/registers.cuh"
@@ -216,6 +217,16 @@ __global__ void __launch_bounds__(384, 1) cluster_kernel(Io io, KIMI_MAPS) {
   cluster_wait();
 }
 
+// Any bits, and numbers from 2^-11 to 2^9 of either sign.
+__global__ void convert_kernel(Io io, KIMI_MAPS) {
+  (void)from, (void)to;
+  for (int i = static_cast<int>(threadIdx.x); i < 1024; i += 128) {
+    const uint32_t v = io.in[i];
+    const float any = float_of(v), number = float_of(0x3a000000u + v % 0x0a000000u);
+    io.out[i] = round_pair_e4m3(any, v % 2 ? -number : number);
+  }
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(Io, TensorMap, TensorMap);
@@ -289,6 +300,7 @@ const Entry kEntries[] = {
     KIMI_PRODUCT(e4m3, 128, kDepth, kDepth),
     KIMI_PRODUCT(e4m3, 256, kDepth, kDepth),
     {"stmatrix", stmatrix_kernel, 128, 1, {kBytes, 2, Swizzle::kNone}},
+    {"convert", convert_kernel, 128, 1, {kBytes, 2, Swizzle::kNone}},
     {"cluster", cluster_kernel, 384, 2, {kBytes, 2, Swizzle::kNone}},
 };
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_primitives import build_gpu, build_host, gpu_missing
 
 SOURCE = Path(__file__).with_name("primitives_sm90.cu")
@@ -42,7 +43,7 @@ def words_of(name: str) -> int:
         return 64 * int(rest[1])
     if kind == "load":
         return len(POINTS) * placed(int(rest[1]), rest[2]).size // 4
-    return {"stmatrix": 1024, "cluster": 484}.get(kind, TENSOR_WORDS)
+    return {"stmatrix": 1024, "convert": 1024, "cluster": 484}.get(kind, TENSOR_WORDS)
 
 
 def inputs(name: str) -> np.ndarray:
@@ -177,6 +178,17 @@ def test_host_model_of_wgmma(host: ctypes.CDLL) -> None:
         np.testing.assert_array_equal(out, a @ b.T + start, name)
         checked += 1
     assert checked == 56
+
+
+def test_host_model_of_conversion_to_e4m3(host: ctypes.CDLL) -> None:
+    words = inputs("convert")[:1024]
+    number = (0x3A000000 + words % 0x0A000000).astype(np.uint32).view(np.float32)
+    pairs = words.view(np.float32), np.where(words % 2, -number, number)
+    for x, shift in zip(pairs, (0, 8), strict=True):
+        got = run(host, "convert") >> shift & 0xFF
+        near = torch.from_numpy(np.clip(x, -448, 448)).to(torch.float8_e4m3fn)
+        want = np.where(np.isnan(x), 0x7F, near.view(torch.uint8).numpy())
+        np.testing.assert_array_equal(got, want)
 
 
 def test_host_model_of_stmatrix_and_clusters(host: ctypes.CDLL) -> None:

@@ -54,6 +54,70 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.float8_e4m3fn), scale
 
 
+def dequantize_rows(data: Tensor, scale: Tensor) -> Tensor:
+    """x[r, k] = float32(data[r, k]) * scale[r, k // 128].
+
+    Parameters
+    ----------
+    data : Tensor [R, K] float8_e4m3fn
+    scale : Tensor [R, ceil(K / 128)] float32
+
+    Returns
+    -------
+    Tensor [R, K] float32
+    """
+    return data.float() * scale.repeat_interleave(FP8_BLOCK, 1)[:, : data.shape[1]]
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """data [R, K] float8_e4m3fn and scale [R, ceil(K / 128)] = max |x| of 128 columns / 448."""
+    columns = x.shape[1]
+    blocks = F.pad(x.float(), (0, -columns % FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))
+    scale = (blocks.abs().amax(dim=2) / FP8_MAX).clamp(min=SMALLEST)
+    q = (blocks / scale[:, :, None]).flatten(1)[:, :columns]
+    return q.to(torch.float8_e4m3fn), scale
+
+
+def grouped_gemm_fp8(
+    a: tuple[Tensor, Tensor],
+    b: tuple[Tensor, Tensor],
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    wide: torch.dtype = torch.float32,
+) -> Tensor:
+    """c[r, n] = sum_kb a_scale[r, kb] b_scale[e, n / 128, kb] sum_{k in kb} a[r, k] b[e, n, k].
+
+    Sums of 128 products, then those sums times both scales, all in `wide`; on the CPU.
+
+    Parameters
+    ----------
+    a : data [R, K] float8_e4m3fn, scale [R, ceil(K / 128)] float32
+    b : data [E, N, K] float8_e4m3fn, scale [E, ceil(N / 128), ceil(K / 128)] float32
+    offsets : Tensor [E] int32
+    bias : Tensor [E, N], optional
+
+    Returns
+    -------
+    Tensor [R, N] `dtype`
+    """
+    (a_data, a_scale), (b_data, b_scale) = a, b
+    rows, n, k = a_data.shape[0], b_data.shape[1], b_data.shape[2]
+    total = torch.zeros(rows, n, dtype=wide)
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        by_column = b_scale[e].to(wide).repeat_interleave(FP8_BLOCK, 0)[:n]
+        for block, first in enumerate(range(0, k, FP8_BLOCK)):
+            depth = slice(first, first + FP8_BLOCK)
+            partial = a_data[start:end, depth].to(wide) @ b_data[e, :, depth].to(wide).t()
+            scale = a_scale[start:end, block, None].to(wide) * by_column[:, block]
+            total[start:end] += scale * partial
+        if bias is not None:
+            total[start:end] += bias[e].to(wide)
+        start = end
+    return total.to(dtype)
+
+
 def dequantize_int4(packed: Tensor, scale: Tensor) -> Tensor:
     """W[i, j] = (nibble[i, j] - 8) * scale[i, j // 32]; exact in fp32.
 

@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: MIT
+//
+// The FP8 kernels, run on the host: rows against the definition bit for bit, products against plain
+// loops in fp64 within the rounding of fp32 sums. Outputs are filled with a canary before.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "common/dtype.h"
+#include "grouped_gemm/fp8.h"
+#include "simt.h"
+
+namespace {
+
+using namespace kimi;
+using fp8::blocks;
+
+constexpr uint8_t kCanary = 0x5a;
+
+// Memory that 16 divides, as TMA wants it; ASan holds its end.
+template <class T>
+struct Buffer {
+  std::vector<uint4> memory;
+  explicit Buffer(int64_t n) : memory((static_cast<size_t>(n) * sizeof(T) + 15) / 16) {
+    if (n > 0) std::memset(memory.data(), kCanary, memory.size() * 16);
+  }
+  T* data() { return reinterpret_cast<T*>(memory.data()); }
+};
+
+void require(bool condition, const std::string& what) {
+  if (!condition)
+    check::fail(__FILE__, __LINE__, what + ", seed " + std::to_string(simt::settings().seed));
+}
+void require_ok(const Status& status) {
+  if (!status.is_ok()) check::fail(__FILE__, __LINE__, status.message);
+}
+
+// ---- rows --------------------------------------------------------------------------------------
+
+template <class T>
+void compare_rows(int64_t rows, int64_t k, int64_t gap, double size, uint64_t seed) {
+  simt::settings().seed = seed;
+  std::mt19937 random(static_cast<unsigned>(seed + 1));
+  std::normal_distribution<double> normal;
+  const int64_t stride = k + gap, scale_stride = (rows + 3) / 4 * 4;
+  Buffer<T> x(rows * stride);
+  for (int64_t i = 0; i < rows * stride; ++i)
+    x.data()[i] = from_float<T>(static_cast<float>(size * normal(random)));
+  const float special[] = {0.0f, -0.0f, INFINITY, NAN, -1e-40f};
+  for (int64_t i = 0; i < 5 && rows > 2; ++i)
+    x.data()[stride * (i % rows) + k * i / 5] = from_float<T>(special[i]);
+  for (int64_t i = 0; i < std::min<int64_t>(k, fp8::kBlock); ++i)  // a block of zeros
+    x.data()[stride * (rows - 1) + i] = from_float<T>(i % 2 ? -0.0f : 0.0f);
+  Buffer<uint8_t> data(rows * k);
+  Buffer<float> scale(blocks(k) * scale_stride);
+  Fp8RowsParams p{x.data(), data.data(), scale.data(), rows, k, stride, scale_stride, kDtype<T>};
+  require_ok(fp8_rows_cuda(p, nullptr));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k0 = 0; k0 < k; k0 += fp8::kBlock) {
+      const T* const row = x.data() + r * stride;
+      float most = 0.0f;
+      for (int64_t i = k0; i < std::min(k, k0 + fp8::kBlock); ++i) {
+        const float v = std::fabs(to_float(row[i]));
+        most = v > most || v != v ? v : most;
+        if (v != v) break;
+      }
+      const float want = most / 448.0f < 0x1p-126f ? 0x1p-126f : most / 448.0f;
+      const float got = scale.data()[k0 / fp8::kBlock * scale_stride + r];
+      require(want == got || (want != want && got != got), "scale");
+      for (int64_t i = k0; i < std::min(k, k0 + fp8::kBlock); ++i) {
+        const uint8_t q = from_float<e4m3>(to_float(row[i]) / got).bits,
+                      is = data.data()[r * k + i];
+        require(q == is, "value " + std::to_string(to_float(row[i])) + " scale " +
+                             std::to_string(got) + ": " + std::to_string(is));
+      }
+    }
+}
+
+TEST(rows_are_quantised_as_defined) {
+  uint64_t seed = 0;
+  for (double size : {1.0, 1e-3, 1e4})
+    for (int64_t k : {1, 15, 16, 127, 128, 129, 144, 400, 1100})
+      for (int64_t rows : {1, 5, 9}) {
+        ++seed;
+        compare_rows<float>(rows, k, seed % 3, size, seed);
+        compare_rows<bf16>(rows, k, seed % 2 * 8, size, seed);
+        compare_rows<fp16>(rows, k, seed % 2, size, seed);
+      }
+  for (double size : {1e-44, 1e-38, 1e-30, 1e-18, 1e18, 1e30, 1e37})
+    compare_rows<float>(6, 512, 0, size, ++seed);
+}
+
+// ---- products ----------------------------------------------------------------------------------
+
+struct Problem {
+  std::vector<int> rows;  // of the groups
+  int64_t spare;          // rows after the last group
+  int64_t k, n;
+  kimi_dtype out_dtype = KIMI_FLOAT32;
+  bool bias = false;
+  int64_t a_gap = 0;
+};
+
+template <class Out>
+void compare_product(const Problem& problem, uint64_t seed) {
+  simt::settings().seed = seed;
+  std::mt19937 random(static_cast<unsigned>(seed * 7919 + 13));
+  const auto uniform = [&](float low, float high) {
+    return low + (high - low) * static_cast<float>(random() % 4096) / 4096.0f;
+  };
+  const int64_t k = problem.k, n = problem.n, groups = static_cast<int64_t>(problem.rows.size());
+  std::vector<int32_t> offsets;
+  for (int rows : problem.rows) offsets.push_back((offsets.empty() ? 0 : offsets.back()) + rows);
+  const int64_t used = offsets.back(), rows = used + problem.spare, a_stride = k + problem.a_gap;
+  const int64_t scale_stride = (rows + 3) / 4 * 4, kb = blocks(k), nb = blocks(n);
+  Buffer<e4m3> a(rows * a_stride), b(groups * n * k);
+  Buffer<float> a_scale(kb * scale_stride), b_scale(groups * nb * kb);
+  for (int64_t i = 0; i < rows * a_stride; ++i) a.data()[i] = from_float<e4m3>(uniform(-4, 4));
+  for (int64_t i = used * a_stride; i < rows * a_stride; ++i)
+    a.data()[i] = {0x7f};  // whatever they hold
+  for (int64_t i = 0; i < groups * n * k; ++i) b.data()[i] = from_float<e4m3>(uniform(-4, 4));
+  for (int64_t i = 0; i < kb * scale_stride; ++i) a_scale.data()[i] = uniform(0.5, 2);
+  for (int64_t i = 0; i < groups * nb * kb; ++i) b_scale.data()[i] = uniform(0.5, 2);
+  Buffer<Out> bias(groups * n), out(rows * n);
+  for (int64_t i = 0; i < groups * n; ++i) bias.data()[i] = from_float<Out>(uniform(-50, 50));
+  GroupedGemmFp8Params p{};
+  p.a = a.data();
+  p.a_scale = a_scale.data();
+  p.b = b.data();
+  p.b_scale = b_scale.data();
+  p.offsets = offsets.data();
+  p.bias = problem.bias ? bias.data() : nullptr;
+  p.out = out.data();
+  p.num_rows = rows;
+  p.k = k;
+  p.n = n;
+  p.a_row_stride = a_stride;
+  p.a_scale_stride = scale_stride;
+  p.num_experts = static_cast<int32_t>(groups);
+  p.out_dtype = kDtype<Out>;
+  require_ok(grouped_gemm_fp8_cuda(p, nullptr));
+  const double ulp = kDtype<Out> == KIMI_FLOAT32    ? 0.0
+                     : kDtype<Out> == KIMI_BFLOAT16 ? 0x1p-8
+                                                    : 0x1p-11;
+  for (int64_t r = 0, e = 0; r < rows; ++r) {
+    while (e < groups && r >= offsets[e]) ++e;
+    for (int64_t c = 0; c < n; ++c) {
+      double want = 0, size = 0;
+      for (int64_t i = 0; i < k && e < groups; ++i) {
+        const double term = double(to_float(a.data()[r * a_stride + i])) *
+                            a_scale.data()[i / 128 * scale_stride + r] *
+                            to_float(b.data()[(e * n + c) * k + i]) *
+                            b_scale.data()[(e * nb + c / 128) * kb + i / 128];
+        want += term;
+        size += std::fabs(term);
+      }
+      if (problem.bias && e < groups) want += to_float(bias.data()[e * n + c]);
+      const double error = std::fabs(to_float(out.data()[r * n + c]) - want);
+      require(error <= size * 1e-5 + std::fabs(want) * ulp,
+              "row " + std::to_string(r) + " of group " + std::to_string(e) + ", column " +
+                  std::to_string(c) + ": " + std::to_string(to_float(out.data()[r * n + c])) +
+                  " for " + std::to_string(want));
+    }
+  }
+}
+
+void compare(const Problem& problem, uint64_t seed) {
+  dispatch(problem.out_dtype, [&]<class Out>() { compare_product<Out>(problem, seed); });
+}
+
+TEST(both_tiles_and_every_tail_of_columns) {
+  uint64_t seed = 0;
+  for (int64_t n : {1, 8, 64, 120, 128, 136, 200, 256, 300, 384, 392, 700})
+    compare({{70}, 0, 128, n, kimi_dtype(seed % 3), seed % 2 == 0}, ++seed);
+}
+
+TEST(tails_of_rows_and_depth) {
+  uint64_t seed = 100;
+  for (int rows : {1, 15, 16, 63, 64, 65, 127, 128, 129, 200})
+    for (int64_t k : {16, 112, 144, 272})
+      if (++seed % 2 == 0 || rows == 65)
+        compare(
+            {{rows}, int64_t(seed % 3), k, 72, kimi_dtype(seed % 3), false, int64_t(seed % 2) * 16},
+            seed);
+}
+
+TEST(groups_begin_anywhere_and_may_be_empty) {
+  compare({{0, 3, 0, 130, 1, 0, 77, 0}, 9, 256, 136, KIMI_BFLOAT16, true}, 4);
+  compare({{0, 0, 0}, 140, 128, 130, KIMI_BFLOAT16, true}, 5);
+  compare({{5, 0, 66}, 0, 0, 40, KIMI_FLOAT16, true}, 6);  // no depth: the bias alone
+  std::vector<int> many(70, 1);
+  many[3] = many[40] = 0;
+  compare({many, 2, 32, 24, KIMI_FLOAT32, true}, 7);
+}
+
+TEST(the_ring_goes_round_in_any_order_of_threads) {
+  for (uint64_t seed = 0; seed < 8; ++seed) {
+    compare({{129, 30}, 1, 128 * 7, 300, KIMI_BFLOAT16, false}, seed);
+    compare({{66, 1}, 1, 128 * 9, 392, KIMI_FLOAT32, false}, seed);
+  }
+}
+
+TEST(a_row_that_is_not_a_number_stays_in_its_row) {
+  constexpr int64_t kRows = 40, kN = 16, kK = 32;
+  Buffer<e4m3> a(kRows * kK), b(2 * kN * kK);
+  std::fill_n(a.data(), kRows * kK, e4m3{0x38});
+  std::fill_n(b.data(), 2 * kN * kK, e4m3{0x38});
+  a.data()[7 * kK + 3] = {0xff};
+  Buffer<float> a_scale(kRows), b_scale(2);
+  std::fill_n(a_scale.data(), kRows, 0.5f);
+  std::fill_n(b_scale.data(), 2, 2.0f);
+  const int32_t offsets[] = {5, 39};
+  Buffer<bf16> out(kRows * kN);
+  GroupedGemmFp8Params p{a.data(),   a_scale.data(),
+                         b.data(),   b_scale.data(),
+                         offsets,    nullptr,
+                         out.data(), kRows,
+                         kK,         kN,
+                         kK,         kRows,
+                         2,          KIMI_BFLOAT16};
+  require_ok(grouped_gemm_fp8_cuda(p, nullptr));
+  for (int64_t i = 0; i < kRows * kN; ++i) {
+    const float value = to_float(out.data()[i]);
+    require(i / kN == 7 ? value != value : value == (i / kN == 39 ? 0.0f : 32.0f), "value");
+  }
+}
+
+}  // namespace
+
+TEST_MAIN()

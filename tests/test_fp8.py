@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: MIT
+"""FP8 rows and their product with FP8 weights: bits of the rows against torch, products against
+fp64 within the error of the promoted sum, contracts of the operators."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from kimi_ops import Fp8BlockWeight, Fp8Rows, _fp8_ops, _native, grouped_gemm, info
+from kimi_ops.reference import quantized as reference
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FP8 = torch.float8_e4m3fn
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+# sizes of groups, K, N: ragged blocks, both tiles of the kernel, empty groups
+SHAPES = [((5, 0, 9), 128, 64), ((70,), 272, 200), ((1, 0, 0, 3), 16, 8), ((66, 3), 144, 392)]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def product_engine(gemm_engine):
+    """`gemm_engine`, where the warning of GPUs without the kernel is expected."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*dequantised to bfloat16")
+        yield gemm_engine
+
+
+def ends(*sizes: int) -> Tensor:
+    return torch.tensor(sizes).cumsum(0).int()
+
+
+def operands(sizes, k: int, n: int, tail: int = 0) -> tuple[Fp8Rows, Fp8BlockWeight, Tensor]:
+    """Rows and columns of very different size, so that a wrong scale shows."""
+    rows = sum(sizes) + tail
+    x = torch.randn(rows, k) * torch.logspace(-1, 1, k) * torch.logspace(-2, 2, rows)[:, None]
+    w = torch.randn(len(sizes), n, k) * torch.logspace(-1, 1, n)[:, None] / k**0.5
+    return Fp8Rows.quantize(x), Fp8BlockWeight.quantize(w), ends(*sizes)
+
+
+def twin(a: Fp8Rows, w: Fp8BlockWeight, offsets, bias=None, dtype=torch.float64, wide=None):
+    parts = [(t.data.cpu(), t.scale.cpu()) for t in (a, w)]
+    bias = None if bias is None else bias.cpu()
+    result = reference.grouped_gemm_fp8(
+        *parts, offsets.cpu(), bias, dtype, wide or torch.float64
+    )  # fmt: skip
+    return result.to(a.device)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bits; NaN is NaN, whatever its sign."""
+    wide_a, wide_b = a.float(), b.float()
+    either = wide_a.isnan() & wide_b.isnan()
+    bits = torch.uint8 if a.dtype == FP8 else torch.int32
+    return a.dtype == b.dtype and bool((either | (a.view(bits) == b.view(bits))).all())
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (5, 128), (9, 400), (130, 48), (4, 1160)])
+def test_rows_have_the_bits_of_torch(gemm_engine, dtype, shape):
+    x = (torch.randn(shape) * torch.logspace(-6, 4, shape[0])[:, None]).to(dtype)
+    x[0, :3] = torch.tensor([0.0, -0.0, 1e-7][: shape[1]]).to(dtype)
+    x[-1] = 0
+    rows = Fp8Rows.quantize(x)
+    data, scale = reference.quantize_rows(x)
+    assert same_bits(rows.data, data) and same_bits(rows.scale.contiguous(), scale)
+    for out in DTYPES:
+        assert torch.equal(rows.dequantize(out), (reference.dequantize_rows(data, scale)).to(out))
+
+
+def test_every_value_of_a_block_and_every_size_of_a_scale(gemm_engine):
+    """All bfloat16 numbers, 127 at a time beside one that sets the scale."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    every = bits.view(torch.bfloat16)
+    every = every[every.isfinite()]
+    step = 31 if gemm_engine.slow else 1
+    block = torch.zeros(-(-every.numel() // 127), 128, dtype=torch.bfloat16)
+    block[:, 1:].view(-1, 127).copy_(
+        torch.cat([every, every.new_zeros(block.shape[0] * 127 - every.numel())]).view(-1, 127)
+    )
+    block[:, 0] = torch.logspace(-38, 38, block.shape[0]).bfloat16()
+    x = block[::step]
+    rows, (data, scale) = Fp8Rows.quantize(x), reference.quantize_rows(x)
+    assert same_bits(rows.data, data) and same_bits(rows.scale.contiguous(), scale)
+
+
+def test_rows_with_strides_and_without_elements(gemm_engine):
+    x = torch.randn(12, 300)
+    for view in (x[::2], x[:, 3:259], x[:, ::3], x.t()[:200], x[1:, 1:2], x[:0], x[:, :0]):
+        rows, (data, scale) = Fp8Rows.quantize(view), reference.quantize_rows(view)
+        assert same_bits(rows.data, data) and same_bits(rows.scale.contiguous(), scale)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_block(gemm_engine, value):
+    x = torch.randn(3, 300)
+    x[1, 130] = value
+    wide = Fp8Rows.quantize(x).dequantize(torch.float32)
+    assert wide[1, 128:256].isnan().all()
+    wide[1, 128:256] = x[1, 128:256] = 0
+    assert (wide - x).norm() / x.norm() < 0.05
+    data, scale = reference.quantize_rows(x)
+    assert same_bits(Fp8Rows.quantize(x).data, data)
+
+
+def test_rows_error_is_bounded():
+    x = torch.randn(64, 1000)
+    rows = Fp8Rows.quantize(x)
+    scale = rows.scale.repeat_interleave(128, 1)[:, :1000]
+    bound = torch.maximum(x.abs() * 2**-4, scale * 2**-10) * 1.0001
+    assert ((rows.dequantize(torch.float32) - x).abs() <= bound).all()
+
+
+# ---- products
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes,k,n", SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_err_as_the_promoted_sum(product_engine, sizes, k, n, dtype, biased):
+    """1.25 times the error of the same sums in plain fp32, plus the rounding of the result; where
+    operands are dequantised to bfloat16, plus the rounding of both."""
+    a, w, offsets = operands(sizes, k, n, tail=2)
+    bias = torch.randn(len(sizes), n).to(dtype) if biased else None
+    c = grouped_gemm(a, w, offsets, bias=bias, out_dtype=dtype)
+    exact = twin(a, w, offsets, bias)
+    size = twin(
+        Fp8Rows(a.data.float().abs().to(FP8), a.scale),
+        Fp8BlockWeight(w.data.float().abs().to(FP8), w.scale),
+        offsets,
+        None if bias is None else bias.abs(),
+    )
+    emulated = twin(a, w, offsets, bias, torch.float32, torch.float32)
+    error = 1.25 * (emulated.double() - exact).abs() + size * 2.0**-22
+    if product_engine.name.endswith("sm80"):
+        error = error + size * 2.0**-7
+    rounding = exact.abs() * 2 * UNIT[dtype] + (2.0**-25 if dtype == torch.float16 else 0)
+    assert c.dtype == dtype
+    assert ((c.double() - exact).abs() <= error + rounding).all()
+    assert (c[int(offsets[-1]) :] == 0).all()
+
+
+def test_products_of_small_integers_are_exact(product_engine):
+    k, n = 288, 200
+    a = Fp8Rows(torch.randint(-3, 4, (40, k)).float().to(FP8), torch.ones(40, 3))
+    w = Fp8BlockWeight(torch.randint(-3, 4, (2, n, k)).float().to(FP8), torch.ones(2, 2, 3))
+    offsets = ends(13, 27)
+    c = grouped_gemm(a, w, offsets, out_dtype=torch.float32)
+    assert torch.equal(c, twin(a, w, offsets).float())
+
+
+def test_scales_in_any_strides_and_rows_of_a_view(product_engine):
+    a, w, offsets = operands((9, 12), 256, 72)
+    c = grouped_gemm(a, w, offsets)
+    for scale in (a.scale.contiguous(), a.scale.repeat(1, 2)[:, :2], a.scale.clone()):
+        assert torch.equal(grouped_gemm(Fp8Rows(a.data, scale), w, offsets), c)
+    wide = torch.zeros(22, 264).to(FP8)
+    wide[1:, 8:].copy_(a.data)
+    assert torch.equal(grouped_gemm(Fp8Rows(wide[1:, 8:], a.scale), w, offsets), c)
+    padded = Fp8Rows(torch.cat([a.data.float(), a.data.float()]).to(FP8), a.scale.repeat(2, 1))
+    part = Fp8Rows(padded.data[21:], padded.scale[21:])
+    assert torch.equal(grouped_gemm(part, w, offsets), c)
+
+
+@pytest.mark.parametrize("k", [1, 100, 137])
+def test_any_depth(product_engine, k):
+    a, w, offsets = operands((3, 4), k, 40)
+    _fp8_ops._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        c = grouped_gemm(a, w, offsets, out_dtype=torch.float32)
+        assert torch.equal(grouped_gemm(a, w, offsets, out_dtype=torch.float32), c)
+    exact = twin(a, w, offsets)
+    assert (c.double() - exact).norm() / exact.norm() < 2**-8
+    copied = [w for w in caught if "weights are copied" in str(w.message)]
+    assert len(copied) == (1 if _fp8_ops.served(a.data) else 0)  # once
+
+
+def test_a_weight_at_any_address(product_engine):
+    a, w, offsets = operands((3, 4), 32, 40)
+    memory = torch.zeros(2 * 40 * 32 + 1).to(FP8)
+    shifted = memory[1:].view(2, 40, 32)
+    shifted.copy_(w.data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        c = grouped_gemm(a, Fp8BlockWeight(shifted, w.scale), offsets)
+    assert torch.equal(c, grouped_gemm(a, w, offsets))
+
+
+def test_out(product_engine):
+    a, w, offsets = operands((3, 4), 160, 40, tail=1)
+    for dtype in DTYPES:
+        c = grouped_gemm(a, w, offsets, out_dtype=dtype)
+        out = torch.full((8, 40), 7.0, dtype=dtype)
+        assert grouped_gemm(a, w, offsets, out=out) is out and torch.equal(out, c)
+        wide = torch.full((8, 50), 7.0, dtype=dtype)
+        grouped_gemm(a, w, offsets, out=wide[:, 5:45])
+        assert torch.equal(wide[:, 5:45], c) and (wide[:, :5] == 7).all()
+
+
+def test_no_rows_columns_or_depth(product_engine):
+    for sizes, k, n in (((0, 0), 32, 16), ((2, 1), 32, 0), ((2, 1), 0, 16)):
+        a = Fp8Rows.quantize(torch.randn(sum(sizes), k))
+        w = Fp8BlockWeight.empty(len(sizes), n, k)
+        c = grouped_gemm(a, w, ends(*sizes), out_dtype=torch.float32)
+        assert list(c.shape) == [sum(sizes), n] and (c == 0).all()
+        bias = torch.randn(len(sizes), n)
+        c = grouped_gemm(a, w, ends(*sizes), bias=bias, out_dtype=torch.float32)
+        assert torch.equal(c, bias.repeat_interleave(torch.tensor(sizes), 0))
+
+
+def test_many_groups_and_a_nan_in_a_row(product_engine):
+    sizes = [i % 3 for i in range(70)]
+    a, w, offsets = operands(sizes, 48, 24, tail=1)
+    a.data[5, 3] = torch.nan
+    c = grouped_gemm(a, w, offsets, out_dtype=torch.float32)
+    assert c[5].isnan().all()
+    exact = twin(a, w, offsets)
+    exact[5] = c[5] = 0
+    assert (c.double() - exact).norm() / exact.norm() < (
+        2**-7 if "80" in product_engine.name else 1e-6
+    )
+
+
+def test_results_repeat_bitwise(product_engine):
+    a, w, offsets = operands((30, 41), 272, 200)
+    c = grouped_gemm(a, w, offsets)
+    for _ in range(2 if product_engine.slow else 20):
+        assert torch.equal(grouped_gemm(a, w, offsets), c)
+
+
+# ---- contracts
+
+
+def test_gpus_without_the_kernel_are_named_once(gemm_engine):
+    a, w, offsets = operands((3,), 32, 16)
+    _fp8_ops._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            grouped_gemm(a, w, offsets)
+    texts = [str(w.message) for w in caught]
+    assert [("dequantised to bfloat16" in text) for text in texts] == (
+        [True] if gemm_engine.name.endswith("sm80") else []
+    )
+
+
+def test_info_says_what_serves_it():
+    assert info()["cuda"]["fp8"]
+
+
+BAD = [
+    ("b: expected a Fp8BlockWeight", TypeError, lambda a, w, o: (a, w.data.float(), o)),
+    (r"a.data: expected shape \[R, 64\]", ValueError,
+     lambda a, w, o: (Fp8Rows(a.data[:, :48], a.scale), w, o)),
+    (r"offsets: expected shape \[E=2\]", ValueError, lambda a, w, o: (a, w, o[:1])),
+    ("offsets: expected 0 <=", ValueError, lambda a, w, o: (a, w, o.flip(0))),
+    ("offsets: expected int32", TypeError, lambda a, w, o: (a, w, o.float())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text,kind,change", BAD, ids=[b[0][:20] for b in BAD])
+def test_bad_operands_are_refused(text, kind, change):
+    with pytest.raises(kind, match=text):
+        grouped_gemm(*change(*operands((3, 4), 64, 16)))
+
+
+def test_bad_options_are_refused():
+    a, w, offsets = operands((3, 4), 64, 16)
+    with pytest.raises(TypeError, match="out_dtype: expected torch.bfloat16, torch.float16"):
+        grouped_gemm(a, w, offsets, out_dtype=torch.float64)
+    with pytest.raises(TypeError, match="bias: expected bfloat16"):
+        grouped_gemm(a, w, offsets, bias=torch.zeros(2, 16))
+    with pytest.raises(ValueError, match=r"bias: expected shape \[2, 16\]"):
+        grouped_gemm(a, w, offsets, bias=torch.zeros(2, 15).bfloat16())
+    with pytest.raises(ValueError, match="out: expected shape"):
+        grouped_gemm(a, w, offsets, out=torch.zeros(7, 15).bfloat16())
+    with pytest.raises(ValueError, match="no gradient flows"):
+        grouped_gemm(a, w, offsets, bias=torch.zeros(2, 16).bfloat16().requires_grad_())
+    x = torch.randn(2, 64, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradient flows"):
+        Fp8Rows.quantize(x)
+    with torch.no_grad():
+        assert not Fp8Rows.quantize(x).scale.requires_grad
+    for bad, text in ((torch.zeros(2, 3, 4), "shape"), (torch.zeros(2, 3).double(), "float64")):
+        with pytest.raises((TypeError, ValueError), match=text):
+            Fp8Rows.quantize(bad)
+    with pytest.raises(ValueError, match=r"scale: expected shape \[7, 1\]"):
+        Fp8Rows(a.data, a.scale[:6])
+    with pytest.raises(ValueError, match="contiguous columns"):
+        Fp8Rows(w.data[0].t(), torch.zeros(64, 1))
+
+
+def test_the_kernel_refuses_what_tma_cannot_read():
+    from conftest import SIMT
+
+    if SIMT is None:
+        pytest.skip("no _simt module")
+    a, w, offsets = operands((4,), 32, 16)
+    out = torch.empty(4, 16)
+
+    def call(shift=0, k=32, stride=4, device=_native.CUDA):
+        SIMT.grouped_gemm_fp8(
+            a.data.data_ptr() + shift, a.scale.data_ptr(), w.data.data_ptr(), w.scale.data_ptr(),
+            offsets.data_ptr(), 0, out.data_ptr(), 4, k, 16, k, stride, 1, 0, device, 0,
+        )  # fmt: skip
+
+    call()
+    torch.testing.assert_close(out, grouped_gemm(a, w, offsets, out_dtype=torch.float32))
+    for text, wrong in (("16 divides", {"shift": 8}), ("K: expected", {"k": 30}),
+                        ("a_scale_stride", {"stride": 3})):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            call(**wrong)
+    with pytest.raises(RuntimeError, match="expected cuda, got cpu"):
+        call(device=_native.CPU)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck():
+    a, w, offsets = operands((3, 4), 64, 16)
+    x = torch.randn(5, 200).bfloat16()
+    torch.library.opcheck(torch.ops.kimi_ops.fp8_rows.default, (x,))
+    # test_schema compares inputs by arithmetic that torch has not for FP8
+    rest = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for dtype in DTYPES:
+        bias = torch.randn(2, 16).to(dtype)
+        arguments = (a.data, a.scale, w.data, w.scale, offsets, bias)
+        torch.library.opcheck(
+            torch.ops.kimi_ops.grouped_gemm_fp8.default, (*arguments, dtype), test_utils=rest
+        )
+        out = torch.empty(7, 16, dtype=dtype)
+        torch.library.opcheck(
+            torch.ops.kimi_ops.grouped_gemm_fp8_out.default, (*arguments, out), test_utils=rest
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile():
+    w = Fp8BlockWeight.quantize(torch.randn(2, 48, 160))
+
+    def layer(x: Tensor, offsets: Tensor) -> Tensor:
+        return grouped_gemm(Fp8Rows.quantize(x), w, offsets) * 2
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for rows in (3, 8):
+        x, offsets = torch.randn(rows, 160), ends(1, rows - 1)
+        assert torch.equal(compiled(x, offsets), layer(x, offsets))
