@@ -2,6 +2,7 @@
 """grouped_gemm at realistic sizes against F.grouped_mm in fp32, products in fp64 and bf16
 emulation: 384 experts, awkward sizes, NaN, strides, thread counts."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,16 @@ def test_a_single_row(gemm_engine, dtype, experts, expert):
         assert error(mine, truth) < 2 * UNIT[dtype] + 1e-6
     dw = ours(a, b, dc, offsets)[2]
     assert not dw[torch.arange(experts) != expert].any()
+
+
+def test_a_thread_that_has_used_no_device_before(gemm_engine):
+    """As autograd's are at first: on CUDA such a thread has no current context."""
+    a, b, dc, offsets = tensors(sizes_of("random", 6, 45), 64, 48, torch.bfloat16)
+    results: list[Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(grouped_gemm(a, b, offsets)))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], grouped_gemm(a, b, offsets))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
