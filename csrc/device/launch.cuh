@@ -173,12 +173,13 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, size_t smem_byte
 /// Compute capability whose kernels the current device runs, 10 major + minor, at most max_sm().
 inline Status device_sm(int& sm) {
   static std::mutex mutex;
-  static std::map<int, int> known;  // by device
+  static std::map<LaunchShape, int> known;  // by device; LaunchShape says why not by int
   int device = 0, major = 0, minor = 0;
   KIMI_RETURN_IF_ERROR(cuda_status("device", cudaGetDevice(&device)));
   {
     const std::lock_guard lock(mutex);
-    if (const auto found = known.find(device); found != known.end()) {
+    const LaunchShape key{nullptr, device, 0, 0, 0};
+    if (const auto found = known.find(key); found != known.end()) {
       sm = found->second;
     } else {
       KIMI_RETURN_IF_ERROR(
@@ -187,7 +188,7 @@ inline Status device_sm(int& sm) {
       KIMI_RETURN_IF_ERROR(
           cuda_status("device: compute capability",
                       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)));
-      sm = known[device] = 10 * major + minor;
+      sm = known[key] = 10 * major + minor;
     }
   }
   if (max_sm() != 0 && max_sm() < sm) sm = max_sm();
