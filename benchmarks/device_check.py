@@ -77,8 +77,8 @@ def plan(out: Path) -> list[Step]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
     primitives = ["tests/gpu/test_primitives.py", "tests/gpu/test_primitives_sm90.py"]
     small = [*python, "-m", "pytest", "-q", primitives[0], "-k", "device_half"]
-    files = ("topk_gate", "permute", "balance", "grouped_gemm_torch", "fused_experts_torch")
-    some = "groups or empty or ties or contract or valid or nan_stays or awkward_sizes"
+    files = ("topk_gate", "permute", "balance", "grouped_gemm_torch", "fused_experts_torch", "fp8")
+    some = "groups or empty or ties or contract or valid or nan_stays or awkward_sizes or no_rows"
     ops = [*python, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in files)]
     ops += ["-k", f"cuda and ({some})"]
     results = str(out / "benchmarks.json")

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kimi_ops import grouped_gemm, grouped_gemm_wgrad
+from kimi_ops import (
+    Fp8BlockWeight,
+    Fp8Rows,
+    fused_experts,
+    grouped_gemm,
+    grouped_gemm_wgrad,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
@@ -266,6 +272,42 @@ def test_thread_counts_have_the_same_bits(cpu_engine, two_thread_counts, dtype, 
         grouped_gemm_wgrad(a, dc, offsets, out=main, accumulate=True)
         results.append((*ours(a, b, dc, offsets), main))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graph_follows_new_rows_and_new_groups():
+    a, b, dc, offsets = (
+        t.cuda() for t in tensors(sizes_of("random", 12, 256), 128, 96, torch.bfloat16)
+    )
+    main = torch.zeros(12, 128, 96, device="cuda")
+    weights = [
+        torch.randn(12, 256, 128).bfloat16().cuda(),
+        torch.randn(12, 128, 128).bfloat16().cuda(),
+    ]
+    gates, ids = torch.rand(64, 4).cuda(), torch.randint(0, 12, (64, 4)).int().cuda()
+    blocks = Fp8BlockWeight.quantize(b.mT)
+
+    def run() -> list[Tensor]:
+        grouped_gemm_wgrad(a, dc, offsets, out=main)
+        return [
+            grouped_gemm(a, b, offsets), fused_experts(a[:64], *weights, gates, ids),
+            grouped_gemm(Fp8Rows.quantize(a), blocks, offsets),
+        ]  # fmt: skip
+
+    side = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph, stream=side):
+        results = run()
+    a.copy_(torch.randn(a.shape))
+    offsets.copy_(sizes_of("hot", 12, 256).cumsum(0).int())
+    graph.replay()
+    torch.cuda.synchronize()
+    captured = [t.clone() for t in (*results, main)]
+    with torch.no_grad():
+        assert all(torch.equal(x, y) for x, y in zip(captured, [*run(), main], strict=True))
 
 
 class Recorder(TorchDispatchMode):

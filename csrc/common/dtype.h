@@ -103,6 +103,9 @@ inline constexpr kimi_dtype kDtype<bf16> = KIMI_BFLOAT16;
 template <>
 inline constexpr kimi_dtype kDtype<fp16> = KIMI_FLOAT16;
 
+/// Bytes of a value.
+inline int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
+
 inline bool is_dtype(int dtype) { return dtype >= KIMI_FLOAT32 && dtype <= KIMI_FLOAT16; }
 
 // dispatch(dtype, [&]<class T>() { ... }): the dtype has been checked before.

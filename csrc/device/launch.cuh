@@ -170,7 +170,8 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, size_t smem_byte
   return known[key] = blocks;
 }
 
-/// Compute capability whose kernels the current device runs, 10 major + minor, at most max_sm().
+/// Compute capability whose kernels the current device runs, 10 major + minor. Limited by max_sm()
+/// to another family it is kMinSm: kernels for 9.x run on 9.x alone.
 inline Status device_sm(int& sm) {
   static std::mutex mutex;
   static std::map<LaunchShape, int> known;  // by device; LaunchShape says why not by int
@@ -191,7 +192,7 @@ inline Status device_sm(int& sm) {
       sm = known[key] = 10 * major + minor;
     }
   }
-  if (max_sm() != 0 && max_sm() < sm) sm = max_sm();
+  if (max_sm() != 0 && max_sm() < sm) sm = max_sm() / 10 == sm / 10 ? max_sm() : kMinSm;
   return Status::ok();
 }
 

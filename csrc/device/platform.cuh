@@ -3,8 +3,9 @@
 // What every kernel file stands on: CUDA itself, or the host runner's stand-in for it where
 // KIMI_HOST_SIMT is defined; and shared memory, which C++ has no word for.
 //
-//   KIMI_SHARED(float, tile);                     the launch's dynamic shared memory, 1024-byte
-//   aligned, as a float* KIMI_STATIC_SHARED(int32_t, histogram, 1024)  an array of the block's own
+//   KIMI_SHARED(float, tile);               the launch's dynamic shared memory as a float*,
+//                                           1024-byte aligned
+//   KIMI_STATIC_SHARED(int32_t, sums, 64);  an array of the block's own
 #pragma once
 
 #include <cstddef>

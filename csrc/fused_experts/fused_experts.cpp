@@ -20,7 +20,6 @@ const CpuEngine& cpu_engine() { return kEngines.best(); }
 namespace {
 
 using experts::round64;
-using experts::size_of;
 
 struct Layout {  // of the workspace
   int64_t hidden, sums, groups;

@@ -29,7 +29,6 @@ using grouped::Product;
 
 constexpr int kThreads = 256;
 
-int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
 int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 int64_t partials(int64_t width) {
   return (width + grouped::kPartialColumns - 1) / grouped::kPartialColumns;

@@ -8,7 +8,6 @@ namespace kimi {
 namespace {
 
 using experts::round64;
-using experts::size_of;
 
 struct Layout {  // of the workspace
   int64_t gate_up, grad_gate_up, hidden, partial, sums, groups;

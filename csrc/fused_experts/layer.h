@@ -14,7 +14,6 @@ constexpr int64_t kSumBytes = 32 << 20;
 
 const CpuEngine& cpu_engine();
 
-inline int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
 inline int64_t round64(int64_t n) { return (n + 63) / 64 * 64; }
 
 // Columns that are summed at a time: R rows of them in fp32 fit kSumBytes, 128 at least.

@@ -3,9 +3,10 @@
 // go through a scratch of fp32, then every lane takes 8 columns of one row, so that memory is read
 // and written in 16-byte pieces and the arithmetic is written once for mma.sync and wgmma.
 //
-//   lane (of mma.m16n8 and wgmma): c[kAt + 4 j + i] is row lane/4 + 8 (i/2), column 8 j + 2
-//   (lane%4)
-//   + i%2  ->  scratch [16][kChunk + 8]  ->  lane: row piece / (kChunk/8), 8 columns
+//   registers of mma.m16n8 and wgmma   c[kAt + 4 j + i]: row lane/4 + 8 (i/2),
+//                                      column 8 j + 2 (lane%4) + i%2
+//   scratch of the warp                [16][kChunk + 8] fp32
+//   memory, by lane                    row piece / (kChunk/8), 8 columns
 //
 // The scratch costs 4 bytes written and 4 read a value; eight words of padding keep the writes free
 // of bank conflicts.
@@ -87,21 +88,14 @@ class Finish {
   static_assert(kChunk % 16 == 0 &&
                 (kEpilogue != Epilogue::kActivateBackward || kChunk % kPartialColumns == 0));
 
-  // Columns [col, col + kChunk) of 16 rows, from c[kAt ...]; kActivate: g there and u at kUpAt.
-  // All lanes of the warp come.
-  template <int kAt, int kUpAt, int kN>
-  __device__ static void run(const Product& p, const Rows& rows, int64_t col, const float (&c)[kN],
-                             float* scratch) {
-    collect<kAt, kUpAt>(c, scratch);
-    write(p, rows, col, scratch);
-  }
-
-  // Its two halves.
+  // kChunk columns of 16 rows from c[kAt ...]; kActivate: g there and u at kUpAt. All lanes come,
+  // and then to write().
   template <int kAt, int kUpAt, int kN>
   __device__ static void collect(const float (&c)[kN], float* scratch) {
     put<kAt>(c, scratch);
     if constexpr (kPairs) put<kUpAt>(c, scratch + 16 * kStride);
   }
+  // Columns [col, col + kChunk).
   __device__ static void write(const Product& p, const Rows& rows, int64_t col,
                                const float* scratch) {
     warp_barrier();

@@ -2,8 +2,9 @@
 // The producer of the FP8 product on Hopper: tiles from the offsets, handed on to the consumers,
 // and for each stage of 128 of depth
 //
-//   A        64 rows by each block of the cluster, to both; the upper half only where rows are
-//   there a_scale  the same rows: a box of one block of depth B        the block's own columns
+//   A        64 rows by each block, to both; the upper ones only where there are any
+//   a_scale  of the same rows: a box of one block of depth
+//   B        the block's own columns
 //   b_scale  one number for 64 columns, by a load of its own
 #pragma once
 

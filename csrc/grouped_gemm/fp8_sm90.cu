@@ -213,7 +213,7 @@ Status grouped_gemm_fp8_cuda(const GroupedGemmFp8Params& p, void* stream) {
   arguments.k_blocks = static_cast<int32_t>(blocks(p.k));
   arguments.num_groups = p.num_experts;
   arguments.out_dtype = p.out_dtype;
-  const int64_t size = p.out_dtype == KIMI_FLOAT32 ? 4 : 2;
+  const int64_t size = size_of(p.out_dtype);
   arguments.wide_out = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.n * size % 16 == 0;
   // The wide tile is worth up to a tenth of columns that nobody wants.
   if (10 * computed<Traits<192>>(p.n) <= 11 * computed<Traits<128>>(p.n))

@@ -17,8 +17,6 @@ constexpr CpuEngines<grouped::CpuEngine> kEngines = {
 // Output beyond this is written around the cache, as in permute.
 constexpr int64_t kStreamBytes = 32 << 20;
 
-int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
-
 template <class Params>
 Status check_common(const char* op, const Params& p, kimi_device device) {
   if (p.num_rows < 0 || p.k < 0 || p.n < 0)

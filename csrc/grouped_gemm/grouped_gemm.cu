@@ -17,8 +17,7 @@ namespace {
 
 // 16 bytes divide the address and the distance of rows, in elements of `dtype`.
 bool divides(const void* address, int64_t stride, kimi_dtype dtype) {
-  const int64_t bytes = dtype == KIMI_FLOAT32 ? 4 : 2;
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * bytes % 16 == 0;
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * size_of(dtype) % 16 == 0;
 }
 
 bool is_wide(const grouped::Product& p) {

@@ -66,6 +66,16 @@ struct Product {
   float* partial;  // [R, ceil(F / kPartialColumns)] out
 };
 
+// Tiles at most, whatever the offsets are: those that are not full are one in each group.
+inline int64_t most_tiles(const Product& p, int64_t tile_rows, int64_t tile_cols) {
+  const bool of_rows = p.ragged == Ragged::kRows;
+  const int64_t rows = of_rows ? p.num_rows : p.rows, full = rows / tile_rows;
+  const int64_t ragged = full + p.num_groups + 1;  // the zero rows are a group too
+  const int64_t row_tiles =
+      of_rows ? (rows < ragged ? rows : ragged) : (full + (rows % tile_rows != 0)) * p.num_groups;
+  return row_tiles * ((p.cols + tile_cols - 1) / tile_cols);
+}
+
 // Queues the product. Groups, rows and columns may be 0.
 Status product_cuda(const Product& p, void* stream);
 

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT
 // product_sm80: which of the kernels of product_sm80.cuh serves a product.
 //
-//   groups of at most 16 rows on average    tiles of 16 rows: such a product waits for Q's bytes,
-//   and
-//                                           a tile more in a larger group finds them in the cache
+//   groups of 16 rows on average, or fewer  tiles of 16 rows: such a product waits for Q's bytes,
+//                                           and a further tile of a group finds them in the cache
 //   Q of kStore with kRows                  depth-major tiles if its memory is contiguous that way
 //   kDepth                                  P and Q outer-major
 #include <climits>
@@ -33,7 +32,7 @@ Status product_sm80(const Product& p, void* stream) {
   if ((p.ragged == Ragged::kRows && p.depth > INT_MAX) || p.cols > INT_MAX)
     return invalid("grouped product: sizes: expected depth and columns below 2^31, got ", p.depth,
                    " and ", p.cols);
-  const int64_t bytes = p.dtype == KIMI_FLOAT32 ? 4 : 2;
+  const int64_t bytes = size_of(p.dtype);
   Sm80Job job{p, Major::kOuter, false, false, false};
   if (p.ragged == Ragged::kDepth) {
     job.wide_p = is_wide(p.p, 1, Major::kOuter, p.rows, bytes);

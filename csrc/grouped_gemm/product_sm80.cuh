@@ -201,12 +201,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 template <class Traits>
 Status launch_product(const Sm80Job& job, void* stream) {
   const Product& p = job.product;
-  const int64_t rows = Traits::kOfDepth ? p.rows : p.num_rows;
-  const int64_t full = rows / Traits::kTileRows;  // and one more that is not full in each group
-  const int64_t row_tiles = Traits::kOfDepth
-                                ? (full + (rows % Traits::kTileRows != 0)) * p.num_groups
-                                : std::min(rows, full + p.num_groups + 1);
-  const int64_t tiles = row_tiles * ((p.cols + Traits::kOutCols - 1) / Traits::kOutCols);
+  const int64_t tiles = most_tiles(p, Traits::kTileRows, Traits::kOutCols);
   if (tiles == 0) return Status::ok();
   const auto kernel = product_kernel<Traits>;
   const int64_t resident = resident_blocks(kernel, Traits::kThreads, Traits::kRingBytes);

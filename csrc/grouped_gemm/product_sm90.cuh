@@ -125,12 +125,8 @@ Status encode_maps(const Product& p, Maps* maps) {
 template <class X>
 Status run(const Job& job, void* stream) {
   const Product& p = job.product;
-  const int64_t blocks = job.paired ? 2 : 1, tile_rows = X::kTileRows * blocks;
-  const int64_t rows = X::kDepthwise ? p.rows : p.num_rows;
-  const int64_t full = rows / tile_rows;  // and one more that is not full in each group
-  const int64_t row_tiles = X::kDepthwise ? (full + (rows % tile_rows != 0)) * p.num_groups
-                                          : std::min(rows, full + p.num_groups + 1);
-  const int64_t tiles = row_tiles * ((p.cols + X::kTileCols - 1) / X::kTileCols);
+  const int64_t blocks = job.paired ? 2 : 1;
+  const int64_t tiles = most_tiles(p, X::kTileRows * blocks, X::kTileCols);
   if (tiles == 0) return Status::ok();
   Maps maps{};
   KIMI_RETURN_IF_ERROR(encode_maps<X>(p, &maps));

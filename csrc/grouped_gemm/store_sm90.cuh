@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
 // kStore by TMA: a warp's 16 rows leave in boxes of 128 bytes a row, without waiting for memory.
 //
-//   sums -- stmatrix, rounded (fp32: 8 bytes a lane) --> 2 KiB, swizzled -- TMA store, or add -->
-//   out
+//   sums -- stmatrix, rounded (fp32: 8 bytes a lane) --> 2 KiB, swizzled -- TMA store or add --> C
 //
 // Two boxes of a warp alternate: one is read by TMA while the other one is filled. Adding in fp32
 // touches each element once, so that no order of additions is left open. Out of bounds nothing is

@@ -3,9 +3,8 @@
 // mma.m16n8 leaves them, whatever T: c[4 (row tile kColTiles + col tile) + i], lane l: row
 // 16 row tile + l / 4 + 8 (i / 2), column 8 col tile + 2 (l % 4) + i % 2.
 //
-//   16-bit  16 of the depth at a time: ldmatrix, mma.sync        each 16 x 16 of P, 16 x 16 of Q
-//   once fp32    1 of the depth at a time: plain loads, fma: the sum is that of a loop over the
-//   depth
+//   16-bit  16 of the depth at a time: ldmatrix, mma.sync; each 16 x 16 of P and of Q once
+//   fp32    1 of the depth at a time: plain loads, fma: the sum is that of a loop over the depth
 //
 // Addresses: what changes with the lane is computed once for a tile of the ring; with a depth-major
 // tile the step along the depth, with an outer-major one the step along the outer index, is an

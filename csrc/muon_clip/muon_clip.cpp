@@ -19,7 +19,6 @@ constexpr CpuEngines<CpuEngine> kEngines = {
     {&kPortableEngine, KIMI_X86(kAvx2Engine), KIMI_X86(kAvx512Engine), nullptr, nullptr}};
 constexpr int64_t kBlock = 1 << 15;  // elements; sums of squares are cut here
 
-int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
 const void* at(const void* x, kimi_dtype dtype, int64_t i) {
   return static_cast<const char*>(x) + i * size_of(dtype);
 }

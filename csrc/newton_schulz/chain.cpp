@@ -21,7 +21,6 @@ constexpr int64_t kRowsAcross = 256;     // rows whose sums a task takes where l
 constexpr int64_t kElements = 32 << 10;  // of a task of an elementwise pass
 constexpr float kLargest = 3.4028234664e38f;
 
-int64_t size_of(kimi_dtype dtype) { return dtype == KIMI_FLOAT32 ? 4 : 2; }
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 // A distance between lines that is no large power of two: they would share few sets of a cache.

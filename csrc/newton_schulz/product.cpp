@@ -145,8 +145,7 @@ class Multiplication {
 
   void store(int64_t row, int64_t rows, int64_t s, const float* sums) const {
     const int64_t col = s * kStripRows, cols = cols_of(s);
-    const int64_t size = p.dtype == KIMI_FLOAT32 ? 4 : 2,
-                  d_size = p.d_dtype == KIMI_FLOAT32 ? 4 : 2;
+    const int64_t size = size_of(p.dtype), d_size = size_of(p.d_dtype);
     const char* c = static_cast<const char*>(p.c);
     char* d = static_cast<char*>(p.d);
     Tile t = {};

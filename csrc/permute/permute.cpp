@@ -178,7 +178,7 @@ Status unpermute_backward(const UnpermuteBackwardParams& p, kimi_device device,
   KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_rows > 0, {p.source}));
   KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_rows > 0 && p.hidden > 0, {p.grad_y}));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA(op, unpermute_backward_cuda(p, stream));
-  const int64_t row_bytes = p.hidden * (p.dtype == KIMI_FLOAT32 ? 4 : 2);
+  const int64_t row_bytes = p.hidden * size_of(p.dtype);
   const bool around_cache = p.num_rows * row_bytes > kStreamBytes;
   const auto& engine = kEngines.best();
   cpu::parallel_for(p.num_tokens, grain(row_bytes * p.top_k), [&](int64_t begin, int64_t end) {

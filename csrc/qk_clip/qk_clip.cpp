@@ -73,7 +73,7 @@ float largest_of_block(const AttentionMaxLogitsParams& p, const Layout& layout, 
                        int64_t head, int64_t block, char* scratch) {
   const BlockEngine& engine = layout.engine;
   const qk_clip_cpu::CpuEngine& passes = kEngines.best();
-  const int64_t bytes = p.dtype == KIMI_FLOAT32 ? 4 : 2, kv_head = head / (p.heads / p.kv_heads);
+  const int64_t bytes = size_of(p.dtype), kv_head = head / (p.heads / p.kv_heads);
   const cpu::Operand q = {
       static_cast<const char*>(p.q) + (batch * p.q_batch_stride + head * p.q_head_stride) * bytes,
       p.q_row_stride, p.q_col_stride, cpu::Storage(p.dtype)};
@@ -168,7 +168,7 @@ Status scale_rows(const ScaleRowsParams& p, kimi_device device, void*) {
   if (!p.weight || !p.factors)
     return invalid(op, ": expected pointers for weight and factors, got NULL");
   const auto& passes = kEngines.best();
-  const int64_t bytes = p.dtype == KIMI_FLOAT32 ? 4 : 2;
+  const int64_t bytes = size_of(p.dtype);
   const int64_t grain = std::max<int64_t>(1, (32 << 10) / p.cols);
   cpu::parallel_for(p.heads * rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The operators behind `Fp8Rows.quantize` and `grouped_gemm` of FP8 rows and FP8 blocks.
 
-The product's kernel is for Hopper. On the CPU rows and weights are dequantised to float32, exactly,
-for the kernel that reads FP8 weights; on other GPUs both are dequantised to bfloat16.
+The product's kernel is for Hopper. On the CPU rows are dequantised to float32 for
+the kernel that reads FP8 weights; on other GPUs both are dequantised to bfloat16.
 """
 
 import warnings
@@ -91,6 +91,7 @@ def _run(
 ) -> None:
     offsets = offsets.contiguous()
     if _engine(a)[1] == _native.CPU:
+        _ops.check_offset_values("grouped_gemm", offsets, a.shape[0])
         if b.numel() == 0:
             out.copy_(_biased(out.new_zeros(out.shape, dtype=torch.float32), offsets, bias))
             return
@@ -123,8 +124,13 @@ def _pad_columns(x: Tensor) -> Tensor:
 
 
 def _readable_rows(a: Tensor) -> Tensor:
-    steps = a.data_ptr() | (a.stride(0) if a.shape[0] > 1 else 0) | a.shape[1]
-    return a if steps % _TMA_BYTES == 0 else _pad_columns(a.contiguous())
+    one = a.shape[0] <= 1
+    steps = a.data_ptr() | (0 if one else a.stride(0)) | a.shape[1]
+    if steps % _TMA_BYTES == 0 and (one or a.stride(0) >= a.shape[1]):
+        return a
+    dense = a.contiguous()
+    readable = (dense.data_ptr() | dense.shape[1]) % _TMA_BYTES == 0
+    return dense if readable else _pad_columns(dense)
 
 
 def _readable_weight(b: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def _check_arguments(
     _check.shape(op, "w_down", w_down, (experts, hidden, _stored(w_down, width)))
     _check.dtype(op, "weights", weights, (torch.float32,))
     _check.shape(op, "weights", weights, (tokens, "K"))
+    _check.same_device(op, "weights", weights, "x", x)
     pairs = tokens * weights.shape[1]
     for name, ids, shape in (
         ("row_map", row_map, tuple(weights.shape)), ("source", source, (pairs,)),
@@ -53,6 +54,7 @@ def _check_scale(op: str, name: str, matrices: Tensor, scale: Tensor | None, col
     grid = (rows, -(-columns // 32)) if packed else (-(-rows // 128), -(-columns // 128))
     _check.dtype(op, f"{name} scale", scale, (torch.bfloat16 if packed else torch.float32,))
     _check.shape(op, f"{name} scale", scale, (matrices.shape[0], *grid))
+    _check.same_device(op, f"{name} scale", scale, name, matrices)
 
 
 def _stored(matrices: Tensor, columns: int) -> int:

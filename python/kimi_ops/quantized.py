@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Read-only expert weights in the forms of the released checkpoints: FP8 blocks and INT4 groups.
 
-`grouped_gemm` and `fused_experts` take them in place of a stack of matrices, on the CPU. A weight
-is dequantised to the dtype of the activations, one expert at a time: a token reads half (FP8) or
-about a quarter (INT4) of the bytes that bfloat16 weights have.
+`grouped_gemm` and `fused_experts` take them in place of a stack of matrices, on the CPU; beside
+`Fp8Rows` `grouped_gemm` takes `Fp8BlockWeight` on a GPU too. On the CPU a weight is dequantised to
+the dtype of the activations, one expert at a time: a token reads half (FP8) or about a quarter
+(INT4) of the bytes that bfloat16 weights have.
 """
 
 from abc import ABC, abstractmethod
@@ -58,7 +59,7 @@ class QuantizedWeight(ABC):
         Parameters
         ----------
         weight : Tensor [E, N, K] bfloat16, float16 or float32
-            Finite. For INT4 K is a multiple of 8.
+            Finite: on a GPU one flag is read back for that. For INT4 K is a multiple of 8.
 
         Raises
         ------

@@ -103,7 +103,7 @@ def grouped_gemm_fp8(
     """
     (a_data, a_scale), (b_data, b_scale) = a, b
     rows, n, k = a_data.shape[0], b_data.shape[1], b_data.shape[2]
-    total = torch.zeros(rows, n, dtype=wide)
+    total = torch.zeros(rows, n, dtype=wide, device=a_data.device)
     start = 0
     for e, end in enumerate(offsets.tolist()):
         by_column = b_scale[e].to(wide).repeat_interleave(FP8_BLOCK, 0)[:n]
