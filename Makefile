@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# make demo   train a Kimi K2 in miniature and sample from it (within six minutes on two cores)
+# make demo   train a Kimi K2 in miniature and sample from it (some minutes on two cores)
 # make test   every test: C++, CUDA kernels run on the host, sanitizers, Python
 # make lint   ruff, mypy, clang-format
 # make bench  the benchmarks, short
