@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # make demo   train a Kimi K2 in miniature and sample from it (some minutes on two cores)
-# make test   every test: C++, CUDA kernels run on the host, sanitizers, Python
+# make test   every test: C++, Python, CUDA kernels run on the host, sanitizers
 # make lint   ruff, mypy, clang-format
 # make bench  the benchmarks, short
 # Each does its own set-up in .venv and build/. PYTHON chooses the interpreter (3.11 or later), TORCH
@@ -12,24 +12,36 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet
 BUILD = build/python-$(shell $(BIN)/python -c "import sys; print(sys.implementation.cache_tag)")
+BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
+part = @printf '\n== %s, begun at %s\n' '$(1)' "$$(date +%T)"
 
-.PHONY: demo test test-native test-python lint bench clean
+.PHONY: demo test test-native test-python test-sanitized lint bench clean
 
 demo: .venv/demo.ready
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BUILD_EXT)
 	$(BIN)/kimi-ops demo
 
-test: test-native test-python
+test: test-native test-python test-sanitized
+	$(call part,all tests passed)
 
 test-native: .venv/test.ready
-	KIMI_OPS_TESTS=ON $(BIN)/python setup.py --quiet build_ext --inplace
+	$(call part,build)
+	KIMI_OPS_TESTS=PYTHON $(BUILD_EXT)
+	$(call part,C API)
 	ctest --test-dir $(BUILD) --output-on-failure -j2
+
+# Threads that wait sleep: a worker a processor and as many threads in each would spin otherwise.
+test-python: test-native
+	$(call part,Python)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadgroup --durations=10
+
+# The kernels on the host run here alone: what they find does not depend on the optimisation.
+test-sanitized: .venv/test.ready
+	$(call part,build with ASan and UBSan)
 	cmake --preset asan > /dev/null
 	cmake --build --preset asan
+	$(call part,C API and CUDA kernels on the host under ASan and UBSan)
 	ctest --preset asan -j2
-
-test-python: test-native
-	$(BIN)/python -m pytest --durations=10
 
 lint: .venv/test.ready
 	ruff check .

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-# The pybind11 modules. python.cpp is compiled once for each engine library: the module's name says
-# which one, its functions are the same.
+# The pybind11 modules: one for each engine library, whose name says which one. Their functions are
+# the same and compiled once.
 if(NOT KIMI_OPS_PYTHON MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "KIMI_OPS_PYTHON: expected auto, on or off, got '${KIMI_OPS_PYTHON}'")
 endif()
@@ -28,11 +28,17 @@ if(NOT KIMI_OPS_PYTHON STREQUAL off)
   endif()
 endif()
 
+if(kimi_has_python)
+  add_library(kimi_python OBJECT ${PROJECT_SOURCE_DIR}/csrc/bindings/python.cpp)
+  target_compile_options(kimi_python PRIVATE -O1)  # unpacks arguments: -O3 takes a minute longer
+  target_link_libraries(kimi_python PRIVATE kimi_build_flags pybind11::module)
+endif()
+
 function(kimi_add_python_module name)
   if(kimi_has_python)
-    pybind11_add_module(${name} MODULE NO_EXTRAS ${PROJECT_SOURCE_DIR}/csrc/bindings/python.cpp)
+    pybind11_add_module(${name} MODULE NO_EXTRAS ${PROJECT_SOURCE_DIR}/csrc/bindings/module.cpp
+                        $<TARGET_OBJECTS:kimi_python>)
     target_compile_definitions(${name} PRIVATE KIMI_MODULE_NAME=${name})
-    target_compile_options(${name} PRIVATE -O1)  # unpacks arguments: -O3 takes a minute longer
     target_link_libraries(${name} PRIVATE kimi_build_flags)
   endif()
 endfunction()

@@ -5,9 +5,14 @@
 if(kimi_has_python)
   file(GLOB kimi_kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu)
   list(FILTER kimi_kernels EXCLUDE REGEX "/grouped_gemm/")
-  add_library(kimi_ops_simt STATIC ${kimi_host_sources} $<TARGET_OBJECTS:kimi_engines>
+  # Without nvcc the library's own files refuse CUDA tensors, which these must not.
+  set(host $<TARGET_OBJECTS:kimi_host>)
+  if(NOT kimi_has_cuda)
+    set(host ${kimi_host_sources})
+  endif()
+  add_library(kimi_ops_simt STATIC ${kimi_tile_sources} ${host} $<TARGET_OBJECTS:kimi_engine>
               $<TARGET_OBJECTS:kimi_simt_products>)
-  kimi_set_isa_flags(${kimi_host_sources})
+  kimi_set_isa_flags(${kimi_tile_sources})
   target_link_libraries(kimi_ops_simt PUBLIC kimi_build_flags kimi_simt kimi_tiles)
   target_compile_definitions(kimi_ops_simt PRIVATE KIMI_OPS_CUDA)
   kimi_simt_kernels(kimi_ops_simt ${kimi_kernels})

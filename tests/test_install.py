@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`pip install .` in pip's isolated build, without torch there and without CUDA kernels."""
+"""`pip install .` in pip's isolated build, without torch there and without CUDA kernels, and what
+later builds of the same tree keep of it."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,6 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# One worker of pytest-xdist builds for all; -O0 compiles in half the time.
+pytestmark = pytest.mark.xdist_group("install")
+BUILD = os.environ | {
+    **{"KIMI_OPS_CUDA": "off", "KIMI_OPS_TESTS": "OFF"},
+    "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE='-O0 -DNDEBUG'",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +36,21 @@ def installed(tmp_path_factory):
     )  # fmt: skip
     subprocess.run(["tar", "-xf", folder / "tree.tar", "-C", tree], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
-    environment = os.environ | {"KIMI_OPS_CUDA": "off", "KIMI_OPS_TESTS": "OFF"}
-    subprocess.run([*pip, tree], check=True, env=environment)
+    subprocess.run([*pip, tree], check=True, env=BUILD)
     return target
+
+
+def build_again(tree, **changed):
+    """Builds in place; the object files that were written, by name, and what was printed."""
+    build = tree / "build" / f"python-{sys.implementation.cache_tag}"
+    before = {path: path.stat().st_mtime_ns for path in build.rglob("*.o")}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    result = subprocess.run(
+        command, cwd=tree, env=BUILD | changed, capture_output=True, text=True, check=True
+    )
+    after = {path: path.stat().st_mtime_ns for path in build.rglob("*.o")}
+    assert before.keys() <= after.keys(), "object files were thrown away"
+    return {p.name for p, time in after.items() if before.get(p) != time}, result.stdout
 
 
 def run(target, code):
@@ -74,6 +94,39 @@ def test_source_distribution_holds_what_the_build_needs(installed, tmp_path):
     for path in [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "cmake").glob("*.cmake")]:
         assert str(path.relative_to(ROOT)) in names
     assert "CMakeLists.txt" in names
+
+
+def test_a_dead_environment_costs_no_compilation(installed):
+    """pip's isolated environment is gone, and with it CMake, Ninja and pybind11 of the cache."""
+    tree = installed.parent / "tree"
+    cache = tree / "build" / f"python-{sys.implementation.cache_tag}" / "CMakeCache.txt"
+    dead = [line for line in cache.read_text().splitlines() if "pip-build-env" in line]
+    assert any(line.startswith("CMAKE_MAKE_PROGRAM") for line in dead)
+    written, _ = build_again(tree)
+    assert written <= {"python.cpp.o", "module.cpp.o"}  # the one path that they include is another
+    assert "pip-build-env" not in cache.read_text()
+    # Nothing changed: the cache is taken as it is, and nothing is compiled.
+    written, printed = build_again(tree)
+    assert not written and "no work to do" in printed and "Detecting" not in printed
+    # A path of the cache is gone though the request is the same: it is found anew.
+    text = cache.read_text()
+    cache.write_text(re.sub(r"(?m)^(CMAKE_MAKE_PROGRAM:\w+)=.*$", r"\1=/gone", text))
+    assert not build_again(tree)[0] and "/gone" not in cache.read_text()
+    # An interrupted configuration left half a cache.
+    cache.with_name("request.txt").unlink()
+    cache.write_text(text[: len(text) // 2] + "\nhalf a line")
+    assert not build_again(tree)[0]
+
+
+def test_a_switch_holds_for_one_build(installed):
+    """What an earlier build was told does not silently stay in CMake's cache."""
+    tree = installed.parent / "tree"
+    cache = tree / "build" / f"python-{sys.implementation.cache_tag}" / "CMakeCache.txt"
+    arguments = BUILD["CMAKE_ARGS"]
+    build_again(tree, CMAKE_ARGS=f"{arguments} -DKIMI_OPS_GENERIC_ARCHITECTURES=90")
+    assert "KIMI_OPS_GENERIC_ARCHITECTURES:STRING=90" in cache.read_text()
+    build_again(tree)
+    assert "KIMI_OPS_GENERIC_ARCHITECTURES:STRING=80" in cache.read_text()
 
 
 def test_missing_native_module_is_explained(installed):

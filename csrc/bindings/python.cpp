@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The pybind11 module: unpacks integers into params structs and calls the C API. Pointers come as
+// The functions of the pybind11 modules: unpacks integers into params structs and calls the C API. Pointers come as
 // Python integers (Tensor.data_ptr()), 0 for NULL. KIMI_INVALID_ARGUMENT becomes ValueError, any
 // other failure RuntimeError. The GIL is released during every op.
 #include <pybind11/pybind11.h>
@@ -95,7 +95,7 @@ kimi_isa isa_from_name(const std::string& name) {
 
 }  // namespace
 
-PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
+void kimi_bind(py::module_& m) {
   m.doc() = "Native ops on raw addresses; use the functions of kimi_ops.";
   m.def("version", &kimi_version);
   m.def("detected_isa", [] { return kimi_isa_name(kimi_detected_isa()); });
