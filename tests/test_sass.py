@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_ptxas_budget import ROOT, build, readable
+from test_ptxas_budget import ROOT, object_of, readable, usage_of
 
 SOURCES = sorted((ROOT / "csrc").glob("*/*_sm90.cu"))
 
@@ -19,16 +19,18 @@ WGMMA = ("HGMMA", "QGMMA")  # of 16-bit and of FP8 operands
 WANTED = {"fp8_rows_sm90": ("F2FP.SATFINITE.E4M3",)}  # of other kernels than products
 
 
-def find_disassembler() -> str | None:
-    """nvdisasm on the PATH, or that of the package nvidia-cuda-nvdisasm."""
-    if found := shutil.which("nvdisasm"):
+def find_tool(name: str) -> str:
+    """A program on the PATH, or that of the package nvidia-cuda-<name>; skips without either."""
+    if found := shutil.which(name):
         return found
     try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+        files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
     except importlib.metadata.PackageNotFoundError:
-        return None
-    paths = (str(file.locate()) for file in files if file.name == "nvdisasm")
-    return next(paths, None)
+        files = []
+    paths = [str(file.locate()) for file in files if file.name == name]
+    if not paths:
+        pytest.skip(f"no {name}: neither on the PATH nor the package nvidia-cuda-{name}")
+    return paths[0]
 
 
 def kernels_of(sass: str) -> dict[str, list[str]]:
@@ -53,18 +55,13 @@ def complaints(kernels: dict[str, list[str]], wanted: tuple[str, ...] = WGMMA) -
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_wgmma_and_no_local_memory(source: Path) -> None:
-    disassembler = find_disassembler()
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on the PATH")
-    if disassembler is None:
-        pytest.skip("no nvdisasm: neither on the PATH nor the package nvidia-cuda-nvdisasm")
-    log, cubin = build(source)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = subprocess.check_output([disassembler, "-c", file.name], text=True)
+    extract = [find_tool("cuobjdump"), "--extract-elf", "all", str(object_of(source))]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(extract, cwd=folder, check=True, capture_output=True)
+        (cubin,) = Path(folder).iterdir()
+        sass = subprocess.check_output([find_tool("nvdisasm"), "-c", cubin], text=True)
     kernels = kernels_of(sass)
-    assert len(kernels) == log.count("Compiling entry function")
+    assert len(kernels) == len(usage_of(source))
     assert not complaints(kernels, WANTED.get(source.stem, WGMMA))
 
 
