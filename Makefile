@@ -12,8 +12,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet
 BUILD = build/python-$(shell $(BIN)/python -c "import sys; print(sys.implementation.cache_tag)")
-BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
-part = @printf '\n== %s, begun at %s\n' '$(1)' "$$(date +%T)"
+BUILD_EXT = $(BIN)/python setup.py --quiet build_ext --inplace
+part = @printf '\n== %s (%s)\n' '$(1)' "$$(date +%T)"
 
 .PHONY: demo test test-native test-python test-sanitized lint bench clean
 
@@ -21,27 +21,30 @@ demo: .venv/demo.ready
 	$(BUILD_EXT)
 	$(BIN)/kimi-ops demo
 
-test: test-native test-python test-sanitized
+test: .venv/tools.ready
+	@$(MAKE) --no-print-directory -j2 test-python test-sanitized
 	$(call part,all tests passed)
 
 test-native: .venv/test.ready
-	$(call part,build)
+	$(call part,build of the library and of what its tests need)
 	KIMI_OPS_TESTS=PYTHON $(BUILD_EXT)
 	$(call part,C API)
 	ctest --test-dir $(BUILD) --output-on-failure -j2
 
-# Threads that wait sleep: a worker a processor and as many threads in each would spin otherwise.
+# Threads that wait sleep: with a worker a processor, and threads in each, they would spin instead.
 test-python: test-native
 	$(call part,Python)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadgroup --durations=10
 
-# The kernels on the host run here alone: what they find does not depend on the optimisation.
-test-sanitized: .venv/test.ready
-	$(call part,build with ASan and UBSan)
-	cmake --preset asan > /dev/null
-	cmake --build --preset asan
-	$(call part,C API and CUDA kernels on the host under ASan and UBSan)
-	ctest --preset asan -j2
+# The C API again, and the CUDA kernels on the host, which run here alone: what is found does not
+# depend on the optimisation. Beside the Python tests, so its output goes to a file.
+test-sanitized: .venv/tools.ready
+	$(call part,beside: C API and kernels on the host under ASan and UBSan; build/sanitized.log)
+	@mkdir -p build
+	@{ cmake --preset asan && cmake --build --preset asan && ctest --preset asan -j2; } \
+	  > build/sanitized.log 2>&1 || { tail -n 100 build/sanitized.log; exit 1; }
+	$(call part,under ASan and UBSan)
+	@tail -n 3 build/sanitized.log
 
 lint: .venv/test.ready
 	ruff check .
@@ -55,17 +58,19 @@ bench: .venv/test.ready
 clean:
 	rm -rf build python/kimi_ops/*.so python/kimi_ops/include
 
-.venv/torch.ready:
+# The build tools live in .venv, so that later builds are incremental (no isolated environment).
+.venv/tools.ready:
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f'make: PYTHON: expected Python 3.11 or later, got {v[0]}.{v[1]}; set PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
-	$(PIP) --upgrade pip
+	$(PIP) --upgrade pip "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
+	touch $@
+
+.venv/torch.ready: .venv/tools.ready
 	$(PIP) "$(TORCH)"
 	touch $@
 
-# The build tools live in .venv, so that later builds are incremental (no isolated environment).
 .venv/demo.ready: .venv/torch.ready pyproject.toml
-	$(PIP) "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
 	$(PIP) --no-build-isolation --editable ".[plot]"
 	touch $@
 

@@ -2,6 +2,8 @@
 """newton_schulz against exact mathematics: singular vectors stay, singular values go through the
 polynomials."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,6 +49,7 @@ def steps_of(name: str) -> int:
     return len(FIXED_SCHEDULES.get(name, range(5)))
 
 
+@functools.cache
 def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator))[0]
