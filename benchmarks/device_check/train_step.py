@@ -58,7 +58,11 @@ class Training:
         with torch.profiler.profile(activities=activities) as profile:
             self.step()
         averages = profile.key_averages()
-        on_gpu = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
+        on_gpu = [
+            event
+            for event in averages
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        ]
         longest = sorted(on_gpu, key=lambda e: -e.self_device_time_total)[:15]
         return {
             "torch_ops": sum(e.count for e in averages if e.key.startswith("aten::")),
