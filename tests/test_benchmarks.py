@@ -98,12 +98,17 @@ def test_a_step_of_the_peer_moves_every_weight_as_ours_does(way):
 
 def test_cases_have_names_of_their_own_and_fit():
     for quick in (True, False):
-        every = [
-            cases.gemm_cases(quick), cases.quantized_cases(quick), cases.experts_cases(quick),
-            cases.step_cases(quick),
-        ]  # fmt: skip
+        every = [cases.quantized_cases(quick), cases.fp8_cases(quick), cases.step_cases(quick)]
+        for device in ("cpu", "cuda"):
+            every += [
+                cases.gate_cases(quick, device), cases.permute_cases(quick, device),
+                cases.gemm_cases(quick, device), cases.experts_cases(quick, device),
+                cases.tile_cases(device),
+            ]  # fmt: skip
         for chosen in every:
-            assert len({str(case) for case in chosen}) == len(chosen)
+            assert chosen and len({str(case) for case in chosen}) == len(chosen)
+        for case in cases.gemm_cases(quick, "cuda") + cases.tile_cases("cuda"):
+            assert case.weight_bytes <= 24e9  # of 80
         for case in cases.gemm_cases(quick):
             assert case.flops <= 500e9 and case.weight_bytes <= 3e9
     mini = KimiK2Config.mini()

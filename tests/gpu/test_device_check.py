@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import checkout
 from benchmarks.checkout import MANIFEST, ROOT
 from benchmarks.device_check import __main__ as program
 from benchmarks.device_check import machine, parts, prepare, primitives, steps, suites
@@ -331,6 +332,15 @@ def test_what_was_not_prepared_for_this_python_is_refused(tmp_path):
     (tmp_path / "libkimi_ops.so").touch()
     with pytest.raises(machine.Refused, match=f"cpython-399-vax, this Python is {SOABI}"):
         machine.prepared(tmp_path)
+
+
+def test_where_git_is_missing_the_commit_is_what_prepare_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkout, "PREPARED", tmp_path)
+    assert re.match("[0-9a-f]{7}", checkout.commit())
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert checkout.commit() == "unknown"
+    (tmp_path / MANIFEST).write_text('{"commit": "abc1234"}')
+    assert checkout.commit() == "abc1234"
 
 
 @pytest.mark.parametrize(
