@@ -4,18 +4,17 @@
 Roof: logits read once for each pass, and their gradient written, at the read bandwidth of this run.
 On a CPU the exponentials are the limit.
 
-    python -m benchmarks.bench_balance [--quick] [--json FILE] [--plot FILE] [--device cuda]
+    python -m benchmarks.bench_balance [--help]
 """
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BalanceCase, arguments, balance_cases
-from benchmarks.measure import measure, peak_memory, read_bandwidth
-from benchmarks.report import Report, Row
+from benchmarks.cases import BalanceCase, balance_cases
+from benchmarks.marks import parametrize
+from benchmarks.session import Session, main
 from kimi_ops import sequence_balance_loss, update_expert_bias_, z_loss
 
 ALPHA, Z, RATE = 1e-4, 1e-3, 1e-3
@@ -81,33 +80,28 @@ def functions(case: BalanceCase, device: str, compiled: bool) -> dict[str, Calla
     return named
 
 
-def main(argv: list[str] | None = None) -> Report:
-    options = arguments(__doc__ or "").parse_args(argv)
-    report = Report("balance", options.device, options)
-    roof = read_bandwidth(options.device)
-    print(f"read bandwidth of this run: {roof / 1e9:.1f} GB/s\n")
-    for case in balance_cases(options.quick):
+def moved(case: BalanceCase) -> int:
+    """Bytes that have to be read and written."""
+    if case.op == "bias rule":
+        return case.experts * 12
+    bytes_each = 2 if case.dtype == "bfloat16" else 4
+    return case.tokens * case.experts * bytes_each * (3 if case.backward else 1)
+
+
+def compare(session: Session) -> None:
+    table = session.table("balance")
+    for case in session.select(balance_cases(session.quick)):
         torch._dynamo.reset()
-        named = functions(case, options.device, not options.no_compile)
-        times = measure(named, options.device, options.quick)
-        bytes_each = 2 if case.dtype == "bfloat16" else 4
-        moved = case.tokens * case.experts * bytes_each * (3 if case.backward else 1)
-        if case.op == "bias rule":
-            moved = case.experts * 12
-        row = Row(str(case), times.pop("kimi_ops"), moved, "GB/s", roof, times)
-        row.peak_bytes = peak_memory(named["kimi_ops"], options.device)
-        row.peer_bytes = peak_memory(named["torch"], options.device)
-        report.add(row)
-    report.finish()
-    return report
+        named = functions(case, session.device, session.compiled)
+        table.compare(case, named, moved(case), "GB/s", session.bandwidth)
 
 
-@pytest.mark.parametrize("case", balance_cases(quick=True), ids=str)
-@pytest.mark.parametrize("way", ["kimi_ops", "torch"])
+@parametrize("case", balance_cases(quick=True), ids=str)
+@parametrize("way", ["kimi_ops", "torch"])
 def test_balance(benchmark, case, way):  # type: ignore[no-untyped-def]
     benchmark.group = f"balance {case}"
     benchmark(functions(case, "cpu", compiled=False)[way])
 
 
 if __name__ == "__main__":
-    main()
+    main(compare)

@@ -9,26 +9,25 @@ large dense product and the bytes of the chosen experts' matrices (read twice fo
 are written for all experts) at the read bandwidth. Peak memory: ours, then grouped_mm's. A second
 table compares FP8 and INT4 experts with bfloat16.
 
-    python -m benchmarks.bench_fused_experts [--quick] [--threads 1] [--cases TEXT] [--json FILE]
+    python -m benchmarks.bench_fused_experts [--help]
 """
 
-import time
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import ExpertsCase, arguments, experts_cases, select
-from benchmarks.measure import compute_peak, measure, peak_memory, read_bandwidth, roof_rate
-from benchmarks.report import Report, Row
+from benchmarks.cases import ExpertsCase, experts_cases
+from benchmarks.marks import parametrize
+from benchmarks.measure import Functions, roof_rate
+from benchmarks.session import Session, main
 from kimi_ops import Fp8BlockWeight, Int4GroupWeight, fused_experts, topk_gate
 
-Functions = dict[str, Callable[[], object]]
 PEERS = ("eager", "batched_mm", "grouped_mm")
 FORMS = {"fp8": Fp8BlockWeight, "int4": Int4GroupWeight}
-MOST_SECONDS, MOST_BYTES = 10.0, 4e9
+MOST_BYTES = 4e9
 
 
 def make_weights(case: ExpertsCase, device: str) -> tuple[Tensor, Tensor]:
@@ -86,7 +85,7 @@ class Setting:
             )
         }
         ids = self.indices.long()
-        for way in PEERS:
+        for way in PEERS if importlib.util.find_spec("transformers") else ():
             if written_by(way, self.case) > MOST_BYTES:
                 continue
             experts = transformers_experts(self.case, way, self.weights)
@@ -112,45 +111,24 @@ class Setting:
         return 2 * read + written + 2 * rows if self.case.backward else read + rows
 
 
-def quick_enough(named: Functions) -> Functions:
-    """Without the peers that take too long a call."""
-    kept = {}
-    for name, function in named.items():
-        start = time.perf_counter()
-        if name != "kimi_ops":
-            function()
-        if time.perf_counter() - start <= MOST_SECONDS:
-            kept[name] = function
-    return kept
-
-
-def main(argv: list[str] | None = None) -> None:
-    options = arguments(__doc__ or "").parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = options.device
-    bandwidth, peak = read_bandwidth(device), compute_peak(torch.bfloat16, device)
-    report = Report("fused_experts", device, options, width=40, peers=PEERS)
-    print(f"read bandwidth of this run: {bandwidth / 1e9:.1f} GB/s; ", end="")
-    print(f"dense bfloat16 product: {peak / 1e12:.3f} TFLOP/s\n")
+def compare(session: Session) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        print("fused_experts: without peers: pip install transformers brings them")
+    device = session.device
+    table = session.table("fused_experts", width=40, peers=PEERS, memory="grouped_mm")
     model, weights = "", None
-    for case in select(experts_cases(options.quick, device), options):
+    for case in session.select(experts_cases(session.quick, device)):
         if model != case.model:
             weights = None  # before the next are made
             model, weights = case.model, make_weights(case, device)
         assert weights is not None
         setting = Setting(case, weights)
-        named = quick_enough(setting.functions())
-        times = measure(named, device, options.quick)
-        roof = roof_rate(case.flops, setting.moved(), peak, bandwidth)
-        row = Row(str(case), times.pop("kimi_ops"), case.flops, "TFLOP/s", roof, times)
-        row.peak_bytes = peak_memory(named["kimi_ops"], device)
-        row.peer_bytes = peak_memory(named["grouped_mm"], device) if "grouped_mm" in named else 0
-        report.add(row)
-    report.print_summary()
-    report.finish()
-    if device == "cpu" and not options.cases:
-        quantized(options, peak, bandwidth)
+        roof = roof_rate(
+            case.flops, setting.moved(), session.peak(torch.bfloat16), session.bandwidth
+        )
+        table.compare(case, setting.functions(), case.flops, "TFLOP/s", roof)
+    if device == "cpu":
+        quantized(session)
 
 
 def quantized_cases(quick: bool) -> list[ExpertsCase]:
@@ -180,29 +158,23 @@ def quantized_functions(
     return {"kimi_ops": ours, "bf16": bf16}, rows + stored * setting.active / case.experts
 
 
-def quantized(options: Any, peak: float, bandwidth: float) -> None:
+def quantized(session: Session) -> None:
     """FP8 and INT4 experts against our own with bfloat16."""
-    print()
-    report = Report("fused_experts (quantized)", "cpu", options, width=40)
-    for case in quantized_cases(options.quick):
-        weights = make_weights(case, "cpu")
-        for form in FORMS:
-            named, moved = quantized_functions(case, form, weights)
-            times = measure(named, "cpu", options.quick)
-            roof = roof_rate(case.flops, moved, peak, bandwidth)
-            ours = times.pop("kimi_ops")
-            row = Row(f"{case} {form}", ours, case.flops, "TFLOP/s", roof, times)
-            row.peak_bytes = peak_memory(named["kimi_ops"], "cpu")
-            row.peer_bytes = peak_memory(named["bf16"], "cpu")
-            report.add(row)
-    report.print_summary()
-    report.finish("_quantized")
+    table = session.table("fused_experts (quantized)", width=40, memory="bf16")
+    cases = {f"{c} {form}": (c, form) for c in quantized_cases(session.quick) for form in FORMS}
+    for name in session.select(list(cases)):
+        case, form = cases[name]
+        named, moved = quantized_functions(case, form, make_weights(case, "cpu"))
+        roof = roof_rate(case.flops, moved, session.peak(torch.bfloat16), session.bandwidth)
+        table.compare(name, named, case.flops, "TFLOP/s", roof)
 
 
-@pytest.mark.parametrize("case", experts_cases(quick=True), ids=str)
-@pytest.mark.parametrize("way", ["kimi_ops", *PEERS])
+@parametrize("case", experts_cases(quick=True), ids=str)
+@parametrize("way", ["kimi_ops", *PEERS])
 def test_fused_experts(benchmark, case, way):  # type: ignore[no-untyped-def]
     named = Setting(case, make_weights(case, "cpu")).functions()
+    import pytest
+
     if way not in named:
         pytest.skip(f"{way} writes more than {MOST_BYTES / 1e9:.0f} GB on the way")
     benchmark.group = f"fused_experts {case}"
@@ -210,4 +182,4 @@ def test_fused_experts(benchmark, case, way):  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    main()
+    main(compare)

@@ -10,13 +10,9 @@ the read bandwidth, both of this run. A second table compares FP8 and INT4 weigh
 a GPU it is that of FP8 rows and weights, against our own bfloat16 and torch._scaled_grouped_mm (one
 scale a row and a column), where the roof of operations is twice that of bfloat16.
 
-    python -m benchmarks.bench_grouped_gemm [--quick] [--threads 1] [--cases TEXT] [--json FILE]
-                                            [--device cuda]
+    python -m benchmarks.bench_grouped_gemm [--help]
 """
 
-from collections.abc import Callable
-
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,18 +20,16 @@ from torch import Tensor
 from benchmarks.cases import (
     GEMM_SHAPES,
     GemmCase,
-    arguments,
     fp8_cases,
     gemm_cases,
     quantized_cases,
-    select,
 )
-from benchmarks.measure import compute_peak, measure, peak_memory, read_bandwidth, roof_rate
-from benchmarks.report import Report, Row
+from benchmarks.marks import parametrize
+from benchmarks.measure import Functions, roof_rate
+from benchmarks.session import Session, main
 from benchmarks.triton_peer import triton_grouped_gemm
 from kimi_ops import Fp8BlockWeight, Fp8Rows, Int4GroupWeight, grouped_gemm, grouped_gemm_wgrad
 
-Functions = dict[str, Callable[[], object]]
 PEERS = ("grouped_mm", "mm loop", "F.linear")
 CUDA_PEERS = ("grouped_mm", "mm loop", "triton", "F.linear")
 FORMS = {"fp8": Fp8BlockWeight, "int4": Int4GroupWeight}
@@ -182,20 +176,15 @@ class Setting:
         return {"kimi_ops": ours, "grouped_mm": theirs, "mm loop": loop, "F.linear": dense}
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = arguments(__doc__ or "").parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = options.device
-    bandwidth = read_bandwidth(device)
-    peaks = {d: compute_peak(getattr(torch, d), device) for d in ("bfloat16", "float32")}
+def compare(session: Session) -> None:
+    device = session.device
     peers = CUDA_PEERS if device == "cuda" else PEERS
-    report = Report("grouped_gemm", device, options, width=44, peers=peers, reference="F.linear")
-    print(f"read bandwidth of this run: {bandwidth / 1e9:.1f} GB/s; dense products: ", end="")
-    print(", ".join(f"{name} {peak / 1e12:.3f} TFLOP/s" for name, peak in peaks.items()) + "\n")
+    table = session.table(
+        "grouped_gemm", width=44, peers=peers, reference="F.linear", memory="grouped_mm"
+    )
     weight: Tensor | None = None
     kind: tuple[object, ...] = ()
-    for case in select(gemm_cases(options.quick, device), options):
+    for case in session.select(gemm_cases(session.quick, device)):
         if kind != (case.shape, case.experts, case.dtype):
             weight = None  # before the next is made
             kind, weight = (case.shape, case.experts, case.dtype), make_weight(case, device)
@@ -203,21 +192,13 @@ def main(argv: list[str] | None = None) -> None:
         with torch.no_grad():
             setting = Setting(case, weight)
             named = setting.functions()
-            times = measure(named, device, options.quick)
-            roof = roof_rate(case.flops, setting.moved(), peaks[case.dtype], bandwidth)
-            row = Row(str(case), times.pop("kimi_ops"), case.flops, "TFLOP/s", roof, times)
-            row.peak_bytes = peak_memory(named["kimi_ops"], device)
-            row.peer_bytes = peak_memory(named["grouped_mm"], device)
-        report.add(row)
-    report.print_summary()
-    report.finish()
-    if options.cases:
-        return
-    if device == "cpu":
-        quantized(options, peaks["bfloat16"], bandwidth)
-    else:
-        weight = None
-        fp8(options, 2 * peaks["bfloat16"], bandwidth)
+            if not session.compiled:
+                named.pop("triton", None)
+            peak = session.peak(getattr(torch, case.dtype))
+            roof = roof_rate(case.flops, setting.moved(), peak, session.bandwidth)
+            table.compare(case, named, case.flops, "TFLOP/s", roof)
+    weight = None
+    quantized(session) if device == "cpu" else fp8(session)
 
 
 def quantized_functions(case: GemmCase, form: str) -> tuple[Functions, int]:
@@ -234,24 +215,16 @@ def quantized_functions(case: GemmCase, form: str) -> tuple[Functions, int]:
     return named, rows + stored * setting.active // case.experts
 
 
-def quantized(options: object, peak: float, bandwidth: float) -> None:
+def quantized(session: Session) -> None:
     """FP8 and INT4 weights against our own product with bfloat16."""
-    quick = options.quick  # type: ignore[attr-defined]
-    print()
-    report = Report("grouped_gemm (quantized)", "cpu", options, width=44)
-    for case in quantized_cases(quick):
-        for form in FORMS:
-            with torch.no_grad():
-                named, moved = quantized_functions(case, form)
-                times = measure(named, "cpu", quick)
-                roof = roof_rate(case.flops, moved, peak, bandwidth)
-                ours = times.pop("kimi_ops")
-                row = Row(f"{case} {form}", ours, case.flops, "TFLOP/s", roof, times)
-                row.peak_bytes = peak_memory(named["kimi_ops"], "cpu")
-                row.peer_bytes = peak_memory(named["bf16"], "cpu")
-            report.add(row)
-    report.print_summary()
-    report.finish("_quantized")
+    table = session.table("grouped_gemm (quantized)", width=44, memory="bf16")
+    cases = {f"{c} {form}": (c, form) for c in quantized_cases(session.quick) for form in FORMS}
+    for name in session.select(list(cases)):
+        case, form = cases[name]
+        with torch.no_grad():
+            named, moved = quantized_functions(case, form)
+            roof = roof_rate(case.flops, moved, session.peak(torch.bfloat16), session.bandwidth)
+            table.compare(name, named, case.flops, "TFLOP/s", roof)
 
 
 def fp8_functions(case: GemmCase, weight: Tensor) -> tuple[Functions, int]:
@@ -273,48 +246,37 @@ def fp8_functions(case: GemmCase, weight: Tensor) -> tuple[Functions, int]:
             out_dtype=torch.bfloat16,
         )  # fmt: skip
 
-    try:
-        theirs()
-        named["scaled_grouped_mm"] = theirs
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
-        print(f"torch._scaled_grouped_mm does not serve {case}: {str(error).splitlines()[0]}")
+    named["scaled_grouped_mm"] = theirs
     stored = sum(tensor.nbytes for tensor in packed.tensors().values())
     moved = rows.data.nbytes + rows.scale.nbytes + setting.dc.nbytes
     return named, moved + stored * setting.active // case.experts
 
 
-def fp8(options: object, peak: float, bandwidth: float) -> None:
+def fp8(session: Session) -> None:
     """FP8 rows and weights; "quantize" is what the rows cost before."""
-    quick = options.quick  # type: ignore[attr-defined]
-    print()
     names = ("bf16", "scaled_grouped_mm", "quantize")
-    report = Report(
-        "grouped_gemm (fp8)", "cuda", options, width=44, peers=names, reference="quantize"
+    table = session.table(
+        "grouped_gemm (fp8)", width=44, peers=names, reference="quantize", memory="bf16"
     )
-    for case in fp8_cases(quick):
+    for case in session.select(fp8_cases(session.quick)):
         with torch.no_grad():
             named, moved = fp8_functions(case, make_weight(case, "cuda"))
-            times = measure(named, "cuda", quick)
-            roof = roof_rate(case.flops, moved, peak, bandwidth)
-            row = Row(str(case), times.pop("kimi_ops"), case.flops, "TFLOP/s", roof, times)
-            row.peak_bytes = peak_memory(named["kimi_ops"], "cuda")
-            row.peer_bytes = peak_memory(named["bf16"], "cuda")
-        report.add(row)
-    report.print_summary()
-    report.finish("_fp8")
+            peak = 2 * session.peak(torch.bfloat16)
+            roof = roof_rate(case.flops, moved, peak, session.bandwidth)
+            table.compare(f"{case} fp8", named, case.flops, "TFLOP/s", roof)
 
 
-@pytest.mark.parametrize("case", gemm_cases(quick=True), ids=str)
-@pytest.mark.parametrize("way", ["kimi_ops", *PEERS])
+@parametrize("case", gemm_cases(quick=True), ids=str)
+@parametrize("way", ["kimi_ops", *PEERS])
 def test_grouped_gemm(benchmark, case, way):  # type: ignore[no-untyped-def]
     benchmark.group = f"grouped_gemm {case}"
     with torch.no_grad():
         benchmark(Setting(case, make_weight(case, "cpu")).functions()[way])
 
 
-@pytest.mark.parametrize("case", quantized_cases(quick=True), ids=str)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("way", ["kimi_ops", "bf16"])
+@parametrize("case", quantized_cases(quick=True), ids=str)
+@parametrize("form", FORMS)
+@parametrize("way", ["kimi_ops", "bf16"])
 def test_quantized(benchmark, case, form, way):  # type: ignore[no-untyped-def]
     benchmark.group = f"grouped_gemm {case} {form}"
     with torch.no_grad():
@@ -322,4 +284,4 @@ def test_quantized(benchmark, case, form, way):  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    main()
+    main(compare)

@@ -8,7 +8,7 @@ otherwise) beside torch.optim.AdamW with its default foreach; "fused" the same w
 kernel. The rate of "AdamW" is bytes of the parameters' 28 an element against the read bandwidth;
 the others' is operations of standard Newton-Schulz against torch's bf16 product.
 
-    python -m benchmarks.bench_muon_clip [--quick] [--json FILE] [--plot FILE]
+    python -m benchmarks.bench_muon_clip [--help]
 """
 
 from collections.abc import Callable, Iterable
@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.bench_newton_schulz import product_roof
-from benchmarks.cases import arguments
-from benchmarks.measure import measure, peak_memory, read_bandwidth
-from benchmarks.report import Report, Row
+from benchmarks.measure import Functions
+from benchmarks.session import Session, main
 from kimi_ops import MuonClip, muon_param_groups, ns_flops
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 
@@ -83,7 +81,7 @@ def flops(groups: Groups) -> int:
     return sum(ns_flops(shape, 5, "standard") for shape in shapes)
 
 
-def ways(groups: Groups) -> dict[str, Callable[[], object]]:
+def ways(groups: Groups) -> Functions:
     with_gradients(param for group in groups for param in group["params"])
     ours = MuonClip(groups, lr=1e-3, adjust_lr_fn="match_rms_adamw")
 
@@ -97,32 +95,24 @@ def ways(groups: Groups) -> dict[str, Callable[[], object]]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = arguments(__doc__ or "").parse_args(argv)
-    read, product = read_bandwidth(options.device), product_roof(options.device)
-    quick = options.quick
-    cases = {
-        "8 matrices" if quick else "64 matrices": mixed(8 if quick else 64),
-        "mini": mini(),
-        "AdamW, 16 tensors" if quick else "AdamW, 64 tensors": adamw(16 if quick else 64),
+def compare(session: Session) -> None:
+    quick = session.quick
+    makers = {
+        "8 matrices" if quick else "64 matrices": lambda: mixed(8 if quick else 64),
+        "mini": mini,
+        "AdamW, 16 tensors" if quick else "AdamW, 64 tensors": lambda: adamw(16 if quick else 64),
     }
-    products = Report("muon_clip", options.device, options)
-    passes = Report("muon_clip (AdamW)", options.device, options)
-    for name, groups in cases.items():
-        named = ways(groups)
-        times = measure(named, options.device, quick)
-        ours, work = times.pop("kimi_ops"), flops(groups)
-        numbers = sum(param.numel() for group in groups for param in group["params"])
-        if work:
-            report, row = products, Row(name, ours, work, "TFLOP/s", product, times)
+    products, passes = session.table("muon_clip"), session.table("muon_clip (AdamW)")
+    for name in session.select(list(makers)):
+        with torch.device(session.device):
+            groups = makers[name]()
+            named = ways(groups)
+        if work := flops(groups):
+            products.compare(name, named, work, "TFLOP/s", session.peak(torch.bfloat16))
         else:
-            report, row = passes, Row(name, ours, 28 * numbers, "GB/s", read, times)
-        row.peak_bytes = peak_memory(named["kimi_ops"], options.device)
-        row.peer_bytes = peak_memory(named["torch"], options.device)
-        report.add(row)
-    products.finish()
-    passes.finish("_adamw")
+            numbers = sum(param.numel() for group in groups for param in group["params"])
+            passes.compare(name, named, 28 * numbers, "GB/s", session.bandwidth)
 
 
 if __name__ == "__main__":
-    main()
+    main(compare)

@@ -6,21 +6,17 @@ page faults of fresh memory do not blur the comparison; "memcpy" copies the outp
 the copies: bytes read and written at the rate of that memcpy; of the plan: its bytes at the read
 bandwidth.
 
-    python -m benchmarks.bench_permute [--quick] [--json FILE] [--plot FILE] [--device cuda]
+    python -m benchmarks.bench_permute [--help]
 """
 
-from collections.abc import Callable
-
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import PermuteCase, arguments, permute_cases
-from benchmarks.measure import Time, measure, peak_memory, read_bandwidth
-from benchmarks.report import Report, Row
+from benchmarks.cases import PermuteCase, permute_cases
+from benchmarks.marks import parametrize
+from benchmarks.measure import Functions, Time
+from benchmarks.session import Session, main
 from kimi_ops import PermutePlan, _native, permute, permute_plan, unpermute
-
-Functions = dict[str, Callable[[], object]]
 
 
 def make_ids(case: PermuteCase) -> Tensor:
@@ -90,37 +86,25 @@ class Setting:
         return named
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = arguments(__doc__ or "").parse_args(argv)
-    device = options.device
-    read = read_bandwidth(device)
+def compare(session: Session) -> None:
     for part in ("plans", "copies", "sums"):
-        report = Report(f"permute ({part})", device, options)
-        for case in permute_cases(options.quick):
+        table = session.table(f"permute ({part})")
+        for case in session.select(permute_cases(session.quick, session.device)):
+            pairs, row_bytes = case.tokens * case.k, 2 * case.hidden
+            moved = 12 * pairs if part == "plans" else (case.tokens + pairs) * row_bytes
+
+            def roof(times: dict[str, Time], copied: int = 2 * pairs * row_bytes) -> float:
+                return copied / times["memcpy"].median
+
             with torch.no_grad():
-                setting = Setting(case, device, not options.no_compile)
-                named = getattr(setting, part)()
-                times = measure(named, device, options.quick)
-                report.add(_row(part, case, times, read, named, device))
-        report.finish(f"_{part}")
+                named = getattr(Setting(case, session.device, session.compiled), part)()
+                limit = roof if part == "copies" else session.bandwidth
+                table.compare(case, named, moved, "GB/s", limit)
 
 
-def _row(
-    part: str, case: PermuteCase, times: dict[str, Time], read: float, named: Functions, device: str
-) -> Row:
-    pairs, row_bytes = case.tokens * case.k, 2 * case.hidden
-    moved = 12 * pairs if part == "plans" else (case.tokens + pairs) * row_bytes
-    roof = 2 * pairs * row_bytes / times["memcpy"].median if part == "copies" else read
-    ours = times.pop("kimi_ops")
-    row = Row(str(case), ours, moved, "GB/s", roof, times)
-    row.peak_bytes = peak_memory(named["kimi_ops"], device)
-    row.peer_bytes = peak_memory(named["torch"], device)
-    return row
-
-
-@pytest.mark.parametrize("case", permute_cases(quick=True), ids=str)
-@pytest.mark.parametrize("part", ["plans", "copies", "sums"])
-@pytest.mark.parametrize("way", ["kimi_ops", "torch"])
+@parametrize("case", permute_cases(quick=True), ids=str)
+@parametrize("part", ["plans", "copies", "sums"])
+@parametrize("way", ["kimi_ops", "torch"])
 def test_permute(benchmark, case, part, way):  # type: ignore[no-untyped-def]
     benchmark.group = f"permute {part} {case}"
     with torch.no_grad():
@@ -128,4 +112,4 @@ def test_permute(benchmark, case, part, way):  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    main()
+    main(compare)

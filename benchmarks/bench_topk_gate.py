@@ -4,18 +4,17 @@
 Roof: bytes read (logits) and written (ids, weights) at the read bandwidth of this run. On a CPU the
 arithmetic of the scores is the limit, so the percentage says how far from memory-bound it is.
 
-    python -m benchmarks.bench_topk_gate [--quick] [--json FILE] [--plot FILE] [--device cuda]
+    python -m benchmarks.bench_topk_gate [--help]
 """
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import GateCase, arguments, gate_cases
-from benchmarks.measure import measure, peak_memory, read_bandwidth
-from benchmarks.report import Report, Row
+from benchmarks.cases import GateCase, gate_cases
+from benchmarks.marks import parametrize
+from benchmarks.session import Session, main
 from kimi_ops import topk_gate
 
 SCALE = 2.827
@@ -24,7 +23,7 @@ SCALE = 2.827
 def torch_gate(
     logits: Tensor, bias: Tensor, k: int, groups: int = 1, topk_groups: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scores = logits.sigmoid()
+    scores = logits.float().sigmoid()
     choice = scores + bias
     if groups > 1:
         members = choice.unflatten(1, (groups, -1))
@@ -39,7 +38,8 @@ def torch_gate(
 
 def functions(case: GateCase, device: str, compiled: bool) -> dict[str, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(case.tokens, case.experts, generator=generator).to(device)
+    logits = torch.randn(case.tokens, case.experts, generator=generator)
+    logits = logits.to(device, getattr(torch, case.dtype))
     bias = (torch.randn(case.experts, generator=generator) * 0.1).to(device)
     if case.kind == "ties":
         logits.zero_()
@@ -58,27 +58,18 @@ def functions(case: GateCase, device: str, compiled: bool) -> dict[str, Callable
     return named
 
 
-def main(argv: list[str] | None = None) -> Report:
-    options = arguments(__doc__ or "").parse_args(argv)
-    report = Report("topk_gate", options.device, options)
-    roof = read_bandwidth(options.device)
-    print(f"read bandwidth of this run: {roof / 1e9:.1f} GB/s\n")
-    for case in gate_cases(options.quick):
+def compare(session: Session) -> None:
+    table = session.table("topk_gate")
+    for case in session.select(gate_cases(session.quick, session.device)):
+        size = 4 if case.dtype == "float32" else 2
+        moved = case.tokens * (size * case.experts + 8 * case.k)
         with torch.no_grad():
-            named = functions(case, options.device, not options.no_compile)
-            times = measure(named, options.device, options.quick)
-            moved = case.tokens * (4 * case.experts + 8 * case.k)
-            ours = times.pop("kimi_ops")
-            row = Row(str(case), ours, moved, "GB/s", roof, times)
-            row.peak_bytes = peak_memory(named["kimi_ops"], options.device)
-            row.peer_bytes = peak_memory(named["torch"], options.device)
-        report.add(row)
-    report.finish()
-    return report
+            named = functions(case, session.device, session.compiled)
+            table.compare(case, named, moved, "GB/s", session.bandwidth)
 
 
-@pytest.mark.parametrize("case", gate_cases(quick=True), ids=str)
-@pytest.mark.parametrize("way", ["kimi_ops", "torch"])
+@parametrize("case", gate_cases(quick=True), ids=str)
+@parametrize("way", ["kimi_ops", "torch"])
 def test_topk_gate(benchmark, case, way):  # type: ignore[no-untyped-def]
     benchmark.group = f"topk_gate {case}"
     with torch.no_grad():
@@ -86,4 +77,4 @@ def test_topk_gate(benchmark, case, way):  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    main()
+    main(compare)

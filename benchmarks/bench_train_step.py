@@ -8,20 +8,20 @@ and down are parameters of their own over the memory of the stacks. Work: 6 FLOP
 use and token, without the attention's products; roof: the rate of a large dense fp32 product of
 this run.
 
-    python -m benchmarks.bench_train_step [--quick] [--threads 1] [--json FILE] [--plot FILE]
+    python -m benchmarks.bench_train_step [--help]
 """
 
-from collections.abc import Callable
+import importlib.util
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import StepCase, arguments, select, step_cases
-from benchmarks.measure import compute_peak, measure, peak_memory
-from benchmarks.report import Report, Row
+from benchmarks.cases import StepCase, step_cases
+from benchmarks.marks import parametrize
+from benchmarks.measure import Functions
+from benchmarks.session import Session, main
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.parameters import parameter_report
 from kimi_ops.muon_groups import muon_param_groups
@@ -29,7 +29,6 @@ from kimi_ops.train.data import load_corpus, training_batch
 from kimi_ops.train.settings import TrainSettings
 from kimi_ops.train.trainer import Trainer
 
-Functions = dict[str, Callable[[], object]]
 PEERS = ("grouped_mm", "eager")
 
 
@@ -99,7 +98,8 @@ def functions(case: StepCase) -> tuple[Functions, KimiK2]:
     corpus = load_corpus(None, window=case.window)
     batch = training_batch(corpus.train, seed=0, step=0, batch=case.sequences, window=case.window)
     trainer = Trainer(settings)
-    peers = {way: Peer(trainer.model, way, settings) for way in PEERS}
+    ways = PEERS if importlib.util.find_spec("transformers") else ()
+    peers = {way: Peer(trainer.model, way, settings) for way in ways}
 
     def backward() -> None:
         model = trainer.model
@@ -116,34 +116,24 @@ def functions(case: StepCase) -> tuple[Functions, KimiK2]:
     return named | {w: (lambda p=p: p.backward(batch)) for w, p in peers.items()}, trainer.model
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = arguments(__doc__ or "").parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.device != "cpu":
-        raise SystemExit("train_step: --device: the training step is measured on the CPU")
-    peak = compute_peak(torch.float32, "cpu", 2048)
-    report = Report("train_step", "cpu", options, peers=PEERS, width=40)
-    print(f"dense fp32 product of this run: {peak / 1e12:.3f} TFLOP/s\n")
-    for case in select(step_cases(options.quick), options):
+def compare(session: Session) -> None:
+    if session.device != "cpu":
+        print("train_step is left out: it is measured on the CPU; for a GPU see device_check")
+        return
+    table = session.table("train_step", peers=PEERS, width=40, memory="grouped_mm")
+    for case in session.select(step_cases(session.quick)):
         named, model = functions(case)
         weights = parameter_report(model.config).active_without_embedding
-        times = measure(named, "cpu", options.quick)
         work = 6.0 * weights * case.sequences * case.window
-        row = Row(str(case), times.pop("kimi_ops"), work, "TFLOP/s", peak, times)
-        row.peak_bytes = peak_memory(named["kimi_ops"], "cpu")
-        row.peer_bytes = peak_memory(named["grouped_mm"], "cpu")
-        report.add(row)
-    report.print_summary()
-    report.finish()
+        table.compare(case, named, work, "TFLOP/s", session.peak(torch.float32))
 
 
-@pytest.mark.parametrize("case", step_cases(quick=True), ids=str)
-@pytest.mark.parametrize("way", ["kimi_ops", *PEERS])
+@parametrize("case", step_cases(quick=True), ids=str)
+@parametrize("way", ["kimi_ops", *PEERS])
 def test_train_step(benchmark, case, way):  # type: ignore[no-untyped-def]
     benchmark.group = f"train_step {case}"
     benchmark(functions(case)[0][way])
 
 
 if __name__ == "__main__":
-    main()
+    main(compare)

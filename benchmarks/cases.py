@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The shapes that are measured, and the command line that all benchmarks share."""
+"""The shapes that are measured."""
 
-import argparse
 from dataclasses import dataclass
-from typing import TypeVar
-
-Case = TypeVar("Case")
 
 
 @dataclass(frozen=True)
@@ -14,14 +10,21 @@ class GateCase:
     experts: int
     k: int
     kind: str = "random"  # | "ties" (all logits 0) | "groups" (8, of which 4 are kept)
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         kind = "" if self.kind == "random" else f", {self.kind}"
+        kind += "" if self.dtype == "float32" else f", {self.dtype}"
         return f"T {self.tokens}, E {self.experts}, K {self.k}{kind}"
 
 
-def gate_cases(quick: bool) -> list[GateCase]:
+def gate_cases(quick: bool, device: str = "cpu") -> list[GateCase]:
     """Moonlight (64 experts), DeepSeek-V3 (256), Kimi K2 (384) and Kimi K3 (896) routers."""
+    if device == "cuda" and quick:
+        cases = [GateCase(t, 384, 8) for t in (1, 64, 4096)]
+        large = [(256, 8), (384, 8), (896, 16)]
+        dtypes = ("float32", "bfloat16")
+        return cases + [GateCase(32768, e, k, dtype=d) for e, k in large for d in dtypes]
     models = [(384, 8)] if quick else [(64, 6), (256, 8), (384, 8), (896, 16)]
     tokens = [1, 64, 4096] if quick else [1, 64, 512, 4096, 32768]
     hard = [GateCase(4096, 384, 8, "ties"), GateCase(4096, 256, 8, "groups")]
@@ -41,9 +44,9 @@ class PermuteCase:
         return shape if self.skew == "balanced" else f"{shape}, {self.skew}"
 
 
-def permute_cases(quick: bool) -> list[PermuteCase]:
+def permute_cases(quick: bool, device: str = "cpu") -> list[PermuteCase]:
     """Kimi K2 from decode (few tokens) to training, Moonlight, Kimi K3."""
-    if quick:
+    if quick and device == "cpu":
         return [PermuteCase(64, 8, 384, 7168), PermuteCase(1024, 8, 384, 7168)]
     return [
         PermuteCase(1, 8, 384, 7168),
@@ -91,6 +94,8 @@ GEMM_SHAPES = {  # experts' matrices: (K, N)
     "K2 gate+up": (7168, 4096),
     "K2 down": (2048, 7168),
     "Moonlight": (2048, 1408),
+    "Moonlight gate+up": (2048, 2816),
+    "Moonlight down": (1408, 2048),
     "GLM up": (6144, 4096),
     "mini gate+up": (128, 128),
     "mini down": (64, 128),
@@ -159,8 +164,14 @@ def _gemm_cases_cuda(quick: bool) -> list[GemmCase]:
     """
     passes = ("fwd", "dgrad", "wgrad", "wgrad acc")
     if quick:
-        cases = [GemmCase("K2 gate+up", 48, 1024, p) for p in passes]
-        return cases + [GemmCase("K2 down", 384, t, "fwd", "decode") for t in (4, 64)]
+        cases = [GemmCase("K2 gate+up", 4, 8192, p) for p in passes]
+        cases += [GemmCase("K2 gate+up", 48, r, p) for r in (1024, 256, 64) for p in passes]
+        cases += [GemmCase("K2 gate+up", 48, rows) for rows in (128, 21, 4)]
+        cases += [GemmCase("K2 down", 4, 8192)]
+        cases += [GemmCase("K2 down", 48, rows) for rows in (1024, 256, 64, 21)]
+        cases += [GemmCase("Moonlight", 64, rows) for rows in (1024, 256, 64)]
+        cases += [GemmCase("K2 down", 384, t, "fwd", "decode") for t in (4, 64)]
+        return [*cases, GemmCase("GLM up", 256, 1024)]
     cases = [GemmCase("GLM up", 256, 1024, p) for p in passes[:3]]
     cases += [GemmCase("K2 gate+up", 4, 8192, p) for p in passes]
     for name, experts in (("K2 gate+up", 48), ("K2 down", 48), ("Moonlight", 64)):
@@ -173,10 +184,23 @@ def _gemm_cases_cuda(quick: bool) -> list[GemmCase]:
     return cases
 
 
+def tile_cases(device: str) -> list[GemmCase]:
+    """Forward products by rows of an expert, for each shape; small ones on a CPU."""
+    models = [("K2 gate+up", 48), ("K2 down", 48), ("Moonlight gate+up", 64), ("Moonlight", 64)]
+    models += [("Moonlight down", 64), ("GLM up", 32)]
+    rows = (1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 8192)
+    if device == "cpu":
+        models, rows = [("mini gate+up", 32), ("mini down", 32)], rows[:7]
+    cases = [GemmCase(name, experts, r) for name, experts in models for r in rows]
+    return [case for case in cases if case.total * max(GEMM_SHAPES[case.shape]) <= 1.3e9]
+
+
 def fp8_cases(quick: bool) -> list[GemmCase]:
     """Forward products of a GPU: DeepGEMM's published shape, one of 8 ranks of K2, decoding."""
     if quick:
-        return [GemmCase("K2 gate+up", 48, 1024), GemmCase("K2 down", 384, 64, "fwd", "decode")]
+        cases = [GemmCase("K2 gate+up", 4, 8192)]
+        cases += [GemmCase("K2 gate+up", 48, rows) for rows in (1024, 128)]
+        return [*cases, GemmCase("K2 down", 384, 64, "fwd", "decode")]
     cases = [GemmCase("K2 gate+up", 4, 8192), GemmCase("K2 down", 4, 8192)]
     for name in ("K2 gate+up", "K2 down"):
         cases += [GemmCase(name, 48, rows) for rows in (21, 64, 128, 256, 1024)]
@@ -220,12 +244,12 @@ class ExpertsCase:
 def experts_cases(quick: bool, device: str = "cpu") -> list[ExpertsCase]:
     """64 small experts, and 16 experts of Kimi K2; on a GPU 48 of them and more tokens."""
     models = [("E 64, H 2048, F 768", 64, 2048, 768)]
-    if not quick:
+    if device == "cuda" or not quick:
         experts = 48 if device == "cuda" else 16
         models.append((f"K2 E {experts}, H 7168, F 2048", experts, 7168, 2048))
     tokens = (16, 256) if quick else (16, 256, 2048)
     if device == "cuda":
-        tokens = (16, 4096) if quick else (16, 256, 4096, 16384)
+        tokens = (16, 256, 4096) if quick else (16, 256, 4096, 16384)
     return [
         ExpertsCase(*m, t, backward) for m in models for t in tokens for backward in (False, True)
     ]
@@ -302,24 +326,3 @@ def logits_cases(quick: bool) -> list[LogitsCase]:
         LogitsCase(1, 16, 16, 2048, 2048, 192, "float32"),
         LogitsCase(16, 4, 4, 256, 256, 96),
     ]
-
-
-def arguments(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="few cases, short samples")
-    parser.add_argument("--json", metavar="FILE", help="write the rows and the machine as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (svg, png)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--threads", type=int, help="of torch and of the ops (default: torch's)")
-    parser.add_argument("--cases", metavar="TEXT", default="", help="only cases named like this")
-    return parser
-
-
-def select(cases: list[Case], options: argparse.Namespace) -> list[Case]:
-    """The cases that the command line asks for."""
-    chosen = [case for case in cases if options.cases in str(case)]
-    if not chosen:
-        names = "\n  ".join(map(str, cases))
-        raise SystemExit(f"--cases: no case is named like {options.cases!r}; there are\n  {names}")
-    return chosen

@@ -9,82 +9,115 @@ from dataclasses import dataclass
 import torch
 
 Function = Callable[[], object]
+Functions = dict[str, Function]
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one call: median and the 10th and 90th percentile."""
+    """Seconds of one call: median and the 10th and 90th percentile; on a GPU the median clock of
+    its multiprocessors right behind the calls."""
 
     median: float
     p10: float
     p90: float
+    mhz: float | None = None
 
     @classmethod
-    def of(cls, samples: list[float]) -> "Time":
+    def of(cls, samples: list[float], clocks: list[float] | None = None) -> "Time":
         samples = sorted(samples)
         last = len(samples) - 1
         low, high = samples[round(0.1 * last)], samples[round(0.9 * last)]
-        return cls(statistics.median(samples), low, high)
+        return cls(
+            statistics.median(samples), low, high, statistics.median(clocks) if clocks else None
+        )
 
 
-def measure(functions: dict[str, Function], device: str, quick: bool = False) -> dict[str, Time]:
+def measure(functions: Functions, device: str, quick: bool = False) -> dict[str, Time]:
     """Times all functions in turn, round after round, so that drift of the machine hits each.
 
-    CPU: wall clock; short functions are repeated within a sample. CUDA: events around a call, with
-    the L2 cache flushed before it.
+    CPU: wall clock; short functions are repeated within a sample. CUDA: see :class:`GpuSampler`.
     """
+    sampler = GpuSampler() if device == "cuda" else CpuSampler()
     warm = time.perf_counter()
-    repeats = {name: _warm_up(function, device) for name, function in functions.items()}
+    known = {name: sampler.warm_up(function) for name, function in functions.items()}
     slow = time.perf_counter() - warm > 6.0
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    clocks: dict[str, list[float]] = {name: [] for name in functions}
     budget = (0.3 if quick else 1.5) * len(functions)
     start = time.perf_counter()
-    least, most = (3, 20) if quick or slow else (7, 200)
+    least = 3 if quick or slow else 7
+    most = max(least, sampler.most // 10 if quick or slow else sampler.most)
     for rounds in range(most):
         if rounds >= least and time.perf_counter() - start > budget:
             break
         for name, function in functions.items():
-            samples[name].append(_sample(function, repeats[name], device))
-    return {name: Time.of(values) for name, values in samples.items()}
+            seconds, mhz = sampler.sample(function, known[name])
+            samples[name].append(seconds)
+            clocks[name] += [mhz] if mhz else []
+    return {name: Time.of(samples[name], clocks[name]) for name in functions}
 
 
-def _warm_up(function: Function, device: str) -> int:
-    start = time.perf_counter()
-    function()
-    if device == "cpu" and time.perf_counter() - start > 0.5:
-        return 1
-    function()
-    if device == "cuda":
+class CpuSampler:
+    most = 200
+
+    def warm_up(self, function: Function) -> float:
+        """How often the function is called for a sample of a millisecond or more."""
+        start = time.perf_counter()
+        function()
+        if time.perf_counter() - start > 0.5:
+            return 1
+        function()
+        start = time.perf_counter()
+        function()
+        return max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7)))
+
+    def sample(self, function: Function, repeats: float) -> tuple[float, float | None]:
+        start = time.perf_counter()
+        for _ in range(int(repeats)):
+            function()
+        return (time.perf_counter() - start) / repeats, None
+
+
+class GpuSampler:
+    """Events around one call, in this order on the stream:
+
+        wait | read 256 MB | event | the call | event | wait | event
+
+    The first wait is longer than the host takes to enqueue the rest, so that a slow host is not
+    seen as a slow kernel. Reading, not writing, empties the L2: dirty lines would be written back
+    inside the call. The second wait is a known number of cycles, which tells the clock.
+    """
+
+    most = 70
+    CYCLES = 200_000  # about 0.1 ms
+    LONGEST = 40_000_000  # of the first wait: what keeps the host longer is the host's own time
+
+    def __init__(self) -> None:
+        self.flush = torch.ones(64 << 20, device="cuda")
+
+    def warm_up(self, function: Function) -> float:
+        """Seconds for which a call keeps the host."""
+        for _ in range(2):
+            function()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        taken = time.perf_counter() - start
         torch.cuda.synchronize()
-        return 1
-    start = time.perf_counter()
-    function()
-    return max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7)))
+        return taken
 
-
-def _sample(function: Function, repeats: int, device: str) -> float:
-    if device == "cuda":
-        _flush_l2()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def sample(self, function: Function, host: float) -> tuple[float, float | None]:
+        begin, end, after = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        ahead = int((2 * host + 100e-6) * 2e9)  # cycles at the fastest clock
+        torch.cuda._sleep(min(ahead, self.LONGEST))
+        self.flush.sum()
         begin.record()
         function()
         end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e-3
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - start) / repeats
-
-
-_flush_buffer: torch.Tensor | None = None
-
-
-def _flush_l2() -> None:
-    global _flush_buffer
-    if _flush_buffer is None:
-        _flush_buffer = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    _flush_buffer.zero_()
+        torch.cuda._sleep(self.CYCLES)
+        after.record()
+        after.synchronize()
+        return begin.elapsed_time(end) * 1e-3, self.CYCLES / end.elapsed_time(after) * 1e-3
 
 
 def read_bandwidth(device: str) -> float:
@@ -93,9 +126,9 @@ def read_bandwidth(device: str) -> float:
     return x.numel() * 4 / measure({"sum": x.sum}, device, quick=True)["sum"].p10
 
 
-def compute_peak(dtype: torch.dtype, device: str, size: int = 0) -> float:
-    """FLOP a second of torch's best sample of a dense [size, size] @ [size, size]."""
-    size = size or (8192 if device == "cuda" else 3072)
+def compute_peak(dtype: torch.dtype, device: str) -> float:
+    """FLOP a second of torch's best sample of a large dense product."""
+    size = 8192 if device == "cuda" else 3072
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     times = measure({"mm": lambda: torch.mm(a, b, out=out)}, device, quick=True)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""The table of a benchmark: header with hardware and versions, rows, JSON and a plot."""
+"""A table of a benchmark: what is compared in a case, its row, the summary of all rows."""
 
-import json
 import math
-import platform
-import subprocess
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Time
-from kimi_ops.info import describe, info
+import torch
+
+from benchmarks.measure import Functions, Time, measure, peak_memory
+
+OURS = "kimi_ops"
+MOST_SECONDS = 10.0  # a peer that takes longer is left out
+Roof = float | Callable[[dict[str, Time]], float]
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Row:
     unit: str  # "TFLOP/s" or "GB/s"
     roof: float  # of the same unit, in FLOP/s or bytes/s
     peers: dict[str, Time] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # peer -> why it has no time
     peak_bytes: int = 0
     peer_bytes: int = 0
 
@@ -33,51 +34,73 @@ class Row:
     def ratios(self) -> dict[str, float]:
         return {name: peer.median / self.time.median for name, peer in self.peers.items()}
 
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"rate": self.rate(), "ratios": self.ratios()}
 
-class Report:
-    """Prints rows as they come and keeps them for JSON and plots.
+
+class Table:
+    """Measures cases and prints their rows as they come.
 
     `peers` names the columns of ratios where not every row has them all, `reference` one of them
-    that does other work and stays out of the summary; `width` is that of the cases' names.
+    that does other work and stays out of the summary; `memory` is the peer whose peak stands beside
+    ours; `width` is that of the cases' names. `after` is called behind every row.
     """
 
     def __init__(
         self,
         op: str,
         device: str,
-        arguments: Any,
+        quick: bool = False,
         *,
         width: int = 34,
         peers: Sequence[str] = (),
         reference: str | None = None,
+        memory: str = "torch",
+        after: Callable[[], None] = lambda: None,
     ) -> None:
-        self.op, self.device, self.arguments = op, device, arguments
+        self.op, self.device, self.quick = op, device, quick
         self.width, self.names, self.reference = width, list(peers), reference
+        self.memory, self.after = memory, after
         self.rows: list[Row] = []
-        print(f"# {op} on {device}\n{describe()}\ncommand   {self._command()}\n", flush=True)
 
-    @staticmethod
-    def _command() -> str:
-        name = sys.modules["__main__"].__spec__
-        return " ".join(["python -m", name.name if name else sys.argv[0], *sys.argv[1:]])
+    def compare(self, case: object, named: Functions, work: float, unit: str, roof: Roof) -> Row:
+        """Times ours and the peers in turn; a peer that fails or takes too long is left out with a
+        word, ours may not."""
+        served, left_out = _served(named, self.device)
+        for name, why in left_out.items():
+            print(f"{case}: without {name}: {why}", flush=True)
+        times = measure(served, self.device, self.quick)
+        limit = roof(times) if callable(roof) else roof
+        row = Row(str(case), times.pop(OURS), work, unit, limit, times, left_out)
+        row.peak_bytes = peak_memory(served[OURS], self.device)
+        if self.memory in served:
+            row.peer_bytes = peak_memory(served[self.memory], self.device)
+        self.add(row)
+        return row
 
     def add(self, row: Row) -> None:
         if not self.rows:
             self.names = self.names or list(row.peers)
-            peers = "".join(f"{'x ' + name:>16}" for name in self.names)
-            print(
-                f"{'case':<{self.width}}{'median':>10}{'p10':>10}{'p90':>10}{row.unit:>10}"
-                f"{'% roof':>8}{peers}{'peak':>10}{'torch':>10}"
-            )
+            self._print_head(row)
         self.rows.append(row)
         scale, digits = (1e12, 3) if row.unit == "TFLOP/s" else (1e9, 2)
         found, share = row.ratios(), 100 * row.rate() / row.roof
         ratios = "".join(f"{found[n]:>16.2f}" if n in found else f"{'-':>16}" for n in self.names)
+        clock = "" if row.time.mhz is None else f"{row.time.mhz:>8.0f}"
         print(
             f"{row.case:<{self.width}}{_us(row.time.median):>10}{_us(row.time.p10):>10}"
-            f"{_us(row.time.p90):>10}{row.rate() / scale:>10.{digits}f}{share:>8.1f}"
+            f"{_us(row.time.p90):>10}{row.rate() / scale:>10.{digits}f}{share:>8.1f}{clock}"
             f"{ratios}{_mb(row.peak_bytes):>10}{_mb(row.peer_bytes):>10}",
             flush=True,
+        )
+        self.after()
+
+    def _print_head(self, row: Row) -> None:
+        peers = "".join(f"{'x ' + name:>16}" for name in self.names)
+        clock = "" if row.time.mhz is None else f"{'MHz':>8}"
+        print(
+            f"\n# {self.op} on {self.device}\n{'case':<{self.width}}{'median':>10}{'p10':>10}"
+            f"{'p90':>10}{row.unit:>10}{'% roof':>8}{clock}{peers}{'peak':>10}{self.memory:>10}"
         )
 
     def summary(self) -> dict[str, dict[str, Any]]:
@@ -98,63 +121,30 @@ class Report:
                 f"({s['worst_case']})"
             )
 
-    def finish(self, suffix: str = "") -> None:
-        """Writes what the command line asks for; `suffix` tells apart the reports of one run."""
-        if self.arguments.json:
-            path = _with_suffix(self.arguments.json, suffix)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
-            print(f"wrote {path}")
-        if self.arguments.plot:
-            self._plot(_with_suffix(self.arguments.plot, suffix))
-
     def as_dict(self) -> dict[str, Any]:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        )
-        return {
-            "op": self.op,
-            "device": self.device,
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": self._command(),
-            "commit": commit.stdout.strip(),
-            "machine": platform.machine(),
-            "info": info(),
-            "summary": self.summary(),
-            "rows": [
-                asdict(row) | {"rate": row.rate(), "ratios": row.ratios()} for row in self.rows
-            ],
-        }
-
-    def _plot(self, path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(self.rows) * 2 + 1.5))
-        names = self.names
-        for i, name in enumerate(names):
-            places = [r + 0.8 * i / len(names) for r in range(len(self.rows))]
-            values = [row.ratios().get(name, 0.0) for row in self.rows]
-            axes.barh(places, values, height=0.8 / len(names), label=f"against {name}")
-        axes.set_yticks(range(len(self.rows)), [row.case for row in self.rows], fontsize=8)
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set_xlabel("times faster (ratio of medians)")
-        cpu = info()["cpu"]
-        hardware = cpu["processor"] if self.device == "cpu" else info()["cuda"]["device"]
-        axes.set_title(f"{self.op}: {hardware}, {cpu['threads']} threads, {cpu['isa']}", fontsize=9)
-        axes.legend(fontsize=8)
-        figure.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        print(f"wrote {path}")
+        rows = [row.as_dict() for row in self.rows]
+        return {"op": self.op, "summary": self.summary(), "rows": rows}
 
 
-def _with_suffix(name: str, suffix: str) -> Path:
-    path = Path(name)
-    return path.with_name(f"{path.stem}{suffix}{path.suffix}")
+def _served(named: Functions, device: str) -> tuple[Functions, dict[str, str]]:
+    """The functions that run within their time, and why others are left out."""
+    served, left_out = {OURS: named[OURS]}, {}
+    for name, function in named.items():
+        if name == OURS:
+            continue
+        start = time.perf_counter()
+        try:
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            left_out[name] = (str(error) or repr(error)).splitlines()[0][:200]
+            continue
+        if (taken := time.perf_counter() - start) > MOST_SECONDS:
+            left_out[name] = f"{taken:.0f} s a call"
+        else:
+            served[name] = function
+    return served, left_out
 
 
 def _us(seconds: float) -> str:

@@ -10,9 +10,8 @@
 // several blocks share the columns of a token. Addresses that 16 bytes do not divide go by 4 bytes
 // or 1.
 //
-// Cost (T 4096, K 8, H 7168, bf16): 59 MB read, 470 MB written. Predicted for an H200, not measured
-// (4.2 TB/s): 126 us by bytes, 145 us expected, 3.6 TB/s; T <= 64: 3 us, the launch and two
-// dependent loads.
+// Cost (T 4096, K 8, H 7168, bf16): 59 MB read, 470 MB written. Measured on an H100: 2.6 TB/s, 87 %
+// of what a copy moves there, as was predicted; 2.2 us for one token in a graph, 3.9 for 64.
 #include <cstdint>
 
 #include "permute/permute.cuh"

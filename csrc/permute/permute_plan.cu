@@ -15,8 +15,8 @@
 // pairs' places twice, and at decode be a second node in a graph where there is one.
 //
 // Cost: 4 N read twice (the second time from L2), 8 N + 8 E written, N = T K; each block reads
-// 4 B E bytes of counts from L2, B <= 128 blocks. Predicted for an H200, not measured: latency
-// alone, 3 us for one block (N <= 4096), 5 us for 32768 pairs of 384 experts.
+// 4 B E bytes of counts from L2, B <= 128 blocks. Latency alone; on an H100, in a graph: 4.6 us for
+// 8 pairs, 9.5 us for 32768 of 384 experts (3 and 5 were predicted), 31 us for 131072 of 896.
 #include <algorithm>
 #include <cstdint>
 

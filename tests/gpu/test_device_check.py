@@ -1,63 +1,389 @@
 # SPDX-License-Identifier: MIT
-"""The GPU machine's one command: time limits, order, and its answer where there is no GPU."""
+"""The one command for a machine with a GPU, where there is none: what it builds, that its parts
+keep their limits and leave what they found, and what it says when it cannot run."""
 
+import importlib.util
 import json
+import os
+import re
+import runpy
+import signal
+import subprocess
 import sys
+import sysconfig
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import device_check
-from benchmarks.device_check import Step, check, gpu_missing, main, plan, write_json
+from benchmarks import checkout
+from benchmarks.checkout import MANIFEST, ROOT
+from benchmarks.device_check import __main__ as program
+from benchmarks.device_check import machine, parts, prepare, primitives, steps, suites
+from benchmarks.device_check.junit import summary
+from benchmarks.device_check.one_kernel import KERNELS
+from benchmarks.device_check.steps import Record, Step, check
+
+NO_GPU = machine.gpu_missing()
+SOABI = sysconfig.get_config_var("SOABI")
 
 
-def python(name: str, code: str, limit: float = 20.0, **more: object) -> Step:
-    return Step(name, [sys.executable, "-c", code], limit, **more)  # type: ignore[arg-type]
+def python(name: str, code: str, limit: float = 30.0, **more: str) -> Step:
+    return Step(name, [sys.executable, "-c", code], limit, **more)
 
 
-@pytest.mark.skipif(gpu_missing() is None, reason="this machine has a GPU")
-def test_without_a_gpu_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["--out", str(tmp_path / "out")]) == 2
-    assert not (tmp_path / "out").exists()
-    assert "nothing was run or written" in capsys.readouterr().err
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    (tmp_path / "logs").mkdir()
+    return Record(tmp_path / "out", tmp_path / "logs", {"machine": {"gpu": "a fake"}})
 
 
-def test_limits_add_up_to_less_than_nine_minutes(tmp_path: Path) -> None:
-    assert sum(step.limit_s for step in plan(tmp_path)) <= device_check.TOTAL_SECONDS < 540
+def read(out: Path) -> dict:
+    return json.loads((out / "device_check.json").read_text())
 
 
-def test_a_hanging_step_is_killed_with_its_children(tmp_path: Path) -> None:
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+def archived(out: Path, name: str) -> str:
+    with tarfile.open(out / "logs.tgz") as archive:
+        member = archive.extractfile(f"logs/{name}")
+        assert member is not None
+        return member.read().decode()
+
+
+def test_a_step_that_hangs_ends_with_all_that_it_started(record, tmp_path):
+    child = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+time.sleep(60)"""
     start = time.monotonic()
-    good = python("good", "print('fine')")
-    hanging = Step("hanging", [sys.executable, "-c", "import time; time.sleep(60)"], 1.5)
-    nested = python("nested", child.replace("input()", "import time; time.sleep(60)"), 1.5)
-    results = check([good, hanging, nested], tmp_path)
+    results = check([python("good", "print('fine')"), python("hangs", child, 3)], record, 60)
     assert time.monotonic() - start < 20
-    assert [r.status for r in results] == ["passed", "timed out", "timed out"]
-    assert results[0].tail == "fine\n"
+    assert [r.status for r in results] == ["passed", "timed out"] and results[0].tail == "fine\n"
+    pid = int((tmp_path / "pid").read_text())
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_the_whole_is_limited_and_failures_are_told(tmp_path: Path) -> None:
-    steps = [
-        python("one", "pass"),
-        python("bad", "raise SystemExit('broken')"),
-        python("absent", "pass", needs="no-such-program"),
-        python("slow", "import time; time.sleep(60)"),
-        python("late", "pass"),
-    ]
-    results = check(steps, tmp_path, total_seconds=4.0)
-    statuses = [r.status for r in results]
-    assert statuses == ["passed", "failed", "skipped", "timed out", "skipped"]
-    assert "broken" in results[1].tail and "no-such-program" in results[2].tail
-    write_json(results, tmp_path)
-    report = json.loads((tmp_path / "device_check.json").read_text())
-    assert [step["name"] for step in report["steps"]] == ["one", "bad", "absent", "slow", "late"]
-    assert "broken" in (tmp_path / "device_check.log").read_text()
+def test_the_whole_is_limited_and_two_files_say_all(record, capsys):
+    found = record.logs / "found.json"
+    results = check(
+        [
+            python("one", f"open({str(found)!r}, 'w').write('[1, 2]')", result="found.json"),
+            python("bad", "raise SystemExit('broken')"),
+            python("absent", "pass", needs="no-such-program"),
+            python("empty", "pass", result="nothing.json"),
+            python("long", "import time; time.sleep(60)"),
+            python("late", "pass"),
+        ],
+        record,
+        seconds=6.0,
+    )
+    statuses = ["passed", "failed", "skipped", "passed", "timed out", "skipped"]
+    assert [r.status for r in results] == statuses
+    assert sorted(path.name for path in record.out.iterdir()) == ["device_check.json", "logs.tgz"]
+    report = read(record.out)
+    assert report["machine"] == {"gpu": "a fake"}
+    one, bad, absent, empty, long, late = report["steps"]
+    assert one["found"] == [1, 2] and one["returncode"] == 0 and one["wall_s"] > 0
+    assert "broken" in bad["tail"] and bad["returncode"] == 1
+    assert absent["tail"] == "no-such-program is not on the PATH"
+    assert empty["found"] == "nothing.json was not written"
+    assert long["limit_s"] < 6.0 and late["tail"] == "no time left"
+    assert "broken" in archived(record.out, "bad.log")
+    assert archived(record.out, "found.json") == "[1, 2]"
+    assert "broken" in capsys.readouterr().out
 
 
-def test_after_a_failed_build_nothing_else_runs(tmp_path: Path) -> None:
-    results = check([python("build", "raise SystemExit(1)"), python("next", "pass")], tmp_path)
+def test_after_a_failed_start_nothing_else_runs(record):
+    results = check([python("start", "raise SystemExit(1)"), python("next", "pass")], record, 60)
     assert [r.status for r in results] == ["failed", "skipped"]
-    assert results[1].tail == "build failed"
+    assert results[1].tail == "start failed"
+
+
+RUNNER = """
+import sys
+from pathlib import Path
+from benchmarks.device_check import steps
+steps.TICK_SECONDS = 0.2
+folder = Path(sys.argv[1])
+(folder / "logs").mkdir()
+python = [sys.executable, "-c"]
+hang = "import time; print('so far', flush=True); time.sleep(60)"
+two = [steps.Step("one", [*python, "print(1)"], 20), steps.Step("hang", [*python, hang], 60)]
+results = steps.check(two, steps.Record(folder / "out", folder / "logs", {}), 100)
+sys.exit(143 if results[-1].status == "stopped" else 1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_killed_leaves_the_logs_that_it_has(tmp_path, number):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)])}
+    runner = subprocess.Popen([sys.executable, "-c", RUNNER, str(tmp_path)], env=environment)
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            if (tmp_path / "out" / "logs.tgz").exists():
+                with tarfile.open(tmp_path / "out" / "logs.tgz") as archive:
+                    sizes = {m.name: m.size for m in archive.getmembers()}
+                if sizes.get("logs/hang.log"):
+                    break
+        runner.send_signal(number)
+        status = runner.wait(timeout=30)
+    finally:
+        runner.kill()
+    assert archived(tmp_path / "out", "one.log") == "1\n"
+    assert archived(tmp_path / "out", "hang.log").startswith("so far\n")
+    statuses = [(step["name"], step["status"]) for step in read(tmp_path / "out")["steps"]]
+    if number == signal.SIGTERM:
+        assert status == 143 and statuses == [("one", "passed"), ("hang", "stopped")]
+    else:
+        assert statuses == [("one", "passed")]
+
+
+def test_op_tests_run_and_are_counted(record, capsys):
+    """The part itself, with an engine of the CPU."""
+    paths = ["tests/test_topk_gate.py"]
+    made = parts.tests(record.logs, "portable and (ties or nan)", paths)
+    results = check([python("start", "pass"), *made], record, 300)
+    assert results[1].status == "passed", results[1].tail
+    found = read(record.out)["steps"][1]["found"]
+    assert found["passed"] > 0 and not found["failed"] and not found["crashed"]
+    assert f"{found['passed']} passed, 0 failed" in capsys.readouterr().out
+    assert "testsuite" in archived(record.out, "tests.xml")
+
+
+BREAKING = """
+import benchmarks.device_check.guard as guard
+
+def test_before():
+    pass
+
+def test_breaks():
+    guard.context_is_broken = lambda: True
+    assert False, "an illegal instruction was encountered"
+
+def test_after():
+    assert not guard._broken
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is missing")
+def test_a_broken_context_ends_its_worker_and_the_rest_runs(record, tmp_path, monkeypatch):
+    (tmp_path / "test_breaking.py").write_text(BREAKING)
+    monkeypatch.setattr(parts, "WORKERS", 1)
+    made = parts.tests(record.logs, "test_", [str(tmp_path / "test_breaking.py")])
+    results = check([python("start", "pass"), *made], record, 120)
+    found = results[1].found
+    assert results[1].status == "failed" and found["passed"] == 2, results[1].tail
+    assert list(found["failed"]) == ["test_breaking::test_breaks"]
+    assert "illegal instruction" in found["failed"]["test_breaking::test_breaks"]
+
+
+def test_without_xdist_one_process_runs_until_the_context_breaks(
+    record, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "test_breaking.py").write_text(BREAKING)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    made = parts.tests(record.logs, "test_", [str(tmp_path / "test_breaking.py")])
+    assert "-n" not in made[0].command
+    monkeypatch.undo()
+    said = capsys.readouterr().out
+    assert "pytest-xdist is missing" in said and "pytest-timeout is missing" in said
+    results = check([python("start", "pass"), *made], record, 120)
+    assert results[1].returncode == 17 and "broke the CUDA context" in results[1].tail
+    assert results[1].found["passed"] == 1 and len(results[1].found["failed"]) == 1
+
+
+def test_a_worker_that_ended_is_no_second_failure(tmp_path):
+    case = '<testcase classname="tests.test_a" name="{}" time="1">{}</testcase>'
+    ended = '<failure message="worker &apos;gw1&apos; crashed while running"/>'
+    cases = [
+        case.format("good", ""),
+        case.format("bad", '<failure message="1 != 2&#10;more"/>'),
+        case.format("bad", ended),
+        case.format("gone", ended),
+        case.format("no", '<skipped message="no GPU"/>'),
+    ]
+    path = tmp_path / "x.xml"
+    path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    found = summary(path)
+    assert (found["passed"], found["skipped"], found["reasons"]) == (1, 1, {"no GPU": 1})
+    assert found["failed"] == {"test_a::bad": "1 != 2"} and list(found["crashed"]) == [
+        "test_a::gone"
+    ]
+    path.write_text("<testsuites><testsu")
+    assert "cannot be read" in steps.read_result(path)
+
+
+def test_the_tests_that_are_named_are_there():
+    files = parts.test_files()
+    assert len(files) > 10 and not any("/gpu/" in name or "test_cli" in name for name in files)
+    command = parts.sanitize(Path("logs"))[0].command
+    assert sum(word.endswith(".py") for word in command) == len(parts.MEMCHECK)
+    assert set(parts.KERNELS) <= set(KERNELS) and set(parts.DEFAULT) <= set(parts.PARTS)
+    for suite in suites.SUITES.values():
+        assert suite.source.exists() and suite.tests().build_host
+
+
+@pytest.mark.parametrize("part", ["bench", "host", "train", "tiles", "primitives", "profile"])
+def test_every_program_of_a_part_knows_its_arguments(part, monkeypatch, capsys):
+    """A typing error would cost the first minute on the GPU."""
+    for step in parts.PARTS[part](Path("logs")):
+        module, *words = step.command[step.command.index("-m") + 1 :]
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        sys.modules.pop(module, None)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        assert not end.value.code
+        said = capsys.readouterr().out
+        for flag in (word for word in words if word.startswith("--")):
+            assert flag in said, (step.name, flag)
+
+
+def test_programs_run_on_a_cpu(tmp_path, monkeypatch, capsys):
+    from benchmarks.device_check import host_calls, one_kernel, tile_shapes, train_step
+    from benchmarks.session import main
+
+    def program_of(module, *arguments):
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        module.main()
+
+    path = str(tmp_path / "found.json")
+    monkeypatch.setattr(host_calls, "SECONDS", 1e-4)
+    monkeypatch.setattr(host_calls, "IN_FLIGHT", 1)
+    program_of(host_calls, "--device", "cpu", "--json", path)
+    found = json.loads(Path(path).read_text())
+    assert found["topk_gate"]["host_us"] > 0 and "torch: F.grouped_mm" in found
+    program_of(train_step, "--device", "cpu", "--preset", "tiny", "--json", path)
+    found = json.loads(Path(path).read_text())
+    assert len(found["steps"]) == train_step.STEPS and found["tokens_per_s"] > 0
+    assert found["steps"][0]["optimizer_s"] > 0 and found["profile"]["torch_ops"] > 100
+    for kernel in ("gate", "plan", "few"):
+        program_of(one_kernel, kernel, "--device", "cpu")
+    main(tile_shapes.compare, ["--quick", "--cases", "mini down E 32 x 1 ", "--json", path])
+    assert json.loads(Path(path).read_text())["tables"][0]["rows"][0]["ratios"]["grouped_mm"] > 0
+
+
+def test_a_primitive_whose_halves_differ_is_named(tmp_path, monkeypatch):
+    tests = suites.SUITES["primitives_sm90"].tests()
+    monkeypatch.setattr(primitives, "load", lambda path: path.name)
+    out = {"device": [1, 2, 3, 4], "host": [1, 2, 5, 4]}
+    monkeypatch.setattr(tests, "run", lambda half, name: primitives.np.array(out[half]))
+    halves = Path("device"), Path("host")
+    said = primitives.same("primitives_sm90", "cluster", *halves)
+    assert said == "1 of 4 words differ, first [2]"
+    assert primitives.same("primitives_sm90", "cluster", halves[0], halves[0]) == "same"
+
+
+def test_prepare_lays_out_what_has_to_travel(tmp_path, monkeypatch, capsys):
+    """With compilers that only touch their output."""
+    tools, folder = tmp_path / "bin", tmp_path / "prepared"
+    tools.mkdir()
+    touch = '#!/bin/sh\necho release 13.0\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && echo x > "$2"; '
+    for name in ("nvcc", "fake-g++"):
+        (tools / name).write_text(f"{touch} shift; done\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", str(tools / "fake-g++"))
+    monkeypatch.setattr(suites.SUITES["primitives"].tests(), "load", lambda path: None)
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    calls = []
+
+    def call(command, env=None):
+        calls.append(command)
+        if "venv" in command:
+            Path(command[-1]).mkdir(parents=True)
+        if "--install" in command:
+            for name in ("libkimi_ops.so", f"_C.{SOABI}.so", "include/kimi_ops.h"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text("x")
+
+    prepare.prepare(folder, sys.executable, call)
+    names = {"libkimi_ops.so", f"_C.{SOABI}.so", MANIFEST}
+    names |= {f"{suite}_{half}.so" for suite in suites.SUITES for half in ("host", "gpu")}
+    assert {path.name for path in folder.iterdir()} == names
+    about = machine.prepared(folder)
+    assert about["soabi"] == SOABI and about["nvcc"] == "release 13.0"
+    assert about["commit"] != "unknown" and set(about["files"]) == names - {MANIFEST}
+    configure = next(command for command in calls if "-G" in command)
+    assert "-DKIMI_OPS_GENERIC_ARCHITECTURES=80-real;90-real" in configure
+    assert any("pybind11>=2.13" in command for command in calls)
+    calls.clear()
+    prepare.prepare(folder, sys.executable, call)
+    assert not any("venv" in command for command in calls), "the tools are there"
+
+    def fails(command, env=None):
+        raise subprocess.CalledProcessError(1, command)
+
+    with pytest.raises(machine.Refused, match="a command ended with 1; see above: cmake -S"):
+        prepare.prepare(folder, sys.executable, fails)
+
+
+def test_what_was_not_prepared_for_this_python_is_refused(tmp_path):
+    with pytest.raises(machine.Refused, match="is missing: run `python -m .* prepare` on"):
+        machine.prepared(tmp_path)
+    about = {"soabi": "cpython-399-vax", "python": "3.99.1", "files": {"libkimi_ops.so": 1}}
+    (tmp_path / MANIFEST).write_text(json.dumps(about))
+    with pytest.raises(machine.Refused, match=r"libkimi_ops.so did not arrive"):
+        machine.prepared(tmp_path)
+    (tmp_path / "libkimi_ops.so").touch()
+    with pytest.raises(machine.Refused, match=f"cpython-399-vax, this Python is {SOABI}"):
+        machine.prepared(tmp_path)
+
+
+def test_where_git_is_missing_the_commit_is_what_prepare_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkout, "PREPARED", tmp_path)
+    assert re.match("[0-9a-f]{7}", checkout.commit())
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert checkout.commit() == "unknown"
+    (tmp_path / MANIFEST).write_text('{"commit": "abc1234"}')
+    assert checkout.commit() == "abc1234"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "tests", "speed"], "run: expected parts among tests, .*, got speed"),
+        (["run", "profile", "--kernels", "x"], "run: --kernels: expected names among gate"),
+        (["prepare", "--python", "/bin/false"], "prepare: (nvcc is not|--python: .* no answer)"),
+    ],
+)
+def test_a_wrong_argument_is_a_sentence(arguments, sentence, capsys):
+    assert program.main(arguments) == 2
+    assert re.match(f"device_check {sentence}", capsys.readouterr().err)
+
+
+def test_without_nvcc_prepare_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program.main(["prepare"]) == 2
+    assert "nvcc is not on the PATH" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(NO_GPU is None, reason="this machine has a GPU")
+def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
+    assert program.main(["run", "tests", "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+    assert "no GPU here" in capsys.readouterr().err
+
+
+def test_run_from_its_arguments_to_its_files(tmp_path, monkeypatch, capsys):
+    """A GPU and its parts are faked; everything between is the program's own."""
+    monkeypatch.setattr(program, "gpu_missing", lambda: None)
+    monkeypatch.setattr(program, "install", lambda folder, about: None)
+    about = {"commit": "abc", "date": "today", "files": {}}
+    monkeypatch.setattr(program, "prepared", lambda folder: about)
+    monkeypatch.setattr(parts, "start", lambda logs: python("start", "pass"))
+    monkeypatch.setitem(parts.PARTS, "tests", lambda logs: [python("tests", "print('ok')")])
+    bad = python("bad", "raise SystemExit(3)")
+    monkeypatch.setitem(parts.PARTS, "bench", lambda logs: [bad])
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert program.main(["run", "tests"]) == 0
+    report = read(tmp_path / "out")
+    assert [step["name"] for step in report["steps"]] == ["start", "tests"]
+    assert report["prepared"] == about and report["machine"]["commit"]
+    assert program.main(["run", "tests", "bench", "--out", str(tmp_path / "other")]) == 1
+    assert read(tmp_path / "other")["steps"][2]["returncode"] == 3
+    assert "logs.tgz" in capsys.readouterr().out

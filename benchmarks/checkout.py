@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: MIT
+"""Which sources are measured."""
+
+import json
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PREPARED = ROOT / ".gpu"  # by device_check prepare; git ignores it, it travels beside the checkout
+MANIFEST = "prepared.json"
+
+
+def commit() -> str:
+    """The commit of the checkout and whether files differ from it; without git what
+    `device_check prepare` wrote down, or "unknown"."""
+    try:
+        head, changed = (
+            subprocess.check_output(["git", *words], cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        manifest = PREPARED / MANIFEST
+        return json.loads(manifest.read_text())["commit"] if manifest.exists() else "unknown"
+    return head.strip() + (" with changes" if changed.strip() else "")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""The parts of a run, by name, as steps with limits; and where the tests are that they run."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.checkout import ROOT
+from benchmarks.device_check.steps import Step
+
+# Where tests are: files below TESTS, without those whose path contains one of the words, which need
+# no GPU or have a part of their own here.
+TESTS = "tests"
+WITHOUT = [
+    "/gpu/", "/dist/", "install", "ptxas", "sass", "benchmarks", "docs", "tree", "cli", "train",
+]  # fmt: skip
+MEMCHECK = ("topk_gate", "permute", "grouped_gemm_torch", "fused_experts_torch")
+MEMCHECK_NAMES = "groups or empty or ties or contract or valid or nan_stays or awkward_sizes"
+MEMCHECK_NAMES += " or no_rows"
+ON_GPU = "cuda and not simt"
+WORKERS, TEST_SECONDS = 10, 40
+
+BENCHMARKS = ("topk_gate", "permute", "grouped_gemm", "fused_experts")
+KERNELS = ("gate", "big", "wgradacc", "experts")
+SECTIONS = [
+    "SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis",
+    "SchedulerStats", "Occupancy", "LaunchStats",
+]  # fmt: skip
+MODULE = [sys.executable, "-m"]
+
+
+def script(name: str, limit: float, logs: Path, *more: str) -> Step:
+    """A program of this package, which writes <name>.json."""
+    result = f"{name}.json"
+    command = [*MODULE, f"benchmarks.device_check.{name}", *more, "--json", str(logs / result)]
+    return Step(name, command, limit, result)
+
+
+def start(logs: Path) -> Step:
+    """The library loads and finds the GPU; without that nothing else runs."""
+    code = "import json, sys; from kimi_ops import info; from kimi_ops.info import describe; "
+    code += "print(describe()); json.dump(info(), open(sys.argv[1], 'w'))"
+    return Step("start", [sys.executable, "-c", code, str(logs / "start.json")], 60, "start.json")
+
+
+def pytest_command(names: str, paths: list[str]) -> list[str]:
+    """Without the options of pyproject.toml, whose plugins the machine may lack."""
+    command = [*MODULE, "pytest", "-o", "addopts=", "-q", "--tb=short", "-rf"]
+    command += ["-p", "benchmarks.device_check.guard", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
+    else:
+        print("pytest-timeout is missing: a test that hangs takes the whole part's time")
+    return [*command, "--continue-on-collection-errors", "-k", names, *paths]
+
+
+def test_files() -> list[str]:
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / TESTS).rglob("test_*.py"))
+    return [name for name in files if not any(word in name for word in WITHOUT)]
+
+
+def tests(logs: Path, names: str = ON_GPU, paths: list[str] | None = None) -> list[Step]:
+    command = pytest_command(names, test_files() if paths is None else paths)
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--max-worker-restart", "120"]
+    else:
+        print("pytest-xdist is missing: one process, which ends at the first broken context")
+    return [Step("tests", [*command, f"--junitxml={logs / 'tests.xml'}"], 140, "tests.xml")]
+
+
+def bench(logs: Path) -> list[Step]:
+    steps = []
+    for name in BENCHMARKS:
+        result = f"bench_{name}.json"
+        command = [*MODULE, f"benchmarks.bench_{name}", "--device", "cuda", "--quick"]
+        command += ["--no-compile", "--json", str(logs / result)]
+        steps.append(Step(f"bench {name}", command, 60, result))
+    return steps
+
+
+def profile(logs: Path, kernels: tuple[str, ...] = KERNELS) -> list[Step]:
+    ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
+    ncu += [word for section in SECTIONS for word in ("--section", section)]
+    program = [*MODULE, "benchmarks.device_check.one_kernel"]
+    return [Step(f"ncu {k}", [*ncu, *program, k], 30, needs="ncu") for k in kernels]
+
+
+def sanitize(logs: Path) -> list[Step]:
+    wanted = {f"test_{name}.py" for name in MEMCHECK}
+    files = [name for name in test_files() if Path(name).name in wanted]
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    command += pytest_command(f"{ON_GPU} and ({MEMCHECK_NAMES})", ["-x", *files])
+    command += [f"--junitxml={logs / 'memcheck.xml'}"]
+    return [Step("memcheck", command, 60, "memcheck.xml", needs="compute-sanitizer")]
+
+
+PARTS: dict[str, Callable[[Path], list[Step]]] = {
+    "tests": tests,
+    "primitives": lambda logs: [script("primitives", 60, logs)],
+    "bench": bench,
+    "host": lambda logs: [script("host_calls", 40, logs)],
+    "train": lambda logs: [script("train_step", 60, logs)],
+    "tiles": lambda logs: [script("tile_shapes", 60, logs, "--device", "cuda", "--quick")],
+    "profile": profile,
+    "sanitize": sanitize,
+}
+DEFAULT = ("tests", "primitives", "bench", "host", "train", "tiles")
