@@ -42,3 +42,10 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_exist(page):
+    for name in re.findall(r"`(?:torch\.ops\.)?kimi_ops((?:\.\w+)+)[`(]", page.read_text()):
+        if not name.endswith(".h"):
+            pkgutil.resolve_name(f"kimi_ops{name}")

@@ -54,6 +54,32 @@ def test_cuda_kernels_have_their_places(op):
     assert op in CUDA_OPS
 
 
+def test_the_readme_names_the_ops_that_are_there():
+    """Its first paragraph and its status table name every op and nothing else; what the table says
+    of engines is what the tree holds."""
+    text = (ROOT / "README.md").read_text()
+    named = re.search(r"Ops: ((?:`\w+`[,;]?\s+)+)composed", text)
+    assert named and sorted(re.findall(r"`(\w+)`", named[1])) == sorted(OPS)
+    status = text[text.index("## Status") : text.index("## Install")]
+    rows = [line.split("|")[1:-1] for line in status.splitlines() if line.startswith("| `")]
+    told = {}
+    for name, cpu, cuda, *_ in rows:
+        for function in re.findall(r"`(\w+)`", name):
+            assert function in OPS or hasattr(kimi_ops, function), function
+        told.setdefault(re.findall(r"`(\w+)`", name)[0], (cpu.strip(), cuda.strip()))
+    assert sorted(told) == sorted(OPS)
+    for op, (cpu, cuda) in told.items():
+        assert (cuda == "torch twin") == (op not in CUDA_OPS), op
+        if not cpu.startswith(("as ", "the same")):
+            best = [
+                isa for isa in ("avx2", "avx512") if list((ROOT / "csrc" / op).glob(f"*_{isa}.*"))
+            ]
+            assert [isa for isa in ("AVX2", "AVX-512") if isa in cpu.split(", ")] == [
+                {"avx2": "AVX2", "avx512": "AVX-512"}[isa] for isa in best
+            ], op
+    assert ("Expert parallelism is not there yet" in text) == ("all_to_all" not in OPS)
+
+
 def test_public_names_exist_and_are_documented():
     for name in kimi_ops.__all__:
         assert getattr(kimi_ops, name).__doc__, name

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Kernels of a Kimi-K2-class mixture-of-experts model as drop-in PyTorch ops.
 
-Every op has one name: ``kimi_ops.topk_gate``, ``torch.ops.kimi_ops.topk_gate``,
-``kimi_ops.reference.topk_gate``, ``kimi_topk_gate()`` in C. The reference model is in
+Every op has one name: ``kimi_ops.topk_gate``, ``torch.ops.kimi_ops.topk_gate``, in plain torch
+``kimi_ops.reference.topk_gate.topk_gate``, in C ``kimi_topk_gate()``. The reference model is in
 ``kimi_ops.models.kimi_k2``.
 """
 
