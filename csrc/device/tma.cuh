@@ -9,7 +9,8 @@
 //
 // Threads that filled the shared memory call fence_async_shared and meet at a barrier before one of
 // them stores. Committing and waiting are the storing thread's own, and it waits before it ends.
-// Coordinates count elements, x innermost; they may be negative or past the end. 128 divides shared
+// Coordinates count elements, x innermost; they may be negative or past the end. x lies on 16
+// bytes: any other is an illegal instruction on an H100, whatever moves. 128 divides shared
 // addresses, 1024 with Swizzle::k128, which is a function of the address.
 #pragma once
 
@@ -42,6 +43,12 @@ inline Box box_at(const TensorMap& map, const void* shared, const char* what, in
   if (reinterpret_cast<uintptr_t>(shared) % alignment != 0)
     simt::fail(std::string(what) + ": the shared address must be a multiple of " +
                std::to_string(alignment) + " bytes");
+  const int64_t first_byte = x * map.strides_bytes[0];
+  if (first_byte % 16 != 0)
+    simt::fail(std::string(what) + ": x: expected a multiple of " +
+               std::to_string(16 / map.strides_bytes[0]) + ", so that 16 divides its bytes, got " +
+               std::to_string(x) + " elements of " + std::to_string(map.strides_bytes[0]) +
+               " bytes, " + std::to_string(first_byte) + " bytes");
   const Box box{map, {x, y, z}};
   simt::detail::check_shared(shared, box.bytes(), what);
   return box;

@@ -3,7 +3,7 @@
 // and for each stage of 128 of depth
 //
 //   A        64 rows by each block, to both; the upper ones only where there are any
-//   a_scale  of the same rows: a box of one block of depth
+//   a_scale  of the same rows, from the last row that 4 divides on: a box of one block of depth
 //   B        the block's own columns
 //   b_scale  one number for 64 columns, by a load of its own
 #pragma once
@@ -19,7 +19,7 @@ namespace kimi::fp8 {
 
 struct Maps {
   TensorMap a;        // [R, K], boxes of 64 rows
-  TensorMap a_scale;  // [ceil(K / 128), R], boxes of 64 rows
+  TensorMap a_scale;  // [ceil(K / 128), R], boxes of 68 rows
   TensorMap b;        // [E, N, K], boxes of kCols rows
 };
 
@@ -46,7 +46,7 @@ struct ColumnScales {
 template <class Tr>
 __device__ void load_tile(const Arguments& p, typename Tr::Shared& s, const Maps& maps,
                           const Work& work, Place& stage) {
-  constexpr uint32_t kRowsBytes = kConsumerRows * (kRowBytes + sizeof(float));
+  constexpr uint32_t kRowsBytes = kConsumerRows * kRowBytes + kScaleRows * sizeof(float);
   constexpr uint16_t kBoth = (1u << kCluster) - 1;
   const int rank = cluster_rank(), loads = work.rows > kConsumerRows ? 2 : 1;
   const int32_t row = work.row + rank * kConsumerRows;
@@ -62,8 +62,7 @@ __device__ void load_tile(const Arguments& p, typename Tr::Shared& s, const Maps
     if (rank < loads) {
       tma_load_multicast(s.a[stage.at] + rank * kConsumerRows * kRowBytes, maps.a, full,
                          kb * kBlock, row, kBoth);
-      tma_load_multicast(s.a_scale[stage.at] + rank * kConsumerRows, maps.a_scale, full, row, kb,
-                         kBoth);
+      tma_load_multicast(s.a_scale[stage.at][rank], maps.a_scale, full, row & ~3, kb, kBoth);
     }
     tma_load(s.b[stage.at], maps.b, full, kb * kBlock, work.col, work.group);
   }
