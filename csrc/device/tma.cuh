@@ -78,7 +78,7 @@ void for_each_piece(const Box& box, char* shared, Visitor visit) {
 }
 
 /// Runs on the stack of whatever thread is there, so ThreadSanitizer is told what it should see.
-inline void load_box(char* shared, MBarrier& full, const Box& box) {
+inline void load_box(char* shared, MBarrier& full, const Box& box, const char* what) {
   simt::sees_write(shared, box.bytes());
   {
     const simt::InsideModel inside;
@@ -88,7 +88,8 @@ inline void load_box(char* shared, MBarrier& full, const Box& box) {
     });
   }
   simt::async_write(shared, box.bytes());
-  mbarrier_complete_tx(full, static_cast<uint32_t>(box.bytes()));
+  check_fenced(full, what);
+  complete_tx(full, static_cast<uint32_t>(box.bytes()));
 }
 
 /// To the same place in every block of the cluster that `blocks` names.
@@ -103,7 +104,7 @@ inline void load(void* shared, const TensorMap& map, MBarrier& full, const char*
       char* const there = static_cast<char*>(simt::in_peer(shared, b));
       MBarrier* const barrier = static_cast<MBarrier*>(simt::in_peer(&full, b));
       simt::check_fenced(there, box.bytes(), what);
-      simt::complete_later(b, [=] { load_box(there, *barrier, box); });
+      simt::complete_later(b, [=] { load_box(there, *barrier, box, what); });
     }
 }
 inline unsigned own_block() { return 1u << simt::cluster_rank(); }

@@ -24,21 +24,24 @@ struct Maps {
 };
 
 // The scales of a tile's columns, 64 at a time: column block c / 128 of b_scale, whose size divided
-// by 2^14 is that of b. Tiles begin at multiples of 64 and those beyond N have any scale.
+// by 2^14 is that of b. A tile begins at a multiple of 64, so it lies in two column blocks at most;
+// columns beyond N have any scale.
 template <class Tr>
 struct ColumnScales {
-  int at[Tr::kChunks];  // of b_scale, [ceil(K / 128)]
+  int first, last;  // of b_scale, [ceil(K / 128)]
+  bool split;       // after the first 64 columns
 
   __device__ ColumnScales(const Arguments& p, const Work& work) {
-    const int blocks = (p.cols + kBlock - 1) / kBlock;
-#pragma unroll
-    for (int c = 0; c < Tr::kChunks; ++c)
-      at[c] =
-          (work.group * blocks + std::min((work.col + 64 * c) / kBlock, blocks - 1)) * p.k_blocks;
+    const int blocks = (p.cols + kBlock - 1) / kBlock,
+              block = std::min(work.col / kBlock, blocks - 1);
+    split = work.col % kBlock != 0;
+    first = (work.group * blocks + block) * p.k_blocks;
+    last = first + (Tr::kCols > kBlock && block + 1 < blocks ? p.k_blocks : 0);
   }
   __device__ void load(const Arguments& p, int kb, float (&scale)[Tr::kChunks]) const {
-#pragma unroll
-    for (int c = 0; c < Tr::kChunks; ++c) scale[c] = p.b_scale[at[c] + kb];
+    scale[0] = p.b_scale[first + kb];
+    scale[Tr::kChunks - 1] = p.b_scale[last + kb];
+    if (Tr::kChunks == 3) scale[1] = split ? scale[2] : scale[0];
   }
 };
 

@@ -278,6 +278,7 @@ __global__ void misuse_kernel(const __grid_constant__ TensorMap plain,
   }
   if (threadIdx.x != 0) return;
   mbarrier_init(full[0], 1);
+  mbarrier_fence_init();
   mbarrier_arrive_expect_tx(full[0], 1024);
   switch (misuse) {
     case kTileNotAligned:
