@@ -237,7 +237,7 @@ TEST(spaces_of_memory) {
   expect("cp_async16: 16 bytes from no shared memory on", space_kernel, kCopyToGlobal, shape);
   expect("cp_async16: expected global memory, got dynamic shared + ", space_kernel, kCopyFromShared,
          shape);
-  expect("cp_async16: the address must be a multiple of 16 bytes", space_kernel,
+  expect("cp_async16: both addresses must be multiples of 16 bytes", space_kernel,
          kMisalignedWithoutData, shape);
   expect("load16_streaming: expected global memory, got dynamic shared + ", space_kernel,
          kStreamFromShared, shape);
