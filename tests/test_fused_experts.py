@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from rounding import error
 from torch import Tensor
 
 from kimi_ops import Fp8BlockWeight
@@ -53,11 +54,6 @@ def tensors(tokens, experts, k, hidden, width, dtype=torch.float32, drop=0.0, se
         gate.weights.double() if dtype == torch.float64 else gate.weights,
         indices,
     ]
-
-
-def error(value: Tensor, reference: Tensor) -> float:
-    value, reference = value.detach().double(), reference.detach().double()
-    return float((value - reference).norm() / reference.norm())
 
 
 SHAPES = {

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,12 +76,6 @@ def value_and_gradients(function, floats, dy) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in floats]
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
-
-
-def error(value: Tensor, exact: Tensor) -> float:
-    value, exact = value.detach().double(), exact.detach().double()
-    norm, difference = exact.norm(), (value - exact).norm()
-    return float(difference / norm if norm > 0 else difference)
 
 
 @pytest.mark.parametrize("tokens", [1, 48])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import error
 from torch import Tensor
 
 from kimi_ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
@@ -41,12 +42,6 @@ def exact_wgrad(a: Tensor, dc: Tensor, offsets: Tensor) -> Tensor:
     starts = [0, *offsets.tolist()[:-1]]
     pairs = zip(starts, offsets.tolist(), strict=True)
     return torch.stack([a[s:e].double().t() @ dc[s:e].double() for s, e in pairs])
-
-
-def error(value: Tensor, reference: Tensor) -> float:
-    norm = reference.norm()
-    difference = (value.double() - reference).norm()
-    return float(difference / norm if norm > 0 else difference)
 
 
 def tensors(sizes: list[int], k: int, n: int, dtype: torch.dtype, tail: int = 3, seed: int = 0):
@@ -149,7 +144,7 @@ def test_gradients_equal_those_of_the_loop(dtype, sizes):
     assert torch.equal(ours[0].grad[rows:], torch.zeros_like(ours[0].grad[rows:]))
     for mine, other in zip(ours, exactly, strict=True):
         assert mine.grad.dtype == dtype
-        assert error(mine.grad, other.grad.double()) < 2 * TOLERANCE[dtype]
+        assert error(mine.grad, other.grad) < 2 * TOLERANCE[dtype]
     for expert, size in enumerate(sizes):
         if size == 0:
             assert not ours[1].grad[expert].any() and not ours[2].grad[expert].any()

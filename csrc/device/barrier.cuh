@@ -12,6 +12,10 @@ namespace kimi {
 #if defined(KIMI_HOST_SIMT)
 inline void named_barrier_sync(int id, int threads,
                                std::source_location where = std::source_location::current()) {
+  if (id < 1 || id > 15)
+    simt::fail("named_barrier_sync: id: expected 1 to 15, got " + std::to_string(id));
+  if (threads < 32)
+    simt::fail("named_barrier_sync: threads: expected 32 or more, got " + std::to_string(threads));
   simt::detail::block_barrier("named_barrier_sync", id, threads, false, where);
 }
 #else

@@ -16,12 +16,16 @@ namespace kimi {
 
 inline int cluster_rank() { return simt::cluster_rank(); }
 inline int cluster_blocks() { return simt::cluster_blocks(); }
-inline void cluster_arrive() { simt::cluster_arrive(); }
+inline void cluster_arrive(std::source_location where = std::source_location::current()) {
+  simt::cluster_arrive(where);
+}
 inline void cluster_wait(std::source_location where = std::source_location::current()) {
   simt::cluster_wait(where);
 }
 inline void mbarrier_arrive_in(MBarrier& b, int rank) {
-  mbarrier_arrive(*static_cast<MBarrier*>(simt::in_peer(&b, rank)));
+  MBarrier& there = *static_cast<MBarrier*>(simt::in_peer(&b, rank));
+  detail::check_fenced(there, "mbarrier_arrive_in");
+  detail::arrive(there);
 }
 
 #else

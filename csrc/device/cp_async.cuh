@@ -61,8 +61,10 @@ inline void land(const AsyncCopy& copy) {
 
 inline void cp_async16(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-      (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
+      reinterpret_cast<uintptr_t>(global) % 16 != 0)
     simt::fail("cp_async16: both addresses must be multiples of 16 bytes");
+  simt::detail::check_shared(shared, 16, "cp_async16");
+  if (valid) simt::detail::check_global16(global, "cp_async16");
   const detail::AsyncCopy copy{shared, global, valid};
   if (simt::settings().seed / 4 % 2 != 0) return detail::land(copy);
   const simt::InsideModel inside;

@@ -28,9 +28,22 @@ struct LaunchConfig {
 
 #if defined(KIMI_HOST_SIMT)
 
+/// Blocks of the kernel that run at the same time on the whole device. Few on the host runner, so
+/// that persistent kernels go round.
+template <class... Parameters>
+int resident_blocks(void (*)(Parameters...), int /*threads*/, size_t /*smem_bytes*/,
+                    int cluster = 1) {
+  return cluster == 1 ? 5 : 3 * cluster;
+}
+
 /// Runs the kernel to its end. Its mistakes are thrown as simt::Error.
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
+  const uint64_t blocks = uint64_t{config.grid.x} * config.grid.y * config.grid.z;
+  const int resident = resident_blocks(kernel, 0, 0, static_cast<int>(config.cluster));
+  if (config.cooperative && blocks > static_cast<uint64_t>(resident))
+    simt::fail("launch: cooperative: expected at most the " + std::to_string(resident) +
+               " blocks that are resident, got " + std::to_string(blocks));
   simt::launch(kernel,
                {config.grid, config.block, config.smem_bytes, config.cooperative, config.cluster},
                arguments...);
@@ -40,14 +53,6 @@ Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Argumen
 inline Status memset_async(void* destination, int byte, size_t bytes, void* /*stream*/) {
   if (bytes > 0) std::memset(destination, byte, bytes);
   return Status::ok();
-}
-
-/// Blocks of the kernel that run at the same time on the whole device. Few on the host runner, so
-/// that persistent kernels go round.
-template <class... Parameters>
-int resident_blocks(void (*)(Parameters...), int /*threads*/, size_t /*smem_bytes*/,
-                    int cluster = 1) {
-  return cluster == 1 ? 5 : 3 * cluster;
 }
 
 /// The host runner has the primitives of a Hopper GPU.

@@ -19,7 +19,9 @@ namespace kimi {
 
 /// Eight bytes, as on the device. The model refuses what the PTX ISA leaves undefined.
 struct MBarrier {
-  static constexpr unsigned kAlive = 1;  // in `state`; fresh shared memory holds 3
+  // In `state`; fresh shared memory holds 3.
+  static constexpr unsigned kAlive = 1, kUnfenced = 2;  // initialised, with and without a fence
+  static constexpr int64_t kMostBytes = (1 << 20) - 1;  // pending, or come before their expect_tx
   uint64_t expected : 20, pending : 20, state : 2, phase : 1;
   int64_t bytes : 21;
 };
@@ -30,8 +32,22 @@ inline std::string name_of(const MBarrier& b) {
   return "mbarrier at " + simt::detail::shared_address(&b);
 }
 inline void check_alive(const MBarrier& b, const char* what) {
-  if (b.state != MBarrier::kAlive)
+  if (b.state != MBarrier::kAlive && b.state != MBarrier::kUnfenced)
     simt::fail(std::string(what) + ": " + name_of(b) + " has not been initialised");
+}
+/// For those that are no thread of the block: TMA, and threads of other blocks.
+inline void check_fenced(const MBarrier& b, const char* what) {
+  const simt::InsideModel inside;
+  check_alive(b, what);
+  if (b.state == MBarrier::kUnfenced)
+    simt::fail(std::string(what) + ": " + name_of(b) +
+               ": no mbarrier_fence_init since it was initialised");
+}
+/// All but mbarrier_arrive_in reach the block's own barriers alone.
+inline void check_own(const MBarrier& b, const char* what) {
+  const simt::InsideModel inside;
+  simt::detail::check_shared(&b, sizeof b, what);
+  check_alive(b, what);
 }
 /// What memory is ordered by: another address for the other phase.
 inline const void* meeting(const MBarrier& b, uint32_t phase) {
@@ -52,6 +68,34 @@ inline void settle(MBarrier& b) {
   }
   simt::notify_spinners();
 }
+inline void add_bytes(MBarrier& b, int64_t bytes, const char* what) {
+  const int64_t pending = b.bytes + bytes;
+  if (pending > MBarrier::kMostBytes || pending < -MBarrier::kMostBytes)
+    simt::fail(std::string(what) + ": " + name_of(b) +
+               ": expected -(2^20-1) to 2^20-1 bytes to be pending, got " +
+               std::to_string(pending));
+  b.bytes = pending & ((1 << 21) - 1);
+}
+inline void arrive(MBarrier& b) {
+  simt::preemption_point();
+  publish(b);
+  const simt::InsideModel inside;
+  check_alive(b, "mbarrier_arrive");
+  if (b.pending == 0)
+    simt::fail("mbarrier_arrive: over-arrival at " + name_of(b) + ": all " +
+               std::to_string(b.expected) + " arrivals of phase " + std::to_string(b.phase) +
+               " have come, " + std::to_string(b.bytes) + " bytes have not");
+  b.pending = (b.pending - 1) & 0xfffff;
+  settle(b);
+}
+/// What an asynchronous copy does when `bytes` of it have landed; models of copies call it.
+inline void complete_tx(MBarrier& b, uint32_t bytes) {
+  publish(b);
+  const simt::InsideModel inside;
+  check_alive(b, "mbarrier_complete_tx");
+  add_bytes(b, -static_cast<int64_t>(bytes), "mbarrier_complete_tx");
+  settle(b);
+}
 }  // namespace detail
 
 inline void mbarrier_init(MBarrier& b, uint32_t arrivals) {
@@ -60,48 +104,42 @@ inline void mbarrier_init(MBarrier& b, uint32_t arrivals) {
     simt::fail("mbarrier_init: arrivals: expected 1 to 2^20-1, got " + std::to_string(arrivals));
   if (reinterpret_cast<uintptr_t>(&b) % 8 != 0)
     simt::fail("mbarrier_init: the barrier must be 8-byte aligned");
+  simt::detail::check_shared(&b, sizeof b, "mbarrier_init");
+  if (b.state == MBarrier::kAlive || b.state == MBarrier::kUnfenced)
+    simt::fail("mbarrier_init: " + detail::name_of(b) + " has been initialised before");
   b.expected = b.pending = arrivals & 0xfffff;
-  b.state = MBarrier::kAlive;
+  b.state = MBarrier::kUnfenced;
   b.phase = 0;
   b.bytes = 0;
+  simt::unfenced_barriers().push_back(&b);
 }
-inline void mbarrier_fence_init() {}
-inline void mbarrier_expect_tx(MBarrier& b, uint32_t bytes) {
+inline void mbarrier_fence_init() {
   const simt::InsideModel inside;
-  detail::check_alive(b, "mbarrier_expect_tx");
-  if (b.bytes + static_cast<int64_t>(bytes) >= 1 << 20)
-    simt::fail("mbarrier_expect_tx: " + detail::name_of(b) + ": 2^20 bytes or more are awaited");
-  b.bytes = (b.bytes + static_cast<int64_t>(bytes)) & ((1 << 21) - 1);
+  for (void* b : simt::unfenced_barriers()) static_cast<MBarrier*>(b)->state = MBarrier::kAlive;
+  simt::unfenced_barriers().clear();
+}
+inline void mbarrier_expect_tx(MBarrier& b, uint32_t bytes) {
+  detail::check_own(b, "mbarrier_expect_tx");
+  const simt::InsideModel inside;
+  detail::add_bytes(b, bytes, "mbarrier_expect_tx");
 }
 inline void mbarrier_arrive(MBarrier& b) {
-  simt::preemption_point();
-  detail::publish(b);
-  const simt::InsideModel inside;
-  detail::check_alive(b, "mbarrier_arrive");
-  if (b.pending == 0)
-    simt::fail("mbarrier_arrive: over-arrival at " + detail::name_of(b) + ": all " +
-               std::to_string(b.expected) + " arrivals of phase " + std::to_string(b.phase) +
-               " have come, " + std::to_string(b.bytes) + " bytes have not");
-  b.pending = (b.pending - 1) & 0xfffff;
-  detail::settle(b);
+  detail::check_own(b, "mbarrier_arrive");
+  detail::arrive(b);
 }
 inline void mbarrier_arrive_expect_tx(MBarrier& b, uint32_t bytes) {
   mbarrier_expect_tx(b, bytes);
   mbarrier_arrive(b);
 }
-/// What an asynchronous copy does when `bytes` of it have landed; models of copies call it.
 inline void mbarrier_complete_tx(MBarrier& b, uint32_t bytes) {
-  detail::publish(b);
-  const simt::InsideModel inside;
-  detail::check_alive(b, "mbarrier_complete_tx");
-  b.bytes = (b.bytes - static_cast<int64_t>(bytes)) & ((1 << 21) - 1);
-  detail::settle(b);
+  detail::check_own(b, "mbarrier_complete_tx");
+  detail::complete_tx(b, bytes);
 }
 inline bool mbarrier_try_wait(MBarrier& b, uint32_t parity) {
   bool complete = false;
   {
     const simt::InsideModel inside;
-    detail::check_alive(b, "mbarrier_try_wait");
+    detail::check_own(b, "mbarrier_try_wait");
     complete = b.phase != (parity & 1);
   }
   if (complete) simt::acquire(detail::meeting(b, parity));

@@ -30,6 +30,7 @@ struct MatrixLane {
 inline void share_rows(MatrixLane& lane, const char* what, std::source_location where) {
   if (reinterpret_cast<uintptr_t>(lane.row) % 16 != 0)
     simt::fail(std::string(what) + ": the address must be a multiple of 16 bytes");
+  simt::detail::check_shared(lane.row, 16, what);
   const simt::detail::Resolve resolve = [](const simt::detail::WarpSlots& slots, int l) {
     auto* self = reinterpret_cast<MatrixLane*>(slots.value[l]);
     for (int i = 0; i < 32; ++i)

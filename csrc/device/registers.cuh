@@ -15,22 +15,35 @@ template <int kCount>
 constexpr bool kRegisterCount = kCount >= 24 && kCount <= 256 && kCount % 8 == 0;
 }
 
+#if defined(KIMI_HOST_SIMT)
+
+template <int kCount>
+void registers_increase(std::source_location where = std::source_location::current()) {
+  static_assert(detail::kRegisterCount<kCount>, "24 to 256, a multiple of 8");
+  simt::set_registers("registers_increase", kCount, true, where);
+}
+template <int kCount>
+void registers_decrease(std::source_location where = std::source_location::current()) {
+  static_assert(detail::kRegisterCount<kCount>, "24 to 256, a multiple of 8");
+  simt::set_registers("registers_decrease", kCount, false, where);
+}
+
+#else
+
 /// setmaxnreg.inc: the warp goes on when it has `kCount` registers a thread, no fewer than before.
 template <int kCount>
 __device__ inline void registers_increase() {
   static_assert(detail::kRegisterCount<kCount>, "24 to 256, a multiple of 8");
-#if !defined(KIMI_HOST_SIMT)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
-#endif
 }
 
 /// setmaxnreg.dec: the warp keeps `kCount` registers a thread, no more than before.
 template <int kCount>
 __device__ inline void registers_decrease() {
   static_assert(detail::kRegisterCount<kCount>, "24 to 256, a multiple of 8");
-#if !defined(KIMI_HOST_SIMT)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-#endif
 }
+
+#endif
 
 }  // namespace kimi

@@ -9,7 +9,8 @@
 //
 // Threads that filled the shared memory call fence_async_shared and meet at a barrier before one of
 // them stores. Committing and waiting are the storing thread's own, and it waits before it ends.
-// Coordinates count elements, x innermost; they may be negative or past the end. 128 divides shared
+// Coordinates count elements, x innermost; they may be negative or past the end. x lies on 16
+// bytes: any other is an illegal instruction on an H100, whatever moves. 128 divides shared
 // addresses, 1024 with Swizzle::k128, which is a function of the address.
 #pragma once
 
@@ -42,6 +43,12 @@ inline Box box_at(const TensorMap& map, const void* shared, const char* what, in
   if (reinterpret_cast<uintptr_t>(shared) % alignment != 0)
     simt::fail(std::string(what) + ": the shared address must be a multiple of " +
                std::to_string(alignment) + " bytes");
+  const int64_t first_byte = x * map.strides_bytes[0];
+  if (first_byte % 16 != 0)
+    simt::fail(std::string(what) + ": x: expected a multiple of " +
+               std::to_string(16 / map.strides_bytes[0]) + ", so that 16 divides its bytes, got " +
+               std::to_string(x) + " elements of " + std::to_string(map.strides_bytes[0]) +
+               " bytes, " + std::to_string(first_byte) + " bytes");
   const Box box{map, {x, y, z}};
   simt::detail::check_shared(shared, box.bytes(), what);
   return box;
@@ -71,7 +78,7 @@ void for_each_piece(const Box& box, char* shared, Visitor visit) {
 }
 
 /// Runs on the stack of whatever thread is there, so ThreadSanitizer is told what it should see.
-inline void load_box(char* shared, MBarrier& full, const Box& box) {
+inline void load_box(char* shared, MBarrier& full, const Box& box, const char* what) {
   simt::sees_write(shared, box.bytes());
   {
     const simt::InsideModel inside;
@@ -81,7 +88,8 @@ inline void load_box(char* shared, MBarrier& full, const Box& box) {
     });
   }
   simt::async_write(shared, box.bytes());
-  mbarrier_complete_tx(full, static_cast<uint32_t>(box.bytes()));
+  check_fenced(full, what);
+  complete_tx(full, static_cast<uint32_t>(box.bytes()));
 }
 
 /// To the same place in every block of the cluster that `blocks` names.
@@ -96,7 +104,7 @@ inline void load(void* shared, const TensorMap& map, MBarrier& full, const char*
       char* const there = static_cast<char*>(simt::in_peer(shared, b));
       MBarrier* const barrier = static_cast<MBarrier*>(simt::in_peer(&full, b));
       simt::check_fenced(there, box.bytes(), what);
-      simt::complete_later(b, [=] { load_box(there, *barrier, box); });
+      simt::complete_later(b, [=] { load_box(there, *barrier, box, what); });
     }
 }
 inline unsigned own_block() { return 1u << simt::cluster_rank(); }

@@ -32,7 +32,7 @@ inline uint4 load16(const void* address) {
   return *static_cast<const uint4*>(address);
 }
 inline uint4 load16_streaming(const void* address) {
-  detail::check_alignment(address, "load16_streaming");
+  simt::detail::check_global16(address, "load16_streaming");
   return *static_cast<const uint4*>(address);
 }
 inline void store16(void* address, uint4 value) {
@@ -41,7 +41,7 @@ inline void store16(void* address, uint4 value) {
   simt::generic_write(address, 16);
 }
 inline void store16_streaming(void* address, uint4 value) {
-  detail::check_alignment(address, "store16_streaming");
+  simt::detail::check_global16(address, "store16_streaming");
   *static_cast<uint4*>(address) = value;
 }
 

@@ -92,6 +92,10 @@ void check_operand(uint64_t descriptor, int outer, const char* what, bool look) 
   if (descriptor >> 62 != static_cast<uint64_t>(kMajor) + 1)
     simt::fail(std::string(what) + ": the descriptor was made for the other major dimension");
   const char* const first = address_of(descriptor);
+  const uintptr_t in_atom = reinterpret_cast<uintptr_t>(first) % 1024;
+  if (in_atom % 32 != 0 || in_atom >= (kMajor == Major::kDepth ? 128 : 1))
+    simt::fail(std::string(what) + ": the descriptor was advanced beyond its four steps, to " +
+               simt::detail::shared_address(first));
   const auto check = [&](const char* from, int bytes) {
     simt::detail::check_shared(from, static_cast<size_t>(bytes), what);
     if (look) simt::check_fenced(from, static_cast<size_t>(bytes), what);
@@ -140,6 +144,13 @@ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool keep) {
     simt::fail("wgmma: no wgmma_fence since the thread began or last waited");
   detail::check_operand<kA>(a, 64, "wgmma: A", thread % 32 == 0);
   detail::check_operand<kB>(b, kN, "wgmma: B", thread % 32 == 0);
+  simt::warpgroup_operation("wgmma", {{"type", kDtype<T>},
+                                      {"N", kN},
+                                      {"major of A", uint64_t(kA)},
+                                      {"major of B", uint64_t(kB)},
+                                      {"A", a},
+                                      {"B", b},
+                                      {"keep", uint64_t{keep}}});
   float* const sums = d;
   simt::wgmma_group().begin([=] { detail::multiply<T, kN, kA, kB>(sums, a, b, keep, thread); });
 }

@@ -5,8 +5,8 @@
 //   product  out[r, n] = sum_kb a_scale[r, kb] b_scale[e, n / 128, kb] partial + bias[e, n]
 //            partial = sum of 128 products of e4m3 values, kept by the tensor core
 //
-// Scales of rows lie with the rows side by side, [ceil(K / 128), R]: a tile of rows is then one TMA
-// box of each block of depth, whatever row it begins at.
+// Scales of rows lie with the rows side by side, [ceil(K / 128), R]: those of a tile of rows are
+// then one TMA box of each block of depth.
 #pragma once
 
 #include <cstdint>

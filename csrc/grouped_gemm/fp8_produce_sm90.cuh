@@ -3,7 +3,7 @@
 // and for each stage of 128 of depth
 //
 //   A        64 rows by each block, to both; the upper ones only where there are any
-//   a_scale  of the same rows: a box of one block of depth
+//   a_scale  of the same rows, from the last row that 4 divides on: a box of one block of depth
 //   B        the block's own columns
 //   b_scale  one number for 64 columns, by a load of its own
 #pragma once
@@ -19,26 +19,29 @@ namespace kimi::fp8 {
 
 struct Maps {
   TensorMap a;        // [R, K], boxes of 64 rows
-  TensorMap a_scale;  // [ceil(K / 128), R], boxes of 64 rows
+  TensorMap a_scale;  // [ceil(K / 128), R], boxes of 68 rows
   TensorMap b;        // [E, N, K], boxes of kCols rows
 };
 
 // The scales of a tile's columns, 64 at a time: column block c / 128 of b_scale, whose size divided
-// by 2^14 is that of b. Tiles begin at multiples of 64 and those beyond N have any scale.
+// by 2^14 is that of b. A tile begins at a multiple of 64, so it lies in two column blocks at most;
+// columns beyond N have any scale.
 template <class Tr>
 struct ColumnScales {
-  int at[Tr::kChunks];  // of b_scale, [ceil(K / 128)]
+  int first, last;  // of b_scale, [ceil(K / 128)]
+  bool split;       // after the first 64 columns
 
   __device__ ColumnScales(const Arguments& p, const Work& work) {
-    const int blocks = (p.cols + kBlock - 1) / kBlock;
-#pragma unroll
-    for (int c = 0; c < Tr::kChunks; ++c)
-      at[c] =
-          (work.group * blocks + std::min((work.col + 64 * c) / kBlock, blocks - 1)) * p.k_blocks;
+    const int blocks = (p.cols + kBlock - 1) / kBlock,
+              block = std::min(work.col / kBlock, blocks - 1);
+    split = work.col % kBlock != 0;
+    first = (work.group * blocks + block) * p.k_blocks;
+    last = first + (Tr::kCols > kBlock && block + 1 < blocks ? p.k_blocks : 0);
   }
   __device__ void load(const Arguments& p, int kb, float (&scale)[Tr::kChunks]) const {
-#pragma unroll
-    for (int c = 0; c < Tr::kChunks; ++c) scale[c] = p.b_scale[at[c] + kb];
+    scale[0] = p.b_scale[first + kb];
+    scale[Tr::kChunks - 1] = p.b_scale[last + kb];
+    if (Tr::kChunks == 3) scale[1] = split ? scale[2] : scale[0];
   }
 };
 
@@ -46,7 +49,7 @@ struct ColumnScales {
 template <class Tr>
 __device__ void load_tile(const Arguments& p, typename Tr::Shared& s, const Maps& maps,
                           const Work& work, Place& stage) {
-  constexpr uint32_t kRowsBytes = kConsumerRows * (kRowBytes + sizeof(float));
+  constexpr uint32_t kRowsBytes = kConsumerRows * kRowBytes + kScaleRows * sizeof(float);
   constexpr uint16_t kBoth = (1u << kCluster) - 1;
   const int rank = cluster_rank(), loads = work.rows > kConsumerRows ? 2 : 1;
   const int32_t row = work.row + rank * kConsumerRows;
@@ -62,8 +65,7 @@ __device__ void load_tile(const Arguments& p, typename Tr::Shared& s, const Maps
     if (rank < loads) {
       tma_load_multicast(s.a[stage.at] + rank * kConsumerRows * kRowBytes, maps.a, full,
                          kb * kBlock, row, kBoth);
-      tma_load_multicast(s.a_scale[stage.at] + rank * kConsumerRows, maps.a_scale, full, row, kb,
-                         kBoth);
+      tma_load_multicast(s.a_scale[stage.at][rank], maps.a_scale, full, row & ~3, kb, kBoth);
     }
     tma_load(s.b[stage.at], maps.b, full, kb * kBlock, work.col, work.group);
   }

@@ -50,7 +50,7 @@ template <class Tr>
 __device__ void multiply(typename Tr::Shared& s, const Work& work, int consumer, Place& stage,
                          bool first, float (&total)[Tr::kSums]) {
   constexpr Major kMajor = Major::kDepth;
-  const int row = consumer * kConsumerRows + warp_id() % 4 * 16 + lane_id() / 4;
+  const int row = (work.row & 3) + warp_id() % 4 * 16 + lane_id() / 4;  // of the loaded scales
   if (first && consumer == 1) mbarrier_wait(s.turn, 0);
   float partial[Tr::kSums];
   for (int kb = 0; kb < work.k_blocks; ++kb, stage.next(Tr::kStages)) {
@@ -68,7 +68,7 @@ __device__ void multiply(typename Tr::Shared& s, const Work& work, int consumer,
     float factor[Tr::kChunks][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float of_row = s.a_scale[stage.at][row + 8 * half];
+      const float of_row = s.a_scale[stage.at][consumer][row + 8 * half];
 #pragma unroll
       for (int c = 0; c < Tr::kChunks; ++c)
         factor[c][half] = mul_rn(of_row, s.b_scale[stage.at][c]);
@@ -161,7 +161,7 @@ Status run(const GroupedGemmFp8Params& p, Arguments arguments, void* stream) {
     const int64_t a_sizes[2] = {p.k, p.num_rows}, scale_sizes[2] = {p.num_rows, blocks(p.k)};
     const int64_t b_sizes[3] = {p.k, p.n, p.num_experts}, b_strides[2] = {p.k, p.n * p.k};
     const int64_t scale_stride = p.a_scale_stride * static_cast<int64_t>(sizeof(float));
-    const int32_t a_box[2] = {kBlock, kConsumerRows}, scale_box[2] = {kConsumerRows, 1};
+    const int32_t a_box[2] = {kBlock, kConsumerRows}, scale_box[2] = {kScaleRows, 1};
     const int32_t b_box[3] = {kBlock, Tr::kCols, 1};
     KIMI_RETURN_IF_ERROR(
         encode_tensor_map<e4m3>(&maps.a, p.a, 2, a_sizes, &p.a_row_stride, a_box, Swizzle::k128));

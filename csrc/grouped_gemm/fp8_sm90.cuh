@@ -3,7 +3,7 @@
 // sums, and the way from registers to rows of the output.
 //
 //   shared memory   A ring [stages][128 rows][128 B] | B ring [stages][columns][128 B] |
-//                   scratch [8 warps][16 rows][160 B] | scales of rows [stages][128] and
+//                   scratch [8 warps][16 rows][160 B] | scales of rows [stages][2][96] and
 //                   of columns [stages][4], fp32 | tiles [2] | barriers
 #pragma once
 
@@ -22,6 +22,8 @@ namespace kimi::fp8 {
 
 inline constexpr int kTileRows = 128, kConsumerRows = 64;  // of a block; of a consumer, and a load
 inline constexpr int kRowBytes = 128;                      // of depth in a stage
+// The scales of a load's rows and of up to 3 before them: a box of TMA begins at 16 bytes.
+inline constexpr int kScaleRows = kConsumerRows + 4;
 inline constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers;
 inline constexpr int kThreads = 128 * (1 + kConsumers);  // warpgroup 0 produces
 inline constexpr int kCluster = 2;                       // blocks that share rows of A
@@ -61,8 +63,8 @@ struct Traits {
     alignas(1024) unsigned char a[kStages][kTileRows * kRowBytes];
     alignas(1024) unsigned char b[kStages][kCols * kRowBytes];
     alignas(128) unsigned char scratch[kConsumerWarps][kScratchBytes];
-    alignas(128) float a_scale[kStages][kTileRows];
-    alignas(16) float b_scale[kStages][4];  // of 64 columns each, kChunks used
+    alignas(128) float a_scale[kStages][kConsumers][96];  // kScaleRows used; 128 bytes divide each
+    alignas(16) float b_scale[kStages][4];                // of 64 columns each, kChunks used
     Work tiles[kTileSlots];
     MBarrier full[kStages], empty[kStages];
     MBarrier tile_full[kTileSlots], tile_empty[kTileSlots];

@@ -60,9 +60,12 @@ struct Point {
   int x, y, z;
 };
 constexpr int kPoints = 5;
-__device__ inline Point point(int i) {
-  constexpr Point kAll[kPoints] = {{0, 0, 0}, {3, 2, 1}, {-5, -3, -1}, {30, 9, 2}, {500, 0, 0}};
-  return kAll[i];
+// x lies on 16 bytes; the fourth box ends within a piece of 16.
+template <class T>
+__device__ Point point(int i) {
+  constexpr Point kAll[kPoints] = {{0, 0, 0}, {1, 2, 1}, {-2, -3, -1}, {10, 9, 2}, {40, 0, 0}};
+  const Point at = kAll[i];
+  return {at.x * static_cast<int>(16 / sizeof(T)), at.y, at.z};
 }
 
 #define KIMI_MAPS const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to
@@ -81,7 +84,7 @@ __global__ void load_kernel(Io io, KIMI_MAPS) {
   }
   __syncthreads();
   for (int i = 0; i < kPoints; ++i) {
-    const Point at = point(i);
+    const Point at = point<T>(i);
     if (threadIdx.x == 0) {
       mbarrier_arrive_expect_tx(full[0], kBytes);
       if constexpr (kRank == 2)
@@ -108,7 +111,7 @@ __global__ void store_kernel(Io io, KIMI_MAPS) {
     fence_async_shared();
     __syncthreads();
     if (threadIdx.x == 0) {
-      const Point at = point(i);
+      const Point at = point<T>(i);
       if constexpr (kRank == 2)
         kAdd ? tma_reduce_add(to, tile, at.x, at.y) : tma_store(to, tile, at.x, at.y);
       else
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(384, 1) cluster_kernel(Io io, KIMI_MAPS) {
     registers_increase<232>();
     if (t == 0) {
       mbarrier_arrive_expect_tx(full[0], 2 * kBytes);
-      tma_load_multicast(tile + rank * kApart, from, full[0], 4 * rank, rank, uint16_t{3});
+      tma_load_multicast(tile + rank * kApart, from, full[0], 16 * rank, rank, uint16_t{3});
     }
     mbarrier_wait(full[0], 0);
     mbarrier_wait(met[0], 0);

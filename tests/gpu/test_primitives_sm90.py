@@ -15,7 +15,7 @@ from test_primitives import build_gpu, build_host, gpu_missing
 
 SOURCE = Path(__file__).with_name("primitives_sm90.cu")
 N = 8192
-POINTS = [(0, 0, 0), (3, 2, 1), (-5, -3, -1), (30, 9, 2), (500, 0, 0)]
+POINTS = [(0, 0, 0), (1, 2, 1), (-2, -3, -1), (10, 9, 2), (40, 0, 0)]  # x counts 16 bytes
 PLANES, ROWS, ROW_BYTES, ROW_STRIDE = 3, 11, 200, 208  # of the tensor
 BOX_PLANES, BOX_ROWS = 2, 10
 TENSOR_WORDS = PLANES * ROWS * ROW_STRIDE // 4
@@ -92,7 +92,7 @@ def elements(point: tuple[int, int, int], rank: int, swizzle: str, size: int) ->
     """Bytes of the box in the order of `placed` -> byte of the tensor, or -1 out of bounds."""
     shape = placed(rank, swizzle).shape
     z, y, byte = np.ogrid[: shape[0], : shape[1], : shape[2]]
-    x = point[0] + byte // size
+    x = point[0] * (16 // size) + byte // size
     y = point[1] + y
     z = (point[2] + z) if rank == 3 else z
     inside = (x >= 0) & (x < ROW_BYTES // size) & (y >= 0) & (y < ROWS) & (z >= 0) & (z < PLANES)
@@ -201,7 +201,7 @@ def test_host_model_of_stmatrix_and_clusters(host: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(out, rows)
 
     tensor = np.append(inputs("cluster").view(np.uint8), 0)
-    boxes = [tensor[elements((4 * r, r, 0), 2, "kNone", 1)].ravel() for r in range(2)]
+    boxes = [tensor[elements((r, r, 0), 2, "kNone", 1)].ravel() for r in range(2)]
     out = run(host, "cluster").reshape(2, 242)
     for rank in range(2):
         np.testing.assert_array_equal(out[rank, :240].view(np.uint8), np.concatenate(boxes))

@@ -58,6 +58,9 @@ void complete_later(int rank, std::function<void()> action) {
 
 GroupedOperations& wgmma_group() { return detail::Runner::instance().self("wgmma").wgmma; }
 GroupedOperations& bulk_group() { return detail::Runner::instance().self("TMA store").bulk; }
+std::vector<void*>& unfenced_barriers() {
+  return detail::Runner::instance().self("mbarrier_init").unfenced_barriers;
+}
 
 void GroupedOperations::begin(std::function<void()> first, std::function<void()> second) {
   detail::Runner& runner = detail::Runner::instance();

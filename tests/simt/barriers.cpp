@@ -17,6 +17,7 @@ namespace {
 
 constexpr size_t kCanaryBytes = 64;
 constexpr unsigned char kCanary = 0xc5, kFill = 0xff;
+constexpr size_t kMostStatic = 48 * 1024;
 
 }  // namespace
 
@@ -61,6 +62,15 @@ void* dynamic_shared() { return Runner::instance().self("KIMI_SHARED").block->dy
 void* static_of(Block& block, const void* site, size_t bytes, size_t alignment) {
   for (const auto& [key, memory] : block.statics)
     if (key == site) return memory->data();
+  size_t all = bytes;
+  for (const auto& [key, memory] : block.statics) all += memory->bytes();
+  if (all > kMostStatic)
+    fail("static shared memory: expected at most " + std::to_string(kMostStatic) +
+         " bytes in a kernel, got " + std::to_string(all));
+  if (all + block.dynamic->bytes() > kMostShared)
+    fail("shared memory: expected at most " + std::to_string(kMostShared) + " bytes, got " +
+         std::to_string(all) + " static and " + std::to_string(block.dynamic->bytes()) +
+         " dynamic ones");
   block.statics.emplace_back(
       site, std::make_unique<SharedMemory>(bytes, std::max<size_t>(alignment, 16)));
   return block.statics.back().second->data();
@@ -70,6 +80,19 @@ void* static_shared(const void* site, size_t bytes, size_t alignment) {
   const InsideModel inside;
   return static_of(*Runner::instance().self("KIMI_STATIC_SHARED").block, site, bytes, alignment);
 }
+
+namespace {
+// The hardware counts a warp that comes as 32 threads, whichever of its lanes do.
+void check_whole_warps(const char* name, const Block& block, const Barrier& barrier) {
+  std::vector<uint32_t> lanes(block.warps.size());
+  for (const Thread* thread : barrier.arrived)
+    lanes[static_cast<size_t>(thread->warp())] |= 1u << thread->lane();
+  for (size_t w = 0; w < lanes.size(); ++w)
+    if (lanes[w] != 0 && lanes[w] != block.warps[w].present)
+      fail(std::string(name) + ": expected whole warps, got " + lanes_text(lanes[w]) + " of warp " +
+           std::to_string(w));
+}
+}  // namespace
 
 // A barrier for `expected` threads, or all threads of the block if that is 0. Returns how many came
 // with a true predicate.
@@ -115,6 +138,7 @@ int block_barrier(const char* name, int id, int expected, bool predicate,
   wait.barrier_id = id;
   wait.where = where;
   if (static_cast<int>(barrier.arrived.size()) == barrier.expected) {
+    check_whole_warps(name, block, barrier);
     for (Thread* thread : barrier.arrived) {
       thread->result = static_cast<uint64_t>(barrier.satisfied_predicates);
       if (thread != &self) runner.make_ready(thread);

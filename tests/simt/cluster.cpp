@@ -42,11 +42,12 @@ int cluster_blocks() {
   return static_cast<int>(self.block->cluster->blocks.size());
 }
 
-void cluster_arrive() {
+void cluster_arrive(std::source_location where) {
   const InsideModel inside;
   detail::Thread& self = detail::Runner::instance().self("cluster_arrive");
   detail::Cluster& cluster = *self.block->cluster;
   if (self.cluster_arrival >= 0) fail("cluster_arrive: the thread has not waited since it arrived");
+  detail::whole_warp("cluster_arrive", where);
   self.cluster_arrival = cluster.generation;
   ++cluster.arrived;
   detail::release_as(self, &cluster.meetings[cluster.generation % 2]);
@@ -57,6 +58,7 @@ void cluster_wait(std::source_location where) {
   detail::Thread& self = detail::Runner::instance().self("cluster_wait");
   const int64_t generation = self.cluster_arrival;
   if (generation < 0) fail("cluster_wait: the thread has not arrived");
+  detail::whole_warp("cluster_wait", where);
   const detail::Cluster& cluster = *self.block->cluster;
   spin_until([&] { return cluster.generation > generation; },
              [&] {

@@ -105,6 +105,13 @@ void check_shared(const void* address, size_t bytes, const char* what) {
          shared_address(address) + " on are not all in the block's shared memory");
 }
 
+void check_global16(const void* address, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    fail(std::string(what) + ": the address must be a multiple of 16 bytes");
+  if (memory_of(*Runner::instance().self(what).block, address) != nullptr)
+    fail(std::string(what) + ": expected global memory, got " + shared_address(address));
+}
+
 void fail_outside_kernel(const char* what) {
   throw Error(std::string(what) + ": used outside of a kernel");
 }

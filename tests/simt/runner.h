@@ -15,6 +15,8 @@ namespace simt::detail {
 
 struct Block;
 
+inline constexpr size_t kMostShared = 227 * 1024;  // bytes of a block, on a Hopper GPU
+
 /// What a suspended thread waits for.
 struct Wait {
   enum Kind { kNothing, kBlockBarrier, kWarp, kSpin } kind = kNothing;
@@ -42,6 +44,8 @@ struct Thread {
   GroupedOperations wgmma{"wgmma"}, bulk{"TMA store"};
   uint64_t fenced_at = 0;        // the last fence_async_proxy, by Runner::tick
   int64_t cluster_arrival = -1;  // the generation of the cluster barrier that it waits for, or -1
+  size_t warpgroup_operations = 0;
+  std::vector<void*> unfenced_barriers;
   void* sanitizer_thread = nullptr;  // ThreadSanitizer's name for what the kernel does here
 };
 
@@ -54,6 +58,7 @@ struct Rendezvous {
 };
 
 struct Warp {
+  int registers = 0;     // of a thread
   uint32_t present = 0;  // lanes that exist
   uint32_t exited = 0;
   std::vector<Rendezvous> pending;
@@ -104,6 +109,13 @@ struct GenericWrite {
   uint64_t at;
 };
 
+/// What the first thread of a warpgroup to come so far has executed.
+struct WarpgroupOperation {
+  const char* what;
+  int thread;
+  std::vector<Operand> operands;
+};
+
 struct Block {
   static constexpr int kBarriers = 16;
   uint3 index{};
@@ -113,6 +125,8 @@ struct Block {
   std::vector<Thread*> threads;
   int running = 0;  // threads that have not exited
   std::vector<Warp> warps;
+  std::vector<std::vector<WarpgroupOperation>> warpgroups;
+  int free_registers = 0;  // of the pool of setmaxnreg
   Barrier barriers[kBarriers];
   std::unique_ptr<SharedMemory> dynamic;
   std::vector<std::pair<const void*, std::unique_ptr<SharedMemory>>> statics;
@@ -198,8 +212,12 @@ void ignore_accesses(bool ignore);        // of the launching thread
 void release_as(const Thread& thread, const void* object);
 void acquire_as(const Thread& thread, const void* object);
 
+/// Registers that a thread of a block starts with where nothing but the block's size limits them.
+int registers_at_launch(int threads);
 /// A live thread of the cluster has arrived at its barrier or exited: whether all are there now.
 void advance_cluster(Cluster& cluster);
+/// Fails if a thread of the block has executed less than its warpgroup.
+void check_warpgroups(const Block& block);
 /// The block's memory that holds the address, or null.
 const SharedMemory* memory_of(const Block& block, const void* address);
 /// The block's static array that belongs to `site`, made when it is first asked for.

@@ -61,6 +61,9 @@ void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) 
   if (shape.cluster < 1 || shape.cluster > 8 || shape.grid.x % shape.cluster != 0)
     throw Error("launch: cluster: expected 1 to 8 blocks that divide the grid's x of " +
                 std::to_string(shape.grid.x) + ", got " + std::to_string(shape.cluster));
+  if (shape.dynamic_shared_bytes > kMostShared)
+    throw Error("launch: dynamic shared memory: expected at most " + std::to_string(kMostShared) +
+                " bytes, got " + std::to_string(shape.dynamic_shared_bytes));
   shape_ = shape;
   body_ = body;
   argument_ = argument;
@@ -112,6 +115,8 @@ void Runner::start_block(uint64_t index, const std::shared_ptr<Cluster>& cluster
   block->dynamic = std::make_unique<SharedMemory>(shape_.dynamic_shared_bytes, 1024);
   block->running = n;
   block->warps.resize(static_cast<size_t>(n + 31) / 32);
+  block->warpgroups.resize(static_cast<size_t>(n + 127) / 128);
+  for (Warp& warp : block->warps) warp.registers = registers_at_launch(n);
   block->threads.reserve(static_cast<size_t>(n));
   warp_priority_.resize(block->warps.size());
   for (uint64_t& priority : warp_priority_) priority = random_();
@@ -133,6 +138,8 @@ void Runner::start_block(uint64_t index, const std::shared_ptr<Cluster>& cluster
     thread->wait = {};
     thread->fenced_at = 0;
     thread->cluster_arrival = -1;
+    thread->warpgroup_operations = 0;
+    thread->unfenced_barriers.clear();
     thread->exited = thread->started = false;
     switch (order_of(settings.seed)) {
       case kAscending:
@@ -153,6 +160,7 @@ void Runner::start_block(uint64_t index, const std::shared_ptr<Cluster>& cluster
 
 void Runner::finish_block(Block& block) {
   land_all_of(block);
+  check_warpgroups(block);
   std::string damage = block.dynamic->damage();
   if (!damage.empty())
     damage =
@@ -284,6 +292,7 @@ void Runner::thread_main(void*) {
       runner.body_(runner.argument_);
       self.wgmma.finish();
       self.bulk.finish();
+      if (self.cluster_arrival >= 0) fail("cluster_arrive: not waited for when the thread ended");
     } catch (const Cancelled&) {
     } catch (...) {
       if (!runner.error_) runner.error_ = std::current_exception();

@@ -27,6 +27,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <source_location>
 #include <stdexcept>
@@ -103,11 +104,15 @@ int block_barrier(const char* name, int id, int expected_threads, bool predicate
 uint64_t warp_operation(const char* name, Resolve resolve, uint32_t mask, uint64_t value,
                         uint32_t argument, std::source_location where,
                         bool orders_memory = false);  // only __syncwarp does
+/// All lanes of the warp that there are: an instruction that is `.aligned`.
+void whole_warp(const char* name, std::source_location where);
 void park_spinning(std::string (*describe)(const void*), const void* context,
                    std::source_location where);
 std::string shared_address(const void* address);
 /// Fails unless all of it is shared memory of the running thread's block.
 void check_shared(const void* address, size_t bytes, const char* what);
+/// Fails if it is; and if 16 does not divide it.
+void check_global16(const void* address, const char* what);
 
 }  // namespace detail
 
@@ -195,10 +200,23 @@ void fence_async_proxy();
 void check_fenced(const void* address, size_t bytes, const char* what);
 void async_write(const void* address, size_t bytes);
 
-/// For primitives: the blocks of the running thread's cluster.
+/// For primitives, the mbarriers that the running thread has initialised since its last fence.
+std::vector<void*>& unfenced_barriers();
+
+/// For primitives that all threads of a warpgroup execute in the same order with the same operands:
+/// fails if another thread of it gave other ones, or, when the block ends, if one executed fewer.
+struct Operand {
+  const char* name;
+  uint64_t value;
+};
+void warpgroup_operation(const char* what, std::initializer_list<Operand> operands);
+/// setmaxnreg: the running warp gives registers to its block's pool, or waits for some from there.
+void set_registers(const char* what, int count, bool increase, std::source_location where);
+
+/// For primitives: the blocks of the running thread's cluster. Whole warps arrive and wait.
 int cluster_rank();
 int cluster_blocks();
-void cluster_arrive();
+void cluster_arrive(std::source_location where);
 void cluster_wait(std::source_location where);
 /// The same place in the shared memory of block `rank`.
 void* in_peer(const void* address, int rank);

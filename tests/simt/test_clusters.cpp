@@ -6,7 +6,6 @@
 #include "check.h"
 #include "device/cluster.cuh"
 #include "device/launch.cuh"
-#include "device/registers.cuh"
 #include "device/tma.cuh"
 
 namespace {
@@ -30,7 +29,6 @@ __global__ void multicast_kernel(const __grid_constant__ TensorMap map, int roun
   KIMI_STATIC_SHARED(MBarrier, empty, 1);
   const int blocks = cluster_blocks(), rank = cluster_rank();
   if (threadIdx.x == 0) {
-    registers_increase<40>();
     mbarrier_init(full[0], 1);
     mbarrier_init(empty[0], static_cast<uint32_t>(blocks));
     mbarrier_fence_init();
@@ -126,20 +124,24 @@ enum Mistake {
 __global__ void misuse_kernel(const __grid_constant__ TensorMap map, Mistake mistake) {
   KIMI_SHARED(float, tile);
   KIMI_STATIC_SHARED(MBarrier, barrier, 1);
-  if (threadIdx.x != 0) {
-    if (mistake == kNoArrival && threadIdx.x == 1)
-      simt::spin_until([] { return false; }, [] { return std::string("a word from nobody"); });
-    return;
-  }
-  mbarrier_init(barrier[0], 1);
-  switch (mistake) {
+  switch (mistake) {  // of whole warps
     case kWaitsAlone:
-      cluster_wait();
-      break;
+      return cluster_wait();
     case kArrivesTwice:
       cluster_arrive();
+      return cluster_arrive();
+    case kNoArrival:
+      if (threadIdx.x >= 32)
+        simt::spin_until([] { return false; }, [] { return std::string("a word from nobody"); });
       cluster_arrive();
+      return cluster_wait();
+    default:
       break;
+  }
+  if (threadIdx.x != 0) return;
+  mbarrier_init(barrier[0], 1);
+  mbarrier_fence_init();
+  switch (mistake) {
     case kNoSuchBlock:
       mbarrier_arrive_in(barrier[0], 2);
       break;
@@ -153,9 +155,7 @@ __global__ void misuse_kernel(const __grid_constant__ TensorMap map, Mistake mis
     case kMulticastToNobody:
       tma_load_multicast(tile, map, barrier[0], 0, 0, uint16_t{4});
       break;
-    case kNoArrival:
-      cluster_arrive();
-      cluster_wait();
+    default:
       break;
   }
 }
@@ -168,14 +168,14 @@ TEST(misused_clusters) {
     TensorMap map;
     CHECK(encode_tensor_map<float>(&map, data, 2, sizes, &stride, box, Swizzle::kNone).is_ok());
     const auto run = [&](Mistake mistake) {
-      simt::launch(misuse_kernel, {2, 32, 1024, false, 2}, map, mistake);
+      simt::launch(misuse_kernel, {2, 64, 1024, false, 2}, map, mistake);
     };
     EXPECT_ERROR(simt::Error, "cluster_wait: the thread has not arrived", run(kWaitsAlone));
     EXPECT_ERROR(simt::Error, "has not waited since it arrived", run(kArrivesTwice));
     EXPECT_ERROR(simt::Error, "block 2 of a cluster of 2", run(kNoSuchBlock));
     EXPECT_ERROR(simt::Error, "block 1 of the cluster has ended", run(kPeerEnded));
     EXPECT_ERROR(simt::Error, "blocks: names none or more than the 2", run(kMulticastToNobody));
-    EXPECT_ERROR(simt::Error, "cluster_wait (2 of 4 threads have arrived)", run(kNoArrival));
+    EXPECT_ERROR(simt::Error, "cluster_wait (64 of 128 threads have arrived)", run(kNoArrival));
   });
   EXPECT_ERROR(simt::Error, "cluster: expected 1 to 8 blocks",
                simt::launch(misuse_kernel, {9, 32, 0, false, 9}, TensorMap{}, kNoArrival));

@@ -198,8 +198,18 @@ TEST(groups_begin_anywhere_and_may_be_empty) {
   compare({many, 2, 32, 24, KIMI_FLOAT32, true}, 7);
 }
 
+// A box of row scales begins at a row that 4 divides, a tile anywhere.
+TEST(groups_begin_at_every_row_modulo_4) {
+  uint64_t seed = 20;
+  for (int before : {0, 1, 2, 3})
+    for (int rows : {64, 128, 130, 67}) {
+      ++seed;
+      compare({{before, rows, 4 + before, 129}, int64_t(seed % 4), 144, 72, KIMI_FLOAT32}, seed);
+    }
+}
+
 TEST(the_ring_goes_round_in_any_order_of_threads) {
-  for (uint64_t seed = 0; seed < 8; ++seed) {
+  for (uint64_t seed = 0; seed < 12; ++seed) {
     compare({{129, 30}, 1, 128 * 7, 300, KIMI_BFLOAT16, false}, seed);
     compare({{66, 1}, 1, 128 * 9, 392, KIMI_FLOAT32, false}, seed);
   }
@@ -228,6 +238,50 @@ TEST(a_row_that_is_not_a_number_stays_in_its_row) {
     const float value = to_float(out.data()[i]);
     require(i / kN == 7 ? value != value : value == (i / kN == 39 ? 0.0f : 32.0f), "value");
   }
+}
+
+// Each row is left alone, zero, or of one of the groups; nothing around the output is written.
+TEST(bad_offsets_lead_to_wrong_rows_and_never_out_of_memory) {
+  constexpr int64_t kRows = 150, kN = 72, kK = 144, kGroups = 3, kMargin = 64 * kN;
+  Buffer<e4m3> a(kRows * kK), b(kGroups * kN * kK);
+  std::fill_n(a.data(), kRows * kK, e4m3{0x38});
+  Buffer<float> a_scale(2 * (kRows + 2)), b_scale(2 * kGroups);
+  std::fill_n(a_scale.data(), 2 * (kRows + 2), 1.0f);
+  std::fill_n(b_scale.data(), 2 * kGroups, 1.0f);
+  for (uint8_t e = 0; e < kGroups; ++e)  // 1, 2, 4
+    std::fill_n(b.data() + e * kN * kK, kN * kK, e4m3{uint8_t(0x38 + 8 * e)});
+  constexpr int32_t kLeast = std::numeric_limits<int32_t>::min(),
+                    kMost = std::numeric_limits<int32_t>::max();
+  const int32_t all[][kGroups] = {{-1, 70, 150},        {90, 31, 140},      {10, 20, 151},
+                                  {kMost, kLeast, 150}, {kLeast, kMost, 0}, {150, 149, -150},
+                                  {149, 0, kMost}};
+  Buffer<float> canary(1);
+  for (uint64_t seed = 0; seed < 4; ++seed)
+    for (const auto& offsets : all) {
+      simt::settings().seed = seed * 4 + seed;
+      Buffer<float> out(kRows * kN + 2 * kMargin);
+      GroupedGemmFp8Params p{a.data(),
+                             a_scale.data(),
+                             b.data(),
+                             b_scale.data(),
+                             offsets,
+                             nullptr,
+                             out.data() + kMargin,
+                             kRows,
+                             kK,
+                             kN,
+                             kK,
+                             kRows + 2,
+                             kGroups,
+                             KIMI_FLOAT32};
+      require_ok(grouped_gemm_fp8_cuda(p, nullptr));
+      for (int64_t i = -kMargin; i < kRows * kN + kMargin; ++i) {
+        const float value = out.data()[kMargin + i];
+        const bool alone = std::memcmp(&value, canary.data(), sizeof value) == 0;
+        const bool of_group = value == 0 || value == kK || value == 2 * kK || value == 4 * kK;
+        require(alone || (of_group && i >= 0 && i < kRows * kN), "value " + std::to_string(i));
+      }
+    }
 }
 
 }  // namespace

@@ -90,7 +90,7 @@ __global__ void misaligned_copy_kernel(const char* in) {
 TEST(misaligned_copies) {
   std::vector<uint4> in(2);
   EXPECT_ERROR(
-      simt::Error, "multiples of 16 bytes",
+      simt::Error, "cp_async16: both addresses must be multiples of 16 bytes",
       simt::launch(misaligned_copy_kernel, {1, 32, 512}, reinterpret_cast<const char*>(in.data())));
 }
 

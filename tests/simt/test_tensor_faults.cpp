@@ -2,6 +2,7 @@
 //
 // A product of matrices with every Hopper primitive in it, and what happens when one step is wrong.
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -277,6 +278,7 @@ __global__ void misuse_kernel(const __grid_constant__ TensorMap plain,
   }
   if (threadIdx.x != 0) return;
   mbarrier_init(full[0], 1);
+  mbarrier_fence_init();
   mbarrier_arrive_expect_tx(full[0], 1024);
   switch (misuse) {
     case kTileNotAligned:
@@ -317,6 +319,76 @@ TEST(misused_addresses_sizes_and_counts) {
                                 static_cast<Misuse>(misuse)));
     }
   }
+}
+
+// ---- x of a box ---------------------------------------------------------------------------------
+
+enum class Move { kLoad, kMulticast, kStore, kAdd };
+
+__global__ void move_kernel(const __grid_constant__ TensorMap map, Move move, int rank, int x) {
+  KIMI_SHARED(char, tile);
+  KIMI_STATIC_SHARED(MBarrier, full, 1);
+  if (threadIdx.x != 0) return;
+  mbarrier_init(full[0], 1);
+  mbarrier_fence_init();
+  mbarrier_arrive_expect_tx(full[0], 1024);
+  switch (move) {
+    case Move::kLoad:
+      rank == 2 ? tma_load(tile, map, full[0], x, 0) : tma_load(tile, map, full[0], x, 0, 0);
+      return mbarrier_wait(full[0], 0);
+    case Move::kMulticast:
+      rank == 2 ? tma_load_multicast(tile, map, full[0], x, 0, uint16_t{1})
+                : tma_load_multicast(tile, map, full[0], x, 0, 0, uint16_t{1});
+      return mbarrier_wait(full[0], 0);
+    case Move::kStore:
+      rank == 2 ? tma_store(map, tile, x, 0) : tma_store(map, tile, x, 0, 0);
+      break;
+    case Move::kAdd:
+      rank == 2 ? tma_reduce_add(map, tile, x, 0) : tma_reduce_add(map, tile, x, 0, 0);
+      break;
+  }
+  tma_store_commit();
+  tma_store_wait<0>();
+}
+
+template <class T>
+void check_x(int rank, Swizzle swizzle) {
+  alignas(16) static char data[2048];
+  const int size = sizeof(T);
+  const int64_t sizes[3] = {128 / size, 8, 2}, strides[2] = {128, 1024};
+  const int32_t box[3] = {128 / size, 8, 1};
+  TensorMap map;
+  CHECK(encode_tensor_map<T>(&map, data, rank, sizes, strides, box, swizzle).is_ok());
+  constexpr std::pair<Move, const char*> kMoves[] = {{Move::kLoad, "tma_load"},
+                                                     {Move::kMulticast, "tma_load_multicast"},
+                                                     {Move::kStore, "tma_store"},
+                                                     {Move::kAdd, "tma_reduce_add"}};
+  for (const auto& [move, name] : kMoves) {
+    if (size == 1 && move == Move::kAdd) continue;
+    const auto run = [&, move = move](int x) {
+      simt::launch(move_kernel, {1, 32, 1024}, map, move, rank, x);
+    };
+    for (int x : {1, 3, -5, 30, 501}) {
+      if (x * size % 16 == 0) continue;
+      EXPECT_ERROR(simt::Error,
+                   std::string(name) + ": x: expected a multiple of " + std::to_string(16 / size) +
+                       ", so that 16 divides its bytes, got " + std::to_string(x) +
+                       " elements of " + std::to_string(size) + " bytes, " +
+                       std::to_string(x * size) + " bytes",
+                   run(x));
+    }
+    for (int x : {0, 16, -16, 512}) run(x);
+  }
+}
+
+TEST(the_inner_coordinate_of_a_box_lies_on_16_bytes) {
+  for (int rank : {2, 3})
+    for (Swizzle swizzle : {Swizzle::kNone, Swizzle::k128}) {
+      check_x<e4m3>(rank, swizzle);
+      check_x<bf16>(rank, swizzle);
+      check_x<fp16>(rank, swizzle);
+      check_x<float>(rank, swizzle);
+    }
 }
 
 }  // namespace
