@@ -10,6 +10,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,16 @@ def load(path: Path) -> ctypes.CDLL:
     return library
 
 
+def runner() -> list[str]:
+    """The host runner: the build's, or its sources where it is missing or older than they are."""
+    sources = [p for p in RUNNER.glob("*.cpp") if not p.name.startswith(("test_", "bench_"))]
+    python = f"python-{sys.implementation.cache_tag}"
+    archive = ROOT / "build" / python / "tests" / "simt" / "libkimi_simt.a"
+    newest = max(p.stat().st_mtime for p in [*sources, *RUNNER.glob("*.h")])
+    fresh = archive.exists() and archive.stat().st_mtime > newest
+    return [str(archive)] if fresh else [str(p) for p in sources]
+
+
 def build_host(source: Path, folder: Path) -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -65,8 +76,7 @@ def build_host(source: Path, folder: Path) -> ctypes.CDLL:
     path = folder / f"{source.stem}_host.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
     flags += ["-Wno-psabi", "-DKIMI_HOST_SIMT", f"-I{RUNNER}", f"-I{ROOT / 'csrc'}"]
-    runner = [str(p) for p in RUNNER.glob("*.cpp") if not p.name.startswith(("test_", "bench_"))]
-    command = [compiler, *flags, "-x", "c++", str(source), "-x", "none", *runner, "-o", str(path)]
+    command = [compiler, *flags, "-x", "c++", str(source), "-x", "none", *runner(), "-o", str(path)]
     subprocess.run(command, check=True)
     return load(path)
 
