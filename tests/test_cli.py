@@ -59,7 +59,7 @@ def test_generate_is_reproducible_and_knows_its_limits(finished: Path):
     greedy = call("--max-tokens=20", "--temperature=0", "--seed=1").output
     assert greedy == call("--max-tokens=20", "--temperature=0", "--seed=2").output
     long = call("--max-tokens=1000")
-    assert long.exit_code == 1 and "within 128 bytes" in long.output
+    assert long.exit_code == 1 and "within 128 positions" in long.output
 
 
 def test_generate_without_a_checkpoint(tmp_path: Path):
@@ -140,7 +140,7 @@ def test_a_plot_that_fails_is_an_error(finished: Path, monkeypatch: pytest.Monke
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kimi_ops.train.plot.plot_run", full)
+    monkeypatch.setattr("kimi_ops.cli.training.plot_run", full)
     result = runner.invoke(app, ["train", f"--out={finished}", "--resume", "--plot"])
     assert result.exit_code == 1 and "error: [Errno 28] No space left" in result.output
 
