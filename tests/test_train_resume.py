@@ -305,9 +305,11 @@ def test_what_a_resumed_run_may_not_change(tmp_path: Path, text: Path):
         run(tmp_path / "run", text)
     same = {"threads": 0, "window": 0}
     assert train(tmp_path / "run", resume=True, overrides=same, progress=False).finished
-    for name, value in (("preset", "mini"), ("seed", 1), ("window", 16), ("sequences", 2)):
+    for name, value in (("preset", "mini"), ("seed", 1), ("window", 16)):
         with pytest.raises(ValueError, match=f"train: --{name}: expected .*: (it dec|the weights)"):
             train(tmp_path / "run", resume=True, overrides={name: value}, progress=False)
+    with pytest.raises(ValueError, match="expected a product of 4, .* got 2 x 1: it decides"):
+        train(tmp_path / "run", resume=True, overrides={"sequences": 2}, progress=False)
     with pytest.raises(ValueError, match="train: --steps: expected at least the 4 steps made"):
         train(tmp_path / "run", resume=True, overrides={"steps": 3}, progress=False)
     with pytest.raises(ValueError, match="train: lr: expected a positive number"):
@@ -323,6 +325,7 @@ def test_a_resumed_run_takes_new_settings_and_keeps_them(tmp_path: Path, text: P
     run(tmp_path / "run", text, steps=4)
     said: list[str] = []
     changes = {"steps": 6, "lr": 0.004, "weight_decay": 0.0, "tau": 50.0, "keep_checkpoints": 3}
+    changes |= {"sequences": 2, "accumulate": 2}  # the same four windows a step
     changes |= {"validate_every": 3, "checkpoint_every": 1, "dtype": "bfloat16"}
     result = train(tmp_path / "run", resume=True, overrides=changes, say=said.append)
     assert result.step == 6 and result.finished

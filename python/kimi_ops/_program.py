@@ -21,9 +21,9 @@ SPIN_COUNT = "2000"
 
 def is_program() -> bool:
     """Whether this process is ``kimi-ops``, the installed script, or ``python -m kimi_ops``."""
-    words = sys.orig_argv
     if sys.argv[:1] == ["-m"]:  # the module is still being looked up
-        return words[words.index("-m") + 1 :][:1] == ["kimi_ops"] if "-m" in words else False
+        words = sys.orig_argv
+        return "-m" in words and words[words.index("-m") + 1] == "kimi_ops"
     return bool(sys.argv) and PurePath(sys.argv[0]).stem == "kimi-ops"
 
 

@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from kimi_ops.train.settings import DTYPES, FIXED, PRESETS, WINDOW, TrainSettings
@@ -63,7 +64,8 @@ CheckpointEvery = Annotated[int | None, setting("checkpoint_every", "Steps betwe
 Keep = Annotated[int | None, setting("keep_checkpoints", "The newest checkpoints that stay.")]
 RESUME_HELP = (
     "Go on from the latest checkpoint in --out. Options given with it change the run, but for "
-    f"{', '.join(f'--{name}' for name in FIXED if '_' not in name)}, which would make it another."
+    f"{', '.join(f'--{name}' for name in FIXED if '_' not in name)} and the product of --sequences "
+    "and --accumulate, which would make it another."
 )
 
 
@@ -71,6 +73,13 @@ def fail(error: Exception | str) -> typer.Exit:
     """Say what is wrong, on stderr; raise what this returns."""
     typer.echo(f"error: {error}", err=True)
     return typer.Exit(1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a GPU had no room for a tensor."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def command_line(*arguments: object, **options: Any) -> str:

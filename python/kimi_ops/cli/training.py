@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from kimi_ops.train import CheckpointError, Diverged, TrainSettings
 from kimi_ops.train import train as train_run
 from kimi_ops.train.checkpoint import find_checkpoint, read_state
 from kimi_ops.train.plot import plot_run, require_matplotlib
+from kimi_ops.train.resume import saved_source
 from kimi_ops.train.sample import load_model, sample_text
 
+KEEP = "keep_checkpoints"  # the setting of --keep
 ERRORS = (
     ValueError,
     CheckpointError,
@@ -26,7 +29,6 @@ ERRORS = (
     FloatingPointError,
     OSError,
     ImportError,
-    MemoryError,
 )
 
 
@@ -108,7 +110,7 @@ def demo(
 
 def _overrides(context: typer.Context) -> dict[str, Any]:
     """The settings that were given on the command line."""
-    given = {**context.params, "keep_checkpoints": context.params.get("keep")}
+    given = {**context.params, KEEP: context.params.get("keep")}
     names = TrainSettings.__dataclass_fields__
     return {name: given[name] for name in names if given.get(name) is not None}
 
@@ -128,9 +130,17 @@ def _train(request: Request) -> None:
             progress=request.progress,
         )
     except Diverged as error:
-        raise opt.fail(f"{error}; {_slower(request, error.lr)}") from None
+        raise opt.fail(f"{error}; {_slower(request, error)}") from None
     except ERRORS as error:
         raise opt.fail(error) from None
+    except (RuntimeError, MemoryError) as error:
+        if not opt.out_of_memory(error):
+            raise
+        raise opt.fail(
+            f"train: expected a step that fits into memory, got: {str(error).splitlines()[0]}; "
+            "halve --sequences and double --accumulate, which sees the same text (a resumed run "
+            "may), or choose --dtype bfloat16"
+        ) from None
     except KeyboardInterrupt:  # the second one: the first lets the run end by itself
         run = _saved_run(request.out)
         left = "there is no checkpoint yet" if run is None else f"go on with: {_again(run)}"
@@ -166,15 +176,34 @@ def _again(run: Path, **more: Any) -> str:
     return opt.command_line("train", out=run, resume=True, **more)
 
 
-def _slower(request: Request, lr: float) -> str:
+def _slower(request: Request, diverged: Diverged) -> str:
     """What to do about a diverged run, in the state that it left."""
-    run = _saved_run(request.out)
-    if run is not None:
-        return f"go on from {find_checkpoint(run).name} with: {_again(run, lr=lr / 2)}"
-    same = {"keep" if k == "keep_checkpoints" else k: v for k, v in request.overrides.items()}
-    options = {**same, "plot": request.plot, "device": request.device, "lr": lr / 2}
-    start = opt.command_line("train", out=request.out, data=request.data, **options)
-    return f"there is no checkpoint yet; start again with: {start}"
+    lr, run = diverged.lr / 2, _saved_run(request.out)
+    if run is None:
+        again = _start(request, request.out, request.data, request.overrides, lr)
+        return f"there is no checkpoint yet; start again with: {again}"
+    checkpoint = find_checkpoint(run)
+    state = read_state(checkpoint)
+    if not request.resume or diverged.step > state["step"] + 1:
+        return f"go on from {checkpoint.name} with: {_again(run, lr=lr)}"
+    # the weights of that checkpoint are beyond repair
+    older = [path for path in sorted(run.glob("step_*")) if path.name < checkpoint.name]
+    if older:
+        return f"go on from the older {older[-1].name} with: {_again(older[-1], lr=lr)}"
+    defaults, options = TrainSettings().to_dict(), {*inspect.signature(train).parameters, KEEP}
+    saved = {k: v for k, v in state["settings"].items() if k in options and v != defaults[k]}
+    beside = run.with_name(f"{run.name}-slower")
+    again = _start(request, beside, saved_source(state), saved, lr)
+    return f"there is no older checkpoint; start again with: {again}"
+
+
+def _start(
+    request: Request, out: Path, data: Path | None, settings: dict[str, Any], lr: float
+) -> str:
+    """The command that starts a run with `settings` and another learning rate."""
+    same = {"keep" if name == KEEP else name: value for name, value in settings.items()}
+    options = {**same, "plot": request.plot, "device": request.device, "lr": lr}
+    return opt.command_line("train", out=out, data=data, **options)
 
 
 def _table(validation: float | None, bigram: float) -> str:

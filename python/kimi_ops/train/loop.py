@@ -222,7 +222,7 @@ def train(
                 corpus.train,
                 seed=settings.seed,
                 step=step,
-                batch=settings.sequences * settings.accumulate,
+                batch=settings.windows_per_step,
                 window=settings.window,
             )
             statistics = trainer.step(batch, step)

@@ -49,6 +49,12 @@ def resumed_settings(
                 f"started, got {new}: {FIXED[name]}; leave it out, or start another run with "
                 "another --out"
             )
+    if settings.windows_per_step != saved.windows_per_step:
+        raise ValueError(
+            f"train: --sequences, --accumulate: expected a product of {saved.windows_per_step}, "
+            f"with which the run was started, got {settings.sequences} x {settings.accumulate}: it "
+            "decides which text every step sees; change both, or start another run"
+        )
     if settings.steps < state["step"]:
         raise ValueError(
             f"train: --steps: expected at least the {state['step']} steps made, got "

@@ -88,7 +88,7 @@ def sample_text(
     room = limit - len(prefix)
     if room < 1:
         raise ValueError(
-            f"generate: --prompt: expected fewer than {limit - 1} bytes, for a model of {limit} "
+            f"generate: --prompt: expected at most {limit - 2} bytes, for a model of {limit} "
             f"positions, got {len(prefix) - 1}; shorten it"
         )
     count = min(MAX_TOKENS, room) if max_tokens is None else max_tokens

@@ -15,13 +15,12 @@ PRESETS = ("mini", "tiny")
 DTYPES = ("float32", "bfloat16")
 WINDOW = 256
 MAX_THREADS = 1024
-# What a resumed run may not change, and why. The rest it may: learning rate, length, clipping, ...
+# What a resumed run may not change, and why; nor the windows of a step, sequences times accumulate.
+# The rest it may: learning rate, length, clipping, ...
 FIXED = {
     "preset": "the weights have the shape of that model",
     "seed": "it decides which text every step sees",
-    "sequences": "it decides which text every step sees",
     "window": "it decides which text every step sees",
-    "accumulate": "it decides which text every step sees",
     "validation_sequences": "the losses so far were taken on that many windows",
 }
 
@@ -118,8 +117,12 @@ class TrainSettings:
         return dataclasses.replace(getattr(KimiK2Config, self.preset)(), vocab_size=VOCABULARY)
 
     @property
+    def windows_per_step(self) -> int:
+        return self.sequences * self.accumulate
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.sequences * self.window * self.accumulate
+        return self.windows_per_step * self.window
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

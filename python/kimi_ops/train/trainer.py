@@ -51,13 +51,15 @@ class StepStatistics:
 
 
 class Diverged(FloatingPointError):
-    """The loss or a gradient of a step is not finite; nothing was updated. `lr` is the peak."""
+    """The loss or a gradient of a step is not finite; nothing was updated. `step`
+    counts from 1, `lr` is the peak."""
 
     def __init__(self, step: int, wrong: str, lr: float) -> None:
         super().__init__(
             f"train: step {step}: expected finite numbers, got {wrong}; lower the learning rate "
             f"(lr {lr})"
         )
+        self.step = step
         self.lr = lr
 
 
