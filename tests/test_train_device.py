@@ -98,6 +98,15 @@ def test_the_first_step_and_validation_stay_on_their_device(trainer: Trainer, re
     assert len(reads) == 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_generation_stays_on_its_device(trainer: Trainer, temperature: float):
+    prompt = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    options = {"temperature": temperature, "top_p": 0.9}
+    with OneDevice() as seen:
+        ids = trainer.model.generate(prompt, max_new_tokens=3, **options)
+    assert ids.shape == (2, 8) and ids.is_meta and seen.copies == []
+
+
 def test_the_mode_sees_what_it_is_for(trainer: Trainer, reads: list[int]):
     with OneDevice(), pytest.raises(RuntimeError, match="device"):
         torch.cat((torch.zeros(3, device="meta"), torch.zeros(3)))

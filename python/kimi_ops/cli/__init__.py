@@ -85,5 +85,6 @@ def main() -> None:
     """Entry point of the installed command."""
     _program.ready()
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows "?"
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if stream is not None:  # closed by the caller
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     app(prog_name=NAME)
