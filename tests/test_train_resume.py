@@ -77,7 +77,7 @@ def command(out: Path, text: Path, *more: str) -> list[str]:
     options = [o for o in options if not o.startswith("--validation-sequences")]
     return [
         *(sys.executable, "-m", "kimi_ops", "train", f"--out={out}", f"--data={text}"),
-        *("--no-progress", *(more or options)),
+        *("--no-progress", "--device=cpu", *(more or options)),
     ]
 
 
