@@ -171,11 +171,27 @@ def test_schedule():
         {"preset": "k2"},
         {"seed": -1},
         {"seed": 2**63},
+        {"dtype": "float16"},
+        {"window": 1025},
+        {"threads": 10**6},
     ],
 )
 def test_bad_settings(change: dict):
     with pytest.raises(ValueError, match=f"train: {next(iter(change))}: expected"):
         TrainSettings(**change)
+
+
+def test_the_window_depends_on_the_model():
+    assert TrainSettings().window == 256 and TrainSettings(preset="tiny").window == 128
+    assert TrainSettings(preset="tiny", window=9).window == 9
+
+
+def test_files_that_are_no_text_are_noticed(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("größer " * 100)
+    (tmp_path / "b.bin").write_bytes(b"\0binary" * 100)
+    (tmp_path / "c.txt").write_bytes("größer ".encode("latin-1") * 100)
+    corpus = load_corpus(tmp_path, window=4)
+    assert [path.name for path in corpus.binary] == ["b.bin", "c.txt"]
 
 
 def test_metrics_survive_a_cut_and_are_trimmed_on_resume(tmp_path: Path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints: whole or absent, and a resumed run gives the bits of an uninterrupted one."""
 
+import fcntl
 import json
 import os
 import resource
@@ -75,8 +76,8 @@ def command(out: Path, text: Path, *more: str) -> list[str]:
     options = [f"--{key.replace('_', '-')}={value}" for key, value in LONGER.items()]
     options = [o for o in options if not o.startswith("--validation-sequences")]
     return [
-        *(sys.executable, "-m", "kimi_ops.cli", "train", f"--out={out}", f"--data={text}"),
-        *("--no-progress", *(more or options)),
+        *(sys.executable, "-m", "kimi_ops", "train", f"--out={out}", f"--data={text}"),
+        *("--no-progress", "--device=cpu", *(more or options)),
     ]
 
 
@@ -302,13 +303,85 @@ def test_what_a_resumed_run_may_not_change(tmp_path: Path, text: Path):
     run(tmp_path / "run", text, steps=4)
     with pytest.raises(CheckpointError, match="already holds a run"):
         run(tmp_path / "run", text)
-    assert train(tmp_path / "run", resume=True, overrides={"threads": 0}, progress=False).finished
-    with pytest.raises(ValueError, match="train: lr: the run was started with"):
-        train(tmp_path / "run", data=text, resume=True, overrides={"lr": 1.0}, progress=False)
-    with pytest.raises(CheckpointError, match="train first"):
+    same = {"threads": 0, "window": 0}
+    assert train(tmp_path / "run", resume=True, overrides=same, progress=False).finished
+    for name, value in (("preset", "mini"), ("seed", 1), ("window", 16)):
+        with pytest.raises(ValueError, match=f"train: --{name}: expected .*: (it dec|the weights)"):
+            train(tmp_path / "run", resume=True, overrides={name: value}, progress=False)
+    with pytest.raises(ValueError, match="expected a product of 4, .* got 2 x 1: it decides"):
+        train(tmp_path / "run", resume=True, overrides={"sequences": 2}, progress=False)
+    with pytest.raises(ValueError, match="train: --steps: expected at least the 4 steps made"):
+        train(tmp_path / "run", resume=True, overrides={"steps": 3}, progress=False)
+    with pytest.raises(ValueError, match="train: lr: expected a positive number"):
+        train(tmp_path / "run", resume=True, overrides={"lr": -1.0}, progress=False)
+    with pytest.raises(CheckpointError, match="absent, which does not exist; leave --resume out"):
         run(tmp_path / "absent", text, resume=True)
     text.write_text(text.read_text() + "more")
     with pytest.raises(CheckpointError, match="content differs"):
+        run(tmp_path / "run", text, resume=True)
+
+
+def test_a_resumed_run_takes_new_settings_and_keeps_them(tmp_path: Path, text: Path):
+    run(tmp_path / "run", text, steps=4)
+    said: list[str] = []
+    changes = {"steps": 6, "lr": 0.004, "weight_decay": 0.0, "tau": 50.0, "keep_checkpoints": 3}
+    changes |= {"sequences": 2, "accumulate": 2}  # the same four windows a step
+    changes |= {"validate_every": 3, "checkpoint_every": 1, "dtype": "bfloat16"}
+    result = train(tmp_path / "run", resume=True, overrides=changes, say=said.append)
+    assert result.step == 6 and result.finished
+    told = "steps 4 -> 6; the learning rate follows the schedule of the new total"
+    assert told in said and "lr 0.012 -> 0.004" in said
+    rows = read_metrics(result.metrics)
+    # of 6 steps the last two decay: 2/2 and 1/2 of the peak
+    assert [row["lr"] for row in rows[4:]] == pytest.approx([0.004, 0.002])
+    assert [row["step"] for row in rows if "validation_loss" in row] == [4, 6]
+    state = read_state(result.checkpoint)
+    assert {name: state["settings"][name] for name in changes} == changes
+    decays = {group["weight_decay"] for group in state["optimizer_groups"]}
+    assert decays == {0.0}
+    names = sorted(path.name for path in (tmp_path / "run").glob("step_*"))
+    assert names == ["step_000004", "step_000005", "step_000006"]
+
+
+def test_new_settings_are_kept_before_the_first_step(tmp_path: Path, text: Path):
+    run(tmp_path / "run", text, steps=4)
+    train(tmp_path / "run", resume=True, overrides={"lr": 0.004}, say=lambda line: None)
+    again = read_state(find_checkpoint(tmp_path / "run"))
+    assert again["settings"]["lr"] == 0.004 and again["step"] == 4
+
+
+def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path, text: Path):
+    """Without the settings and facts that came later."""
+    results = [run(tmp_path / name, text, steps=4) for name in ("old", "new")]
+    file = results[0].checkpoint / "training.json"
+    state = json.loads(file.read_text())
+    del state["settings"]["dtype"], state["device"], state["data"]["default"]
+    file.write_text(json.dumps(state))
+    ends = [
+        train(tmp_path / name, data=text, resume=True, overrides={"steps": 8}, say=lambda _: None)
+        for name in ("old", "new")
+    ]
+    assert same_state(ends[0].checkpoint, ends[1].checkpoint)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path, text: Path):
+    (tmp_path / "run").mkdir()
+    other = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(CheckpointError, match="another process is training in"):
+            run(tmp_path / "run", text)
+        assert list((tmp_path / "run").iterdir()) == []
+    finally:
+        os.close(other)
+    assert run(tmp_path / "run", text, steps=2).finished
+
+
+def test_what_latest_names_may_be_gone(tmp_path: Path, text: Path):
+    gone = run(tmp_path / "run", text, steps=8).checkpoint
+    gone.rename(tmp_path / "elsewhere")
+    older = tmp_path / "run" / "step_000004"
+    with pytest.raises(CheckpointError, match=f"without training.json; give {older} in its place"):
         run(tmp_path / "run", text, resume=True)
 
 
@@ -319,11 +392,20 @@ def test_bad_text_leaves_no_run_behind(tmp_path: Path):
     assert json.loads(json.dumps(TrainSettings().to_dict())) == TrainSettings().to_dict()
 
 
-def test_the_progress_bar_names_what_matters(tmp_path: Path, text: Path, capsys):
-    overrides = {**TINY, "steps": 2, "validate_every": 2}
-    train(tmp_path / "run", data=text, overrides=overrides, say=lambda line: None)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_names_what_matters(
+    tmp_path: Path, text: Path, capsys, monkeypatch: pytest.MonkeyPatch, terminal: bool
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    overrides = {**TINY, "steps": 12, "validate_every": 12}
+    said: list[str] = []
+    train(tmp_path / "run", data=text, overrides=overrides, say=said.append)
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    shown = capsys.readouterr().err
+    bar = capsys.readouterr().err
+    lines = [line for line in said if line.startswith("step ")]
+    assert ("\r" in bar) == terminal and bool(lines) != terminal
+    if not terminal:
+        assert [line.split(":")[0] for line in lines] == ["step 1/12", "step 10/12", "step 12/12"]
     for field in (
         f"loss {row['loss']:.3f}",
         f"val {row['validation_loss']:.3f}",
@@ -331,7 +413,7 @@ def test_the_progress_bar_names_what_matters(tmp_path: Path, text: Path, capsys)
         f"max logit {row['max_logit']:.1f}",
         f"load {row['load_max_over_mean']:.2f}",
     ):
-        assert field in shown
+        assert field in (bar if terminal else lines[-1])
 
 
 def test_train_in_a_thread_of_its_own(tmp_path: Path, text: Path):

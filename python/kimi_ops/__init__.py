@@ -6,6 +6,7 @@ Every op has one name: ``kimi_ops.topk_gate``, ``torch.ops.kimi_ops.topk_gate``,
 ``kimi_ops.models.kimi_k2``.
 """
 
+from kimi_ops import _program  # isort: skip  (before torch is loaded)
 from kimi_ops import _native
 from kimi_ops.balance import sequence_balance_loss, update_expert_bias_, z_loss
 from kimi_ops.fused_experts import fused_experts
@@ -27,6 +28,7 @@ from kimi_ops.qk_clip import attention_max_logits, qk_clip_
 from kimi_ops.quantized import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
 from kimi_ops.topk_gate import TopkGate, topk_gate
 
+del _program
 __version__ = _native._C.version()
 __all__ = [
     "Fp8BlockWeight",

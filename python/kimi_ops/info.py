@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kimi_ops import _native
+from kimi_ops.gpu import Fault, gpu_fault
 
 # with CUDA kernels of their own
 CUDA_OPS = ("topk_gate", "balance", "permute", "grouped_gemm", "fused_experts")
@@ -37,12 +38,7 @@ def info() -> dict[str, Any]:
     native = _native._C
     runtimes = _native.openmp_runtimes()
     isa, built = native.current_isa(), native.cuda_architectures()
-    cuda = f"cuda ({built})" if built else "none in this build"
-    engines = {}
-    for op in OPS:
-        engine = native.cpu_engine(op)  # None: no kernels yet, kimi_ops.reference serves it
-        reference = "reference (torch)"
-        engines[op] = {"cpu": engine or reference, "cuda": cuda if op in CUDA_OPS else reference}
+    fault = gpu_fault()
     return {
         "version": native.version(),
         "python": platform.python_version(),
@@ -56,9 +52,29 @@ def info() -> dict[str, Any]:
             "openmp": runtimes,
             "shared": len(runtimes) == 1,
         },
-        "cuda": {"built": built, "device": _gpu(), "fp8": _fp8(built)},
-        "engines": engines,
+        "cuda": {"built": built, "device": _gpu(fault), "fp8": _fp8(fault)},
+        "engines": _engines(),
     }
+
+
+def _engines() -> dict[str, dict[str, str]]:
+    native = _native._C
+    built = native.cuda_architectures()
+    cuda = f"cuda ({built})" if built else "none in this build"
+    engines = {}
+    for op in OPS:
+        engine = native.cpu_engine(op)  # None: no kernels yet, kimi_ops.reference serves it
+        reference = "reference (torch)"
+        engines[op] = {"cpu": engine or reference, "cuda": cuda if op in CUDA_OPS else reference}
+    return engines
+
+
+def engines_line(device: str) -> str:
+    """Which engine serves which ops on ``cpu`` or ``cuda``, on one line."""
+    served: dict[str, list[str]] = {}
+    for op, engine in _engines().items():
+        served.setdefault(engine[device], []).append(op)
+    return "engines " + "; ".join(f"{name}: {', '.join(ops)}" for name, ops in served.items())
 
 
 def describe() -> str:
@@ -99,18 +115,17 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _fp8(built: str) -> str:
+def _fp8(fault: Fault | None) -> str:
     """The way of a product of `Fp8Rows` on the current GPU."""
-    if not built or not torch.cuda.is_available():
+    if fault is not None:
         return "none"
     if _native._C.grouped_gemm_fp8_served(_native.CUDA):
         return "cuda (sm_90a)"
     return "dequantised to bfloat16 at each call"
 
 
-def _gpu() -> str:
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        return f"none ({'no device' if built else 'this torch is a CPU build'})"
+def _gpu(fault: Fault | None) -> str:
+    if fault is not None:
+        return f"none: {fault}"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()} (sm_{major}{minor}), CUDA {torch.version.cuda}"

@@ -157,7 +157,11 @@ class Shards:
         device = self.pieces[0].param.device if self.pieces else None
         squares = torch.zeros(len(self.pieces), dtype=torch.float64, device=device)
         if gradients:
-            squares[list(gradients)] = _muon.squares(list(gradients.values())).to(squares.device)
+            found = _muon.squares(list(gradients.values())).to(squares.device)
+            if len(gradients) == len(squares):
+                squares = found
+            else:  # a list as an index travels to the device, and the host waits for it
+                squares[list(gradients)] = found
         if self.process_group is not None and len(self.pieces) > 0:
             # every number has one owner and zeros elsewhere: the sum is exact and keeps NaN
             dist.all_reduce(squares, dist.ReduceOp.SUM, group=self.process_group)

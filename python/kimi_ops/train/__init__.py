@@ -5,5 +5,6 @@ from kimi_ops.train.checkpoint import CheckpointError
 from kimi_ops.train.data import DataError
 from kimi_ops.train.loop import TrainResult, train
 from kimi_ops.train.settings import TrainSettings
+from kimi_ops.train.trainer import Diverged
 
-__all__ = ["CheckpointError", "DataError", "TrainResult", "TrainSettings", "train"]
+__all__ = ["CheckpointError", "DataError", "Diverged", "TrainResult", "TrainSettings", "train"]

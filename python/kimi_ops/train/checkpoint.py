@@ -70,11 +70,11 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def split_optimizer_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Tensors by "<parameter number>.<key>", and the groups as plain values."""
+    """Tensors on the CPU by "<parameter number>.<key>", and the groups as plain values."""
     tensors = {}
     for number, entries in state["state"].items():
         for key, value in entries.items():
-            tensors[f"{number}.{key}"] = value.contiguous()
+            tensors[f"{number}.{key}"] = value.cpu().contiguous()
     return tensors, state["param_groups"]
 
 
@@ -112,8 +112,7 @@ def save_checkpoint(
         save_file(tensors, temporary / _OPTIMIZER)
         _sync(temporary / _OPTIMIZER)
         files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
-        content = json.dumps({**state, "optimizer_groups": groups, "files": files}, indent=1)
-        _write(temporary / _STATE, content.encode())
+        _write(temporary / _STATE, _content({**state, "optimizer_groups": groups, "files": files}))
         _sync(temporary)
         shutil.rmtree(target, ignore_errors=True)  # left without latest.json naming it
         os.replace(temporary, target)
@@ -151,26 +150,49 @@ def set_latest(run: Path, checkpoint: Path) -> None:
     replace_file(run / _LATEST, json.dumps({"checkpoint": checkpoint.name}).encode())
 
 
+def record_settings(checkpoint: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Give a checkpoint the settings that its run goes on with, in one step."""
+    replace_file(checkpoint / _STATE, _content({**state, "settings": settings}))
+
+
+def _content(state: dict[str, Any]) -> bytes:
+    return json.dumps(state, indent=1).encode()
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a checkpoint itself, and not the folder of a run."""
     return (path / _STATE).is_file()
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, program: str = "train") -> Path:
     """The checkpoint folder that `path` means: itself, or the latest of a run folder.
 
     Raises
     ------
     CheckpointError
-        Neither is there.
+        Neither is there; the message is that of `program`.
     """
     if is_checkpoint(path):
         return path if path.name not in ("", "..") else path.resolve()
     name = _latest_name(path)
     if name is None:
+        found = f"{path}, which does not exist"
+        if path.is_dir():
+            found = f"{path} without {_LATEST} or {_STATE}"
+        elif path.exists():
+            found = f"the file {path}"
+        mend = "train first, or give the folder that --out named"
+        if program == "train":
+            mend = "leave --resume out to start a run there, or give the folder of another"
         raise CheckpointError(
-            f"train: checkpoint: expected a run or a checkpoint folder, got {path} without "
-            f"{_LATEST} or {_STATE}; train first, or give the folder that --out named"
+            f"{program}: expected the folder of a run or of a checkpoint, got {found}; {mend}"
+        )
+    if not is_checkpoint(path / name):
+        others = sorted(str(other) for other in path.glob("step_*") if is_checkpoint(other))
+        mend = f"give {' or '.join(others)} in its place" if others else "train anew elsewhere"
+        raise CheckpointError(
+            f"{program}: expected the checkpoint that {path / _LATEST} names, got {path / name} "
+            f"without {_STATE}; {mend}"
         )
     return path / name
 
@@ -216,7 +238,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def load_optimizer(
     checkpoint: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the saved moments into `optimizer`, which was built for the same model."""
+    """Put the saved moments into `optimizer`, which was built for the same model on any device."""
     mapped = load_file(checkpoint / _OPTIMIZER)
     # copies, one at a time: moments that went on living in the mapped file would change with it
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}

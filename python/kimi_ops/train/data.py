@@ -30,11 +30,13 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation bytes, uint8, and a fingerprint (SHA-256) of both."""
+    """Training and validation bytes, uint8, and a fingerprint (SHA-256) of both; `binary` are the
+    files that are no text."""
 
     train: np.ndarray
     validation: np.ndarray
     files: int
+    binary: tuple[Path, ...]
     source: str
     fingerprint: str
 
@@ -60,7 +62,9 @@ def list_files(source: Path | None) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.exists():
-        raise DataError(f"train: --data: expected a file or a folder, {root} does not exist")
+        raise DataError(
+            f"train: --data: expected a file or a folder, {root} does not exist; check the path"
+        )
 
     def refuse(error: OSError) -> None:
         raise DataError(f"train: --data: cannot list {error.filename}: {error.strerror}")
@@ -77,8 +81,21 @@ def list_files(source: Path | None) -> list[Path]:
         key=lambda file: file.relative_to(root).as_posix(),
     )
     if not files:
-        raise DataError(f"train: --data: expected files to read, {root} holds none")
+        raise DataError(
+            f"train: --data: expected files to read, {root} holds none; hidden files do not count"
+        )
     return files
+
+
+def is_text(content: bytes) -> bool:
+    """Whether a file is UTF-8 without zero bytes, which mark the ends of files."""
+    if END_OF_FILE in content:
+        return False
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def load_corpus(source: Path | None, *, window: int, validation_fraction: float = 0.05) -> Corpus:
@@ -104,15 +121,19 @@ def load_corpus(source: Path | None, *, window: int, validation_fraction: float 
         Nothing there, not readable, more than 1 GiB, or too short.
     """
     texts: list[bytes] = []
+    binary: list[Path] = []
     total = 0
     for file in list_files(source):
         try:
             total += file.stat().st_size
             if total > MAX_BYTES:
                 raise DataError(
-                    f"train: --data: expected at most {MAX_BYTES} bytes, {source} has more"
+                    f"train: --data: expected at most {MAX_BYTES} bytes, {source} has more; "
+                    "give a part of it"
                 )
             texts.append(file.read_bytes())
+            if not is_text(texts[-1]):
+                binary.append(file)
         except OSError as error:
             raise DataError(f"train: --data: cannot read {file}: {error.strerror}") from error
     end = bytes([END_OF_FILE])
@@ -131,14 +152,15 @@ def load_corpus(source: Path | None, *, window: int, validation_fraction: float 
     if min(len(train), len(validation)) < shortest:
         raise DataError(
             f"train: --data: expected enough text for {shortest} bytes of training and of "
-            f"validation, "
-            f"got {len(train)} and {len(validation)}; give more text or a shorter sequence"
+            f"validation (--window {window}), got {len(train)} and {len(validation)}; give more "
+            "text or a shorter window"
         )
     digest = hashlib.sha256(len(train).to_bytes(8, "big") + train + validation).hexdigest()
     return Corpus(
         train=np.frombuffer(train, dtype=np.uint8),
         validation=np.frombuffer(validation, dtype=np.uint8),
         files=len(texts),
+        binary=tuple(binary),
         source=str(standard_library() if source is None else source.absolute()),
         fingerprint=digest,
     )

@@ -4,38 +4,35 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from kimi_ops.models.kimi_k2 import KimiK2
+from kimi_ops.gpu import choose_device
+from kimi_ops.info import engines_line
 from kimi_ops.train.bigram import bigram_loss
 from kimi_ops.train.checkpoint import (
     CheckpointError,
     find_checkpoint,
     is_checkpoint,
-    load_optimizer,
     read_state,
+    record_settings,
     save_checkpoint,
     set_latest,
 )
-from kimi_ops.train.data import (
-    Corpus,
-    load_corpus,
-    standard_library,
-    training_batch,
-    validation_set,
-)
+from kimi_ops.train.data import Corpus, load_corpus, training_batch, validation_set
 from kimi_ops.train.metrics import MetricsError, MetricsWriter
+from kimi_ops.train.progress import Progress
+from kimi_ops.train.resume import resumed_settings, resumed_trainer, saved_source
 from kimi_ops.train.settings import TrainSettings
 from kimi_ops.train.trainer import Trainer
 
@@ -79,60 +76,37 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _saved_settings(state: dict[str, Any], requested: dict[str, Any]) -> TrainSettings:
-    """The settings a run was started with, which `requested` may repeat but not change."""
+@contextmanager
+def _open_run(out: Path, step: int, checkpoint: Path | None) -> Iterator[MetricsWriter]:
+    """The folder of a run, ready for the step after `step`, for this process alone."""
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            _lock(out, descriptor)
+            if checkpoint is not None:
+                set_latest(out, checkpoint)
+            metrics = stack.enter_context(closing(MetricsWriter(out / "metrics.jsonl", step)))
+        except OSError as error:
+            raise CheckpointError(
+                f"train: --out: expected a folder to write in, got {out}: {error}; free space or "
+                "name another (no checkpoint was changed)"
+            ) from error
+        yield metrics
+
+
+def _lock(out: Path, descriptor: int) -> None:
+    """Keep other processes out until `descriptor` is closed, by a kill too."""
     try:
-        saved = TrainSettings(**state["settings"])
-    except (KeyError, TypeError, ValueError) as error:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise CheckpointError(
-            f"train: checkpoint: its settings are not of this version: {error}"
+            f"train: --out: another process is training in {out}; wait until it ends, or name "
+            "another folder"
         ) from error
-    for name, value in requested.items():
-        if name == "threads" and value == 0:
-            continue  # no number asked for: the run keeps its own
-        if getattr(saved, name) != value:
-            raise ValueError(
-                f"train: {name}: the run was started with {getattr(saved, name)}, got {value}; "
-                f"leave it out, "
-                "or start another run with another --out"
-            )
-    return saved
-
-
-def _resume(
-    checkpoint: Path, state: dict[str, Any], settings: TrainSettings, corpus: Corpus
-) -> Trainer:
-    """The trainer as the checkpoint left it."""
-    if state["data"]["fingerprint"] != corpus.fingerprint:
-        raise CheckpointError(
-            f"train: --data: the run read {state['data']['source']}, whose content differs from "
-            f"that of "
-            f"{corpus.source}; resume with the same text"
-        )
-    trainer = Trainer(settings, KimiK2.from_pretrained(checkpoint))
-    load_optimizer(checkpoint, state, trainer.optimizer)
-    return trainer
-
-
-def _open_run(out: Path, step: int, checkpoint: Path | None) -> MetricsWriter:
-    """Make the folder of a run ready for the step after `step`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if checkpoint is not None:
-            set_latest(out, checkpoint)
-        return MetricsWriter(out / "metrics.jsonl", step)
-    except OSError as error:
-        raise CheckpointError(
-            f"train: --out: expected a folder to write in, got {out}: {error}; free space or name "
-            "another (no checkpoint was changed)"
-        ) from error
-
-
-def _saved_source(state: dict[str, Any]) -> Path | None:
-    """The text that a run read, as `data` of :func:`train`."""
-    source = Path(state["data"]["source"])
-    default = state["data"].get("default", source == standard_library())
-    return None if default else source
+    except OSError:  # a file system without locks: the user has to keep two runs apart
+        return
 
 
 def train(
@@ -141,6 +115,7 @@ def train(
     data: Path | None = None,
     resume: bool = False,
     overrides: dict[str, Any] | None = None,
+    device: str = "cpu",
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> TrainResult:
@@ -154,18 +129,22 @@ def train(
     data : Path, optional
         A file or a folder. Absent: what a resumed run read, else the standard library's sources.
     resume : bool
-        Go on from the latest checkpoint in `out`, bit for bit as if never interrupted (same machine
-        and thread count).
+        Go on from the latest checkpoint in `out`, on a CPU bit for bit as if never interrupted
+        (same machine and thread count).
     overrides : dict, optional
-        Fields of :class:`TrainSettings` that differ from the defaults.
+        Fields of :class:`TrainSettings` that differ from the defaults, or from those of a resumed
+        run; what that may not change is refused.
+    device : str
+        ``cpu``, ``cuda``, or ``auto``: a GPU that works, else the CPU. No part of the settings: a
+        run may move. Weights and batches are drawn on the CPU, the same for every device.
     say : callable
         Receives lines of text for the user.
     progress : bool
-        Show a progress bar on stderr.
+        Show a progress bar where stderr is a terminal; else lines go to `say`.
 
     Raises
     ------
-    DataError, CheckpointError, ValueError, FloatingPointError
+    DataError, CheckpointError, DeviceError, ValueError, Diverged
         With a message for the user; what was saved before stays.
     """
     overrides = overrides or {}
@@ -175,39 +154,36 @@ def train(
     if resume:
         checkpoint = find_checkpoint(out)
         state = read_state(checkpoint)
-        settings = _saved_settings(state, overrides)
+        settings = resumed_settings(state, overrides, say)
         out = checkpoint.parent  # `out` may have named the checkpoint itself
-        data = _saved_source(state) if data is None else data
+        data = saved_source(state) if data is None else data
+        done = "; that is all of it, larger --steps extend it" * (state["step"] == settings.steps)
+        say(f"resumed {out} after step {state['step']} of {settings.steps}{done}")
     elif (out / "latest.json").exists() or is_checkpoint(out):
         raise CheckpointError(
             f"train: --out: {out} already holds a run; pass --resume, or another folder"
         )
     else:
         settings = TrainSettings(**overrides)
+    place = choose_device(device, "train", say)
     if settings.threads:  # a resumed run takes the threads it had: their number decides about bits
         torch.set_num_threads(settings.threads)
     settings = dataclasses.replace(settings, threads=torch.get_num_threads())
     corpus = load_corpus(data, window=settings.window)
     step, seconds, validation = 0, 0.0, None
     if checkpoint is not None:
-        trainer = _resume(checkpoint, state, settings, corpus)
+        trainer = resumed_trainer(checkpoint, state, settings, corpus, place)
         step, seconds, validation = state["step"], state["seconds"], state["validation_loss"]
-        say(f"resumed {out} after step {step} of {settings.steps}")
     else:
-        trainer = Trainer(settings)
+        trainer = Trainer(settings, device=place)
     sequences = validation_set(
         corpus.validation, count=settings.validation_sequences, window=settings.window
     )
     baseline = bigram_loss(corpus.train, sequences)
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    say(
-        f"text   {corpus.source}: {corpus.files} files, {len(corpus.train):,} bytes to train, "
-        f"{len(corpus.validation):,} to validate"
-    )
-    say(f"model  {settings.preset}, {parameters:,} parameters; {settings.threads} threads")
+    _introduce(corpus, settings, parameters, place, say)
     say(f"bigram {baseline:.4f} nats a byte on the validation windows")
 
-    metrics = _open_run(out, step, checkpoint)
     started = time.monotonic() - seconds
     saved: int | None = step if resume else None
 
@@ -221,6 +197,7 @@ def train(
             "bigram_loss": baseline,
             "validation_loss": validation,
             "torch": torch.__version__,
+            "device": str(place),
             "data": {
                 "source": corpus.source,
                 "default": data is None,
@@ -231,44 +208,39 @@ def train(
             out, trainer.model, trainer.optimizer, state, settings.keep_checkpoints
         )
 
-    bar = tqdm(
-        total=settings.steps,
-        initial=step,
-        disable=not progress,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 20.0,
-    )
-    try:
-        with stop_on_signal() as stopped, bar:
-            while step < settings.steps and not stopped():
-                begin = time.monotonic()
-                batch = training_batch(
-                    corpus.train,
-                    seed=settings.seed,
-                    step=step,
-                    batch=settings.sequences * settings.accumulate,
-                    window=settings.window,
-                )
-                statistics = trainer.step(batch, step)
-                step += 1
-                rate = settings.tokens_per_step / (time.monotonic() - begin)
-                row = {"step": step, **dataclasses.asdict(statistics), "tokens_per_second": rate}
-                if step % settings.validate_every == 0 or step == settings.steps:
-                    validation = row["validation_loss"] = trainer.validate(sequences)
-                row["seconds"] = time.monotonic() - started
-                try:
-                    metrics.write(row)
-                except MetricsError as error:  # the step was made: keep it if there is still room
-                    raise MetricsError(f"{error}; {_kept(save)}") from error
-                bar.set_postfix_str(_describe(row, validation), refresh=False)
-                bar.update()
-                if step % settings.checkpoint_every == 0 or step == settings.steps:
-                    save()
-            if saved != step:
+    progress_shown = Progress(step, settings.steps, say, bar=progress)
+    with (
+        _open_run(out, step, checkpoint) as metrics,
+        closing(progress_shown),
+        stop_on_signal() as stopped,
+    ):
+        if checkpoint is not None and settings.to_dict() != state["settings"]:
+            record_settings(checkpoint, state, settings.to_dict())
+        while step < settings.steps and not stopped():
+            begin = time.monotonic()
+            batch = training_batch(
+                corpus.train,
+                seed=settings.seed,
+                step=step,
+                batch=settings.windows_per_step,
+                window=settings.window,
+            )
+            statistics = trainer.step(batch, step)
+            step += 1
+            rate = settings.tokens_per_step / (time.monotonic() - begin)
+            row = {"step": step, **dataclasses.asdict(statistics), "tokens_per_second": rate}
+            if step % settings.validate_every == 0 or step == settings.steps:
+                validation = row["validation_loss"] = trainer.validate(sequences)
+            row["seconds"] = time.monotonic() - started
+            try:
+                metrics.write(row)
+            except MetricsError as error:  # the step was made: keep it if there is still room
+                raise MetricsError(f"{error}; {_kept(save)}") from error
+            progress_shown.show(row, validation)
+            if step % settings.checkpoint_every == 0 or step == settings.steps:
                 save()
-    finally:
-        metrics.close()
+        if saved != step:
+            save()
     return TrainResult(
         step=step,
         finished=step >= settings.steps,
@@ -281,20 +253,35 @@ def train(
     )
 
 
+def _introduce(
+    corpus: Corpus,
+    settings: TrainSettings,
+    parameters: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """What is trained on what, by which kernels."""
+    say(engines_line(device.type))
+    say(
+        f"text   {corpus.source}: {corpus.files} files, {len(corpus.train):,} bytes to train, "
+        f"{len(corpus.validation):,} to validate"
+    )
+    if corpus.binary:
+        say(
+            f"note   {len(corpus.binary)} of {corpus.files} files are no UTF-8 text, the first is "
+            f"{corpus.binary[0]}: their bytes are trained on as they are"
+        )
+    threads = f"{settings.threads} threads"
+    where = threads if device.type == "cpu" else torch.cuda.get_device_name(device)
+    say(
+        f"model  {settings.preset}, {parameters:,} parameters; {settings.dtype} on {device.type}, "
+        f"{where}"
+    )
+
+
 def _kept(save: Callable[[], Path]) -> str:
     """Save after a failure, and say what that left."""
     try:
         return f"{save()} was saved; free space and resume"
     except CheckpointError as error:
         return str(error)
-
-
-def _describe(row: dict[str, Any], validation: float | None) -> str:
-    """The right end of the progress bar."""
-    parts = [f"loss {row['loss']:.3f}"]
-    if validation is not None:
-        parts.append(f"val {validation:.3f}")
-    parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
-    parts.append(f"max logit {row['max_logit']:.1f}")
-    parts.append(f"load {row['load_max_over_mean']:.2f}")
-    return ", ".join(parts)

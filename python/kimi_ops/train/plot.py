@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ def plot_run(metrics: Path, out: Path, *, bigram: float, tau: float) -> list[Pat
     if not rows:
         raise ValueError(f"plot: metrics: expected lines in {metrics}, found none; train first")
     require_matplotlib()
+    # its notes on font caches and temporary folders are not the user's concern
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
 
     matplotlib.use("Agg")

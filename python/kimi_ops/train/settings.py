@@ -4,8 +4,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from kimi_ops.models.kimi_k2 import KimiK2Config
+from kimi_ops.train.data import VOCABULARY
+
+PRESETS = ("mini", "tiny")
+DTYPES = ("float32", "bfloat16")
+WINDOW = 256
+MAX_THREADS = 1024
+# What a resumed run may not change, and why; nor the windows of a step, sequences times accumulate.
+# The rest it may: learning rate, length, clipping, ...
+FIXED = {
+    "preset": "the weights have the shape of that model",
+    "seed": "it decides which text every step sees",
+    "window": "it decides which text every step sees",
+    "validation_sequences": "the losses so far were taken on that many windows",
+}
 
 
 @dataclass(frozen=True)
@@ -16,10 +33,14 @@ class TrainSettings:
     ----------
     preset : str
         Shape of the model, a preset of KimiK2Config with 256 byte values as its vocabulary.
+    dtype : str
+        Of the products of forward and backward: float32, or bfloat16 by torch.autocast. Weights,
+        gradients, moments, router scores, norms and the loss are fp32 either way.
     steps : int
         Optimizer steps in all.
     sequences, window, accumulate : int
-        Sequences of a micro-batch, bytes of a sequence, micro-batches of a step.
+        Sequences of a micro-batch, bytes of a sequence, micro-batches of a step. Window 0: 256,
+        or as many as the model has positions.
     lr, weight_decay : float
         Peak learning rate, shared by Muon (scaled to AdamW's update size) and AdamW.
     warmup, decay : float
@@ -41,9 +62,10 @@ class TrainSettings:
     """
 
     preset: str = "mini"
+    dtype: str = "float32"
     steps: int = 350
     sequences: int = 16
-    window: int = 256
+    window: int = 0
     accumulate: int = 1
     lr: float = 0.012
     weight_decay: float = 0.1
@@ -61,18 +83,26 @@ class TrainSettings:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences", "window", "accumulate", "validate_every"):
+        self._require("preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
+        positions = getattr(KimiK2Config, self.preset)().max_position_embeddings
+        if self.window == 0:
+            object.__setattr__(self, "window", min(WINDOW, positions))
+        self._require(
+            "window", 1 <= self.window <= positions,
+            f"1 to {positions} bytes, the positions of {self.preset}",
+        )  # fmt: skip
+        for name in ("steps", "sequences", "accumulate", "validate_every"):
             self._require(name, getattr(self, name) >= 1, "a number >= 1")
         for name in ("validation_sequences", "checkpoint_every", "keep_checkpoints"):
             self._require(name, getattr(self, name) >= 1, "a number >= 1")
-        for name in ("weight_decay", "bias_rate", "threads"):
-            self._require(name, getattr(self, name) >= 0, "a number >= 0")
+        for name in ("weight_decay", "bias_rate"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a number >= 0")
+        self._require("threads", 0 <= self.threads <= MAX_THREADS, f"0 to {MAX_THREADS}")
         self._require("seed", 0 <= self.seed < 2**63, "a number from 0 to 2**63 - 1")
         for name in ("lr", "tau", "clip_norm"):
-            self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
-        self._require("preset", self.preset in ("mini", "tiny"), "'mini' or 'tiny'")
-        names = ("float32", "bfloat16")
-        self._require("ns_dtype", self.ns_dtype in names, f"one of {names}")
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for name in ("dtype", "ns_dtype"):
+            self._require(name, getattr(self, name) in DTYPES, f"one of {', '.join(DTYPES)}")
         for name in ("warmup", "decay"):
             self._require(name, 0 <= getattr(self, name) <= 0.5, "a share of 0 to 0.5")
 
@@ -82,9 +112,17 @@ class TrainSettings:
                 f"train: {name}: expected {expected}, got {getattr(self, name)}; change it"
             )
 
+    def model_config(self) -> KimiK2Config:
+        """The preset with one token for each byte value."""
+        return dataclasses.replace(getattr(KimiK2Config, self.preset)(), vocab_size=VOCABULARY)
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.sequences * self.accumulate
+
     @property
     def tokens_per_step(self) -> int:
-        return self.sequences * self.window * self.accumulate
+        return self.windows_per_step * self.window
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_ops import update_expert_bias_
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
+from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.muon_clip import MuonClip, QKClip, muon_param_groups
-from kimi_ops.train.data import VOCABULARY
+from kimi_ops.reference.qk_clip import clip_factor
 from kimi_ops.train.schedule import warmup_stable_decay
 from kimi_ops.train.settings import TrainSettings
 
@@ -49,16 +50,17 @@ class StepStatistics:
     load_layers: list[float]
 
 
-def byte_config(settings: TrainSettings) -> KimiK2Config:
-    """The preset with one token for each byte value."""
-    config = getattr(KimiK2Config, settings.preset)()
-    if settings.window > config.max_position_embeddings:
-        raise ValueError(
-            f"train: window: expected at most the {config.max_position_embeddings} positions of "
-            f"{settings.preset}, got {settings.window}; "
-            "shorten it"
+class Diverged(FloatingPointError):
+    """The loss or a gradient of a step is not finite; nothing was updated. `step`
+    counts from 1, `lr` is the peak."""
+
+    def __init__(self, step: int, wrong: str, lr: float) -> None:
+        super().__init__(
+            f"train: step {step}: expected finite numbers, got {wrong}; lower the learning rate "
+            f"(lr {lr})"
         )
-    return dataclasses.replace(config, vocab_size=VOCABULARY)
+        self.step = step
+        self.lr = lr
 
 
 class Trainer:
@@ -68,23 +70,32 @@ class Trainer:
     expert biases; reset.
     """
 
-    def __init__(self, settings: TrainSettings, model: KimiK2 | None = None) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: KimiK2 | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.settings = settings
         if model is None:
-            model = KimiK2(byte_config(settings))
+            model = KimiK2(settings.model_config(), device=device)
             model.init_weights(settings.seed)
         self.model = model.train()
+        self.device = model.lm_head.weight.device
         self.qk_clip = QKClip(self.model.attention_layers(), tau=settings.tau)
-        self.optimizer = MuonClip(
-            muon_param_groups(self.model),
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            ns_dtype=settings.ns_dtype,
-            qk_clip=self.qk_clip,
-        )
+        groups = muon_param_groups(self.model)
+        self.optimizer = MuonClip(groups, lr=settings.lr, qk_clip=self.qk_clip)
+        self.apply_settings()
         self._warmup = round(settings.steps * settings.warmup)
-        groups = [g for g in self.optimizer.param_groups if g["algorithm"] == "adamw"]
-        self._adamw_parameters = [p for group in groups for p in group["params"]]
+        self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        adamw = [g["params"] for g in self.optimizer.param_groups if g["algorithm"] == "adamw"]
+        self._adamw_parameters = [p for group in adamw for p in group]
+
+    def apply_settings(self) -> None:
+        """Give the optimizer the settings' numbers; those of a checkpoint may be older."""
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.settings.weight_decay
+            group["ns_dtype"] = self.settings.ns_dtype
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate for a step, counted from 0."""
@@ -102,62 +113,77 @@ class Trainer:
 
         Raises
         ------
-        FloatingPointError
+        Diverged
             The loss or a gradient is not finite; nothing was updated.
         """
         settings = self.settings
-        micro_batches = batch.split(settings.sequences)
-        total, auxiliary = torch.zeros(()), torch.zeros(())
+        micro_batches = batch.to(self.device, non_blocking=True).split(settings.sequences)
+        total, auxiliary = torch.zeros(2, device=self.device).unbind()
         for micro in micro_batches:
             loss = self._loss(micro) / len(micro_batches)
             balance = self.model.auxiliary_loss() / len(micro_batches)
             (loss + balance).backward()
             total += loss.detach()
             auxiliary += balance.detach()
-        wrong = self._not_finite(total)
-        if wrong is not None:
-            self._forget()
-            raise FloatingPointError(
-                f"train: step {step + 1}: expected finite numbers, got {wrong}; lower the learning "
-                f"rate (lr {settings.lr}) and resume from the last checkpoint"
-            )
+        norms = {n: p.grad.norm() for n, p in self._named if p.grad is not None}
+        statistics = self._statistics(step, total, auxiliary, norms)
         factor = self.factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor
         torch.nn.utils.clip_grad_norm_(self._adamw_parameters, settings.clip_norm)
         self.optimizer.step()
-        loads = []
         for moe in self.model.moe_layers():
-            load = moe.tokens_per_expert
-            loads.append(float(load.max() / load.float().mean()))
-            update_expert_bias_(moe.gate.e_score_correction_bias, load, self.bias_rate(step))
+            bias = moe.gate.e_score_correction_bias
+            update_expert_bias_(bias, moe.tokens_per_expert, self.bias_rate(step))
         self._forget()
-        maxima, gamma = self.qk_clip.max_logits, self.qk_clip.gamma
-        assert maxima is not None and gamma is not None  # set by the optimizer's step
-        return StepStatistics(
-            loss=float(total),
-            auxiliary=float(auxiliary),
-            lr=settings.lr * factor,
-            max_logit=float(maxima.max()),
-            clipped_heads=int((gamma < 1).sum()),
-            load_max_over_mean=max(loads),
-            load_layers=loads,
-        )
+        return statistics
 
     def _loss(self, batch: Tensor) -> Tensor:
-        logits = self.model(batch[:, :-1])
+        with self._compute():
+            logits = self.model(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
-    def _not_finite(self, loss: Tensor) -> str | None:
-        """The loss or the first gradient that must not reach a weight."""
-        if not torch.isfinite(loss):
-            return f"the loss {float(loss)}"
-        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        norms = torch.stack([grad.norm() for _, grad in named])
-        if torch.isfinite(norms).all():
-            return None
-        first = int((~torch.isfinite(norms)).nonzero()[0])
-        return f"a gradient of norm {float(norms[first])} at {named[first][0]}"
+    def _compute(self) -> AbstractContextManager[object]:
+        """Products in the settings' dtype; weights, router, norms and moments stay fp32."""
+        if self.settings.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.settings.dtype))
+
+    @torch.no_grad()
+    def _statistics(
+        self, step: int, loss: Tensor, auxiliary: Tensor, norms: dict[str, Tensor]
+    ) -> StepStatistics:
+        """All numbers of a step in one tensor, read once, before anything is updated.
+
+        Raises
+        ------
+        Diverged
+            The loss or a gradient's norm is not finite.
+        """
+        maxima = torch.stack([layer.max_logits for layer in self.model.attention_layers()])
+        loads = torch.stack([moe.tokens_per_expert for moe in self.model.moe_layers()])
+        clipped = (clip_factor(maxima, self.settings.tau) < 1).sum()
+        parts = (loss, auxiliary, maxima.max(), clipped.float())
+        worst = loads.amax(dim=1) / loads.float().mean(dim=1)
+        numbers = read(torch.cat((torch.stack(parts), worst, torch.stack(list(norms.values())))))
+        (total, balance, largest, heads), rest = numbers[:4], numbers[4:]
+        layers, lengths = rest[: len(loads)], rest[len(loads) :]
+        wrong = [f"the loss {total}"] if not math.isfinite(total) else []
+        for name, length in zip(norms, lengths, strict=True):
+            if not math.isfinite(length):
+                wrong.append(f"a gradient of norm {length} at {name}")
+        if wrong:
+            self._forget()
+            raise Diverged(step + 1, wrong[0], self.settings.lr)
+        return StepStatistics(
+            loss=total,
+            auxiliary=balance,
+            lr=self.settings.lr * self.factor(step),
+            max_logit=largest,
+            clipped_heads=int(heads),
+            load_max_over_mean=max(layers),
+            load_layers=layers,
+        )
 
     def _forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -169,13 +195,18 @@ class Trainer:
         stay."""
         self.model.eval()
         self._track(False)
-        total = 0.0
-        for batch in sequences.split(self.settings.sequences):
-            total += float(self._loss(batch)) * len(batch)
+        batches = sequences.to(self.device).split(self.settings.sequences)
+        losses = read(torch.stack([self._loss(batch) for batch in batches]))
         self._track(True)
         self.model.train()
+        total = sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True))
         return total / len(sequences)
 
     def _track(self, enabled: bool) -> None:
         for layer in self.model.attention_layers():
             layer.track_max_logits = enabled
+
+
+def read(numbers: Tensor) -> list[float]:
+    """The values of a vector: the one place where a step waits for its device."""
+    return numbers.tolist()

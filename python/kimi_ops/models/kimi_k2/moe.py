@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kimi_ops.balance import sequence_balance_loss
 from kimi_ops.fused_experts import fused_experts
 from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, recomputing
+from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, no_autocast, recomputing
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 from kimi_ops.topk_gate import TopkGate, topk_gate
 
@@ -31,7 +31,8 @@ class Router(FixedBuffers):
     def forward(self, x: Tensor) -> tuple[Tensor, TopkGate]:
         """logits [T, E] fp32 and the choice of experts, for x [T, H]."""
         config = self.config
-        logits = F.linear(x.float(), self.weight.float())
+        with no_autocast(x.device.type):  # it would round the scores to 16 bits
+            logits = F.linear(x.float(), self.weight.float())
         gate = topk_gate(
             logits,
             config.num_experts_per_tok,

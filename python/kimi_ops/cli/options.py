@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""Options that several programs share, and what they print when something is wrong.
+
+A setting's option is None unless it is given: only what is given overrides a resumed run. Its
+default, for --help, is that of :class:`TrainSettings`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from kimi_ops.train.settings import DTYPES, FIXED, PRESETS, WINDOW, TrainSettings
+
+NAME = "kimi-ops"
+
+
+def option(text: str, default: object) -> Any:
+    """An option that is None unless given; `default` is what None stands for."""
+    return typer.Option(help=f"{text} [default: {default}]")
+
+
+def setting(name: str, text: str) -> Any:
+    return option(text, getattr(TrainSettings(), name))
+
+
+Out = Annotated[Path, typer.Option(help="Folder of the run.")]
+Data = Annotated[
+    Path | None,
+    option("Text: a file or a folder.", "what a resumed run read, else Python's standard library"),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, or auto: a GPU that works, else the CPU. A run may move.")
+]
+Bar = Annotated[
+    bool,
+    typer.Option("--progress/--no-progress", help="A bar on a terminal; else a line now and then."),
+]
+Preset = Annotated[str | None, setting("preset", f"The model: {' or '.join(PRESETS)}.")]
+Dtype = Annotated[
+    str | None,
+    setting("dtype", f"Of the products: {' or '.join(DTYPES)} (autocast; weights stay float32)."),
+]
+Steps = Annotated[
+    int | None, setting("steps", "Optimizer steps in all; more of them extend a resumed run.")
+]
+Sequences = Annotated[int | None, setting("sequences", "Sequences of a micro-batch.")]
+Window = Annotated[
+    int | None,
+    option("Bytes of a sequence.", f"{WINDOW}, or the positions of a smaller model"),
+]
+Accumulate = Annotated[int | None, setting("accumulate", "Micro-batches of a step.")]
+Lr = Annotated[float | None, setting("lr", "Peak learning rate.")]
+WeightDecay = Annotated[float | None, setting("weight_decay", "Decoupled weight decay.")]
+Tau = Annotated[float | None, setting("tau", "Largest attention logit (QK-Clip).")]
+Seed = Annotated[int | None, setting("seed", "Of weights and batches.")]
+Threads = Annotated[int | None, option("CPU threads.", "0, which is torch's choice")]
+ValidateEvery = Annotated[int | None, setting("validate_every", "Steps between validations.")]
+CheckpointEvery = Annotated[int | None, setting("checkpoint_every", "Steps between checkpoints.")]
+Keep = Annotated[int | None, setting("keep_checkpoints", "The newest checkpoints that stay.")]
+RESUME_HELP = (
+    "Go on from the latest checkpoint in --out. Options given with it change the run, but for "
+    f"{', '.join(f'--{name}' for name in FIXED if '_' not in name)} and the product of --sequences "
+    "and --accumulate, which would make it another."
+)
+
+
+def fail(error: Exception | str) -> typer.Exit:
+    """Say what is wrong, on stderr; raise what this returns."""
+    typer.echo(f"error: {error}", err=True)
+    return typer.Exit(1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a GPU had no room for a tensor."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def command_line(*arguments: object, **options: Any) -> str:
+    """A command to type: options that are None or False are left out."""
+    words = [NAME, *map(str, arguments)]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return shlex.join(words)
