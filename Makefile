@@ -11,6 +11,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet
+unexport MAKEFLAGS  # Ninja and pip would take its jobs for theirs
 BUILD = build/python-$(shell $(BIN)/python -c "import sys; print(sys.implementation.cache_tag)")
 BUILD_EXT = $(BIN)/python setup.py --quiet build_ext --inplace
 part = @printf '\n== %s (%s)\n' '$(1)' "$$(date +%T)"

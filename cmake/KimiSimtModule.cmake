@@ -10,9 +10,8 @@ if(kimi_has_python)
   if(NOT kimi_has_cuda)
     set(host ${kimi_host_sources})
   endif()
-  add_library(kimi_ops_simt STATIC ${kimi_tile_sources} ${host} $<TARGET_OBJECTS:kimi_engine>
-              $<TARGET_OBJECTS:kimi_simt_products>)
-  kimi_set_isa_flags(${kimi_tile_sources})
+  add_library(kimi_ops_simt STATIC ${host} $<TARGET_OBJECTS:kimi_tile_model>
+              $<TARGET_OBJECTS:kimi_engine> $<TARGET_OBJECTS:kimi_simt_products>)
   target_link_libraries(kimi_ops_simt PUBLIC kimi_build_flags kimi_simt kimi_tiles)
   target_compile_definitions(kimi_ops_simt PRIVATE KIMI_OPS_CUDA)
   kimi_simt_kernels(kimi_ops_simt ${kimi_kernels})

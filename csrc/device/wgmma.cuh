@@ -28,6 +28,10 @@
 #include "device/platform.cuh"
 #include "device/wgmma_shapes.cuh"
 
+#if defined(KIMI_HOST_SIMT)
+#include <vector>
+#endif
+
 namespace kimi {
 
 enum class Major { kDepth, kOuter };  // the dimension that is contiguous in shared memory
@@ -51,32 +55,50 @@ namespace detail {
 inline const char* address_of(uint64_t descriptor) {
   return reinterpret_cast<const char*>(descriptor << 2 >> 2);
 }
-/// Value `k` of depth of row or column `outer`.
+/// to_float of every bit pattern: the model's inner loop looks them up, 32 threads each value.
+template <class T>
+const float* all_values() {
+  using Bits = decltype(T::bits);
+  static const std::vector<float> table = [] {
+    std::vector<float> values(size_t{1} << 8 * sizeof(T));
+    for (size_t i = 0; i < values.size(); ++i) values[i] = to_float(T{static_cast<Bits>(i)});
+    return values;
+  }();
+  return table.data();
+}
+
+// check_operand has looked at the memory; the sanitizers would at each of its values once more.
+#define KIMI_MODEL __attribute__((no_sanitize("address", "undefined")))
+
+/// The values of one step of depth in row or column `outer`.
 template <class T, Major kMajor>
-float operand(uint64_t descriptor, int outer, int k) {
-  const int size = static_cast<int>(sizeof(T));
-  const int offset = kMajor == Major::kDepth
-                         ? outer * 128 + k * size
-                         : outer / 64 * kOuterBlockBytes + k * 128 + outer % 64 * size;
-  uintptr_t address = reinterpret_cast<uintptr_t>(address_of(descriptor) + offset);
-  address ^= (address >> 7 & 7) << 4;
-  T value;
-  std::memcpy(&value, reinterpret_cast<const void*>(address), sizeof value);
-  return to_float(value);
+KIMI_MODEL void operand(const float* values, uint64_t descriptor, int outer, float* out) {
+  constexpr int kSize = sizeof(T), kDepth = 32 / kSize;
+  constexpr int kPiece = kMajor == Major::kDepth ? 16 / kSize : 1;  // side by side
+  for (int k = 0; k < kDepth; k += kPiece) {
+    const int offset = kMajor == Major::kDepth
+                           ? outer * 128 + k * kSize
+                           : outer / 64 * kOuterBlockBytes + k * 128 + outer % 64 * kSize;
+    uintptr_t address = reinterpret_cast<uintptr_t>(address_of(descriptor) + offset);
+    address ^= (address >> 7 & 7) << 4;
+    decltype(T::bits) bits[kPiece];
+    __builtin_memcpy(bits, reinterpret_cast<const void*>(address), sizeof bits);
+    for (int i = 0; i < kPiece; ++i) out[k + i] = values[bits[i]];
+  }
 }
 
 /// What one thread gets.
 template <class T, int kN, Major kA, Major kB>
-void multiply(float* d, uint64_t a, uint64_t b, bool keep, int thread) {
+KIMI_MODEL void multiply(float* d, uint64_t a, uint64_t b, bool keep, int thread) {
   constexpr int kDepth = 32 / sizeof(T);
+  const float* const values = all_values<T>();
   const int lane = thread % 32;
   float rows[2][kDepth], column[kDepth];
   for (int h = 0; h < 2; ++h)
-    for (int k = 0; k < kDepth; ++k)
-      rows[h][k] = operand<T, kA>(a, thread / 32 % 4 * 16 + lane / 4 + 8 * h, k);
+    operand<T, kA>(values, a, thread / 32 % 4 * 16 + lane / 4 + 8 * h, rows[h]);
   for (int j = 0; j < kN / 8; ++j)
     for (int i = 0; i < 2; ++i) {
-      for (int k = 0; k < kDepth; ++k) column[k] = operand<T, kB>(b, 8 * j + 2 * (lane % 4) + i, k);
+      operand<T, kB>(values, b, 8 * j + 2 * (lane % 4) + i, column);
       for (int h = 0; h < 2; ++h) {
         float& sum = d[4 * j + 2 * h + i];
         if (!keep) sum = 0.0f;
@@ -84,6 +106,7 @@ void multiply(float* d, uint64_t a, uint64_t b, bool keep, int thread) {
       }
     }
 }
+#undef KIMI_MODEL
 
 /// Major dimension and shared memory of an operand of `outer` rows or columns; one lane looks
 /// whether what threads wrote there was fenced.

@@ -262,7 +262,7 @@ int main() {
       }
   each_engine(test_zeros_and_refusals);
   for (const Schedule& schedule : schedules)
-    for (const Shape& s : {Shape{1, 1, 0}, Shape{1, 9, 0}, Shape{33, 33, 0}, Shape{129, 150, 0}}) {
+    for (const Shape& s : {Shape{1, 1, 0}, Shape{1, 9, 0}, Shape{33, 33, 0}, Shape{67, 131, 0}}) {
       if (s.m == 1 && schedule.rows.size() < five.size()) continue;  // the cubic takes 1 near 0
       const Oracle oracle(s.m, s.n, schedule);
       for (kimi_dtype dtype : {KIMI_FLOAT32, KIMI_BFLOAT16, KIMI_FLOAT16}) {

@@ -239,9 +239,22 @@ class Check {
   // Row i of group e: of all rows with kRows, of the group's matrix with kDepth.
   double sum(int e, int64_t i, int64_t j) {
     const bool by_rows = c_.ragged == Ragged::kRows;
+    const int64_t first = by_rows ? 0 : c_.begin(e), row = by_rows ? c_.begin(e) : 0;
+    const int64_t depth = by_rows ? c_.depth : c_.offsets[e] - first;
+    if (e != widened_) {  // once a group: the conversions take longer than the products
+      widened_ = e;
+      const int64_t rows = by_rows ? c_.offsets[e] - row : c_.rows;
+      const int64_t cols = c_.epilogue == Epilogue::kActivate ? 2 * c_.cols : c_.cols;
+      wide_p_.clear(), wide_q_.clear();
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = 0; d < depth; ++d) wide_p_.push_back(to_float(p(row + r, first + d)));
+      for (int64_t c = 0; c < cols; ++c)
+        for (int64_t d = 0; d < depth; ++d) wide_q_.push_back(to_float(q(e, c, first + d)));
+    }
+    const double *const x = wide_p_.data() + (i - row) * depth, *const y =
+                                                                    wide_q_.data() + j * depth;
     double result = 0.0;
-    for (int64_t d = by_rows ? 0 : c_.begin(e); d < (by_rows ? c_.depth : c_.offsets[e]); ++d)
-      result += double{to_float(p(i, d))} * to_float(q(e, j, d));
+    for (int64_t d = 0; d < depth; ++d) result += x[d] * y[d];
     return result;
   }
   void for_each_row(const std::function<void(int, int64_t)>& visit) const {
@@ -374,6 +387,8 @@ class Check {
   const Kernel& kernel_;
   std::mt19937 random_;
   std::vector<int32_t> index_p_, index_q_;
+  int widened_ = -1;  // the group of wide_p_, wide_q_
+  std::vector<double> wide_p_, wide_q_;
   std::unique_ptr<Operand<T>> p_, q_;
   Product product_{};
 };
