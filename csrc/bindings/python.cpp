@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The functions of the pybind11 modules: unpacks integers into params structs and calls the C API. Pointers come as
-// Python integers (Tensor.data_ptr()), 0 for NULL. KIMI_INVALID_ARGUMENT becomes ValueError, any
-// other failure RuntimeError. The GIL is released during every op.
+// The functions of the pybind11 modules: they unpack integers into params structs and call the C
+// API. Pointers come as Python integers (Tensor.data_ptr()), 0 for NULL. KIMI_INVALID_ARGUMENT
+// becomes ValueError, any other failure RuntimeError. The GIL is released during every op.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
