@@ -10,10 +10,10 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP := $(BIN)/python -m pip install --quiet
-unexport MAKEFLAGS  # Ninja and pip would take its jobs for theirs
+# Ninja would take make's jobs, whose pipe it does not get, for its own.
+PIP := MAKEFLAGS= $(BIN)/python -m pip install --quiet
 BUILD = build/python-$(shell $(BIN)/python -c "import sys; print(sys.implementation.cache_tag)")
-BUILD_EXT = $(BIN)/python setup.py --quiet build_ext --inplace
+BUILD_EXT = MAKEFLAGS= $(BIN)/python setup.py --quiet build_ext --inplace
 part = @printf '\n== %s (%s)\n' '$(1)' "$$(date +%T)"
 
 .PHONY: demo test test-native test-python test-sanitized lint bench clean
@@ -42,7 +42,7 @@ test-python: test-native
 test-sanitized: .venv/tools.ready
 	$(call part,beside: C API and kernels on the host under ASan and UBSan; build/sanitized.log)
 	@mkdir -p build
-	@{ cmake --preset asan && cmake --build --preset asan && ctest --preset asan -j2; } \
+	@{ cmake --preset asan && MAKEFLAGS= cmake --build --preset asan && ctest --preset asan -j2; } \
 	  > build/sanitized.log 2>&1 || { tail -n 100 build/sanitized.log; exit 1; }
 	$(call part,under ASan and UBSan)
 	@tail -n 3 build/sanitized.log

@@ -27,10 +27,15 @@ def configure(build: Path, switches: list[str], arguments: list[str]) -> None:
     tools and flags and every path in it still exists: those of a moved or temporary environment do
     not. The `switches` are given every time: none stays in the cache that nobody asks for now."""
     cache, request = build / "CMakeCache.txt", build / "request.txt"
-    names = ("CC", "CXX", "CUDACXX", "CUDAARCHS", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
-    tools = [f"{tool} {shutil.which(tool)}" for tool in ("cmake", "ninja", "cc", "c++", "nvcc")]
-    asked = "\n".join([*arguments, *(f"{name}={os.environ.get(name)}" for name in names), *tools])
-    known = request.exists() and request.read_text() == asked and cache.exists()
+    read = re.compile(
+        "C(C|XX|UDACXX|UDAARCHS)|(C|CXX|CUDA|LD)FLAGS|(CMAKE|CUDA|NVCC)_.*|CUDAToolkit_ROOT"
+    )
+    names = sorted(name for name in os.environ if read.fullmatch(name) and name != "CMAKE_ARGS")
+    asked = [*arguments, *(f"{name}={os.environ[name]}" for name in names)]
+    for tool in ("cmake", "ninja", "cc", "c++", "nvcc"):
+        if found := shutil.which(tool):
+            asked.append(f"{os.path.realpath(found)} {os.path.getmtime(found)}")
+    known = request.exists() and request.read_text() == "\n".join(asked) and cache.exists()
     paths = CACHED_PATH.findall(cache.read_text()) if known else []
     if not known or any(Path(p).is_absolute() and not Path(p).exists() for p in paths):
         cache.unlink(missing_ok=True)
@@ -38,7 +43,7 @@ def configure(build: Path, switches: list[str], arguments: list[str]) -> None:
             shutil.rmtree(compilers.parent)  # not the object files, which lie beside it
     request.unlink(missing_ok=True)  # an interrupted configuration is not one to go on from
     subprocess.check_call(["cmake", "-B", str(build), *switches, *arguments])
-    request.write_text(asked)
+    request.write_text("\n".join(asked))
 
 
 class CMakeBuild(build_ext):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kimi_ops.qk_clip import attention_max_logits, qk_clip_
+from kimi_ops.reference import qk_clip as reference
 
 HEADS, NOPE, ROPE, V = 6, 4, 2, 3
 
@@ -210,3 +211,17 @@ def test_wrong_types():
     ]:
         with pytest.raises(ValueError, match="attention_max_logits"):
             attention_max_logits(q, k, scale)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_autocast_does_not_round_the_logits(native, monkeypatch):
+    q, k = torch.randn(2, 1, 4, 30, 24).mul(9).bfloat16()
+    if not native:  # what CUDA tensors take
+        monkeypatch.setattr(
+            "kimi_ops._muon.attention_max_logits",
+            reference.attention_max_logits,
+        )
+    want = attention_max_logits(q, k, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attention_max_logits(q, k, 0.2)
+    assert got.dtype == torch.float32 and torch.equal(got, want)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from kimi_ops.models.kimi_k2 import KimiK2
-from kimi_ops.train import CheckpointError, DataError, TrainSettings, train
+from kimi_ops.train import CheckpointError, DataError, TrainSettings, loop, train
 from kimi_ops.train.checkpoint import (
     find_checkpoint,
     load_optimizer,
@@ -56,11 +56,9 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(out: Path, text: Path, **options):
-    resume = options.pop("resume", False)
-    overrides = {} if resume else {**TINY, **options}
-    return train(
-        out, data=text, resume=resume, overrides=overrides, say=lambda line: None, progress=False
-    )
+    resume, say = options.pop("resume", False), options.pop("say", lambda line: None)
+    overrides = options if resume else {**TINY, **options}
+    return train(out, data=text, resume=resume, overrides=overrides, say=say, progress=False)
 
 
 def same_state(a: Path, b: Path) -> bool:
@@ -366,15 +364,45 @@ def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path, text: Path):
 
 def test_two_runs_in_one_folder(tmp_path: Path, text: Path):
     (tmp_path / "run").mkdir()
-    other = os.open(tmp_path / "run", os.O_RDONLY)
+    other = os.open(tmp_path / "run" / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(other, fcntl.LOCK_EX)
     try:
         with pytest.raises(CheckpointError, match="another process is training in"):
             run(tmp_path / "run", text)
-        assert list((tmp_path / "run").iterdir()) == []
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     finally:
         os.close(other)
     assert run(tmp_path / "run", text, steps=2).finished
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_was_read_before_the_lock_must_still_hold(tmp_path, text, monkeypatch, resume):
+    """Another process trains, saves and ends while this one reads its text."""
+    folder = tmp_path / "run"
+    if resume:
+        run(folder, text, steps=4)
+    real = loop.bigram_loss
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(loop, "bigram_loss", real)
+        run(folder, text, steps=8, resume=resume)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "bigram_loss", meanwhile)
+    with pytest.raises(CheckpointError, match="another process has written"):
+        run(folder, text, steps=12, resume=resume)
+    assert find_checkpoint(folder).name == "step_000008"
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_folder_without_locks_is_told(tmp_path: Path, text: Path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(9, "Bad file descriptor")
+
+    said: list[str] = []
+    monkeypatch.setattr(loop.fcntl, "flock", refuse)
+    run(tmp_path / "run", text, steps=2, say=said.append)
+    assert any("cannot be locked" in line for line in said)
 
 
 def test_what_latest_names_may_be_gone(tmp_path: Path, text: Path):

@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -65,6 +66,13 @@ def call(op: str, like: Tensor, *arguments: Any) -> None:
     module, code = cpu_engine
     share_threads()
     getattr(module, op)(*arguments, code, 0)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """An enclosing `torch.autocast` ends here; without one, nothing (meta knows none)."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def share_threads() -> None:

@@ -97,9 +97,7 @@ def gpu_fault() -> Fault | None:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch's, of an old driver or GPU: told in one sentence
+            warnings.simplefilter("ignore")  # of an old driver or GPU: told in one sentence
             _try_gpu()
     except Exception as error:  # of torch, the driver or a kernel, in whatever form
         message = str(error) or type(error).__name__
@@ -114,7 +112,8 @@ def _try_gpu(device: str = "cuda") -> None:
     torch.cuda.init()  # raises with the reason, of which torch.cuda.is_available() makes False
     if not _native._C.cuda_architectures():
         raise RuntimeError("this build has no CUDA kernels")
-    chosen = topk_gate(torch.tensor([[0.0, 2.0, 1.0]], device=device), 2).indices.tolist()
+    logits = torch.tensor([[0.0, 2.0, 1.0]], device=device) + 0  # a kernel of torch
+    chosen = topk_gate(logits, 2).indices.tolist()
     if chosen != [[1, 2]]:
         raise RuntimeError(f"a kernel gave the wrong result, {chosen} for [[1, 2]]")
 

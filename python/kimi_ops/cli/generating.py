@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kimi_ops.cli.options import Device, fail, option
+from kimi_ops.cli.options import Device, fail, no_room, option
 from kimi_ops.gpu import DeviceError
 from kimi_ops.train import CheckpointError
 from kimi_ops.train.sample import MAX_TOKENS, load_model, sample_text
@@ -44,4 +44,6 @@ def generate(
         )
     except (ValueError, TypeError, OSError, CheckpointError, DeviceError) as error:
         raise fail(error) from None
+    except (RuntimeError, MemoryError) as error:
+        raise no_room("generate", error) from None
     typer.echo(text)

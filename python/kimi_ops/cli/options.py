@@ -82,6 +82,19 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def no_room(program: str, error: BaseException) -> BaseException:
+    """What to raise when the model writes and memory ends; any other error as it is."""
+    if not out_of_memory(error):
+        return error
+    return fail(
+        MemoryError(
+            f"{program}: expected a model and its cache that fit into memory, got: "
+            f"{str(error).splitlines()[0]}; lower --max-tokens, or choose --device cpu or --dtype "
+            "bfloat16"
+        )
+    )
+
+
 def command_line(*arguments: object, **options: Any) -> str:
     """A command to type: options that are None or False are left out."""
     words = [NAME, *map(str, arguments)]

@@ -90,7 +90,7 @@ def demo(
         state = read_state(find_checkpoint(out)) if (out / "latest.json").exists() else None
     except CheckpointError as error:
         raise opt.fail(error) from None
-    if state is not None and state["step"] >= (steps or state["settings"]["steps"]):
+    if state is not None and state["step"] == (steps or state["settings"]["steps"]):
         typer.echo(
             f"{out} holds a finished run; showing it again (remove the folder to train anew)"
         )
@@ -103,6 +103,8 @@ def demo(
         )
     except (*ERRORS, TypeError) as error:
         raise opt.fail(error) from None
+    except (RuntimeError, MemoryError) as error:
+        raise opt.no_room("demo", error) from None
     typer.echo(f"\na sample, temperature 0.7:\n\n{text}")
     again = opt.command_line("generate", out, prompt="class ", temperature=0.5)
     typer.echo(f"\nmore: {again}")
@@ -143,7 +145,11 @@ def _train(request: Request) -> None:
         ) from None
     except KeyboardInterrupt:  # the second one: the first lets the run end by itself
         run = _saved_run(request.out)
-        left = "there is no checkpoint yet" if run is None else f"go on with: {_again(run)}"
+        left = (
+            "there is no checkpoint yet"
+            if run is None
+            else f"go on with: {_again(run, **_place(request))}"
+        )
         typer.echo(f"broken off without saving; {left}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(f"checkpoint {result.checkpoint}\nmetrics    {result.metrics}")
@@ -157,7 +163,7 @@ def _train(request: Request) -> None:
         for path in paths:
             typer.echo(f"plot       {path}")
     if not result.finished:
-        again = _again(result.metrics.parent)
+        again = _again(result.metrics.parent, **_place(request))
         typer.echo(f"stopped after step {result.step}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
     typer.echo(_table(result.validation_loss, result.bigram_loss))
@@ -172,8 +178,13 @@ def _saved_run(out: Path) -> Path | None:
 
 
 def _again(run: Path, **more: Any) -> str:
-    """The command that resumes a run; it needs no other option."""
+    """The command that resumes a run; it needs no other option but the device that was chosen."""
     return opt.command_line("train", out=run, resume=True, **more)
+
+
+def _place(request: Request) -> dict[str, str]:
+    """--device, where the user chose one."""
+    return {} if request.device == "auto" else {"device": request.device}
 
 
 def _slower(request: Request, diverged: Diverged) -> str:
@@ -184,12 +195,13 @@ def _slower(request: Request, diverged: Diverged) -> str:
         return f"there is no checkpoint yet; start again with: {again}"
     checkpoint = find_checkpoint(run)
     state = read_state(checkpoint)
-    if not request.resume or diverged.step > state["step"] + 1:
-        return f"go on from {checkpoint.name} with: {_again(run, lr=lr)}"
+    where = _place(request)
+    if diverged.step > state["step"] + 1:
+        return f"go on from {checkpoint.name} with: {_again(run, lr=lr, **where)}"
     # the weights of that checkpoint are beyond repair
     older = [path for path in sorted(run.glob("step_*")) if path.name < checkpoint.name]
     if older:
-        return f"go on from the older {older[-1].name} with: {_again(older[-1], lr=lr)}"
+        return f"go on from the older {older[-1].name} with: {_again(older[-1], lr=lr, **where)}"
     defaults, options = TrainSettings().to_dict(), {*inspect.signature(train).parameters, KEEP}
     saved = {k: v for k, v in state["settings"].items() if k in options and v != defaults[k]}
     beside = run.with_name(f"{run.name}-slower")

@@ -36,6 +36,8 @@ from kimi_ops.train.resume import resumed_settings, resumed_trainer, saved_sourc
 from kimi_ops.train.settings import TrainSettings
 from kimi_ops.train.trainer import Trainer
 
+LOCK = ".lock"  # of the folder of a run: whoever trains there holds it
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -77,15 +79,27 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _open_run(out: Path, step: int, checkpoint: Path | None) -> Iterator[MetricsWriter]:
-    """The folder of a run, ready for the step after `step`, for this process alone."""
+def _open_run(
+    out: Path,
+    step: int,
+    checkpoint: Path | None,
+    state: dict[str, Any],
+    latest: bytes | None,
+    settings: dict[str, Any],
+    say: Callable[[str], None],
+) -> Iterator[MetricsWriter]:
+    """The folder of a run, ready for the step after `step`, for this process alone; nothing is
+    written unless it is still as it was when `checkpoint`, `state` and `latest` were read."""
     with ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(out, os.O_RDONLY)
+            descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             stack.callback(os.close, descriptor)
-            _lock(out, descriptor)
+            _lock(out, descriptor, say)
+            _still(out, checkpoint, state, latest)
             if checkpoint is not None:
+                if settings != state["settings"]:
+                    record_settings(checkpoint, state, settings)
                 set_latest(out, checkpoint)
             metrics = stack.enter_context(closing(MetricsWriter(out / "metrics.jsonl", step)))
         except OSError as error:
@@ -96,7 +110,25 @@ def _open_run(out: Path, step: int, checkpoint: Path | None) -> Iterator[Metrics
         yield metrics
 
 
-def _lock(out: Path, descriptor: int) -> None:
+def _latest(out: Path) -> bytes | None:
+    """What ``latest.json`` holds."""
+    path = out / "latest.json"
+    return path.read_bytes() if path.exists() else None
+
+
+def _still(out: Path, checkpoint: Path | None, state: dict[str, Any], latest: bytes | None) -> None:
+    """Another process may have trained in the folder while this one read it."""
+    same = _latest(out) == latest
+    if checkpoint is not None:
+        same = same and is_checkpoint(checkpoint) and read_state(checkpoint) == state
+    if not same:
+        raise CheckpointError(
+            f"train: --out: another process has written to {out} meanwhile; start again, with "
+            "--resume"
+        )
+
+
+def _lock(out: Path, descriptor: int, say: Callable[[str], None]) -> None:
     """Keep other processes out until `descriptor` is closed, by a kill too."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,8 +137,8 @@ def _lock(out: Path, descriptor: int) -> None:
             f"train: --out: another process is training in {out}; wait until it ends, or name "
             "another folder"
         ) from error
-    except OSError:  # a file system without locks: the user has to keep two runs apart
-        return
+    except OSError as error:
+        say(f"note   {out} cannot be locked ({error}): let no other process train there")
 
 
 def train(
@@ -148,9 +180,10 @@ def train(
         With a message for the user; what was saved before stays.
     """
     overrides = overrides or {}
-    checkpoint = None
+    checkpoint, state = None, {}
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"train: --out: expected a folder, got the file {out}; name another")
+    latest = _latest(out.parent if is_checkpoint(out) else out)
     if resume:
         checkpoint = find_checkpoint(out)
         state = read_state(checkpoint)
@@ -159,7 +192,7 @@ def train(
         data = saved_source(state) if data is None else data
         done = "; that is all of it, larger --steps extend it" * (state["step"] == settings.steps)
         say(f"resumed {out} after step {state['step']} of {settings.steps}{done}")
-    elif (out / "latest.json").exists() or is_checkpoint(out):
+    elif latest is not None or is_checkpoint(out):
         raise CheckpointError(
             f"train: --out: {out} already holds a run; pass --resume, or another folder"
         )
@@ -210,12 +243,10 @@ def train(
 
     progress_shown = Progress(step, settings.steps, say, bar=progress)
     with (
-        _open_run(out, step, checkpoint) as metrics,
+        _open_run(out, step, checkpoint, state, latest, settings.to_dict(), say) as metrics,
         closing(progress_shown),
         stop_on_signal() as stopped,
     ):
-        if checkpoint is not None and settings.to_dict() != state["settings"]:
-            record_settings(checkpoint, state, settings.to_dict())
         while step < settings.steps and not stopped():
             begin = time.monotonic()
             batch = training_batch(

@@ -29,7 +29,7 @@ class Progress:
     def __init__(self, step: int, steps: int, say: Callable[[str], None], *, bar: bool) -> None:
         self._steps, self._say, self._first = steps, say, step + 1
         self._bar = None
-        if bar and sys.stderr.isatty():
+        if bar and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(
                 total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
             )

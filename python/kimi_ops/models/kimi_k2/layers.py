@@ -2,7 +2,6 @@
 """Small parts: RMSNorm, the gated MLP, buffers that keep their precision."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,13 +14,6 @@ from kimi_ops.models.kimi_k2.config import KimiK2Config
 def recomputing() -> bool:
     """Whether this forward runs inside a backward: activation checkpointing repeats it there."""
     return torch._C._current_graph_task_id() != -1
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """An enclosing `torch.autocast` ends here; without one, nothing (meta knows none)."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 class RMSNorm(nn.Module):
