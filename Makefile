@@ -35,7 +35,8 @@ test-native: .venv/test.ready
 # Threads that wait sleep: with a worker a processor, and threads in each, they would spin instead.
 test-python: test-native
 	$(call part,Python)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadgroup --durations=10
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	  --durations=10
 
 # The C API again, and the CUDA kernels on the host, which run here alone: what is found does not
 # depend on the optimisation. Beside the Python tests, so its output goes to a file.

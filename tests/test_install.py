@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# One worker of pytest-xdist builds for all; -O0 compiles in half the time.
-pytestmark = pytest.mark.xdist_group("install")
+# -O0 compiles in half the time.
 BUILD = os.environ | {
     **{"KIMI_OPS_CUDA": "off", "KIMI_OPS_TESTS": "OFF"},
     "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE='-O0 -DNDEBUG'",
