@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Which sources are measured."""
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -8,6 +9,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = ROOT / ".gpu"  # by device_check prepare; git ignores it, it travels beside the checkout
 MANIFEST = "prepared.json"
+BUILT_FROM = ("CMakeLists.txt", "cmake/*", "csrc/**/*", "tests/gpu/*.cu", "tests/simt/*")
+
+
+def sources() -> str:
+    """A hash of names and contents of what `device_check prepare` builds from."""
+    total = hashlib.sha256()
+    for path in sorted({path for pattern in BUILT_FROM for path in ROOT.glob(pattern)}):
+        if path.is_file():
+            name, content = path.relative_to(ROOT).as_posix(), path.read_bytes()
+            total.update(f"{name}\0{len(content)}\0".encode() + content)
+    return total.hexdigest()[:16]
 
 
 def commit() -> str:

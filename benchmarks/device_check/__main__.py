@@ -34,13 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0 if every step passed or was skipped, 1 if one did not, 143 if the run was stopped."""
+    """0 if every step passed, 1 if one did not or could not run, 143 if the run was stopped."""
     words = options.parts or parts.DEFAULT
     if unknown := [word for word in words if word not in parts.PARTS]:
         known = ", ".join(parts.PARTS)
         raise Refused(f"expected parts among {known}, got {', '.join(unknown)}")
-    if unknown := [name for name in options.kernels if name not in one_kernel_names()]:
-        known = ", ".join(one_kernel_names())
+    if unknown := [name for name in options.kernels if name not in parts.KERNELS]:
+        known = ", ".join(parts.KERNELS)
         raise Refused(f"--kernels: expected names among {known}, got {', '.join(unknown)}")
     if reason := gpu_missing():
         raise Refused(f"{reason}; nothing was run or written")
@@ -59,13 +59,7 @@ def run(options: argparse.Namespace) -> int:
         results = check(steps, record, seconds)
     print(f"{record.out / 'device_check.json'}\n{record.out / 'logs.tgz'}")
     statuses = {result.status for result in results}
-    return 143 if "stopped" in statuses else int(not statuses <= {"passed", "skipped"})
-
-
-def one_kernel_names() -> tuple[str, ...]:
-    from benchmarks.device_check.one_kernel import KERNELS
-
-    return tuple(KERNELS)
+    return 143 if "stopped" in statuses else int(statuses != {"passed"})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,10 +78,12 @@ def parser() -> argparse.ArgumentParser:
     words = "folder of the two files (default: $OUT, or build/device_check)"
     out = Path(os.environ.get("OUT") or ROOT / "build" / "device_check")
     half.add_argument("--out", type=Path, metavar="FOLDER", default=out, help=words)
-    words = f"for all parts (default: {DEFAULT_SECONDS}; {LONGEST_SECONDS} when parts are named)"
+    words = f"for all parts (default: {DEFAULT_SECONDS}; {LONGEST_SECONDS} when parts are named); "
+    words += "a part that gets no time, or whose tool is missing, makes the run fail"
     half.add_argument("--seconds", type=float, metavar="N", help=words)
-    words = f"of the part profile (default: {' '.join(parts.KERNELS)})"
-    half.add_argument("--kernels", nargs="+", metavar="NAME", default=parts.KERNELS, help=words)
+    words = f"of the part profile, among {', '.join(parts.KERNELS)} "
+    words += f"(default: {' '.join(parts.PROFILED)})"
+    half.add_argument("--kernels", nargs="+", metavar="NAME", default=parts.PROFILED, help=words)
     return made
 
 

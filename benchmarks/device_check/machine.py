@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkout import MANIFEST, ROOT, commit
+from benchmarks.checkout import MANIFEST, ROOT, commit, sources
 
 FIELDS = [
     "name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.mem",
@@ -41,7 +41,7 @@ def gpu_missing() -> str | None:
 
 
 def prepared(folder: Path) -> dict[str, Any]:
-    """What `prepare` wrote down, if this Python can load what it built."""
+    """What `prepare` wrote down, if it built these sources and for this Python."""
     manifest = folder / MANIFEST
     if not manifest.exists():
         raise Refused(
@@ -57,6 +57,11 @@ def prepared(folder: Path) -> dict[str, Any]:
         raise Refused(
             f"{folder} was built for {about['soabi']}, this Python is {here}: run with Python "
             f"{about['python']}, or `{PREPARE} --python PATH` with this version"
+        )
+    if (was := about.get("sources")) != (now := sources()):
+        raise Refused(
+            f"{folder} was built from other sources (hash {was}) than the checkout's ({now}): "
+            f"run `{PREPARE}` again"
         )
     return about
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.checkout import MANIFEST, ROOT, commit
+from benchmarks.checkout import MANIFEST, ROOT, commit, sources
 from benchmarks.device_check.machine import Refused
 from benchmarks.device_check.suites import SUITES
 
@@ -66,7 +66,10 @@ def prepare(folder: Path, python: str | None, call: Call = subprocess.check_call
     """Fills `folder`; `call` runs the commands."""
     if shutil.which("nvcc") is None:
         raise Refused("nvcc is not on the PATH: put the CUDA toolkit's bin folder there")
+    if shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
+        raise Refused(f"expected a C++ compiler, {compiler} is not on the PATH: set CXX to one")
     interpreter, facts = find_python(python)
+    facts["sources"] = sources()  # before the build: a change meanwhile is one
     print(f"for Python {facts['python']} ({interpreter})", flush=True)
     tools, build = (ROOT / "build" / f"{kind}-{facts['soabi']}" for kind in ("tools", "gpu"))
     try:

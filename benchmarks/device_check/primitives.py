@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from benchmarks.checkout import PREPARED
 from benchmarks.device_check.suites import SUITES, load
 
-SECONDS = 45  # for all; a primitive that hangs takes no more
+SECONDS = 45  # for all; a primitive that hangs takes its suite's share
 PROCESSES = 8
 
 
@@ -37,26 +38,29 @@ def same(suite: str, name: str, device: Path, host: Path) -> str:
     return "same"
 
 
-def missing(suite: str) -> str | None:
-    """Why no device half can run here; a process of its own asks, as the driver stays in it."""
-    return SUITES[suite].missing(SUITES[suite].tests())
+def missing(suite: str) -> str:
+    """Why no device half can run here, or ""; a process of its own asks, as the driver stays in
+    it."""
+    return SUITES[suite].missing(SUITES[suite].tests()) or ""
 
 
-def compare(folder: Path) -> dict[str, dict[str, str]]:
-    """suite -> primitive -> "same" or what is wrong. No CUDA call is made before the fork."""
-    found: dict[str, dict[str, str]] = {}
-    context, end = multiprocessing.get_context("fork"), time.monotonic() + SECONDS
-    for name, suite in SUITES.items():
+def compare(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each suite, and for its primitives "same" or what is wrong. No CUDA call is made before the
+    fork."""
+    context, last = multiprocessing.get_context("fork"), time.monotonic() + SECONDS
+    for number, (name, suite) in enumerate(SUITES.items()):
+        start = time.monotonic()
+        end = start + (last - start) / (len(SUITES) - number)
         device, host = (folder / f"{name}_{half}.so" for half in ("gpu", "host"))
         tests = suite.tests()
         with context.Pool(PROCESSES, maxtasksperchild=1) as pool:
-            if reason := pool.apply(missing, (name,)):
-                found[name] = {"all": reason}
+            if reason := answer(pool.apply_async(missing, (name,)), end):
+                yield name, {"all": reason}
                 continue
             each = suite.names(tests, load(host))
             pending = {one: pool.apply_async(same, (name, one, device, host)) for one in each}
-            found[name] = {one: answer(wait, end) for one, wait in pending.items()}
-    return found
+            found = {one: answer(wait, end) for one, wait in pending.items()}
+        yield name, found
 
 
 def answer(pending: Any, end: float) -> str:
@@ -72,12 +76,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    found = compare(PREPARED)
-    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    found: dict[str, dict[str, str]] = {}
     bad = 0
-    for suite, results in found.items():
+    for suite, results in compare(PREPARED):
+        found[suite] = results
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
         wrong = {name: what for name, what in results.items() if what != "same"}
-        print(f"{suite}: {len(results)} primitives, {len(results) - len(wrong)} the same")
+        right = len(results) - len(wrong)
+        print(f"{suite}: {len(results)} primitives, {right} the same", flush=True)
         for name, what in wrong.items():
             print(f"  {name}: {what}")
         bad += len(wrong)

@@ -13,7 +13,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,15 @@ SHOWN_LINES, SHOWN_WIDTH = 45, 200
 
 @dataclass
 class Step:
-    """`result` is the file in the folder of logs, JSON or pytest's XML, that the command writes;
-    `needs` a program without which it is skipped."""
+    """`result` is the file in the folder of logs, JSON or pytest's XML, that the command writes
+    (XML in which no test passed is a failure); `needs` a program without which it is skipped."""
 
     name: str
     command: list[str]
     limit_s: float
     result: str | None = None
     needs: str | None = None
+    variables: dict[str, str] = field(default_factory=dict)  # of its environment
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Result:
     name: str
     command: str
     limit_s: float
-    status: str = "skipped"  # | passed | failed | timed out | stopped
+    status: str = "skipped"  # | no time | passed | failed | timed out | stopped
     wall_s: float = 0.0
     returncode: int | None = None
     tail: str = ""
@@ -109,14 +110,14 @@ def check(steps: Sequence[Step], record: Record, seconds: float) -> list[Result]
 def run_step(step: Step, result: Result, seconds_left: float, record: Record) -> None:
     result.limit_s = round(min(step.limit_s, seconds_left), 1)
     if result.limit_s < 1.0:
-        result.tail = "no time left"
+        result.status, result.tail = "no time", "expected a second or more, all are used: --seconds"
         return
     if step.needs is not None and shutil.which(step.needs) is None:
         result.tail = f"{step.needs} is not on the PATH"
         return
     paths = [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
+    environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"} | step.variables
     path = record.logs / f"{step.name.replace(' ', '_')}.log"
     start = time.monotonic()
     with open(path, "w") as log:
@@ -139,6 +140,11 @@ def run_step(step: Step, result: Result, seconds_left: float, record: Record) ->
         result.wall_s = round(time.monotonic() - start, 2)
         result.tail = path.read_text(errors="replace")[-4000:]
         result.found = read_result(record.logs / step.result) if step.result else None
+    tests = step.result is not None and step.result.endswith(".xml")
+    none = not (isinstance(result.found, dict) and result.found.get("passed"))
+    if tests and none and result.status == "passed":
+        result.status = "failed"
+        result.tail = f"expected tests that pass, got none\n{result.tail}"
 
 
 def wait(process: "subprocess.Popen[bytes]", until: float, tick: Callable[[], None]) -> bool:

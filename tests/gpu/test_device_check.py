@@ -2,6 +2,7 @@
 """The one command for a machine with a GPU, where there is none: what it builds, that its parts
 keep their limits and leave what they found, and what it says when it cannot run."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -17,10 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import checkout
-from benchmarks.checkout import MANIFEST, ROOT
+from benchmarks.checkout import ROOT
 from benchmarks.device_check import __main__ as program
-from benchmarks.device_check import machine, parts, prepare, primitives, steps, suites
+from benchmarks.device_check import machine, parts, primitives, steps, suites
 from benchmarks.device_check.junit import summary
 from benchmarks.device_check.one_kernel import KERNELS
 from benchmarks.device_check.steps import Record, Step, check
@@ -31,6 +31,14 @@ SOABI = sysconfig.get_config_var("SOABI")
 
 def python(name: str, code: str, limit: float = 30.0, **more: str) -> Step:
     return Step(name, [sys.executable, "-c", code], limit, **more)
+
+
+@pytest.fixture(autouse=True)
+def no_worker():
+    """A pytest that a step runs is no worker of the pytest that runs this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
+        yield
 
 
 @pytest.fixture
@@ -79,7 +87,7 @@ def test_the_whole_is_limited_and_two_files_say_all(record, capsys):
         record,
         seconds=6.0,
     )
-    statuses = ["passed", "failed", "skipped", "passed", "timed out", "skipped"]
+    statuses = ["passed", "failed", "skipped", "passed", "timed out", "no time"]
     assert [r.status for r in results] == statuses
     assert sorted(path.name for path in record.out.iterdir()) == ["device_check.json", "logs.tgz"]
     report = read(record.out)
@@ -89,10 +97,34 @@ def test_the_whole_is_limited_and_two_files_say_all(record, capsys):
     assert "broken" in bad["tail"] and bad["returncode"] == 1
     assert absent["tail"] == "no-such-program is not on the PATH"
     assert empty["found"] == "nothing.json was not written"
-    assert long["limit_s"] < 6.0 and late["tail"] == "no time left"
+    assert long["limit_s"] < 6.0 and "all are used" in late["tail"]
     assert "broken" in archived(record.out, "bad.log")
     assert archived(record.out, "found.json") == "[1, 2]"
     assert "broken" in capsys.readouterr().out
+
+
+def test_a_step_has_its_variables(record):
+    code = "import os; print(os.environ['KIMI_OPS_SAID'])"
+    step = Step("says", [sys.executable, "-c", code], 30, variables={"KIMI_OPS_SAID": "so"})
+    assert check([step], record, 60)[0].tail == "so\n"
+    assert parts.sanitize(record.logs)[0].variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+
+
+@pytest.mark.skipif(NO_GPU is None, reason="this machine has a GPU")
+def test_start_fails_where_no_gpu_computes(record):
+    (result,) = check([parts.start(record.logs)], record, 120)
+    assert result.status == "failed" and result.found["version"], result.tail
+    assert "start: expected kimi_ops to compute on a GPU: " in result.tail
+
+
+def test_tests_that_are_all_skipped_fail(record, tmp_path):
+    path = tmp_path / "test_nothing.py"
+    path.write_text("import pytest\n\ndef test_it():\n    pytest.skip('no GPU')\n")
+    made = parts.tests(record.logs, "test_", [str(path)])
+    results = check([python("start", "pass"), *made], record, 120)
+    assert results[1].returncode == 0 and results[1].status == "failed"
+    assert results[1].tail.startswith("expected tests that pass, got none\n")
+    assert results[1].found["reasons"] == {"no GPU": 1}
 
 
 def test_after_a_failed_start_nothing_else_runs(record):
@@ -220,14 +252,22 @@ def test_a_worker_that_ended_is_no_second_failure(tmp_path):
 def test_the_tests_that_are_named_are_there():
     files = parts.test_files()
     assert len(files) > 10 and not any("/gpu/" in name or "test_cli" in name for name in files)
+    for path in (ROOT / "tests").glob("test_*.py"):
+        defined = ast.walk(ast.parse(path.read_text()))
+        functions = [node for node in defined if isinstance(node, ast.FunctionDef)]
+        wanted = {argument.arg for function in functions for argument in function.args.args}
+        if wanted & {"engine", "gemm_engine"}:
+            assert f"tests/{path.name}" in files
+    assert {"tests/test_qk_clip.py", "tests/test_muon_clip.py"} <= set(files)
     command = parts.sanitize(Path("logs"))[0].command
     assert sum(word.endswith(".py") for word in command) == len(parts.MEMCHECK)
-    assert set(parts.KERNELS) <= set(KERNELS) and set(parts.DEFAULT) <= set(parts.PARTS)
+    assert tuple(KERNELS) == parts.KERNELS and set(parts.PROFILED) <= set(KERNELS)
+    assert set(parts.DEFAULT) <= set(parts.PARTS)
     for suite in suites.SUITES.values():
         assert suite.source.exists() and suite.tests().build_host
 
 
-@pytest.mark.parametrize("part", ["bench", "host", "train", "tiles", "primitives", "profile"])
+@pytest.mark.parametrize("part", sorted({*parts.PARTS} - {"tests", "sanitize"}))
 def test_every_program_of_a_part_knows_its_arguments(part, monkeypatch, capsys):
     """A typing error would cost the first minute on the GPU."""
     for step in parts.PARTS[part](Path("logs")):
@@ -277,70 +317,34 @@ def test_a_primitive_whose_halves_differ_is_named(tmp_path, monkeypatch):
     assert primitives.same("primitives_sm90", "cluster", halves[0], halves[0]) == "same"
 
 
-def test_prepare_lays_out_what_has_to_travel(tmp_path, monkeypatch, capsys):
-    """With compilers that only touch their output."""
-    tools, folder = tmp_path / "bin", tmp_path / "prepared"
-    tools.mkdir()
-    touch = '#!/bin/sh\necho release 13.0\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && echo x > "$2"; '
-    for name in ("nvcc", "fake-g++"):
-        (tools / name).write_text(f"{touch} shift; done\n")
-        (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("CXX", str(tools / "fake-g++"))
-    monkeypatch.setattr(suites.SUITES["primitives"].tests(), "load", lambda path: None)
-    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
-    monkeypatch.setattr(prepare, "ROOT", tmp_path)
-    calls = []
+HANGING = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from benchmarks.device_check import primitives
 
-    def call(command, env=None):
-        calls.append(command)
-        if "venv" in command:
-            Path(command[-1]).mkdir(parents=True)
-        if "--install" in command:
-            for name in ("libkimi_ops.so", f"_C.{SOABI}.so", "include/kimi_ops.h"):
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_text("x")
+def same(suite, name, device, host):
+    time.sleep(600 if name == "hangs" else 0)
+    return "same"
 
-    prepare.prepare(folder, sys.executable, call)
-    names = {"libkimi_ops.so", f"_C.{SOABI}.so", MANIFEST}
-    names |= {f"{suite}_{half}.so" for suite in suites.SUITES for half in ("host", "gpu")}
-    assert {path.name for path in folder.iterdir()} == names
-    about = machine.prepared(folder)
-    assert about["soabi"] == SOABI and about["nvcc"] == "release 13.0"
-    assert about["commit"] != "unknown" and set(about["files"]) == names - {MANIFEST}
-    configure = next(command for command in calls if "-G" in command)
-    assert "-DKIMI_OPS_GENERIC_ARCHITECTURES=80-real;90-real" in configure
-    assert any("pybind11>=2.13" in command for command in calls)
-    calls.clear()
-    prepare.prepare(folder, sys.executable, call)
-    assert not any("venv" in command for command in calls), "the tools are there"
+def suite(*names):
+    one = {"tests": lambda: None, "missing": lambda tests: None, "names": lambda tests, host: names}
+    return SimpleNamespace(**one)
 
-    def fails(command, env=None):
-        raise subprocess.CalledProcessError(1, command)
-
-    with pytest.raises(machine.Refused, match="a command ended with 1; see above: cmake -S"):
-        prepare.prepare(folder, sys.executable, fails)
+primitives.SECONDS, primitives.same, primitives.load = 6, same, lambda path: None
+primitives.SUITES = {"first": suite("hangs", "good"), "second": suite("late", "later")}
+sys.exit(primitives.main())
+"""
 
 
-def test_what_was_not_prepared_for_this_python_is_refused(tmp_path):
-    with pytest.raises(machine.Refused, match="is missing: run `python -m .* prepare` on"):
-        machine.prepared(tmp_path)
-    about = {"soabi": "cpython-399-vax", "python": "3.99.1", "files": {"libkimi_ops.so": 1}}
-    (tmp_path / MANIFEST).write_text(json.dumps(about))
-    with pytest.raises(machine.Refused, match=r"libkimi_ops.so did not arrive"):
-        machine.prepared(tmp_path)
-    (tmp_path / "libkimi_ops.so").touch()
-    with pytest.raises(machine.Refused, match=f"cpython-399-vax, this Python is {SOABI}"):
-        machine.prepared(tmp_path)
-
-
-def test_where_git_is_missing_the_commit_is_what_prepare_wrote(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkout, "PREPARED", tmp_path)
-    assert re.match("[0-9a-f]{7}", checkout.commit())
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert checkout.commit() == "unknown"
-    (tmp_path / MANIFEST).write_text('{"commit": "abc1234"}')
-    assert checkout.commit() == "abc1234"
+def test_a_primitive_that_hangs_leaves_the_next_suite_its_time(tmp_path):
+    path = tmp_path / "found.json"
+    command = [sys.executable, "-c", HANGING, "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    hung = {"hangs": "no answer: its process hung or ended", "good": "same"}
+    second = {"late": "same", "later": "same"}
+    assert json.loads(path.read_text()) == {"first": hung, "second": second}
 
 
 @pytest.mark.parametrize(
@@ -356,10 +360,34 @@ def test_a_wrong_argument_is_a_sentence(arguments, sentence, capsys):
     assert re.match(f"device_check {sentence}", capsys.readouterr().err)
 
 
-def test_without_nvcc_prepare_says_so(monkeypatch, capsys):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert program.main(["prepare"]) == 2
-    assert "nvcc is not on the PATH" in capsys.readouterr().err
+HIDDEN = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "kimi_ops"):
+            raise ModuleNotFoundError(f"{name} is hidden")
+
+sys.meta_path.insert(0, Hidden())
+from pathlib import Path
+from benchmarks.device_check import __main__ as program
+program.gpu_missing, program.PREPARED = lambda: None, Path("/nowhere")
+sys.exit(program.main(["run", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["profile", "--kernels", "gate"], "prepared.json is missing"),
+        (["profile", "--kernels", "x"], "--kernels: expected names among gate"),
+        ([], "prepared.json is missing"),
+    ],
+)
+def test_a_run_itself_needs_neither_torch_nor_kimi_ops(words, sentence):
+    command = [sys.executable, "-c", HIDDEN, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
 
 
 @pytest.mark.skipif(NO_GPU is None, reason="this machine has a GPU")
@@ -387,3 +415,8 @@ def test_run_from_its_arguments_to_its_files(tmp_path, monkeypatch, capsys):
     assert program.main(["run", "tests", "bench", "--out", str(tmp_path / "other")]) == 1
     assert read(tmp_path / "other")["steps"][2]["returncode"] == 3
     assert "logs.tgz" in capsys.readouterr().out
+    absent = python("absent", "pass", needs="no-such-program")
+    monkeypatch.setitem(parts.PARTS, "bench", lambda logs: [absent])
+    assert program.main(["run", "bench"]) == 1
+    assert program.main(["run", "tests", "--seconds", "0.5"]) == 1
+    assert "== no time    start" in capsys.readouterr().out
