@@ -183,7 +183,7 @@ def train(
     checkpoint, state = None, {}
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"train: --out: expected a folder, got the file {out}; name another")
-    latest = _latest(out.parent if is_checkpoint(out) else out)
+    latest = _latest(out.resolve().parent if is_checkpoint(out) else out)
     if resume:
         checkpoint = find_checkpoint(out)
         state = read_state(checkpoint)
