@@ -154,6 +154,14 @@ def good() -> dict[str, dict[str, Any]]:
             "logits": f(4, 16), "indices": ids(), "num_sequences": 2, "score_function": "sigmoid",
             "coefficient": 0.1,
         },
+        "ops.sequence_balance_loss_backward": {
+            "grad_loss": torch.ones(()), "logits": f(4, 16), "tokens_per_expert": i([1] * 16),
+            "top_k": 2, "score_function": "sigmoid", "coefficient": 0.1,
+        },
+        "ops.z_loss_backward": {
+            "grad_loss": torch.ones(()), "logits": f(4, 16), "log_sum_exp": f(4),
+            "valid_tokens": i(4), "coefficient": 0.1,
+        },
         "ops.z_loss": {"logits": f(4, 16), "coefficient": 0.1, "valid": None},
         "ops.permute_plan": {"indices": ids(), "num_experts": 4, "align": 1},
         "ops.permute": {"x": f(4, 6), **maps},

@@ -4,8 +4,7 @@
 import pytest
 
 import kimi_ops
-
-from tests.repo import messages, record
+from tests.repo import messages, outputs, record
 
 MESSAGES = record.load("messages")
 BY_OP = {}
@@ -23,3 +22,11 @@ def test_every_op_has_messages():
     operators = {f"ops.{name}" for name in record.operators() if not name.endswith("_forward")}
     public = set(kimi_ops.__all__) - {"PermutePlan", "TopkGate", "info"}  # nothing to refuse
     assert not (operators | public) - BY_OP.keys()
+
+
+@pytest.mark.parametrize("gemm_engine", outputs.CPU + outputs.SIMT, indirect=True)
+def test_outputs_are_the_recorded_bits(gemm_engine):
+    recorded = record.load_outputs().get(gemm_engine.name)
+    if not recorded:
+        pytest.skip(f"no record of {gemm_engine.name} yet: {record.COMMAND}")
+    assert outputs.digests(gemm_engine.name) == recorded, f"if wanted: {record.COMMAND}"
