@@ -9,18 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.repo import messages, outputs
+from tests.repo import interfaces, messages, outputs
 
 HERE = Path(__file__).resolve().parent
 COMMAND = "PYTHONPATH=python:. python -m tests.repo.record"
-
-
-def operators() -> list[str]:
-    """The names in torch.ops.kimi_ops."""
-    names = map(str, torch._C._dispatch_get_all_op_names())
-    return sorted(n.removeprefix("kimi_ops::") for n in names if n.startswith("kimi_ops::"))
 
 
 def engine_outputs() -> dict[str, dict[str, str]]:
@@ -66,4 +58,6 @@ def save(name: str, record: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     save("messages", {case: messages.say(case) for case in load("messages")})
+    save("schemas", interfaces.schemas())
+    save("layouts", interfaces.layouts())
     save_outputs(engine_outputs())

@@ -4,7 +4,7 @@
 import pytest
 
 import kimi_ops
-from tests.repo import messages, outputs, record
+from tests.repo import interfaces, messages, outputs, record
 
 MESSAGES = record.load("messages")
 BY_OP = {}
@@ -19,7 +19,7 @@ def test_messages_are_the_recorded_ones(op):
 
 
 def test_every_op_has_messages():
-    operators = {f"ops.{name}" for name in record.operators() if not name.endswith("_forward")}
+    operators = {f"ops.{name}" for name in interfaces.operators() if not name.endswith("_forward")}
     public = set(kimi_ops.__all__) - {"PermutePlan", "TopkGate", "info"}  # nothing to refuse
     assert not (operators | public) - BY_OP.keys()
 
@@ -30,3 +30,8 @@ def test_outputs_are_the_recorded_bits(gemm_engine):
     if not recorded:
         pytest.skip(f"no record of {gemm_engine.name} yet: {record.COMMAND}")
     assert outputs.digests(gemm_engine.name) == recorded, f"if wanted: {record.COMMAND}"
+
+
+@pytest.mark.parametrize("name", ["schemas", "layouts"])
+def test_interfaces_are_the_recorded_ones(name):
+    assert getattr(interfaces, name)() == record.load(name), f"if wanted: {record.COMMAND}"
