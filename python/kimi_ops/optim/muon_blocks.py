@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.newton_schulz import check_options
-from kimi_ops.ns_schedule import ns_flops
+from kimi_ops.optim.newton_schulz import check_options
+from kimi_ops.optim.ns_schedule import ns_flops
 
 _ADJUST = (None, "original", "match_rms_adamw")
 ALGORITHMS = ("muon", "adamw")

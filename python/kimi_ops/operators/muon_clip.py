@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators behind `kimi_ops.muon_clip` on CPU tensors: passes over lists of tensors, at least
+"""The operators behind `kimi_ops.MuonClip` on CPU tensors: passes over lists of tensors, at least
 one each (torch finds the kernels by the tensors)."""
 
 from collections.abc import Sequence

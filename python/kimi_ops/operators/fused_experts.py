@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
-from kimi_ops._grouped_gemm_ops import STORAGES, workspace
+from kimi_ops.operators.grouped_gemm import STORAGES, workspace
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "situ": 2}  # kimi_activation
 Weights = tuple[int, int, int, int, int, int]

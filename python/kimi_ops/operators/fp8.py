@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_ops import _check, _native
-from kimi_ops import _grouped_gemm_ops as _ops
+from kimi_ops.operators import grouped_gemm as _ops
 from kimi_ops.reference import quantized as maths
 from kimi_ops.reference.grouped_gemm import _expert_of_row, _live_rows
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
-from kimi_ops.topk_gate import MAX_EXPERTS, SCORE_FUNCTIONS, _rows
+from kimi_ops.moe.topk_gate import MAX_EXPERTS, SCORE_FUNCTIONS, _rows
 
 
 def update_expert_bias_(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators behind `kimi_ops.qk_clip` on CPU tensors: native calls and fake tensors."""
+"""The operators behind `kimi_ops.qk_clip_` on CPU tensors: native calls and fake tensors."""
 
 import torch
 from torch import Tensor

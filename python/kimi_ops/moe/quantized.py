@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops import _grouped_gemm_ops as _ops
-from kimi_ops.fp8_rows import Fp8Rows
+from kimi_ops.moe.fp8_rows import Fp8Rows
+from kimi_ops.operators import grouped_gemm as _ops
 from kimi_ops.reference import grouped_gemm as reference
 from kimi_ops.reference import quantized as maths
 

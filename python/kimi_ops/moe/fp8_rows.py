@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops import _fp8_ops as _ops
+from kimi_ops.operators import fp8 as _ops
 from kimi_ops.reference import quantized as maths
 
 if TYPE_CHECKING:
-    from kimi_ops.quantized import Fp8BlockWeight
+    from kimi_ops.moe.quantized import Fp8BlockWeight
 
 __all__ = ["Fp8Rows", "fp8_gemm"]
 
