@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.moe.grouped_gemm import autocast, grouped_gemm
+from kimi_ops.moe.grouped_gemm import grouped_gemm
 from kimi_ops.moe.permute import check_ids, permute, permute_plan, unpermute
 from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.operators import fused_experts as _ops
+from kimi_ops.operators.tensors import autocast
 from kimi_ops.reference import fused_experts as reference
 
 __all__ = ["fused_experts"]

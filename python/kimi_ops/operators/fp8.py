@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kimi_ops import _check, _native
 from kimi_ops.operators import grouped_gemm as _ops
+from kimi_ops.operators.registry import define
 from kimi_ops.reference import quantized as maths
 from kimi_ops.reference.grouped_gemm import _expert_of_row, _live_rows
 
@@ -62,7 +63,7 @@ def _rows_output(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FP8), scales_like(x, x.shape[0], blocks(x.shape[1]))
 
 
-rows = _native.define("fp8_rows(Tensor x) -> (Tensor, Tensor)", _rows_implementation, _rows_output)
+rows = define("fp8_rows(Tensor x) -> (Tensor, Tensor)", _rows_implementation, _rows_output)
 
 # ---- product
 
@@ -256,7 +257,7 @@ def _product_output(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
 
 
-product = _native.define(
+product = define(
     "grouped_gemm_fp8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, "
     "Tensor? bias, ScalarType dtype) -> Tensor",
     _product_implementation,
@@ -293,7 +294,7 @@ def _product_out_fake(
     _ops.check_out("grouped_gemm", out, [a.shape[0], b.shape[1]], a)
 
 
-product_out = _native.define(
+product_out = define(
     "grouped_gemm_fp8_out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, "
     "Tensor? bias, Tensor(a!) out) -> ()",
     _product_out_implementation,
