@@ -10,6 +10,7 @@ from rounding import UNIT, fp8_bound
 from torch import Tensor
 
 from kimi_ops import Fp8BlockWeight, Fp8Rows, _native, grouped_gemm, info
+from kimi_ops.formats import dequantize_rows, quantize_rows
 from kimi_ops.operators import fp8
 from kimi_ops.reference import quantized as reference
 
@@ -62,7 +63,7 @@ def allowed(engine, a: Fp8Rows, w: Fp8BlockWeight, offsets: Tensor, bias=None) -
 
 def quantized_by_torch(x: Tensor) -> tuple[Tensor, Tensor]:
     """On the CPU: torch on a GPU multiplies by 1 / 448 instead of dividing."""
-    data, scale = reference.quantize_rows(x.cpu())
+    data, scale = quantize_rows(x.cpu())
     return data.to(x.device), scale.to(x.device)
 
 
@@ -96,7 +97,7 @@ def test_rows_have_the_bits_of_torch(gemm_engine, dtype, shape):
     data, scale = quantized_by_torch(x)
     assert same_bits(rows.data, data) and same_bits(rows.scale.contiguous(), scale)
     for out in DTYPES:
-        assert torch.equal(rows.dequantize(out), (reference.dequantize_rows(data, scale)).to(out))
+        assert torch.equal(rows.dequantize(out), dequantize_rows(data, scale).to(out))
 
 
 def test_every_value_of_a_block_and_every_size_of_a_scale(gemm_engine):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
+from kimi_ops.moe.plan import PermutePlan
 from kimi_ops.operators import permute as _ops
-from kimi_ops.reference.permute import PermutePlan
 
 __all__ = [
     "PermutePlan",

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from kimi_ops.optim import engine
+from kimi_ops.optim.learning_rate import adjusted_lr
 from kimi_ops.optim.muon_blocks import blocks, ns_options
 from kimi_ops.optim.newton_schulz import as_matrices, newton_schulz
-from kimi_ops.reference.muon_clip import adjusted_lr
 
 _BATCH_ELEMENTS = 1 << 26  # of the updates that go through Newton-Schulz at once
 
