@@ -9,7 +9,9 @@ import torch
 from rounding import UNIT, fp8_bound
 from torch import Tensor
 
-from kimi_ops import Fp8BlockWeight, Fp8Rows, _fp8_ops, _native, grouped_gemm, info
+from kimi_ops import Fp8BlockWeight, Fp8Rows, _native, grouped_gemm, info
+from kimi_ops.formats import dequantize_rows, quantize_rows
+from kimi_ops.operators import fp8
 from kimi_ops.reference import quantized as reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -47,7 +49,7 @@ def operands(sizes, k: int, n: int, tail: int = 0) -> tuple[Fp8Rows, Fp8BlockWei
 
 def served(engine) -> bool:
     """By the kernel for Hopper, on a GPU or on the host."""
-    return engine.name.startswith(("cuda", "simt")) and _fp8_ops.served(
+    return engine.name.startswith(("cuda", "simt")) and fp8.served(
         torch.empty(0, device=engine.device)
     )
 
@@ -61,7 +63,7 @@ def allowed(engine, a: Fp8Rows, w: Fp8BlockWeight, offsets: Tensor, bias=None) -
 
 def quantized_by_torch(x: Tensor) -> tuple[Tensor, Tensor]:
     """On the CPU: torch on a GPU multiplies by 1 / 448 instead of dividing."""
-    data, scale = reference.quantize_rows(x.cpu())
+    data, scale = quantize_rows(x.cpu())
     return data.to(x.device), scale.to(x.device)
 
 
@@ -95,7 +97,7 @@ def test_rows_have_the_bits_of_torch(gemm_engine, dtype, shape):
     data, scale = quantized_by_torch(x)
     assert same_bits(rows.data, data) and same_bits(rows.scale.contiguous(), scale)
     for out in DTYPES:
-        assert torch.equal(rows.dequantize(out), (reference.dequantize_rows(data, scale)).to(out))
+        assert torch.equal(rows.dequantize(out), dequantize_rows(data, scale).to(out))
 
 
 def test_every_value_of_a_block_and_every_size_of_a_scale(gemm_engine):
@@ -188,7 +190,7 @@ def test_scales_in_any_strides_and_rows_of_a_view(product_engine):
 @pytest.mark.parametrize("k", [1, 100, 137])
 def test_any_depth(product_engine, k):
     a, w, offsets = operands((3, 4), k, 40)
-    _fp8_ops._warned.clear()
+    fp8._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         c = grouped_gemm(a, w, offsets, out_dtype=torch.float32)
@@ -196,7 +198,7 @@ def test_any_depth(product_engine, k):
     exact = twin(a, w, offsets)
     assert ((c.double() - exact).abs() <= allowed(product_engine, a, w, offsets)).all()
     copied = [w for w in caught if "weights are copied" in str(w.message)]
-    assert len(copied) == (1 if _fp8_ops.served(a.data) else 0)  # once
+    assert len(copied) == (1 if fp8.served(a.data) else 0)  # once
 
 
 def test_a_weight_at_any_address(product_engine):
@@ -283,7 +285,7 @@ def test_results_repeat_bitwise(product_engine):
 
 def test_gpus_without_the_kernel_are_named_once(gemm_engine):
     a, w, offsets = operands((3,), 32, 16)
-    _fp8_ops._warned.clear()
+    fp8._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -297,7 +299,7 @@ def test_gpus_without_the_kernel_are_named_once(gemm_engine):
 def test_info_says_what_serves_it():
     if not torch.cuda.is_available():
         assert info()["cuda"]["fp8"] == "none"
-    elif _fp8_ops.served(torch.empty(0, device="cuda")):
+    elif fp8.served(torch.empty(0, device="cuda")):
         assert info()["cuda"]["fp8"] == "cuda (sm_90a)"
     else:
         assert info()["cuda"]["fp8"] == "dequantised to bfloat16 at each call"

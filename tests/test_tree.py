@@ -27,8 +27,12 @@ def tracked(*suffixes):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_op_has_a_python_function_a_twin_and_tests(op):
-    for place in ("python/kimi_ops/{}.py", "python/kimi_ops/reference/{}.py", "tests/test_{}.py"):
+def test_every_op_has_a_python_function_an_operator_a_twin_and_tests(op):
+    package = ROOT / "python/kimi_ops"
+    assert [f for f in ("moe", "optim") if (package / f / f"{op}.py").exists()], op
+    for place in (
+        "python/kimi_ops/operators/{}.py", "python/kimi_ops/reference/{}.py", "tests/test_{}.py",
+    ):  # fmt: skip
         assert (ROOT / place.format(op)).exists(), place.format(op)
 
 

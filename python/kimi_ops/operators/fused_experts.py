@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
-from kimi_ops._grouped_gemm_ops import STORAGES, workspace
+from kimi_ops.operators.grouped_gemm import STORAGES
+from kimi_ops.operators.registry import register
+from kimi_ops.operators.tensors import dense_rows, huge_pages, workspace
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "situ": 2}  # kimi_activation
 Weights = tuple[int, int, int, int, int, int]
@@ -70,10 +72,6 @@ def _describe(matrices: Tensor, scale: Tensor | None) -> Weights:
     )  # fmt: skip
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-
-
 # ---- forward
 
 
@@ -86,8 +84,8 @@ def _implementation(
         x, w_gate_up, w_down, weights, row_map, source, offsets, gate_up_scale, down_scale,
         activation, save,
     )  # fmt: skip
-    _native.huge_pages(gate_up)
-    x, weights = _dense_rows(x), weights.contiguous()
+    huge_pages(gate_up)
+    x, weights = dense_rows(x), weights.contiguous()
     row_map, source, offsets = row_map.contiguous(), source.contiguous(), offsets.contiguous()
     experts, dtype = w_gate_up.shape[0], _native.DTYPES[x.dtype]
     sizes = (x.shape[0], x.shape[1], w_gate_up.shape[1] // 2)
@@ -145,10 +143,10 @@ def _backward_implementation(
         dy, x, w_gate_up, w_down, weights, row_map, source, offsets, gate_up, activation, wanted
     )
     dx, grad_gate_up, grad_down, grad_weights = (
-        _native.huge_pages(output).data_ptr() if want else 0
+        huge_pages(output).data_ptr() if want else 0
         for output, want in zip(outputs, wanted, strict=True)
     )
-    dy, x, weights = _dense_rows(dy), _dense_rows(x), weights.contiguous()
+    dy, x, weights = dense_rows(dy), dense_rows(x), weights.contiguous()
     row_map, source, offsets = row_map.contiguous(), source.contiguous(), offsets.contiguous()
     gate_up = None if gate_up is None else gate_up.contiguous()
     experts, dtype = w_gate_up.shape[0], _native.DTYPES[x.dtype]
@@ -190,14 +188,14 @@ def _backward_outputs(
     return dx, grad_gate_up, grad_down, grad_weights
 
 
-backward = _native.register(
+backward = register(
     "fused_experts_backward(Tensor dy, Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, "
     "Tensor row_map, Tensor source, Tensor offsets, Tensor? gate_up, str activation, "
     "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_implementation,
     _backward_outputs,
 )
-forward = _native.register(
+forward = register(
     "fused_experts(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, Tensor row_map, "
     "Tensor source, Tensor offsets, Tensor? gate_up_scale, Tensor? down_scale, str activation, "
     "bool save) -> (Tensor, Tensor)",

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_ops import _check, _native
-from kimi_ops import _grouped_gemm_ops as _ops
-from kimi_ops.reference import quantized as maths
-from kimi_ops.reference.grouped_gemm import _expert_of_row, _live_rows
+from kimi_ops import _check, _native, formats
+from kimi_ops.operators import grouped_gemm as _ops
+from kimi_ops.operators.registry import define
+from kimi_ops.reference.grouped_gemm import expert_of_row, live_rows
 
 FP8 = torch.float8_e4m3fn
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,7 +32,7 @@ def warn_once(text: str) -> None:
 
 
 def blocks(size: int) -> int:
-    return -(-size // maths.FP8_BLOCK)
+    return -(-size // formats.FP8_BLOCK)
 
 
 def scales_like(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -62,7 +62,7 @@ def _rows_output(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FP8), scales_like(x, x.shape[0], blocks(x.shape[1]))
 
 
-rows = _native.define("fp8_rows(Tensor x) -> (Tensor, Tensor)", _rows_implementation, _rows_output)
+rows = define("fp8_rows(Tensor x) -> (Tensor, Tensor)", _rows_implementation, _rows_output)
 
 # ---- product
 
@@ -95,7 +95,7 @@ def _run(
         if b.numel() == 0:
             out.copy_(_biased(out.new_zeros(out.shape, dtype=torch.float32), offsets, bias))
             return
-        wide = maths.dequantize_rows(a, a_scale)
+        wide = formats.dequantize_rows(a, a_scale)
         wide_bias = None if bias is None else bias.float()
         out.copy_(_ops.quantized(wide, b, b_scale, offsets, wide_bias, torch.float32))
         return
@@ -169,8 +169,8 @@ def _dequantized(
     )
     wide = torch.empty(b.shape, dtype=torch.bfloat16, device=b.device)
     for e in range(b.shape[0]):
-        wide[e] = maths.dequantize_fp8(b[e], b_scale[e])
-    a = maths.dequantize_rows(a, a_scale).bfloat16()
+        wide[e] = formats.dequantize_fp8(b[e], b_scale[e])
+    a = formats.dequantize_rows(a, a_scale).bfloat16()
     c = _ops.gemm(a, wide.transpose(1, 2), offsets, None, torch.float32)
     out.copy_(_biased(c, offsets, bias))
 
@@ -180,7 +180,7 @@ def _biased(c: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return c
     rows = c.shape[0]
-    return c + bias[_expert_of_row(rows, offsets)].masked_fill(~_live_rows(rows, offsets), 0)
+    return c + bias[expert_of_row(rows, offsets)].masked_fill(~live_rows(rows, offsets), 0)
 
 
 def _check_product(
@@ -256,7 +256,7 @@ def _product_output(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
 
 
-product = _native.define(
+product = define(
     "grouped_gemm_fp8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, "
     "Tensor? bias, ScalarType dtype) -> Tensor",
     _product_implementation,
@@ -293,7 +293,7 @@ def _product_out_fake(
     _ops.check_out("grouped_gemm", out, [a.shape[0], b.shape[1]], a)
 
 
-product_out = _native.define(
+product_out = define(
     "grouped_gemm_fp8_out(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, "
     "Tensor? bias, Tensor(a!) out) -> ()",
     _product_out_implementation,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
+from kimi_ops.operators.registry import define, register
 
 METHODS = {"standard": 0, "symmetric": 1, "gram": 2}  # kimi_newton_schulz_method
 
@@ -58,7 +59,7 @@ def _product_output(
     return a.new_empty((a.shape[0], b.shape[1]))
 
 
-matrix_product = _native.register(
+matrix_product = register(
     "matrix_product(Tensor a, Tensor b, Tensor? c, float alpha, float beta, bool symmetric) "
     "-> Tensor",
     _product_implementation,
@@ -136,7 +137,7 @@ def _chain_outputs(
     return images
 
 
-newton_schulz = _native.define(
+newton_schulz = define(
     "newton_schulz(Tensor[] g, float[] coefficients, int[] restarts, int method, ScalarType dtype, "
     "float eps) -> Tensor[]",
     _chain_implementation,

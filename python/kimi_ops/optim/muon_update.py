@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kimi_ops import _muon
-from kimi_ops.muon_blocks import blocks, ns_options
-from kimi_ops.newton_schulz import as_matrices, newton_schulz
-from kimi_ops.reference.muon_clip import adjusted_lr
+from kimi_ops.optim import engine
+from kimi_ops.optim.learning_rate import adjusted_lr
+from kimi_ops.optim.muon_blocks import blocks, ns_options
+from kimi_ops.optim.newton_schulz import as_matrices, newton_schulz
 
 _BATCH_ELEMENTS = 1 << 26  # of the updates that go through Newton-Schulz at once
 
@@ -35,7 +35,7 @@ def muon_update(work: list[Work], group: dict[str, Any]) -> None:
 
 def adamw_update(work: list[Work], group: dict[str, Any], clip: Tensor | None) -> None:
     """AdamW; `clip` is a factor of all gradients."""
-    _muon.adamw_(
+    engine.adamw_(
         [item.param for item in work],
         [item.grad if clip is None else item.grad * clip.to(item.grad.dtype) for item in work],
         [item.state["exp_avg"] for item in work],
@@ -72,7 +72,7 @@ def _batches(work: list[Work], group: dict[str, Any]) -> Iterator[list[Work]]:
 
 
 def _step(work: list[Work], group: dict[str, Any]) -> None:
-    updates = _muon.momenta_(
+    updates = engine.momenta_(
         [item.grad for item in work],
         [item.state["momentum_buffer"] for item in work],
         momentum=group["momentum"],
@@ -91,7 +91,7 @@ def _step(work: list[Work], group: dict[str, Any]) -> None:
             targets += matrices
             rates += [rate] * len(matrices)
             alive += [item.alive] * len(matrices)
-    _muon.apply_(
+    engine.apply_(
         targets,
         images,
         rates,

@@ -9,8 +9,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from kimi_ops import _check, _muon
-from kimi_ops.ns_schedule import METHODS, Coefficients, Triple, auto_restarts, schedule
+from kimi_ops import _check
+from kimi_ops.optim import engine
+from kimi_ops.optim.ns_schedule import METHODS, Coefficients, Triple, auto_restarts, schedule
 
 __all__ = ["newton_schulz", "schedule", "symmetric_matmul", "syrk"]
 
@@ -64,7 +65,7 @@ def newton_schulz(
     steps : int
         Number of iterations.
     coefficients : str, triple or list of triples
-        See :func:`kimi_ops.ns_schedule.schedule`.
+        See :func:`kimi_ops.optim.ns_schedule.schedule`.
     method : str
         ``"standard"`` (the iteration above); ``"symmetric"``, the same with the products whose
         result is symmetric computed by half; ``"gram"``, which iterates on the small [m, m]
@@ -76,7 +77,7 @@ def newton_schulz(
         elsewhere. The norm is always taken in fp32 or wider.
     restarts : str or sequence of int
         Steps before which the Gram form multiplies out X and starts anew; ``"auto"`` takes those of
-        :func:`kimi_ops.ns_schedule.tune_ns_restarts`, as few as keep it stable. The other methods
+        :func:`kimi_ops.tune_ns_restarts`, as few as keep it stable. The other methods
         have none.
     eps : float
         Lower bound of the norm: a matrix with a smaller one is not brought to unit length. 0 guards
@@ -130,7 +131,7 @@ def newton_schulz(
     for key, members in _by_road(tensors, method, dtype).items():
         road, arithmetic = key
         matrices = [x for i in members for x in as_matrices(tensors[i])]
-        done = _muon.orthogonalize(
+        done = engine.orthogonalize(
             matrices,
             rows,
             method=road,
@@ -161,7 +162,7 @@ def _by_road(
             fine = torch.float32 if on_cpu else torch.float16
             arithmetic = fine if road == "gram" else torch.bfloat16
         if road == "auto":
-            road = _muon.cheapest(tensor, arithmetic)
+            road = engine.cheapest(tensor, arithmetic)
         roads.setdefault((road, arithmetic), []).append(index)
     return roads
 
@@ -246,7 +247,7 @@ def syrk(a: Tensor, *, c: Tensor | None = None, alpha: float = 1.0, beta: float 
     _check_matrices("syrk", "a", a)
     shape = (*a.shape[:-1], a.shape[-2])
     _check_operand("syrk", "c", c, a, shape)
-    return _batched("syrk", _muon.syrk, (a,), c, alpha, beta, shape)
+    return _batched("syrk", engine.syrk, (a,), c, alpha, beta, shape)
 
 
 def symmetric_matmul(
@@ -292,7 +293,7 @@ def symmetric_matmul(
     for name, operand in (("b", b), ("c", c)):
         _check_operand("symmetric_matmul", name, operand, a, tuple(a.shape))
     return _batched(
-        "symmetric_matmul", _muon.symmetric_matmul, (a, b), c, alpha, beta, tuple(a.shape)
+        "symmetric_matmul", engine.symmetric_matmul, (a, b), c, alpha, beta, tuple(a.shape)
     )
 
 

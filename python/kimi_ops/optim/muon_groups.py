@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kimi_ops.reference.muon_clip import AdjustLr
+from kimi_ops.optim.learning_rate import AdjustLr
 
 _Cut = tuple[int | None, int, tuple[int, ...] | None]  # num_heads, head_dim, split_sizes
 _WHOLE: _Cut = (None, 0, None)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kimi_ops import _check
-from kimi_ops.qk_clip import qk_clip_
+from kimi_ops.optim.qk_clip import qk_clip_
 
 _MLA = ("kv_b_proj", "max_logits", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _MHA = ("q_proj", "k_proj", "max_logits", "num_heads", "num_kv_heads", "head_dim")

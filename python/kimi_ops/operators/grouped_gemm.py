@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
+from kimi_ops.operators.registry import register
+from kimi_ops.operators.tensors import huge_pages, with_a_unit_stride, workspace
 from kimi_ops.reference import grouped_gemm as reference
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -19,17 +21,6 @@ STORAGES = {**_native.DTYPES, torch.float8_e4m3fn: 3, torch.int32: 4}  # kimi_st
 
 def is_native(x: Tensor) -> bool:
     return x.dtype in _native.DTYPES
-
-
-def with_a_unit_stride(x: Tensor) -> Tensor:
-    """x, or a copy where neither rows nor columns lie side by side (an expanded gradient)."""
-    return x if 1 in x.stride() or x.numel() < 2 else x.contiguous()
-
-
-def workspace(op: str, like: Tensor, *sizes: int) -> Tensor:
-    _native.share_threads()
-    size = _native.workspace_bytes(op, like, *sizes)
-    return _native.huge_pages(like.new_empty((size,), dtype=torch.uint8))
 
 
 def check_offset_values(op: str, offsets: Tensor, rows: int) -> None:
@@ -126,7 +117,7 @@ def _run(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Tensor
 def _gemm_implementation(
     a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    out = _native.huge_pages(_gemm_output(a, b, offsets, bias, dtype))
+    out = huge_pages(_gemm_output(a, b, offsets, bias, dtype))
     _run(a, b, offsets, bias, out)
     return out
 
@@ -162,7 +153,7 @@ def _gemm_backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
     return da, db, None, dbias, None
 
 
-gemm = _native.register(
+gemm = register(
     "grouped_gemm(Tensor a, Tensor b, Tensor offsets, Tensor? bias, ScalarType dtype) -> Tensor",
     _gemm_implementation,
     _gemm_output,
@@ -193,7 +184,7 @@ def check_out(op: str, out: Tensor, shape: list[int], a: Tensor) -> None:
         )
 
 
-gemm_out = _native.register(
+gemm_out = register(
     "grouped_gemm_out(Tensor a, Tensor b, Tensor offsets, Tensor? bias, Tensor(a!) out) -> ()",
     _gemm_out_implementation,
     _gemm_out_fake,
@@ -240,7 +231,7 @@ def _run_wgrad(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: 
 
 
 def _wgrad_implementation(a: Tensor, dc: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    out = _native.huge_pages(_wgrad_output(a, dc, offsets, dtype))
+    out = huge_pages(_wgrad_output(a, dc, offsets, dtype))
     _run_wgrad(a, dc, offsets, out, False)
     return out
 
@@ -250,7 +241,7 @@ def _wgrad_output(a: Tensor, dc: Tensor, offsets: Tensor, dtype: torch.dtype) ->
     return a.new_empty((offsets.shape[0], a.shape[1], dc.shape[1]), dtype=dtype)
 
 
-wgrad = _native.register(
+wgrad = register(
     "grouped_gemm_wgrad(Tensor a, Tensor dc, Tensor offsets, ScalarType dtype) -> Tensor",
     _wgrad_implementation,
     _wgrad_output,
@@ -271,7 +262,7 @@ def _wgrad_out_fake(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumul
     check_out("grouped_gemm_wgrad", out, [offsets.shape[0], a.shape[1], dc.shape[1]], a)
 
 
-wgrad_out = _native.register(
+wgrad_out = register(
     "grouped_gemm_wgrad_out(Tensor a, Tensor dc, Tensor offsets, Tensor(a!) out, bool accumulate) "
     "-> ()",
     _wgrad_out_implementation,
@@ -284,7 +275,7 @@ wgrad_out = _native.register(
 def _quantized_implementation(
     a: Tensor, data: Tensor, scale: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    out = _native.huge_pages(_quantized_output(a, data, scale, offsets, bias, dtype))
+    out = huge_pages(_quantized_output(a, data, scale, offsets, bias, dtype))
     if a.device.type != "cpu":
         raise TypeError(
             f"quantized_gemm: a: expected a CPU tensor, got {a.device}; dequantise the weight"
@@ -327,7 +318,7 @@ def _quantized_output(
     return a.new_empty((a.shape[0], n), dtype=dtype)
 
 
-quantized = _native.register(
+quantized = register(
     "quantized_gemm(Tensor a, Tensor data, Tensor scale, Tensor offsets, Tensor? bias, "
     "ScalarType dtype) -> Tensor",
     _quantized_implementation,

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops import _fused_experts_ops as _ops
-from kimi_ops.grouped_gemm import autocast, grouped_gemm
-from kimi_ops.permute import check_ids, permute, permute_plan, unpermute
-from kimi_ops.quantized import QuantizedWeight
+from kimi_ops.moe.grouped_gemm import grouped_gemm
+from kimi_ops.moe.permute import check_ids, permute, permute_plan, unpermute
+from kimi_ops.moe.quantized import QuantizedWeight
+from kimi_ops.operators import fused_experts as _ops
+from kimi_ops.operators.tensors import autocast
 from kimi_ops.reference import fused_experts as reference
 
 __all__ = ["fused_experts"]
@@ -64,8 +65,7 @@ def fused_experts(
     Examples
     --------
     >>> import torch
-    >>> from kimi_ops.fused_experts import fused_experts
-    >>> from kimi_ops.topk_gate import topk_gate
+    >>> from kimi_ops import fused_experts, topk_gate
     >>> x = torch.randn(5, 8)
     >>> gate = topk_gate(torch.randn(5, 4), 2)
     >>> w_gate_up, w_down = torch.randn(4, 12, 8), torch.randn(4, 8, 6)

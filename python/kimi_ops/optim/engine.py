@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_ops import _muon_clip_ops, _native, _newton_schulz_ops, _qk_clip_ops
+from kimi_ops import _native
+from kimi_ops.operators import muon_clip, newton_schulz, qk_clip
 from kimi_ops.reference import muon_clip as twin_passes
 from kimi_ops.reference import newton_schulz as twin
 from kimi_ops.reference import qk_clip as twin_clip
@@ -31,7 +32,7 @@ def served(*tensors: Tensor | None) -> bool:
 def syrk(a: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """alpha a a^T + beta c, lower triangle computed and mirrored; a [m, k]."""
     if served(a, c):
-        return _newton_schulz_ops.matrix_product(a, a.mT, c, alpha, beta, True)
+        return newton_schulz.matrix_product(a, a.mT, c, alpha, beta, True)
     return twin.syrk(a, c, alpha, beta)
 
 
@@ -40,7 +41,7 @@ def symmetric_matmul(
 ) -> Tensor:
     """alpha a b + beta c where that is symmetric, lower triangle computed and mirrored; [m, m]."""
     if served(a, b, c):
-        return _newton_schulz_ops.matrix_product(a, b, c, alpha, beta, True)
+        return newton_schulz.matrix_product(a, b, c, alpha, beta, True)
     return twin.symmetric_matmul(a, b, c, alpha, beta)
 
 
@@ -49,7 +50,7 @@ def matmul(
 ) -> Tensor:
     """alpha a b + beta c; a [m, k], b [k, n]."""
     if served(a, b, c):
-        return _newton_schulz_ops.matrix_product(a, b, c, alpha, beta, False)
+        return newton_schulz.matrix_product(a, b, c, alpha, beta, False)
     return twin.matmul(a, b, c, alpha, beta)
 
 
@@ -93,10 +94,10 @@ def orthogonalize(
             matrix, rows, method=method, restarts=restarts, dtype=dtype, eps=eps, products=engine
         )
     numbers = [number for row in rows for number in row]
-    code = _newton_schulz_ops.METHODS[method]
+    code = newton_schulz.METHODS[method]
     for members in alike.values():
         group = [matrices[i] for i in members]
-        done = _newton_schulz_ops.newton_schulz(group, numbers, restarts, code, dtype, eps)
+        done = newton_schulz.newton_schulz(group, numbers, restarts, code, dtype, eps)
         for i, image in zip(members, done, strict=True):
             images[i] = image
     return [image for image in images if image is not None]
@@ -108,14 +109,14 @@ def orthogonalize(
 def attention_max_logits(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
     """Largest logit of each head; q [B, heads, Sq, D], k [B, kv_heads, Sk, D]."""
     if served(q, k):
-        return _qk_clip_ops.attention_max_logits(q, k, scale, causal)
+        return qk_clip.attention_max_logits(q, k, scale, causal)
     return twin_clip.attention_max_logits(q, k, scale, causal)
 
 
 def scale_rows_(weight: Tensor, heads: int, start: int, stop: int, factor: Tensor) -> None:
     """Rows start..stop of every head's block of weight [heads * rows, in] times factor [heads]."""
     if served(weight) and factor.dtype == torch.float32:
-        _qk_clip_ops.scale_rows_(weight, factor, start, stop)
+        qk_clip.scale_rows_(weight, factor, start, stop)
     else:
         twin_clip.scale_rows_(weight, heads, start, stop, factor)
 
@@ -135,7 +136,7 @@ def momenta_(
     """Move the buffers towards the gradients; returns what Newton-Schulz takes, new tensors."""
     updates: list[Tensor | None] = [None] * len(grads)
     for members in _alike(alive, grads, buffers):
-        done = _muon_clip_ops.muon_momentum_(
+        done = muon_clip.muon_momentum_(
             [grads[i] for i in members], [buffers[i] for i in members], momentum, nesterov, maximize
         )
         for i, update in zip(members, done, strict=True):
@@ -166,7 +167,7 @@ def apply_(
     """Decay the matrices `params` by lr weight_decay, step against `directions` by `rates`."""
     left = set(range(len(params)))
     for members in _alike(alive, params, directions):
-        _muon_clip_ops.muon_update_(
+        muon_clip.muon_update_(
             [params[i] for i in members],
             [directions[i] for i in members],
             [rates[i] for i in members],
@@ -208,7 +209,7 @@ def adamw_(
         if any(state.dtype != torch.float32 for state in lists[2] + lists[3]):
             continue
         numbers = [steps[i] for i in members]
-        _muon_clip_ops.adamw_(*lists, numbers, lr, *betas, eps, weight_decay, maximize, cautious)
+        muon_clip.adamw_(*lists, numbers, lr, *betas, eps, weight_decay, maximize, cautious)
         left.difference_update(members)
     for i in sorted(left):
         twin_passes.adamw_(
@@ -232,7 +233,7 @@ def squares(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device if tensors else None
     sums = torch.zeros(len(tensors), dtype=torch.float64, device=device)
     for members in _alike([None] * len(tensors), tensors):
-        sums[members] = _muon_clip_ops.squares([tensors[i] for i in members])
+        sums[members] = muon_clip.squares([tensors[i] for i in members])
     for i, tensor in enumerate(tensors):
         if not served(tensor):
             norm = torch.linalg.vector_norm(tensor.contiguous(), dtype=torch.float64)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The operators behind `kimi_ops.qk_clip` on CPU tensors: native calls and fake tensors."""
+"""The operators behind `kimi_ops.qk_clip_` on CPU tensors: native calls and fake tensors."""
 
 import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
+from kimi_ops.operators.registry import register
 
 
 def _max_logits_implementation(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
@@ -30,7 +31,7 @@ def _max_logits_output(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tens
     return q.new_empty((q.shape[1],), dtype=torch.float32)
 
 
-attention_max_logits = _native.register(
+attention_max_logits = register(
     "attention_max_logits(Tensor q, Tensor k, float scale, bool causal) -> Tensor",
     _max_logits_implementation,
     _max_logits_output,
@@ -64,7 +65,7 @@ def _nothing(weight: Tensor, factors: Tensor, first: int, last: int) -> None:
     return None
 
 
-scale_rows_ = _native.register(
+scale_rows_ = register(
     "scale_rows_(Tensor(a!) weight, Tensor factors, int first, int last) -> ()",
     _scale_rows_implementation,
     _nothing,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
+from kimi_ops.operators.registry import register
+from kimi_ops.operators.tensors import dense_rows
 
 SCORE_FUNCTIONS = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}  # kimi_score_function
 MAX_EXPERTS = 1024
@@ -145,11 +147,6 @@ def _limit_of_k(topk_groups: int, size: int) -> str:
     return f" (at most {MAX_K}, and {topk_groups} group(s) of {size} experts take part)"
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [T, E] with elements of a row side by side; the row stride stays free."""
-    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
-
-
 def _forward(
     logits: Tensor, k: int, score_function: str, expert_bias: Tensor | None, num_groups: int,
     topk_groups: int, group_score_topk: int, renormalize: bool, scaling_factor: float,
@@ -160,7 +157,7 @@ def _forward(
         renormalize, scaling_factor, valid,
     )  # fmt: skip
     tokens, experts = logits.shape
-    logits = _rows(logits)
+    logits = dense_rows(logits)
     bias = None if expert_bias is None else expert_bias.contiguous()
     mask = None if valid is None else valid.contiguous()
     weights, indices, counts = _outputs(logits, k)
@@ -212,7 +209,7 @@ def _backward_implementation(
     _check.shape(op, "indices", indices, (tokens, "K"))
     _check.dtype(op, "grad_weights", grad_weights, (torch.float32,))
     _check.shape(op, "grad_weights", grad_weights, tuple(indices.shape))
-    logits = _rows(logits)
+    logits = dense_rows(logits)
     grad = _like_rows(grad_weights, logits)
     grad_weights, indices = grad_weights.contiguous(), indices.contiguous()
     _native.call(
@@ -227,13 +224,13 @@ def _like_rows(grad_weights: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-_topk_gate_backward = _native.register(
+_topk_gate_backward = register(
     "topk_gate_backward(Tensor grad_weights, Tensor logits, Tensor indices, str score_function, "
     "bool renormalize, float scaling_factor) -> Tensor",
     _backward_implementation,
     _like_rows,
 )
-_topk_gate = _native.register(
+_topk_gate = register(
     "topk_gate(Tensor logits, int k, str score_function, Tensor? expert_bias, int num_groups, "
     "int topk_groups, int group_score_topk, bool renormalize, float scaling_factor, "
     "Tensor? valid) -> (Tensor, Tensor, Tensor)",

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kimi_ops.muon_blocks import check_group, names, state_dtype
-from kimi_ops.muon_groups import muon_param_groups
-from kimi_ops.muon_shards import Shards
-from kimi_ops.muon_update import Work, adamw_update, muon_update
-from kimi_ops.ns_schedule import Coefficients
-from kimi_ops.qk_clip_layers import QKClip
-from kimi_ops.reference.muon_clip import AdjustLr
+from kimi_ops.optim.group_checks import check_group
+from kimi_ops.optim.learning_rate import AdjustLr
+from kimi_ops.optim.muon_blocks import names, state_dtype
+from kimi_ops.optim.muon_groups import muon_param_groups
+from kimi_ops.optim.muon_shards import Shards
+from kimi_ops.optim.muon_update import Work, adamw_update, muon_update
+from kimi_ops.optim.ns_schedule import Coefficients
+from kimi_ops.optim.qk_clip_layers import QKClip
 
 __all__ = ["MuonClip", "QKClip", "muon_param_groups"]
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from kimi_ops import _check
-from kimi_ops import _fp8_ops as _ops
-from kimi_ops.reference import quantized as maths
+from kimi_ops import _check, formats
+from kimi_ops.operators import fp8 as _ops
 
 if TYPE_CHECKING:
-    from kimi_ops.quantized import Fp8BlockWeight
+    from kimi_ops.moe.quantized import Fp8BlockWeight
 
 __all__ = ["Fp8Rows", "fp8_gemm"]
 
@@ -98,7 +97,7 @@ class Fp8Rows:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[R, K]: data * scale in fp32, rounded once to `dtype`."""
-        return maths.dequantize_rows(self.data, self.scale).to(dtype)
+        return formats.dequantize_rows(self.data, self.scale).to(dtype)
 
     @property
     def shape(self) -> torch.Size:

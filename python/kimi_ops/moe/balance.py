@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
-from kimi_ops.topk_gate import MAX_EXPERTS, SCORE_FUNCTIONS, _rows
+from kimi_ops.moe.topk_gate import MAX_EXPERTS, SCORE_FUNCTIONS
+from kimi_ops.operators.registry import register
+from kimi_ops.operators.tensors import dense_rows
 
 
 def update_expert_bias_(
@@ -203,7 +205,7 @@ def _loss_forward(
     logits: Tensor, indices: Tensor, num_sequences: int, score_function: str, coefficient: float
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
-    logits, indices = _rows(logits), indices.contiguous()
+    logits, indices = dense_rows(logits), indices.contiguous()
     loss, counts = _loss_outputs(logits, indices, num_sequences)
     size = _native._C.sequence_balance_loss_workspace_bytes(tokens, num_sequences, experts)
     workspace = logits.new_empty((size,), dtype=torch.uint8)
@@ -244,7 +246,7 @@ def _loss_backward_implementation(
     coefficient: float,
 ) -> Tensor:  # fmt: skip
     tokens, experts = logits.shape
-    logits, counts = _rows(logits), tokens_per_expert.contiguous()
+    logits, counts = dense_rows(logits), tokens_per_expert.contiguous()
     grad = _like_rows(grad_loss, logits)
     _native.call(
         "sequence_balance_loss_backward", logits, grad_loss.data_ptr(), logits.data_ptr(),
@@ -262,7 +264,7 @@ def _z_forward(
     logits: Tensor, coefficient: float, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
-    logits = _rows(logits)
+    logits = dense_rows(logits)
     mask = None if valid is None else valid.contiguous()
     loss, log_sum_exp, valid_tokens = _z_outputs(logits)
     workspace = logits.new_empty((_native._C.z_loss_workspace_bytes(tokens),), dtype=torch.uint8)
@@ -296,7 +298,7 @@ def _z_backward_implementation(
     grad_loss: Tensor, logits: Tensor, log_sum_exp: Tensor, valid_tokens: Tensor, coefficient: float
 ) -> Tensor:
     tokens, experts = logits.shape
-    logits, log_sum_exp = _rows(logits), log_sum_exp.contiguous()
+    logits, log_sum_exp = dense_rows(logits), log_sum_exp.contiguous()
     grad = _like_rows(grad_loss, logits)
     _native.call(
         "z_loss_backward", logits, grad_loss.data_ptr(), logits.data_ptr(), log_sum_exp.data_ptr(),
@@ -306,19 +308,19 @@ def _z_backward_implementation(
     return grad
 
 
-_update_expert_bias = _native.register(
+_update_expert_bias = register(
     "update_expert_bias_(Tensor(a!) bias, Tensor tokens_per_expert, float rate, bool centered) "
     "-> ()",
     _update,
     _nothing,
 )
-_balance_loss_backward = _native.register(
+_balance_loss_backward = register(
     "sequence_balance_loss_backward(Tensor grad_loss, Tensor logits, Tensor tokens_per_expert, "
     "int top_k, str score_function, float coefficient) -> Tensor",
     _loss_backward_implementation,
     _like_rows,
 )
-_balance_loss = _native.register(
+_balance_loss = register(
     "sequence_balance_loss(Tensor logits, Tensor indices, SymInt num_sequences, "
     "str score_function, float coefficient) -> (Tensor, Tensor)",
     _loss_forward,
@@ -326,13 +328,13 @@ _balance_loss = _native.register(
     _loss_context,
     _loss_backward,
 )
-_z_loss_backward = _native.register(
+_z_loss_backward = register(
     "z_loss_backward(Tensor grad_loss, Tensor logits, Tensor log_sum_exp, Tensor valid_tokens, "
     "float coefficient) -> Tensor",
     _z_backward_implementation,
     _like_rows,
 )
-_z_loss = _native.register(
+_z_loss = register(
     "z_loss(Tensor logits, float coefficient, Tensor? valid) -> (Tensor, Tensor, Tensor)",
     _z_forward,
     _z_outputs,

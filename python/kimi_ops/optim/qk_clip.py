@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kimi_ops import _muon, _native
+from kimi_ops import _native
+from kimi_ops.optim import engine
 from kimi_ops.reference.qk_clip import clip_factor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -101,7 +102,7 @@ def attention_max_logits(q: Tensor, k: Tensor, scale: float, *, causal: bool = T
             f"pass causal=False"
         )
     with torch.no_grad(), _native.no_autocast(q.device.type):  # it would round the logits
-        return _muon.attention_max_logits(q, k, float(scale), causal)
+        return engine.attention_max_logits(q, k, float(scale), causal)
 
 
 def _rows(name: str, weight: Tensor | Sequence[Tensor], heads: int, per_head: int) -> list[Tensor]:
@@ -265,9 +266,9 @@ def qk_clip_(
             gamma = group.repeat_interleave(heads // key_heads)
             query_factor, key_factor = gamma**alpha, group ** (1 - alpha)
         for weight in queries:
-            _muon.scale_rows_(weight, heads, 0, clipped, query_factor)
+            engine.scale_rows_(weight, heads, 0, clipped, query_factor)
             if layout == "mla":
-                _muon.scale_rows_(weight, heads, clipped, query_rows, gamma)
+                engine.scale_rows_(weight, heads, clipped, query_rows, gamma)
         for weight in keys:
-            _muon.scale_rows_(weight, key_heads, 0, clipped, key_factor)
+            engine.scale_rows_(weight, key_heads, 0, clipped, key_factor)
     return gamma

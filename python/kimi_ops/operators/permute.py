@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """x [R, H] with elements of a row side by side; the row stride stays free."""
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+from kimi_ops.operators.registry import register
+from kimi_ops.operators.tensors import dense_rows
 
 
 def _check_maps(op: str, row_map: Tensor, source: Tensor, rows: tuple[str, Tensor]) -> None:
@@ -56,7 +53,7 @@ def _plan_outputs(
     )
 
 
-plan = _native.register(
+plan = register(
     "permute_plan(Tensor indices, int num_experts, int align) -> (Tensor, Tensor, Tensor, Tensor)",
     _plan_implementation,
     _plan_outputs,
@@ -68,7 +65,7 @@ plan = _native.register(
 def _permute_implementation(x: Tensor, row_map: Tensor, source: Tensor) -> Tensor:
     _check_maps("permute", row_map, source, ("x", x))
     _check.shape("permute", "x", x, (row_map.shape[0], "H"))
-    x, row_map, source = _dense_rows(x), row_map.contiguous(), source.contiguous()
+    x, row_map, source = dense_rows(x), row_map.contiguous(), source.contiguous()
     y = _permute_output(x, row_map, source)
     size = x.element_size()
     _native.call(
@@ -91,7 +88,7 @@ def _permute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return unpermute(dy, row_map, source, None), None, None
 
 
-permute = _native.register(
+permute = register(
     "permute(Tensor x, Tensor row_map, Tensor source) -> Tensor",
     _permute_implementation,
     _permute_output,
@@ -111,7 +108,7 @@ def _unpermute_implementation(
     if weights is not None:
         _check.dtype("unpermute", "weights", weights, (torch.float32,))
         _check.shape("unpermute", "weights", weights, tuple(row_map.shape))
-    y, row_map = _dense_rows(y), row_map.contiguous()
+    y, row_map = dense_rows(y), row_map.contiguous()
     weights = None if weights is None else weights.contiguous()
     x = _unpermute_output(y, row_map)
     _native.call(
@@ -149,7 +146,7 @@ def _gradients_implementation(
     _check.shape(op, "grad_x", dx, (row_map.shape[0], y.shape[1]))
     _check.dtype(op, "weights", weights, (torch.float32,))
     _check.shape(op, "weights", weights, tuple(row_map.shape))
-    dx, y = _dense_rows(dx), _dense_rows(y)
+    dx, y = dense_rows(dx), dense_rows(y)
     row_map, source, weights = row_map.contiguous(), source.contiguous(), weights.contiguous()
     grad_y, grad_weights = _gradients_outputs(dx, y, row_map, source, weights)
     _native.call(
@@ -167,13 +164,13 @@ def _gradients_outputs(
     return y.new_empty(y.shape), weights.new_empty(weights.shape)
 
 
-unpermute_gradients = _native.register(
+unpermute_gradients = register(
     "unpermute_backward(Tensor grad_x, Tensor y, Tensor row_map, Tensor source, Tensor weights) "
     "-> (Tensor, Tensor)",
     _gradients_implementation,
     _gradients_outputs,
 )
-unpermute = _native.register(
+unpermute = register(
     "unpermute(Tensor y, Tensor row_map, Tensor source, Tensor? weights) -> Tensor",
     _unpermute_implementation,
     _unpermute_output,
@@ -193,7 +190,7 @@ def _sort_chunks_implementation(
         _check.dtype(op, name, ids, (torch.int32,))
         _check.shape(op, name, ids, (split_sizes.numel(),))
         _check.same_device(op, name, ids, "x", x)
-    x, split_sizes, order = _dense_rows(x), split_sizes.contiguous(), order.contiguous()
+    x, split_sizes, order = dense_rows(x), split_sizes.contiguous(), order.contiguous()
     y = x.new_empty(x.shape)
     size = x.element_size()
     _native.call(
@@ -217,7 +214,7 @@ def _sort_chunks_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, Non
     return sort_chunks(dy, split_sizes, order, not ctx.inverse), None, None, None
 
 
-sort_chunks = _native.register(
+sort_chunks = register(
     "sort_chunks(Tensor x, Tensor split_sizes, Tensor order, bool inverse) -> Tensor",
     _sort_chunks_implementation,
     _sort_chunks_output,

@@ -6,8 +6,9 @@ import os
 import torch
 from torch import Tensor
 
-from kimi_ops import _check, _native, _permute_ops
-from kimi_ops.reference.permute import PermutePlan
+from kimi_ops import _check, _native
+from kimi_ops.moe.plan import PermutePlan
+from kimi_ops.operators import permute as _ops
 
 __all__ = [
     "PermutePlan",
@@ -82,7 +83,7 @@ def permute_plan(indices: Tensor, num_experts: int, *, align: int = 1) -> Permut
         )
     if indices.device.type != "cpu":  # the CPU engine looks at every id by itself
         check_ids(op, indices, num_experts, num_experts)
-    return PermutePlan(*_permute_ops.plan(indices, num_experts, align))
+    return PermutePlan(*_ops.plan(indices, num_experts, align))
 
 
 def permute(x: Tensor, plan: PermutePlan) -> Tensor:
@@ -120,7 +121,7 @@ def permute(x: Tensor, plan: PermutePlan) -> Tensor:
     [[3.0, 4.0], [1.0, 2.0]]
     """
     _check_rows("permute", "x", x, plan.row_map, plan.row_map.shape[0], "T")
-    return _permute_ops.permute(x, plan.row_map, plan.source)
+    return _ops.permute(x, plan.row_map, plan.source)
 
 
 def permute_weights(weights: Tensor, plan: PermutePlan) -> Tensor:
@@ -151,9 +152,7 @@ def permute_weights(weights: Tensor, plan: PermutePlan) -> Tensor:
     """
     _check_weights("permute_weights", weights, plan)
     # A pair is a token with one slot.
-    return _permute_ops.permute(
-        weights.reshape(-1, 1), plan.row_map.reshape(-1, 1), plan.source
-    ).view(-1)
+    return _ops.permute(weights.reshape(-1, 1), plan.row_map.reshape(-1, 1), plan.source).view(-1)
 
 
 def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Tensor:
@@ -196,7 +195,7 @@ def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Te
     _check.dtype(op, "y", y, tuple(_native.DTYPES))
     if weights is not None:
         _check_weights(op, weights, plan)
-    return _permute_ops.unpermute(y, plan.row_map, plan.source, weights)
+    return _ops.unpermute(y, plan.row_map, plan.source, weights)
 
 
 def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
@@ -243,7 +242,7 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
         _check.shape(op, name, value, ("C",) if value is split_sizes else (len(split_sizes),))
         _check.same_device(op, name, value, "x", x)
     _check.between(op, "split_sizes.shape[0]", split_sizes.shape[0], 0, MAX_CHUNKS)
-    return _permute_ops.sort_chunks(x, split_sizes, order, False)
+    return _ops.sort_chunks(x, split_sizes, order, False)
 
 
 def check_ids(op: str, indices: Tensor, num_experts: int, highest: int | None = None) -> None:

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops import _grouped_gemm_ops as _ops
-from kimi_ops.fp8_rows import Fp8Rows, fp8_gemm
-from kimi_ops.quantized import Fp8BlockWeight, QuantizedWeight, quantized_gemm
+from kimi_ops.moe.fp8_rows import Fp8Rows, fp8_gemm
+from kimi_ops.moe.quantized import Fp8BlockWeight, QuantizedWeight, quantized_gemm
+from kimi_ops.operators import grouped_gemm as _ops
+from kimi_ops.operators.tensors import autocast
 
 __all__ = ["grouped_gemm", "grouped_gemm_wgrad"]
 
@@ -64,7 +65,7 @@ def grouped_gemm(
     Examples
     --------
     >>> import torch
-    >>> from kimi_ops.grouped_gemm import grouped_gemm
+    >>> from kimi_ops import grouped_gemm
     >>> a = torch.tensor([[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]])
     >>> b = torch.stack([torch.eye(2), 2 * torch.eye(2)])
     >>> grouped_gemm(a, b, torch.tensor([1, 2], dtype=torch.int32)).tolist()
@@ -126,7 +127,7 @@ def grouped_gemm_wgrad(
     Examples
     --------
     >>> import torch
-    >>> from kimi_ops.grouped_gemm import grouped_gemm_wgrad
+    >>> from kimi_ops import grouped_gemm_wgrad
     >>> a, dc = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])
     >>> grouped_gemm_wgrad(a, dc, torch.tensor([2, 2], dtype=torch.int32)).flatten().tolist()
     [11.0, 0.0]
@@ -162,16 +163,6 @@ def _fp8(
     offsets = _int32("grouped_gemm", offsets, a.shape[0])
     dtype = _result_dtype(torch.bfloat16, out, out_dtype)
     return fp8_gemm(a, b, offsets, bias, out, dtype)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x in the dtype of an enclosing `torch.autocast`, which leaves float64 alone; else x."""
-    kind = x.device.type
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return x
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _check_inputs(op: str, **inputs: Tensor) -> None:

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kimi_ops import _muon
-from kimi_ops.muon_blocks import cost
+from kimi_ops.optim import engine
+from kimi_ops.optim.muon_blocks import cost
 
 _CUTS = 8  # pieces of a parameter whose leading rows are independent
 _BUCKET = 1 << 25  # elements that travel at once
@@ -157,7 +157,7 @@ class Shards:
         device = self.pieces[0].param.device if self.pieces else None
         squares = torch.zeros(len(self.pieces), dtype=torch.float64, device=device)
         if gradients:
-            found = _muon.squares(list(gradients.values())).to(squares.device)
+            found = engine.squares(list(gradients.values())).to(squares.device)
             if len(gradients) == len(squares):
                 squares = found
             else:  # a list as an index travels to the device, and the host waits for it

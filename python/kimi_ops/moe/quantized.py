@@ -14,11 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kimi_ops import _check
-from kimi_ops import _grouped_gemm_ops as _ops
-from kimi_ops.fp8_rows import Fp8Rows
+from kimi_ops import _check, formats
+from kimi_ops.moe.fp8_rows import Fp8Rows
+from kimi_ops.operators import grouped_gemm as _ops
 from kimi_ops.reference import grouped_gemm as reference
-from kimi_ops.reference import quantized as maths
 
 __all__ = ["Fp8BlockWeight", "Fp8Rows", "Int4GroupWeight", "QuantizedWeight", "quantized_gemm"]
 
@@ -132,7 +131,7 @@ class Fp8BlockWeight(QuantizedWeight):
     def __post_init__(self) -> None:
         op = type(self).__name__
         _check_stack(op, "data", self.data, torch.float8_e4m3fn, ["E", "N", "K"])
-        grid = [-(-size // maths.FP8_BLOCK) for size in self.data.shape[1:]]
+        grid = [-(-size // formats.FP8_BLOCK) for size in self.data.shape[1:]]
         shape = [self.data.shape[0], *grid]
         _check_stack(op, "scale", self.scale, torch.float32, shape)
         _check.same_device(op, "scale", self.scale, "data", self.data)
@@ -149,16 +148,16 @@ class Fp8BlockWeight(QuantizedWeight):
     def empty(
         cls, experts: int, rows: int, columns: int, *, device: torch.device | str = "cpu"
     ) -> Self:
-        grid = [-(-size // maths.FP8_BLOCK) for size in (rows, columns)]
+        grid = [-(-size // formats.FP8_BLOCK) for size in (rows, columns)]
         data = torch.empty(experts, rows, columns, dtype=torch.float8_e4m3fn, device=device)
         return cls(data, torch.empty(experts, *grid, device=device, dtype=torch.float32))
 
     @staticmethod
     def _quantize_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
-        return maths.quantize_fp8(weight)
+        return formats.quantize_fp8(weight)
 
     def expert(self, index: int, dtype: torch.dtype) -> Tensor:
-        return maths.dequantize_fp8(self.data[index], self.scale[index]).to(dtype)
+        return formats.dequantize_fp8(self.data[index], self.scale[index]).to(dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -200,14 +199,14 @@ class Int4GroupWeight(QuantizedWeight):
         op = type(self).__name__
         _check_stack(op, "packed", self.packed, torch.int32, ["E", "N", "K / 8"])
         experts, rows, columns = self.shape
-        shape = [experts, rows, -(-columns // maths.INT4_GROUP)]
+        shape = [experts, rows, -(-columns // formats.INT4_GROUP)]
         _check_stack(op, "scale", self.scale, torch.bfloat16, shape)
         _check.same_device(op, "scale", self.scale, "packed", self.packed)
 
     @property
     def shape(self) -> torch.Size:
         experts, rows, words = self.packed.shape
-        return torch.Size((experts, rows, maths.INT4_WORD * words))
+        return torch.Size((experts, rows, formats.INT4_WORD * words))
 
     @property
     def device(self) -> torch.device:
@@ -218,20 +217,20 @@ class Int4GroupWeight(QuantizedWeight):
         cls, experts: int, rows: int, columns: int, *, device: torch.device | str = "cpu"
     ) -> Self:
         _check_columns(f"{cls.__name__}.empty", cls, columns)
-        words, groups = columns // maths.INT4_WORD, -(-columns // maths.INT4_GROUP)
+        words, groups = columns // formats.INT4_WORD, -(-columns // formats.INT4_GROUP)
         packed = torch.empty(experts, rows, words, dtype=torch.int32, device=device)
         return cls(packed, torch.empty(experts, rows, groups, dtype=torch.bfloat16, device=device))
 
     @staticmethod
     def _quantize_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
-        return maths.quantize_int4(weight)
+        return formats.quantize_int4(weight)
 
     def expert(self, index: int, dtype: torch.dtype) -> Tensor:
-        return maths.dequantize_int4(self.packed[index], self.scale[index]).to(dtype)
+        return formats.dequantize_int4(self.packed[index], self.scale[index]).to(dtype)
 
 
 def _check_columns(op: str, form: type[QuantizedWeight], columns: int) -> None:
-    if form is Int4GroupWeight and columns % maths.INT4_WORD:
+    if form is Int4GroupWeight and columns % formats.INT4_WORD:
         raise ValueError(
             f"{op}: weight: expected K, the last size, as a multiple of 8 nibbles a word, got "
             f"{columns}; pad it with zeros"

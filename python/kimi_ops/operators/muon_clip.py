@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators behind `kimi_ops.muon_clip` on CPU tensors: passes over lists of tensors, at least
+"""The operators behind `kimi_ops.MuonClip` on CPU tensors: passes over lists of tensors, at least
 one each (torch finds the kernels by the tensors)."""
 
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check, _native
+from kimi_ops.operators.registry import define
 
 _FLOATS = tuple(_native.DTYPES)
 
@@ -81,7 +82,7 @@ def _momentum_outputs(
     return [grad.new_empty(grad.shape, dtype=torch.float32) for grad in grads]
 
 
-muon_momentum_ = _native.define(
+muon_momentum_ = define(
     "muon_momentum_(Tensor[] grads, Tensor(a!)[] buffers, float momentum, bool nesterov, "
     "bool maximize) -> Tensor[]",
     _momentum_implementation,
@@ -134,7 +135,7 @@ def _no_update(
     return None
 
 
-muon_update_ = _native.define(
+muon_update_ = define(
     "muon_update_(Tensor(a!)[] params, Tensor[] directions, float[] rates, float decay, "
     "bool cautious) -> ()",
     _update_implementation,
@@ -181,7 +182,7 @@ def _no_adamw(*arguments: object) -> None:
     return None
 
 
-adamw_ = _native.define(
+adamw_ = define(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
     "bool maximize, bool cautious) -> ()",
@@ -207,4 +208,4 @@ def _squares_output(x: Sequence[Tensor]) -> Tensor:
     return torch.empty((len(x),), dtype=torch.float64)
 
 
-squares = _native.define("squares(Tensor[] x) -> Tensor", _squares_implementation, _squares_output)
+squares = define("squares(Tensor[] x) -> Tensor", _squares_implementation, _squares_output)

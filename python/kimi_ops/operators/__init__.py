@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""``torch.ops.kimi_ops.*``: schemas, implementations, fake tensors and gradients."""
