@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What other code is compiled or written against: schemas, signatures, C structs and symbols."""
+"""What other code is compiled or written against, and what checkpoints hold."""
 
 import inspect
 import json
@@ -13,6 +13,7 @@ import torch
 
 import kimi_ops
 from kimi_ops import _native
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = sorted((ROOT / "csrc").glob("kimi_ops*.h"))
@@ -39,6 +40,28 @@ def schemas() -> dict[str, str]:
             ):  # not torch's or Python's
                 found[f"{name}.{key}"] = _signature(member)
     return found
+
+
+def states() -> dict[str, Any]:
+    """What checkpoints hold: names, shapes and dtypes of tensors, and the keys around them."""
+    config = KimiK2Config.tiny()
+    model = KimiK2(config)
+    ours = kimi_ops.MuonClip(kimi_ops.muon_param_groups(model))
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    ours.step()
+    state = ours.state_dict()
+    kept = {tuple(sorted(entry)) for entry in state["state"].values()}
+    return {
+        "config.json": config.to_dict(),
+        "model": {name: _described(x) for name, x in model.state_dict().items()},
+        "optimizer group": sorted(state["param_groups"][0]),
+        "optimizer state": [list(keys) for keys in sorted(kept)],
+    }
+
+
+def _described(x: torch.Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
 def _signature(function: Any) -> str:

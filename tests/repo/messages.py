@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import kimi_ops
+import kimi_ops.models.kimi_k2
 
 
 def f(*shape: int) -> Tensor:
@@ -137,6 +138,9 @@ def good() -> dict[str, dict[str, Any]]:
         "qk_clip_": clip,
         "QKClip": {"layers": [layer()]},
         "MuonClip": {"params": [g(4, 6)]},
+        "models.kimi_k2.KimiK2Config": {},
+        "models.kimi_k2.KimiK2Config.from_dict": {"values": {}},
+        "models.kimi_k2.RopeScaling": {"factor": 4.0},
         "muon_param_groups": {"model": nn.Linear(4, 4)},
         "Fp8BlockWeight": {"data": fp8(2, 5, 8), "scale": f(2, 1, 1)},
         "Fp8BlockWeight.quantize": {"weight": f(2, 5, 8)},

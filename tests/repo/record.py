@@ -60,4 +60,5 @@ if __name__ == "__main__":
     save("messages", {case: messages.say(case) for case in load("messages")})
     save("schemas", interfaces.schemas())
     save("layouts", interfaces.layouts())
+    save("states", interfaces.states())
     save_outputs(engine_outputs())

@@ -32,6 +32,6 @@ def test_outputs_are_the_recorded_bits(gemm_engine):
     assert outputs.digests(gemm_engine.name) == recorded, f"if wanted: {record.COMMAND}"
 
 
-@pytest.mark.parametrize("name", ["schemas", "layouts"])
+@pytest.mark.parametrize("name", ["schemas", "layouts", "states"])
 def test_interfaces_are_the_recorded_ones(name):
     assert getattr(interfaces, name)() == record.load(name), f"if wanted: {record.COMMAND}"
