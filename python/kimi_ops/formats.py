@@ -19,6 +19,11 @@ INT4_MAX = 7  # -8 stays unused, as in the released checkpoints: the range is sy
 SMALLEST = 2.0**-126  # smallest normal number of fp32 and bf16: a scale below it has few bits
 
 
+def blocks(size: int) -> int:
+    """How many blocks of FP8 values a side of `size` has; the last may be ragged."""
+    return -(-size // FP8_BLOCK)
+
+
 def dequantize_fp8(
     weight: Tensor, scale: Tensor, block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)
 ) -> Tensor:

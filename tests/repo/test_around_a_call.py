@@ -27,9 +27,6 @@ OPS = {
     "fused_experts": ["x", "w_gate_up", "w_down", "weights"],
 }
 
-# Known: its ids are read in Python, which neither fake tensors nor a tracer allow.
-READ_IN_PYTHON = ("fused_experts",)
-
 
 class Call:
     """An op as a function of its differentiable arguments, to the first result."""
@@ -61,14 +58,6 @@ class Call:
 @pytest.fixture(params=OPS)
 def call(request):
     return Call(request.param)
-
-
-@pytest.fixture
-def traced(call, request):
-    """A call whose values nobody may read."""
-    if call.op in READ_IN_PYTHON:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="reads its ids in Python"))
-    return call
 
 
 def same(ours, theirs):
@@ -126,10 +115,10 @@ def test_subclasses_come_out_as_they_went_in(call):
     assert type(result) is Subclass and same(result.as_subclass(torch.Tensor), call(*call.inputs))
 
 
-def test_fake_tensors_have_the_shapes_of_real_ones(traced):
-    real = traced.results(*traced.inputs)
+def test_fake_tensors_have_the_shapes_of_real_ones(call):
+    real = call.results(*call.inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = traced.results(*map(mode.from_tensor, traced.inputs))
+        fake = call.results(*map(mode.from_tensor, call.inputs))
     for mine, other in zip(fake, real, strict=True):
         assert (mine.shape, mine.dtype, mine.stride()) == (other.shape, other.dtype, other.stride())
 
@@ -146,10 +135,10 @@ def test_dispatch_modes_see_the_operator(call):
     assert any(name.startswith("kimi_ops.") for name in seen)
 
 
-def test_graphs_hold_the_operator(traced):
-    inputs = traced.inputs
-    graph = make_fx(traced)(*inputs)
-    assert "torch.ops.kimi_ops." in graph.code and same(graph(*inputs), traced(*inputs))
+def test_graphs_hold_the_operator(call):
+    inputs = call.inputs
+    graph = make_fx(call)(*inputs)
+    assert "torch.ops.kimi_ops." in graph.code and same(graph(*inputs), call(*inputs))
 
 
 def test_vmap_is_a_loop(call):

@@ -4,12 +4,12 @@
 import torch
 from torch import Tensor
 
-from kimi_ops import _check
+from kimi_ops import _native
+from kimi_ops._autocast import autocast
 from kimi_ops.moe.grouped_gemm import grouped_gemm
-from kimi_ops.moe.permute import check_ids, permute, permute_plan, unpermute
+from kimi_ops.moe.permute import permute, permute_plan, unpermute
 from kimi_ops.moe.quantized import QuantizedWeight
-from kimi_ops.operators import fused_experts as _ops
-from kimi_ops.operators.tensors import autocast
+from kimi_ops.operators import fused_experts as operators
 from kimi_ops.reference import fused_experts as reference
 
 __all__ = ["fused_experts"]
@@ -72,82 +72,34 @@ def fused_experts(
     >>> fused_experts(x, w_gate_up, w_down, gate.weights, gate.indices).shape
     torch.Size([5, 8])
     """
-    op = "fused_experts"
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(
-            f"{op}: activation: expected one of {sorted(reference.ACTIVATIONS)}, got "
-            f"{activation!r}; choose one of these"
-        )
-    for name, value in (("x", x), ("weights", weights), ("indices", indices)):
-        _check.tensor(op, name, value)
-    x = autocast(x)
-    w_gate_up = w_gate_up if isinstance(w_gate_up, QuantizedWeight) else autocast(w_gate_up)
-    w_down = w_down if isinstance(w_down, QuantizedWeight) else autocast(w_down)
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise TypeError(
-            f"{op}: x: expected bfloat16, float16, float32 or float64, got {x.dtype}; convert it"
-        )
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    arguments = {"w_gate_up": w_gate_up, "w_down": w_down, "weights": weights, "indices": indices}
-    dtypes = {"w_gate_up": x.dtype, "w_down": x.dtype, "weights": wide, "indices": torch.int32}
-    for name, tensor in arguments.items():
-        if isinstance(tensor, QuantizedWeight):
-            if x.dtype == torch.float64 or x.device.type != "cpu":
-                raise TypeError(
-                    f"{op}: {name}: expected a Tensor beside {x.dtype} tokens on {x.device}, got "
-                    f"{type(tensor).__name__}; pass {name}.dequantize(x.dtype)"
-                )
-        elif tensor.dtype != dtypes[name]:
-            raise TypeError(
-                f"{op}: {name}: expected {dtypes[name]} beside {x.dtype} tokens, got "
-                f"{tensor.dtype}; convert it"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name}: expected device {x.device}, got {tensor.device}")
-    if x.dim() != 2:
-        raise ValueError(f"{op}: x: expected shape [T, H], got {list(x.shape)}; flatten the batch")
-    tokens, hidden = x.shape
-    if len(w_gate_up.shape) != 3 or w_gate_up.shape[2] != hidden or w_gate_up.shape[1] % 2:
-        raise ValueError(
-            f"{op}: w_gate_up: expected shape [E, 2F, H={hidden}], got {list(w_gate_up.shape)}; "
-            "stack gate rows over up rows"
-        )
-    experts, both, _ = w_gate_up.shape
-    if list(w_down.shape) != [experts, hidden, both // 2]:
-        raise ValueError(
-            f"{op}: w_down: expected shape {[experts, hidden, both // 2]}, got "
-            f"{list(w_down.shape)}; pass [E, H, F]"
-        )
-    if indices.dim() != 2 or indices.shape[0] != tokens or indices.shape[1] < 1:
-        raise ValueError(
-            f"{op}: indices: expected shape [T={tokens}, K >= 1], got {list(indices.shape)}"
-        )
-    if weights.shape != indices.shape:
-        raise ValueError(
-            f"{op}: weights: expected shape {list(indices.shape)}, got {list(weights.shape)}"
-        )
-    if not torch.compiler.is_compiling():  # there permute_plan refuses what is out of range
-        check_ids(op, indices, experts)
+    x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
+    (gate_up, down), scales = zip(*map(_stored, (w_gate_up, w_down)), strict=True)
+    tensors = (x, gate_up, down, weights, indices)
+    quantised = gate_up is not w_gate_up or down is not w_down
+    if not torch.compiler.is_dynamo_compiling():
+        result = _native.engine.eager.fused_experts(*tensors, *scales, activation, False)
+        if type(result) is not int:
+            return result[0]
+        wanted = result == _native.GRADIENT
+        if x.dtype == torch.float64 and result != _native.WATCHED:
+            if wanted:
+                _native.engine.fused_experts(*tensors, *scales, activation, False)  # checks
+            return reference.fused_experts(*tensors, activation)
+        if wanted and not quantised:
+            return operators.Layer.apply(*tensors, activation, not recompute)
     if x.dtype == torch.float64:
-        assert isinstance(w_gate_up, Tensor) and isinstance(w_down, Tensor)
-        return reference.fused_experts(x, w_gate_up, w_down, weights, indices, activation)
-    plan = permute_plan(indices, experts)
-    quantised = isinstance(w_gate_up, QuantizedWeight) or isinstance(w_down, QuantizedWeight)
-    wanted = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in (x, w_gate_up, w_down, weights)
-    )
-    if not (quantised and wanted):
-        matrices, scales = zip(*map(_stored, (w_gate_up, w_down)), strict=True)
-        y, _ = _ops.forward(
-            x, *matrices, weights, plan.row_map, plan.source, plan.offsets, *scales, activation,
-            wanted and not recompute,
-        )  # fmt: skip
-        return y
-    rows = permute(x, plan)
-    rows = grouped_gemm(rows, _transposed(w_gate_up), plan.offsets)
-    rows = reference.gated_activation(rows, activation)
-    rows = grouped_gemm(rows, _transposed(w_down), plan.offsets)
-    return unpermute(rows, plan, weights)
+        return reference.fused_experts(*tensors, activation)
+    plan = permute_plan(indices, gate_up.shape[0])
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors[:4])
+    if quantised and wanted:
+        rows = permute(x, plan)
+        rows = grouped_gemm(rows, _transposed(w_gate_up), plan.offsets)
+        rows = reference.gated_activation(rows, activation)
+        rows = grouped_gemm(rows, _transposed(w_down), plan.offsets)
+        return unpermute(rows, plan, weights)
+    ids = plan.row_map, plan.source, plan.offsets
+    save = wanted and not recompute
+    return operators.fused_experts(*tensors[:4], *ids, *scales, activation, save)[0]
 
 
 def _stored(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None]:

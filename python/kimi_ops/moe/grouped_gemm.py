@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.moe.fp8_rows import Fp8Rows, fp8_gemm
-from kimi_ops.moe.quantized import Fp8BlockWeight, QuantizedWeight, quantized_gemm
-from kimi_ops.operators import grouped_gemm as _ops
-from kimi_ops.operators.tensors import autocast
+from kimi_ops._autocast import autocast
+from kimi_ops.moe.quantized import Fp8BlockWeight, Fp8Rows, QuantizedWeight
+from kimi_ops.moe.quantized_gemm import fp8_gemm, quantized_gemm
+from kimi_ops.operators import grouped_gemm as operators
 
 __all__ = ["grouped_gemm", "grouped_gemm_wgrad"]
 
@@ -73,22 +73,17 @@ def grouped_gemm(
     """
     if isinstance(a, Fp8Rows):
         return _fp8(a, b, offsets, bias, out, out_dtype)
-    _check_inputs("grouped_gemm", a=a, offsets=offsets)
-    a, bias = autocast(a), None if bias is None else autocast(bias)
-    offsets = _int32("grouped_gemm", offsets, a.shape[0])
+    _check.tensor("grouped_gemm", "a", a)
+    a, b, bias = autocast(a, b, bias)
+    dtype = _result_dtype(a.dtype, out, out_dtype)
     if isinstance(b, QuantizedWeight):
-        dtype = _result_dtype(a.dtype, out, out_dtype)
         if out is not None:
             _refuse_gradients(a, bias, out)
-            _ops.check_out("grouped_gemm", out, [a.shape[0], b.shape[1]], a)
         return quantized_gemm(a, b, offsets, bias, out, dtype)
-    _check.tensor("grouped_gemm", "b", b)
-    b = autocast(b)
     if out is None:
-        return _ops.gemm(a, b, offsets, bias, out_dtype or a.dtype)
-    _result_dtype(a.dtype, out, out_dtype)
+        return operators.grouped_gemm(a, b, offsets, bias, dtype)
     _refuse_gradients(a, b, bias, out)
-    _ops.gemm_out(a, b, offsets, bias, out)
+    operators.grouped_gemm_out(a, b, offsets, bias, out)
     return out
 
 
@@ -132,18 +127,17 @@ def grouped_gemm_wgrad(
     >>> grouped_gemm_wgrad(a, dc, torch.tensor([2, 2], dtype=torch.int32)).flatten().tolist()
     [11.0, 0.0]
     """
-    _check_inputs("grouped_gemm_wgrad", a=a, dc=dc, offsets=offsets)
-    offsets = _int32("grouped_gemm_wgrad", offsets, a.shape[0])
     with torch.no_grad():
         if out is not None:
-            _ops.wgrad_out(a, dc, offsets, out, accumulate)
+            operators.grouped_gemm_wgrad_out(a, dc, offsets, out, accumulate)
             return out
         if accumulate:
             raise ValueError(
                 "grouped_gemm_wgrad: accumulate: expected out beside it, got none; pass the tensor "
                 "to add to"
             )
-        return _ops.wgrad(a, dc, offsets, a.dtype)
+        _check.tensor("grouped_gemm_wgrad", "a", a)
+        return operators.grouped_gemm_wgrad(a, dc, offsets, a.dtype)
 
 
 def _fp8(
@@ -159,29 +153,8 @@ def _fp8(
             f"grouped_gemm: b: expected a Fp8BlockWeight beside FP8 rows, got {type(b).__name__}; "
             "quantize it, or pass a.dequantize(dtype)"
         )
-    _check_inputs("grouped_gemm", offsets=offsets)
-    offsets = _int32("grouped_gemm", offsets, a.shape[0])
     dtype = _result_dtype(torch.bfloat16, out, out_dtype)
     return fp8_gemm(a, b, offsets, bias, out, dtype)
-
-
-def _check_inputs(op: str, **inputs: Tensor) -> None:
-    for name, value in inputs.items():
-        _check.tensor(op, name, value)
-        if value.dim() == 0:
-            raise ValueError(
-                f"{op}: {name}: expected rows, got a single number; pass the shape of the docs"
-            )
-
-
-def _int32(op: str, offsets: Tensor, rows: int) -> Tensor:
-    """int64 offsets as int32; what does not fit stays too large, so that it is refused."""
-    _check.dtype(op, "offsets", offsets, (torch.int32, torch.int64))
-    if offsets.dtype != torch.int64:
-        return offsets
-    if not torch.compiler.is_compiling() and offsets.dim() == 1:
-        _ops.check_offset_values(op, offsets, rows)  # the message shows what came
-    return offsets.clamp(-1, torch.iinfo(torch.int32).max).int()
 
 
 def _result_dtype(

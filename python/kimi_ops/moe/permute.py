@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Sorting token rows by expert, and the weighted way back."""
 
-import os
-
 import torch
 from torch import Tensor
 
-from kimi_ops import _check, _native
+from kimi_ops import _check
 from kimi_ops.moe.plan import PermutePlan
-from kimi_ops.operators import permute as _ops
+from kimi_ops.operators import permute as operators
 
 __all__ = [
     "PermutePlan",
@@ -18,10 +16,6 @@ __all__ = [
     "sort_chunks",
     "unpermute",
 ]
-
-MAX_EXPERTS = 1024
-MAX_CHUNKS = 65536
-MAX_ROWS = 2**31 - 1  # rows are int32; row * H is 64-bit arithmetic
 
 
 def permute_plan(indices: Tensor, num_experts: int, *, align: int = 1) -> PermutePlan:
@@ -68,22 +62,7 @@ def permute_plan(indices: Tensor, num_experts: int, *, align: int = 1) -> Permut
     -----
     The dense [T, K] map is the index-map form of TransformerEngine's and vLLM's MoE permutation.
     """
-    op = "permute_plan"
-    _check.tensor(op, "indices", indices)
-    _check.dtype(op, "indices", indices, (torch.int32,))
-    _check.shape(op, "indices", indices, ("T", "K"), "reshape to one row a token")
-    _check.between(op, "indices.shape[1]", indices.shape[1], 1, MAX_ROWS)
-    _check.between(op, "num_experts", num_experts, 1, MAX_EXPERTS)
-    _check.between(op, "align", align, 1, MAX_ROWS)
-    capacity = indices.numel() + num_experts * (align - 1)
-    if capacity > MAX_ROWS:
-        raise ValueError(
-            f"{op}: indices: expected at most {MAX_ROWS} rows (row ids are int32), got "
-            f"T*K + E*(align-1) = {capacity}; split the tokens"
-        )
-    if indices.device.type != "cpu":  # the CPU engine looks at every id by itself
-        check_ids(op, indices, num_experts, num_experts)
-    return PermutePlan(*_ops.plan(indices, num_experts, align))
+    return PermutePlan._make(operators.permute_plan(indices, num_experts, align))
 
 
 def permute(x: Tensor, plan: PermutePlan) -> Tensor:
@@ -120,8 +99,7 @@ def permute(x: Tensor, plan: PermutePlan) -> Tensor:
     >>> permute(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), plan).tolist()
     [[3.0, 4.0], [1.0, 2.0]]
     """
-    _check_rows("permute", "x", x, plan.row_map, plan.row_map.shape[0], "T")
-    return _ops.permute(x, plan.row_map, plan.source)
+    return operators.permute(x, plan.row_map, plan.source)
 
 
 def permute_weights(weights: Tensor, plan: PermutePlan) -> Tensor:
@@ -150,9 +128,16 @@ def permute_weights(weights: Tensor, plan: PermutePlan) -> Tensor:
     >>> permute_weights(torch.tensor([[0.25, 0.5]]), plan).tolist()
     [0.5, 0.0, 0.25, 0.0]
     """
-    _check_weights("permute_weights", weights, plan)
+    op = "permute_weights"
+    _check.tensor(op, "weights", weights)
+    _check.dtype(op, "weights", weights, (torch.float32,))
+    pairs = tuple(plan.row_map.shape)
+    _check.shape(op, "weights", weights, pairs, "pass one for each pair of the plan")
+    _check.same_device(op, "weights", weights, "plan.row_map", plan.row_map)
     # A pair is a token with one slot.
-    return _ops.permute(weights.reshape(-1, 1), plan.row_map.reshape(-1, 1), plan.source).view(-1)
+    return operators.permute(
+        weights.reshape(-1, 1), plan.row_map.reshape(-1, 1), plan.source
+    ).view(-1)
 
 
 def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Tensor:
@@ -190,12 +175,7 @@ def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Te
     >>> unpermute(rows, plan, torch.tensor([[0.25, 0.5]])).tolist()
     [[0.75, 1.5]]
     """
-    op = "unpermute"
-    _check_rows(op, "y", y, plan.row_map, plan.source.shape[0], "cap")
-    _check.dtype(op, "y", y, tuple(_native.DTYPES))
-    if weights is not None:
-        _check_weights(op, weights, plan)
-    return _ops.unpermute(y, plan.row_map, plan.source, weights)
+    return operators.unpermute(y, plan.row_map, plan.source, weights)
 
 
 def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
@@ -234,54 +214,4 @@ def sort_chunks(x: Tensor, split_sizes: Tensor, order: Tensor) -> Tensor:
     >>> sort_chunks(torch.tensor([[1.0], [2.0], [3.0]]), sizes, order).tolist()
     [[2.0], [3.0], [1.0]]
     """
-    op = "sort_chunks"
-    _check_rows(op, "x", x, x, x.shape[0] if isinstance(x, Tensor) and x.dim() else 0, "R")
-    for name, value in (("split_sizes", split_sizes), ("order", order)):
-        _check.tensor(op, name, value)
-        _check.dtype(op, name, value, (torch.int32,))
-        _check.shape(op, name, value, ("C",) if value is split_sizes else (len(split_sizes),))
-        _check.same_device(op, name, value, "x", x)
-    _check.between(op, "split_sizes.shape[0]", split_sizes.shape[0], 0, MAX_CHUNKS)
-    return _ops.sort_chunks(x, split_sizes, order, False)
-
-
-def check_ids(op: str, indices: Tensor, num_experts: int, highest: int | None = None) -> None:
-    """Refuse ids out of range, where reading them costs no synchronisation or was asked for."""
-    kind = indices.device.type
-    readable = kind == "cpu" or (kind != "meta" and os.environ.get("KIMI_OPS_CHECK") == "1")
-    if not readable or indices.numel() == 0:
-        return
-    highest = num_experts - 1 if highest is None else highest
-    low, high = (int(value) for value in indices.aminmax())
-    if low < -1 or high > highest:
-        raise ValueError(
-            f"{op}: indices: expected ids in -1 .. {highest}, got {low} .. {high}; mark "
-            "dropped pairs with -1"
-        )
-
-
-def _check_rows(op: str, name: str, x: Tensor, like: Tensor, rows: int, letter: str) -> None:
-    _check.tensor(op, name, x)
-    if x.dtype == torch.float64:
-        raise TypeError(
-            f"{op}: {name}: expected a dtype of at most 32 bits, got float64; "
-            f"kimi_ops.reference.permute.{op} computes in float64"
-        )
-    if x.dim() != 2 or x.shape[0] != rows:
-        raise ValueError(
-            f"{op}: {name}: expected shape [{letter}={rows}, H], got {list(x.shape)}; use the "
-            "plan made for these rows"
-        )
-    if x.device != like.device:
-        raise ValueError(
-            f"{op}: {name}: expected on {like.device} as the plan, got {x.device}; move it"
-        )
-
-
-def _check_weights(op: str, weights: Tensor, plan: PermutePlan) -> None:
-    _check.tensor(op, "weights", weights)
-    _check.dtype(op, "weights", weights, (torch.float32,))
-    _check.shape(
-        op, "weights", weights, tuple(plan.row_map.shape), "pass one for each pair of the plan"
-    )
-    _check.same_device(op, "weights", weights, "plan.row_map", plan.row_map)
+    return operators.sort_chunks(x, split_sizes, order, False)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Read-only expert weights in the forms of the released checkpoints: FP8 blocks and INT4 groups.
+"""Stored forms: read-only expert weights as in the released checkpoints, FP8 blocks and INT4 groups,
+and rows of activations in FP8.
 
 `grouped_gemm` and `fused_experts` take them in place of a stack of matrices, on the CPU; beside
 `Fp8Rows` `grouped_gemm` takes `Fp8BlockWeight` on a GPU too. On the CPU a weight is dequantised to
@@ -9,19 +10,17 @@ the dtype of the activations, one expert at a time: a token reads half (FP8) or 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from kimi_ops import _check, formats
-from kimi_ops.moe.fp8_rows import Fp8Rows
-from kimi_ops.operators import grouped_gemm as _ops
-from kimi_ops.reference import grouped_gemm as reference
+from kimi_ops.operators import fp8
 
-__all__ = ["Fp8BlockWeight", "Fp8Rows", "Int4GroupWeight", "QuantizedWeight", "quantized_gemm"]
+__all__ = ["Fp8BlockWeight", "Fp8Rows", "Int4GroupWeight", "QuantizedWeight"]
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class QuantizedWeight(ABC):
@@ -67,7 +66,7 @@ class QuantizedWeight(ABC):
         """
         op = f"{cls.__name__}.quantize"
         _check.tensor(op, "weight", weight)
-        _check.dtype(op, "weight", weight, _FLOATS)
+        _check.dtype(op, "weight", weight, FLOATS)
         _check.shape(op, "weight", weight, ["E", "N", "K"], "stack the experts' matrices")
         _check_columns(op, cls, weight.shape[2])
         if not torch.isfinite(weight).all():
@@ -229,6 +228,99 @@ class Int4GroupWeight(QuantizedWeight):
         return formats.dequantize_int4(self.packed[index], self.scale[index]).to(dtype)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Fp8Rows:
+    """Rows [R, K] in FP8: ``x[r, k] = data[r, k] * scale[r, k // 128]``.
+
+    Parameters
+    ----------
+    data : Tensor [R, K] float8_e4m3fn, columns contiguous
+    scale : Tensor [R, ceil(K / 128)] float32, any strides
+        The kernel reads it with rows side by side, as `quantize` makes it; others are copied.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong dtype, shape, device or stride order.
+
+    Notes
+    -----
+    For `grouped_gemm` with a `Fp8BlockWeight`; no gradients. Source: DeepSeek-V3
+    (arXiv 2412.19437), section 3.3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kimi_ops import Fp8BlockWeight, Fp8Rows, grouped_gemm
+    >>> x, w = torch.randn(5, 200), torch.randn(2, 300, 200)
+    >>> rows = Fp8Rows.quantize(x)
+    >>> rows.scale.shape
+    torch.Size([5, 2])
+    >>> offsets = torch.tensor([2, 5], dtype=torch.int32)
+    >>> grouped_gemm(rows, Fp8BlockWeight.quantize(w), offsets).dtype
+    torch.bfloat16
+    """
+
+    data: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        op = type(self).__name__
+        _check.tensor(op, "data", self.data)
+        _check.dtype(op, "data", self.data, (torch.float8_e4m3fn,), "quantize makes both tensors from rows")
+        _check.shape(op, "data", self.data, ("R", "K"))
+        if self.data.shape[1] > 1 and self.data.stride(1) != 1:
+            raise ValueError(
+                f"{op}: data: expected contiguous columns, got strides {self.data.stride()}; call "
+                ".contiguous()"
+            )
+        _check.tensor(op, "scale", self.scale)
+        _check.dtype(op, "scale", self.scale, (torch.float32,))
+        shape = (self.data.shape[0], formats.blocks(self.data.shape[1]))
+        _check.shape(op, "scale", self.scale, shape)
+        _check.same_device(op, "scale", self.scale, "data", self.data)
+
+    @classmethod
+    def quantize(cls, x: Tensor) -> Self:
+        """Quantise rows: ``scale = max |x| of 128 columns / 448``, values to the nearest e4m3.
+
+        Parameters
+        ----------
+        x : Tensor [R, K] bfloat16, float16 or float32
+            128 columns that hold infinities or NaN become NaN: nothing is read back to refuse them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Another dtype or shape; x requires a gradient while gradients are recorded.
+        """
+        op = f"{cls.__name__}.quantize"
+        _check.tensor(op, "x", x)
+        _check.dtype(op, "x", x, FLOATS)
+        _check.shape(op, "x", x, ("R", "K"))
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{op}: x: no gradient flows through FP8 rows, but it requires one; pass "
+                "x.detach() or call under torch.no_grad()"
+            )
+        return cls(*fp8.fp8_rows(x.detach()))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[R, K]: data * scale in fp32, rounded once to `dtype`."""
+        return formats.dequantize_rows(self.data, self.scale).to(dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={list(self.shape)}, device='{self.device}')"
+
+
 def _check_columns(op: str, form: type[QuantizedWeight], columns: int) -> None:
     if form is Int4GroupWeight and columns % formats.INT4_WORD:
         raise ValueError(
@@ -248,109 +340,3 @@ def _check_stack(
             f"{op}: {name}: expected a contiguous tensor, got strides {value.stride()}; call "
             ".contiguous()"
         )
-
-
-class _Stack:
-    """The b [E, K, N] that a quantised weight stands for, as `reference.forward` reads it."""
-
-    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, transposed: bool) -> None:
-        self._weight, self._dtype, self._transposed = weight, dtype, transposed
-        experts, rows, columns = weight.shape
-        self.shape = (experts, rows, columns) if transposed else (experts, columns, rows)
-
-    def __getitem__(self, index: int) -> Tensor:
-        matrix = self._weight.expert(index, self._dtype)
-        return matrix if self._transposed else matrix.t()
-
-
-def _product(
-    a: Tensor,
-    weight: QuantizedWeight,
-    offsets: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    transposed: bool,
-) -> Tensor:
-    stack: Any = _Stack(weight, a.dtype, transposed)
-    return reference.forward(a, stack, offsets, bias, out)
-
-
-def _forward(
-    a: Tensor, weight: QuantizedWeight, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The kernel dequantises in registers; float64 goes through the twin."""
-    if _ops.is_native(a):
-        return _ops.quantized(a, *weight.tensors().values(), offsets, bias, dtype)
-    _ops.check_offset_values("grouped_gemm", offsets, a.shape[0])
-    out = a.new_empty(a.shape[0], weight.shape[1], dtype=dtype)
-    return _product(a, weight, offsets, bias, out, transposed=False)
-
-
-class _QuantizedGemm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        a: Tensor,
-        weight: QuantizedWeight,
-        offsets: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.save_for_backward(offsets)
-        ctx.weight, ctx.dtype = weight, a.dtype
-        return _forward(a, weight, offsets, bias, dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
-        (offsets,) = ctx.saved_tensors
-        da = dbias = None
-        dc = dc.contiguous().to(ctx.dtype)
-        if ctx.needs_input_grad[0]:
-            da = dc.new_empty(dc.shape[0], ctx.weight.shape[2])
-            _product(dc, ctx.weight, offsets, None, da, transposed=True)
-        if ctx.needs_input_grad[3]:
-            ones, shape = dc.new_ones(dc.shape[0], 1), (offsets.numel(), 1, dc.shape[1])
-            dbias = reference.wgrad(ones, dc, offsets, dc.new_empty(shape), accumulate=False)[:, 0]
-        return da, None, None, dbias, None
-
-
-def quantized_gemm(
-    a: Tensor,
-    weight: QuantizedWeight,
-    offsets: Tensor,
-    bias: Tensor | None,
-    out: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`grouped_gemm` with a quantised weight: c[r] = a[r] @ W[e(r)]^T + bias[e(r)].
-
-    Differentiable in a and bias. Only experts with rows are read.
-    """
-    _check_gemm(a, weight, offsets, bias, dtype)
-    if out is None:
-        return _QuantizedGemm.apply(a, weight, offsets, bias, dtype)
-    return out.copy_(_forward(a, weight, offsets, bias, dtype))
-
-
-def _check_gemm(
-    a: Tensor, weight: QuantizedWeight, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> None:
-    op = "grouped_gemm"
-    experts, n, k = weight.shape
-    _check.dtype(op, "a", a, (*_FLOATS, torch.float64))
-    if a.dim() != 2 or a.shape[1] != k:
-        raise ValueError(
-            f"{op}: a: expected shape [R, K={k}] beside a quantised weight {list(weight.shape)} "
-            f"[E, N, K], got {list(a.shape)}; reshape it"
-        )
-    if a.device != weight.device:
-        raise ValueError(f"{op}: b: expected device {a.device}, got {weight.device}; move it")
-    if a.device.type != "cpu":
-        raise ValueError(
-            f"{op}: b: expected a Tensor on {a.device}, got {type(weight).__name__}, which is "
-            "served on the CPU only; pass b.dequantize(a.dtype).transpose(1, 2)"
-        )
-    _ops.check_offsets(op, offsets, experts, a)
-    _ops.check_dtype(op, "out_dtype", a, dtype)
-    _ops.check_bias(op, a, bias, experts, n)

@@ -5,7 +5,6 @@ take the native kernels, all others the twins in `kimi_ops.reference`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -54,6 +53,9 @@ def matmul(
     return twin.matmul(a, b, c, alpha, beta)
 
 
+PRODUCTS = twin.Products(matmul, syrk, symmetric_matmul)
+
+
 def cheapest(g: Tensor, dtype: torch.dtype) -> str:
     """The method that ``auto`` means for g [..., m, n] in `dtype`: the fastest of its engine.
 
@@ -89,9 +91,8 @@ def orthogonalize(
         if served(matrix) and dtype in _native.DTYPES:
             alike.setdefault((matrix.shape, matrix.dtype, matrix.stride()), []).append(i)
             continue
-        engine: Any = sys.modules[__name__]
         images[i] = twin.newton_schulz(
-            matrix, rows, method=method, restarts=restarts, dtype=dtype, eps=eps, products=engine
+            matrix, rows, method=method, restarts=restarts, dtype=dtype, eps=eps, products=PRODUCTS
         )
     numbers = [number for row in rows for number in row]
     code = newton_schulz.METHODS[method]

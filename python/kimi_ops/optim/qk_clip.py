@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kimi_ops import _native
+from kimi_ops._autocast import no_autocast
 from kimi_ops.optim import engine
 from kimi_ops.reference.qk_clip import clip_factor
 
@@ -101,7 +101,7 @@ def attention_max_logits(q: Tensor, k: Tensor, scale: float, *, causal: bool = T
             f"attention_max_logits: q: {q.shape[2]} causal queries but only {k.shape[2]} keys; "
             f"pass causal=False"
         )
-    with torch.no_grad(), _native.no_autocast(q.device.type):  # it would round the logits
+    with torch.no_grad(), no_autocast(q.device.type):  # it would round the logits
         return engine.attention_max_logits(q, k, float(scale), causal)
 
 
