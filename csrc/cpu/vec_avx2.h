@@ -43,7 +43,12 @@ struct Avx2Vec {
     const __m256i word = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(word), _mm256_extracti128_si256(word, 1));
   }
-  static __m128i round(fp16*, F a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+  // As from_float<fp16>: the hardware would keep the payload of a NaN.
+  static __m128i round(fp16*, F a) {
+    const F sign = _mm256_and_ps(a, set(-0.0f)), nan = _mm256_or_ps(sign, set(__builtin_nanf("")));
+    const F one_nan = _mm256_blendv_ps(a, nan, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_cvtps_ph(one_nan, _MM_FROUND_TO_NEAREST_INT);
+  }
 
   static void store(float* x, F a) { _mm256_storeu_ps(x, a); }
   static void stream(float* x, F a) { _mm256_stream_ps(x, a); }

@@ -42,7 +42,12 @@ struct Avx512Vec {
     const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16));
   }
-  static __m256i round(fp16*, F a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+  // As from_float<fp16>: the hardware would keep the payload of a NaN.
+  static __m256i round(fp16*, F a) {
+    const F nan = _mm512_or_ps(_mm512_and_ps(a, set(-0.0f)), set(__builtin_nanf("")));
+    const F one_nan = _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);
+    return _mm512_cvtps_ph(one_nan, _MM_FROUND_TO_NEAREST_INT);
+  }
 
   static void store(float* x, F a) { _mm512_storeu_ps(x, a); }
   static void stream(float* x, F a) { _mm512_stream_ps(x, a); }
