@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 // The portable engine: the passes of fused_experts.h, one element after another.
+#include "cpu/vec_portable.h"
 #include "fused_experts/activation.h"
-#include "topk_gate/score_row_portable.h"
 
 namespace kimi::experts {
 namespace {
 
-using gate::ScalarOps;
+using cpu::Portable;
 
 void activate(const ActivateArguments& s) {
   dispatch_activation(s.dtype, s.activation, [&]<class T, kimi_activation kActivation>() {
@@ -20,7 +20,7 @@ void activate(const ActivateArguments& s) {
         }
         if (s.hidden)
           static_cast<T*>(s.hidden)[i * s.width + j] =
-              from_float<T>(gated<ScalarOps, kActivation, false>(g, u).value);
+              from_float<T>(gated<Portable, kActivation, false>(g, u).value);
       }
   });
 }
@@ -36,7 +36,7 @@ void activate_backward(const ActivateBackwardArguments& s) {
         T* grad = static_cast<T*>(s.grad_gate_up) + i * 2 * s.width + j;
         const float dh = s.c[i * s.stride + j];
         const auto h =
-            gated<ScalarOps, kActivation, true>(to_float(gate_up[0]), to_float(gate_up[s.width]));
+            gated<Portable, kActivation, true>(to_float(gate_up[0]), to_float(gate_up[s.width]));
         sum += dh * h.value;
         grad[0] = from_float<T>(dh * weight * h.slope_gate);
         grad[s.width] = from_float<T>(dh * weight * h.slope_up);

@@ -4,6 +4,6 @@
 
 namespace kimi::grouped {
 
-extern const CpuEngine kAvx2Engine = {store<cpu::Avx2Vec>};
+extern const CpuEngine kAvx2Engine = {store<cpu::Avx2>};
 
 }  // namespace kimi::grouped

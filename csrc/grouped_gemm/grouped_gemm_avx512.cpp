@@ -4,6 +4,6 @@
 
 namespace kimi::grouped {
 
-extern const CpuEngine kAvx512Engine = {store<cpu::Avx512Vec>};
+extern const CpuEngine kAvx512Engine = {store<cpu::Avx512>};
 
 }  // namespace kimi::grouped

@@ -27,7 +27,7 @@ template <class O>
 typename O::F decayed(const Decay& d, typename O::F param, typename O::F direction) {
   const auto less = O::mul(param, O::set(d.keep));
   if (!d.cautious) return less;
-  return O::select(O::greater(O::mul(direction, param), O::set(0.0f)), less, param);
+  return O::select(O::less(O::set(0.0f), O::mul(direction, param)), less, param);
 }
 
 // n <= O::kLanes elements of x, the rest zeros; and n of a vector to x.

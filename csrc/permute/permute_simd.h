@@ -124,5 +124,8 @@ void unpermute_backward(const UnpermuteBackwardParams& p, int64_t begin, int64_t
   dispatch(p.dtype, [&]<class T>() { backward_rows<O, T>(p, begin, end, stream); });
 }
 
+template <class O>
+constexpr CpuEngine kEngine = {permute<O>, unpermute<O>, unpermute_backward<O>};
+
 }  // namespace
 }  // namespace kimi::permutation

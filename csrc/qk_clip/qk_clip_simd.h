@@ -17,7 +17,7 @@ float largest(const float* sums, int64_t rows, int64_t cols, int64_t visible) {
   const float none = -__builtin_inff();
   typename O::F most[kVectors];
   for (auto& vector : most) vector = O::set(none);
-  auto nan = O::none();
+  auto nan = O::is_nan(O::set(none));
   float rest = none;  // of rows that are cut
   bool nan_in_rest = false;
   for (int64_t i = 0; i < rows; ++i, sums += 32) {
@@ -35,7 +35,7 @@ float largest(const float* sums, int64_t rows, int64_t cols, int64_t visible) {
       nan_in_rest = nan_in_rest || sums[j] != sums[j];
     }
   }
-  if (nan_in_rest || O::any(nan)) return __builtin_nanf("");
+  if (nan_in_rest || O::bits(nan) != 0) return __builtin_nanf("");
   for (const auto& vector : most) {
     float lanes[O::kLanes];
     O::store(lanes, vector);
