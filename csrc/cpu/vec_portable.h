@@ -20,6 +20,7 @@ struct Portable : OneFloat {
   static F sqrt(F a) { return __builtin_sqrtf(a); }
   static Mask either(Mask a, Mask b) { return a || b; }
   static unsigned bits(Mask m) { return m; }
+  static float reduce_max(F a) { return a; }
 
   template <class T>
   static F load(const T* x, int /*left*/ = 1) {

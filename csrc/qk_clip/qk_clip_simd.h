@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "cpu/vectors.h"
 #include "qk_clip/qk_clip.h"
 
 namespace kimi::qk_clip_cpu {
@@ -48,10 +49,9 @@ template <class O>
 void scale(void* x, kimi_dtype dtype, int64_t n, float factor) {
   dispatch(dtype, [&]<class T>() {
     T* to = static_cast<T*>(x);
-    int64_t j = 0;
-    for (; j + O::kLanes <= n; j += O::kLanes)
-      O::store(to + j, O::mul(O::load(to + j), O::set(factor)));
-    for (; j < n; ++j) to[j] = from_float<T>(to_float(to[j]) * factor);
+    cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+      O::store(to + j, O::mul(O::load(to + j, left), O::set(factor)), left);
+    });
   });
 }
 
