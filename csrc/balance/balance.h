@@ -35,6 +35,7 @@
 
 #include "common/dtype.h"
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
@@ -50,8 +51,6 @@ Status sequence_balance_loss_backward(const SequenceBalanceLossBackwardParams& p
                                       kimi_device device, void* stream);
 Status z_loss(const ZLossParams& p, kimi_device device, void* stream);
 Status z_loss_backward(const ZLossBackwardParams& p, kimi_device device, void* stream);
-
-kimi_isa balance_isa();  // of the engine that serves CPU tensors
 
 // balance.cu, balance_backward.cu. Arguments have been checked; backwards have T > 0.
 Status update_expert_bias_cuda(const UpdateExpertBiasParams& p, void* stream);
@@ -113,7 +112,7 @@ struct CpuEngine {
   float (*sum_squares)(const ZLossParams& p, int64_t begin, int64_t end);
   void (*z_gradient)(const ZLossBackwardParams& p, int64_t begin, int64_t end);
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace balance
 }  // namespace kimi

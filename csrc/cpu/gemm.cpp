@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "cpu/gemm.h"
 
-#include "common/engine.h"
+#include "cpu/engines.h"
 #include "cpu/gemm_element.h"
 
 namespace kimi::cpu {

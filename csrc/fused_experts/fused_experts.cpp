@@ -7,16 +7,6 @@
 #include "fused_experts/layer.h"
 
 namespace kimi {
-namespace experts {
-namespace {
-constexpr CpuEngines<CpuEngine> kEngines = {
-    {&kPortableEngine, KIMI_X86(kAvx2Engine), KIMI_X86(kAvx512Engine)}};
-}  // namespace
-
-const CpuEngine& cpu_engine() { return kEngines.best(); }
-
-}  // namespace experts
-
 namespace {
 
 using experts::round64;
@@ -45,8 +35,6 @@ Status check(const FusedExpertsParams& p, kimi_device device) {
 
 }  // namespace
 
-kimi_isa fused_experts_isa() { return cpu::block_engine_isa(); }
-
 size_t fused_experts_workspace_bytes(const FusedExpertsParams& p,
                                      [[maybe_unused]] kimi_device device) {
   if (!experts::sizes_are_good(p)) return 0;
@@ -65,7 +53,7 @@ Status fused_experts(const FusedExpertsParams& p, kimi_device device,
   const int64_t rows = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
   const Layout layout(p);
   const cpu::BlockEngine& blocks = cpu::block_engine(p.dtype);
-  const experts::CpuEngine& engine = experts::cpu_engine();
+  const experts::CpuEngine& engine = experts::kEngines.best();
   char* hidden = static_cast<char*>(p.workspace);
   float* sums = reinterpret_cast<float*>(hidden + layout.hidden);
   const grouped::Workspace workspace(blocks, hidden + layout.hidden + layout.sums, p.num_experts);

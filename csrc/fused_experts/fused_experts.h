@@ -29,6 +29,7 @@
 #include <cstdint>
 
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
@@ -41,13 +42,12 @@ size_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardParams& 
                                               kimi_device device);
 Status fused_experts_backward(const FusedExpertsBackwardParams& p, kimi_device device,
                               void* stream);
+
 // fused_experts.cu. Arguments have been checked, the plan has not.
 size_t fused_experts_workspace_bytes_cuda(const FusedExpertsParams& p);
 Status fused_experts_cuda(const FusedExpertsParams& p, void* stream);
 size_t fused_experts_backward_workspace_bytes_cuda(const FusedExpertsBackwardParams& p);
 Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* stream);
-
-kimi_isa fused_experts_isa();  // of the engine that serves bf16 CPU tensors
 
 namespace experts {
 
@@ -93,7 +93,7 @@ struct CpuEngine {
   void (*activate_backward)(const ActivateBackwardArguments& arguments);
   void (*combine)(const CombineArguments& arguments, int64_t begin, int64_t end);  // tokens
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace experts
 }  // namespace kimi

@@ -44,7 +44,7 @@ class Backward {
       : p_(p),
         bytes_(size_of(p.dtype)),
         rows_(p.num_tokens * p.top_k),
-        engine_(experts::cpu_engine()),
+        engine_(experts::kEngines.best()),
         blocks_(cpu::block_engine(p.dtype)),
         grad_gate_up_(static_cast<char*>(p.workspace)),
         hidden_(grad_gate_up_ + layout.grad_gate_up),
@@ -119,7 +119,7 @@ class Backward {
       g.over_rows = true;
       return g;
     };
-    const grouped::CpuEngine& store = grouped::cpu_engine();
+    const grouped::CpuEngine& store = grouped::kEngines.best();
     const bool stream = double(p_.num_experts) * double(rows) * double(cols) * bytes_ > 32 << 20;
     grouped::run_groups(blocks_, workspace_, p_.num_experts, group, [&](const grouped::Block& b) {
       char* to = static_cast<char*>(out) + ((b.group * rows + b.row) * cols + b.col) * bytes_;

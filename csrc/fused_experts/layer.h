@@ -12,8 +12,6 @@ namespace kimi::experts {
 
 constexpr int64_t kSumBytes = 32 << 20;
 
-const CpuEngine& cpu_engine();
-
 inline int64_t round64(int64_t n) { return (n + 63) / 64 * 64; }
 
 // Columns that are summed at a time: R rows of them in fp32 fit kSumBytes, 128 at least.
@@ -83,8 +81,8 @@ void sum_of_products(const cpu::BlockEngine& blocks, const grouped::Workspace& w
                      int32_t num_experts, const GroupOf& group, int64_t rows, int64_t num_tokens,
                      CombineArguments sum, float* buffer) {
   const int64_t columns = sum_columns(rows, sum.hidden);
-  const grouped::CpuEngine& store = grouped::cpu_engine();
-  const CpuEngine& engine = cpu_engine();
+  const grouped::CpuEngine& store = grouped::kEngines.best();
+  const CpuEngine& engine = kEngines.best();
   for (int64_t col = 0; col < sum.hidden; col += columns) {
     sum.col = col;
     sum.cols = std::min(columns, sum.hidden - col);

@@ -12,8 +12,6 @@
 namespace kimi {
 namespace {
 
-constexpr CpuEngines<grouped::CpuEngine> kEngines = {
-    {&grouped::kPortableEngine, KIMI_X86(grouped::kAvx2Engine), KIMI_X86(grouped::kAvx512Engine)}};
 // Output beyond this is written around the cache, as in permute.
 constexpr int64_t kStreamBytes = 32 << 20;
 
@@ -160,12 +158,6 @@ Status check_offsets(const char* op, const int32_t* offsets, int32_t num_experts
                  "; pass the cumulative sum of the group sizes");
 }
 
-namespace grouped {
-const CpuEngine& cpu_engine() { return kEngines.best(); }
-}  // namespace grouped
-
-kimi_isa grouped_gemm_isa() { return cpu::block_engine_isa(); }
-
 size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device device) {
   if (device == KIMI_DEVICE_CUDA || p.num_experts < 1 || p.k < 0 || !is_dtype(p.dtype)) return 0;
   return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts);
@@ -175,7 +167,7 @@ Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, [[maybe_unus
   KIMI_RETURN_IF_ERROR(check(p, device));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("grouped_gemm", grouped_gemm_cuda(p, stream));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
-  const grouped::CpuEngine& output = grouped::cpu_engine();
+  const grouped::CpuEngine& output = grouped::kEngines.best();
   const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
   const Forward group{p};
   const int64_t out_bytes = size_of(p.out_dtype), bias_bytes = size_of(p.dtype);
@@ -202,7 +194,7 @@ Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device,
   if (device == KIMI_DEVICE_CUDA)
     return KIMI_CUDA("grouped_gemm_wgrad", grouped_gemm_wgrad_cuda(p, stream));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
-  const grouped::CpuEngine& output = grouped::cpu_engine();
+  const grouped::CpuEngine& output = grouped::kEngines.best();
   const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
   const bool n_contiguous = p.out_n_stride == 1 || p.n == 1;
   const Wgrad group{p, n_contiguous};

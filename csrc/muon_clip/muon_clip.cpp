@@ -15,8 +15,6 @@ namespace {
 
 using namespace muon_clip_cpu;
 
-constexpr CpuEngines<CpuEngine> kEngines = {
-    {&kPortableEngine, KIMI_X86(kAvx2Engine), KIMI_X86(kAvx512Engine), nullptr, nullptr}};
 constexpr int64_t kBlock = 1 << 15;  // elements; sums of squares are cut here
 
 const void* at(const void* x, kimi_dtype dtype, int64_t i) {
@@ -110,8 +108,6 @@ void sum_blocks(const Blocks& blocks, int64_t count, const std::vector<double>& 
 }
 
 }  // namespace
-
-kimi_isa muon_clip_isa() { return kEngines.isa(); }
 
 Status muon_momentum(const MuonMomentumParams& p, kimi_device device, void*) {
   const char* op = "muon_momentum";

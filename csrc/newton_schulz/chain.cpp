@@ -75,7 +75,7 @@ class Chain {
   }
 
   void normalize(const void* g) {
-    const CpuEngine& passes = engine();
+    const CpuEngine& passes = kEngines.best();
     const auto line = [&](int64_t i) {
       return static_cast<const char*>(g) + i * shape.g_stride * size_of(p.g_dtype);
     };
@@ -220,7 +220,7 @@ class Chain {
   }
 
   void scaled(const char* from, float factor, char* to) const {
-    engine().divide(from, p.dtype, m * padded(m), factor, 1.0f, to, p.dtype);
+    kEngines.best().divide(from, p.dtype, m * padded(m), factor, 1.0f, to, p.dtype);
   }
   void plus_identity(const char* from, float a, char* to) const {
     std::memcpy(to, from, size_t(m * padded(m) * size_of(p.dtype)));

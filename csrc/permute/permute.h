@@ -29,6 +29,7 @@
 #include <cstdint>
 
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
@@ -44,7 +45,6 @@ Status permute(const PermuteParams& p, kimi_device device, void* stream);
 Status unpermute(const UnpermuteParams& p, kimi_device device, void* stream);
 Status unpermute_backward(const UnpermuteBackwardParams& p, kimi_device device, void* stream);
 Status sort_chunks(const SortChunksParams& p, kimi_device device, void* stream);
-kimi_isa permute_isa();  // of the engine that serves CPU tensors
 
 // permute*.cu. Arguments have been checked; every output is written whole, for T = 0 too.
 size_t permute_plan_workspace_bytes_cuda(const PermutePlanParams& p);
@@ -65,7 +65,7 @@ struct CpuEngine {
   void (*unpermute_backward)(const UnpermuteBackwardParams& p, int64_t begin, int64_t end,
                              bool stream);
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace permutation
 }  // namespace kimi

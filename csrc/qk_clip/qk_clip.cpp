@@ -16,10 +16,6 @@ namespace {
 using cpu::BlockEngine;
 using cpu::kStripRows;
 
-constexpr CpuEngines<qk_clip_cpu::CpuEngine> kEngines = {
-    {&qk_clip_cpu::kPortableEngine, KIMI_X86(qk_clip_cpu::kAvx2Engine),
-     KIMI_X86(qk_clip_cpu::kAvx512Engine), nullptr, nullptr}};
-
 // Queries of a block: a strip of keys is packed for each, and the block of 512 x 192 bf16 keeps to
 // a fifth of an L2 cache of 1 MiB.
 constexpr int64_t kBlockQueries = 512;
@@ -72,7 +68,7 @@ Status check(const AttentionMaxLogitsParams& p) {
 float largest_of_block(const AttentionMaxLogitsParams& p, const Layout& layout, int64_t batch,
                        int64_t head, int64_t block, char* scratch) {
   const BlockEngine& engine = layout.engine;
-  const qk_clip_cpu::CpuEngine& passes = kEngines.best();
+  const qk_clip_cpu::CpuEngine& passes = qk_clip_cpu::kEngines.best();
   const int64_t bytes = size_of(p.dtype), kv_head = head / (p.heads / p.kv_heads);
   const cpu::Operand q = {
       static_cast<const char*>(p.q) + (batch * p.q_batch_stride + head * p.q_head_stride) * bytes,
@@ -115,9 +111,7 @@ float largest_of_block(const AttentionMaxLogitsParams& p, const Layout& layout, 
 
 }  // namespace
 
-kimi_isa qk_clip_isa() { return cpu::block_engine_isa(); }
-
-size_t attention_max_logits_workspace_bytes(const AttentionMaxLogitsParams& p) {
+size_t attention_max_logits_workspace_bytes(const AttentionMaxLogitsParams& p, kimi_device) {
   if (p.batch < 0 || p.heads < 0 || p.queries < 0 || p.dim < 0 || !is_dtype(p.dtype)) return 0;
   return std::max<size_t>(kAlign, Layout(p).bytes());
 }
@@ -167,7 +161,7 @@ Status scale_rows(const ScaleRowsParams& p, kimi_device device, void*) {
   if (p.heads == 0 || rows == 0 || p.cols == 0) return Status::ok();
   if (!p.weight || !p.factors)
     return invalid(op, ": expected pointers for weight and factors, got NULL");
-  const auto& passes = kEngines.best();
+  const auto& passes = qk_clip_cpu::kEngines.best();
   const int64_t bytes = size_of(p.dtype);
   const int64_t grain = std::max<int64_t>(1, (32 << 10) / p.cols);
   cpu::parallel_for(p.heads * rows, grain, [&](int64_t begin, int64_t end) {
