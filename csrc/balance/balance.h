@@ -33,7 +33,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/integer.h"
 #include "common/status.h"
 #include "cpu/engines.h"
 
@@ -66,7 +66,7 @@ inline constexpr int kRun = 64;                 // tokens of a run
 inline constexpr float kShareEpsilon = 1e-20f;  // of D_t
 
 // Number of runs in `tokens` consecutive tokens.
-constexpr int64_t runs(int64_t tokens) { return (tokens + kRun - 1) / kRun; }
+constexpr int64_t runs(int64_t tokens) { return ceil_div(tokens, kRun); }
 
 // Workspaces, fp32: the runs' sums of shares [N, runs of a sequence, E] and the sequences' terms
 // [N]; the runs' sums of squares. 0 for sizes that the ops refuse.

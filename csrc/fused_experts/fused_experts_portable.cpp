@@ -11,7 +11,7 @@ using cpu::Portable;
 // Of partial sums in columns, product and addition rounded one by one.
 void activate_backward_of_columns(const ActivateBackwardArguments& s) {
   dispatch_activation(s.dtype, s.activation, [&]<class T, kimi_activation kActivation>() {
-    const int64_t partials = (s.width + kPartial - 1) / kPartial;
+    const int64_t partials = ceil_div(s.width, kPartial);
     for (int64_t i = 0; i < s.rows; ++i) {
       const float weight = s.weights[s.source[i]];
       float sum = 0.0f;

@@ -3,6 +3,7 @@
 // cpu/vec_*.h. Included by the engine files only.
 #pragma once
 
+#include "common/integer.h"
 #include "fused_experts/activation.h"
 
 namespace kimi::experts {
@@ -40,7 +41,7 @@ template <class O>
 void activate_backward(const ActivateBackwardArguments& s) {
   dispatch_activation(s.dtype, s.activation, [&]<class T, kimi_activation kActivation>() {
     using F = typename O::F;
-    const int64_t partials = (s.width + kPartial - 1) / kPartial;
+    const int64_t partials = ceil_div(s.width, kPartial);
     for (int64_t i = 0; i < s.rows; ++i) {
       const float* c = s.c + i * s.stride;
       const T* gate_up = static_cast<const T*>(s.gate_up) + i * 2 * s.width;

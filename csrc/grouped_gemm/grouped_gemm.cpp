@@ -7,13 +7,11 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "cpu/memory.h"
 #include "grouped_gemm/groups.h"
 
 namespace kimi {
 namespace {
-
-// Output beyond this is written around the cache, as in permute.
-constexpr int64_t kStreamBytes = 32 << 20;
 
 template <class Params>
 Status check_common(const char* op, const Params& p, kimi_device device) {
@@ -171,7 +169,7 @@ Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, [[maybe_unus
   const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
   const Forward group{p};
   const int64_t out_bytes = size_of(p.out_dtype), bias_bytes = size_of(p.dtype);
-  const bool around_cache = p.num_rows * p.n * out_bytes > kStreamBytes;
+  const bool around_cache = p.num_rows * p.n * out_bytes > cpu::kStreamBytes;
   zero_rows(p.out, p.offsets[p.num_experts - 1], p.num_rows, p.n * out_bytes);
   grouped::run_groups(engine, workspace, p.num_experts, group, [&](const grouped::Block& b) {
     const int64_t row = group(b.group).p_row + b.row;
@@ -201,7 +199,8 @@ Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device,
   const int64_t out_bytes = size_of(p.out_dtype);
   const int64_t row_stride = n_contiguous ? p.out_k_stride : p.out_n_stride;
   const bool around_cache =
-      !p.accumulate && double(p.num_experts) * double(p.k) * double(p.n) * out_bytes > kStreamBytes;
+      !p.accumulate &&
+      double(p.num_experts) * double(p.k) * double(p.n) * out_bytes > cpu::kStreamBytes;
   grouped::run_groups(engine, workspace, p.num_experts, group, [&](const grouped::Block& b) {
     if (p.accumulate && group(b.group).depth == 0) return;
     char* out = static_cast<char*>(p.out) +

@@ -8,6 +8,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/integer.h"
 #include "cpu/parallel.h"
 
 namespace kimi {
@@ -32,7 +33,7 @@ class Blocks {
     for (int64_t t = 0; t < count; ++t) {
       const int64_t n = items(t), u = std::max<int64_t>(1, unit(t));
       tensors_.push_back({n, u, first_});
-      first_ += (n + u - 1) / u;
+      first_ += ceil_div(n, u);
     }
   }
   int64_t size() const { return first_; }

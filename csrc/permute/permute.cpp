@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace kimi {
@@ -18,9 +19,6 @@ Status permute_plan_cpu(const PermutePlanParams& p);
 
 namespace {
 
-// Output beyond this is written around the cache: it would be evicted before it is read, and the
-// processor need not fetch lines that are overwritten whole.
-constexpr int64_t kStreamBytes = 32 << 20;
 constexpr int64_t kBytesPerThread = 64 << 10;  // less work than this stays in one thread
 
 int64_t grain(int64_t bytes_of_one) {
@@ -137,7 +135,7 @@ Status permute(const PermuteParams& p, kimi_device device, [[maybe_unused]] void
   KIMI_RETURN_IF_ERROR(check_pointers("permute", p.num_tokens > 0 && p.row_bytes > 0, {p.x}));
   if (p.num_rows == 0 || p.row_bytes == 0) return Status::ok();
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("permute", permute_cuda(p, stream));
-  const bool around_cache = p.num_rows * p.row_bytes > kStreamBytes;
+  const bool around_cache = p.num_rows * p.row_bytes > cpu::kStreamBytes;
   const auto& engine = permutation::kEngines.best();
   cpu::parallel_for(p.num_tokens, grain(p.row_bytes * p.top_k), [&](int64_t begin, int64_t end) {
     engine.permute(p, begin, end, around_cache);
@@ -174,7 +172,7 @@ Status unpermute_backward(const UnpermuteBackwardParams& p, kimi_device device,
   KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_rows > 0 && p.hidden > 0, {p.grad_y}));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA(op, unpermute_backward_cuda(p, stream));
   const int64_t row_bytes = p.hidden * size_of(p.dtype);
-  const bool around_cache = p.num_rows * row_bytes > kStreamBytes;
+  const bool around_cache = p.num_rows * row_bytes > cpu::kStreamBytes;
   const auto& engine = permutation::kEngines.best();
   cpu::parallel_for(p.num_tokens, grain(row_bytes * p.top_k), [&](int64_t begin, int64_t end) {
     engine.unpermute_backward(p, begin, end, around_cache);
