@@ -75,8 +75,8 @@ KIMI_HOST_DEVICE F log_at_least_one(F x) {
   return O::fma(O::exponent(x), O::set(0x1.62e43p-1f), fraction);
 }
 
-// 1 / (1 + exp(-z)); e / (1 + e) for negative z keeps its relative accuracy. NaN gives 0, infinity
-// 1.
+// 1 / (1 + exp(-z)); e / (1 + e) for negative z keeps its relative accuracy. NaN gives 0,
+// infinity 1.
 template <class O, class F = typename O::F>
 KIMI_HOST_DEVICE F sigmoid(F z) {
   const F e = exp_nonpositive<O>(O::neg_abs(z));
@@ -84,8 +84,8 @@ KIMI_HOST_DEVICE F sigmoid(F z) {
   return O::select(O::at_least(z, O::set(0.0f)), r, O::mul(e, r));
 }
 
-// tanh(x): an odd polynomial below 0.625, else (1 - e) / (1 + e) with e = exp(-2 |x|); within 3
-// ulp.
+// tanh(x): an odd polynomial below 0.625, else (1 - e) / (1 + e) with e = exp(-2 |x|); within
+// 3 ulp.
 template <class O, class F = typename O::F>
 KIMI_HOST_DEVICE F tanh(F x) {
   const F negative = O::neg_abs(x), square = O::mul(x, x);
