@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kimi_ops
-from kimi_ops import _muon_clip_ops, _qk_clip_ops
+from kimi_ops.operators import muon_clip, qk_clip
 
 COLUMNS = 300 + 19  # whole vectors and blocks, and columns behind them
 PAYLOADS = (0x7E55, 0x7FFF, 0x7C01)  # quiet, quiet with every bit, signalling
@@ -66,15 +66,15 @@ def test_fused_experts(cpu_engine, activation):
 def test_optimizer_passes(cpu_engine):
     n = COLUMNS
     param, buffer, moments = [nans(1, n)], [torch.zeros(1, n).half()], [torch.zeros(1, n)]
-    _muon_clip_ops.muon_momentum_([nans(1, n)], buffer, 0.95, True, True)
+    muon_clip.muon_momentum_([nans(1, n)], buffer, 0.95, True, True)
     assert_one_form(buffer[0])
-    _muon_clip_ops.muon_update_(param, [torch.zeros(1, n)], [0.02], 0.1, False)
+    muon_clip.muon_update_(param, [torch.zeros(1, n)], [0.02], 0.1, False)
     assert_one_form(param[0])
     param, squares, rates = [nans(1, n)], [torch.zeros(1, n)], (1e-2, 0.9, 0.95, 1e-8, 0.1)
-    _muon_clip_ops.adamw_(param, [torch.ones(1, n)], moments, squares, [1], *rates, False, False)
+    muon_clip.adamw_(param, [torch.ones(1, n)], moments, squares, [1], *rates, False, False)
     assert_one_form(param[0])
     weight = nans(4, n)
-    _qk_clip_ops.scale_rows_(weight, torch.tensor([0.5, 2.0]), 0, 2)
+    qk_clip.scale_rows_(weight, torch.tensor([0.5, 2.0]), 0, 2)
     assert_one_form(weight)
 
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT
 // fused_experts: the routed experts of one layer, forward and backward.
 //
-//   rows     row r of expert e stands for pair (t, k): source[r] = t*K + k, row_map[t,k] = r, in the
-//            order of permute_plan with align 1; offsets[e] is one past the last row of e
+//   rows     row r of expert e stands for pair (t, k): source[r] = t*K + k, row_map[t,k] = r, in
+//            the order of permute_plan with align 1; offsets[e] is one past the last row of e
 //   forward  [g; u] = w_gate_up[e] x[t]     h = a(g) u     y[t] = sum_k weights[t,k] w_down[e] h
 //   backward c = w_down[e]^T dy[t]          dweights[t,k] = <c, h>
 //            dg = weights[t,k] c u a'(g)    du = weights[t,k] c a(g)
 //            dx[t] = sum_k w_gate_up[e]^T [dg; du]
-//            dw_gate_up[e] = sum_r [dg; du] x[t]^T       dw_down[e] = sum_r dy[t] (weights[t,k] h)^T
+//            dw_gate_up[e] = sum_r [dg; du] x[t]^T
+//            dw_down[e] = sum_r dy[t] (weights[t,k] h)^T
 //
 //   silu  a(g) u = g sigmoid(g) u            gelu  g Phi(g) u, Phi by erfc to 1.2e-7
 //   situ  4 tanh(g / 4) sigmoid(g) * 25 tanh(u / 25)

@@ -8,6 +8,7 @@
 #include "common/dtype.h"
 #include "common/engine.h"
 #include "cpu/memory.h"
+#include "grouped_gemm/check.h"
 #include "grouped_gemm/groups.h"
 
 namespace kimi {
@@ -139,22 +140,6 @@ void zero_rows(void* out, int64_t begin, int64_t end, int64_t row_bytes) {
 }
 
 }  // namespace
-
-Status check_offsets(const char* op, const int32_t* offsets, int32_t num_experts,
-                     int64_t num_rows) {
-  int64_t before = 0;
-  bool good = true;
-  for (int32_t e = 0; e < num_experts; ++e) {
-    good = good && offsets[e] >= before;
-    before = offsets[e];
-  }
-  if (good && before <= num_rows) return Status::ok();
-  std::ostringstream list;
-  for (int32_t e = 0; e < num_experts && e < 8; ++e) list << (e ? ", " : "") << offsets[e];
-  return invalid(op, ": offsets: expected 0 <= offsets[0] <= ... <= offsets[-1] <= R = ", num_rows,
-                 ", got [", list.str(), num_experts > 8 ? ", ...]" : "]",
-                 "; pass the cumulative sum of the group sizes");
-}
 
 size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device device) {
   if (device == KIMI_DEVICE_CUDA || p.num_experts < 1 || p.k < 0 || !is_dtype(p.dtype)) return 0;

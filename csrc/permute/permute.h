@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // permute: token rows sorted by expert, and the weighted way back.
 //
-//   plan      pairs (t, k) with 0 <= id < E, in the order (expert, token, slot), are rows; the group
-//             of expert e starts at offsets[e-1] and is filled up with padding to a multiple of
-//             align:  offsets[e] = offsets[e-1] + ceil(n_e / align) * align
+//   plan      pairs (t, k) with 0 <= id < E are rows, in the order (expert, token, slot); the
+//             group of expert e starts at offsets[e-1] and is padded to a multiple of align:
+//             offsets[e] = offsets[e-1] + ceil(n_e / align) * align
 //             row_map[t,k] = row of the pair, -1 dropped;  source[row] = t*K + k, -1 padding
 //             Room for R = T*K + E*(align-1) rows: known without reading an id. The order is that
 //             of a stable argsort; no sort is made: it is counted.

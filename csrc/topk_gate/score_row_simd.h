@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The scores of a row for SIMD engines, a template over `O`, the vectors of cpu/vec_*.h. Included by
-// the ISA files only.
+// The scores of a row for SIMD engines, a template over `O`, the vectors of cpu/vec_*.h. Included
+// by the ISA files only.
 #pragma once
 
 #include <stdint.h>
