@@ -60,7 +60,7 @@ Status fused_experts(const FusedExpertsParams& p, kimi_device device,
   const auto down = [&](int32_t e) {
     grouped::Group g = experts::rows_of(p.offsets, e);
     g.p = {memory.hidden, p.width, 1, cpu::Storage(p.dtype)};
-    g.s = experts::weights_of(p.w_down, e, p.hidden, p.width, false);
+    g.s = grouped::matrix_of(p.w_down, e, p.hidden, p.width, false);
     g.depth = p.width;
     return g;
   };

@@ -71,7 +71,7 @@ class Backward {
     const auto group = [&](int32_t e) {
       grouped::Group g = experts::rows_of(p_.offsets, e);
       g.p = tokens(p_.dy, p_.dy_stride);
-      g.s = experts::weights_of(p_.w_down, e, p_.hidden, p_.width, true);
+      g.s = grouped::matrix_of(p_.w_down, e, p_.hidden, p_.width, true);
       g.cols = p_.width;
       g.depth = p_.hidden;
       return g;
@@ -136,7 +136,7 @@ class Backward {
     const auto group = [&](int32_t e) {
       grouped::Group g = experts::rows_of(p_.offsets, e);
       g.p = {memory_.grad_gate_up, 2 * p_.width, 1, cpu::Storage(p_.dtype)};
-      g.s = experts::weights_of(p_.w_gate_up, e, 2 * p_.width, p_.hidden, true);
+      g.s = grouped::matrix_of(p_.w_gate_up, e, 2 * p_.width, p_.hidden, true);
       g.depth = 2 * p_.width;
       return g;
     };

@@ -8,6 +8,7 @@
 #include "fused_experts/fused_experts.h"
 #include "grouped_gemm/grouped_gemm.h"
 #include "grouped_gemm/groups.h"
+#include "grouped_gemm/weights.h"
 
 namespace kimi::experts {
 
@@ -17,30 +18,6 @@ constexpr int64_t kSumBytes = 32 << 20;
 inline int64_t sum_columns(int64_t rows, int64_t hidden) {
   const int64_t fits = kSumBytes / 4 / std::max<int64_t>(rows, 1) / 64 * 64;
   return std::min(hidden, std::max<int64_t>(fits, 128));
-}
-
-// Matrix e as the strip operand: its rows (transposed: its columns) from `first` on.
-inline cpu::Operand weights_of(const kimi_expert_weights& w, int64_t e, int64_t rows,
-                               int64_t columns, bool transposed) {
-  cpu::Operand s;
-  s.storage = cpu::Storage(w.storage);
-  s.row_stride = transposed ? w.column_stride : w.row_stride;
-  s.depth_stride = transposed ? w.row_stride : w.column_stride;
-  if ((transposed ? rows : columns) == 1) s.depth_stride = 1;
-  const char* data = static_cast<const char*>(w.data);
-  if (w.storage == KIMI_STORAGE_FP8_BLOCK) {
-    s.data = data + e * w.expert_stride;
-    s.scale_stride = ceil_div(columns, cpu::kFp8Block);
-    s.scale =
-        static_cast<const float*>(w.scale) + e * ceil_div(rows, cpu::kFp8Block) * s.scale_stride;
-  } else if (w.storage == KIMI_STORAGE_INT4_GROUP) {
-    s.data = data + e * w.expert_stride / 2;
-    s.scale_stride = ceil_div(columns, cpu::kInt4Group);
-    s.scale = static_cast<const bf16*>(w.scale) + e * rows * s.scale_stride;
-  } else {
-    s.data = data + e * w.expert_stride * size_of(kimi_dtype(w.storage));
-  }
-  return s;
 }
 
 // Tokens as rows, gathered by pair.
@@ -65,7 +42,7 @@ template <class Params>
 grouped::Group gate_up_of(const Params& p, int32_t e) {
   grouped::Group g = rows_of(p.offsets, e);
   g.p = tokens_of(p.x, p.x_stride, p.dtype, p.source, p.top_k);
-  g.s = weights_of(p.w_gate_up, e, 2 * p.width, p.hidden, false);
+  g.s = grouped::matrix_of(p.w_gate_up, e, 2 * p.width, p.hidden, false);
   g.cols = p.width;
   g.depth = p.hidden;
   g.parts = 2;

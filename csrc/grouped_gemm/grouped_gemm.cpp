@@ -10,6 +10,7 @@
 #include "cpu/memory.h"
 #include "grouped_gemm/check.h"
 #include "grouped_gemm/groups.h"
+#include "grouped_gemm/weights.h"
 
 namespace kimi {
 namespace {
@@ -91,20 +92,9 @@ struct Forward {
     g.depth = p.k;
     g.p_row = begin;
     g.p = {p.a, p.a_row_stride, p.k == 1 ? 1 : p.a_k_stride, cpu::Storage(p.dtype)};
-    g.s = {nullptr, p.b_n_stride, p.k == 1 ? 1 : p.b_k_stride, cpu::Storage(p.b_storage)};
-    const int64_t elements = e * p.b_expert_stride;
-    if (p.b_storage == KIMI_STORAGE_FP8_BLOCK) {
-      g.s.data = offset(p.b, elements);
-      g.s.scale_stride = (p.k + cpu::kFp8Block - 1) / cpu::kFp8Block;
-      g.s.scale = static_cast<const float*>(p.b_scale) +
-                  e * ((p.n + cpu::kFp8Block - 1) / cpu::kFp8Block) * g.s.scale_stride;
-    } else if (p.b_storage == KIMI_STORAGE_INT4_GROUP) {
-      g.s.data = offset(p.b, elements / 2);
-      g.s.scale_stride = (p.k + cpu::kInt4Group - 1) / cpu::kInt4Group;
-      g.s.scale = static_cast<const bf16*>(p.b_scale) + e * p.n * g.s.scale_stride;
-    } else {
-      g.s.data = offset(p.b, elements * size_of(p.dtype));
-    }
+    const kimi_expert_weights b = {p.b,          p.b_scale,    p.b_expert_stride,
+                                   p.b_n_stride, p.b_k_stride, p.b_storage};
+    g.s = grouped::matrix_of(b, e, p.n, p.k, false);
     return g;
   }
 };
