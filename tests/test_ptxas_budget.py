@@ -22,7 +22,7 @@ from kimi_ops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "cmake" / "ptxas_budget.txt"
-SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
+SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 BUILD = ROOT / "build" / f"python-{sys.implementation.cache_tag}" / "CMakeFiles"
 HEADER = "# SPDX-License-Identifier: MIT\n# registers  architecture  kernel (ptxas of nvcc {})\n"
 

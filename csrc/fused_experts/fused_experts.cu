@@ -19,7 +19,7 @@
 #include "common/dtype.h"
 #include "device/launch.cuh"
 #include "fused_experts/fused_experts.h"
-#include "grouped_gemm/product.h"
+#include "gemm/product.h"
 #include "permute/permute.h"
 
 namespace kimi {

@@ -5,8 +5,8 @@
 
 #include "common/dtype.h"
 #include "fused_experts/fused_experts.h"
+#include "gemm/cpu/groups.h"
 #include "grouped_gemm/grouped_gemm.h"
-#include "grouped_gemm/groups.h"
 
 namespace kimi::experts {
 

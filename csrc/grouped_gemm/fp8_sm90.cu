@@ -31,8 +31,8 @@
 #include "device/launch.cuh"
 #include "device/registers.cuh"
 #include "device/wgmma.cuh"
-#include "grouped_gemm/fp8_produce_sm90.cuh"
-#include "grouped_gemm/fp8_sm90.cuh"
+#include "gemm/sm90/produce_scaled.cuh"
+#include "gemm/sm90/promote.cuh"
 
 namespace kimi {
 namespace {

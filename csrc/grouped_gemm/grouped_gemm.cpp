@@ -7,7 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
-#include "grouped_gemm/groups.h"
+#include "gemm/cpu/groups.h"
 
 namespace kimi {
 namespace {

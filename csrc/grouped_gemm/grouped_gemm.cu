@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT
 // grouped_gemm on CUDA: a call as a product of groups, and the kernel that takes it.
 //
-//   compute capability 9.x, 16-bit operands that TMA can read    wgmma       product_sm90.cuh
-//   everything else                                              mma.sync    product_sm80.cuh
+//   compute capability 9.x, 16-bit operands that TMA can read    wgmma       gemm/sm90
+//   everything else                                              mma.sync    gemm/sm80
 //
 // The choice depends on addresses, strides, dtypes and sizes, never on values: no host sync.
 #include <algorithm>
 
 #include "common/dtype.h"
 #include "device/launch.cuh"
+#include "gemm/product.h"
 #include "grouped_gemm/grouped_gemm.h"
-#include "grouped_gemm/product.h"
 
 namespace kimi {
 namespace {

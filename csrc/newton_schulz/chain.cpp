@@ -9,7 +9,7 @@
 #include <cstring>
 
 #include "common/dtype.h"
-#include "newton_schulz/product.h"
+#include "gemm/cpu/dense.h"
 
 namespace kimi::newton_schulz_cpu {
 namespace {

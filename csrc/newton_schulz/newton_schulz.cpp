@@ -6,8 +6,8 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "gemm/cpu/dense.h"
 #include "newton_schulz/chain.h"
-#include "newton_schulz/product.h"
 
 namespace kimi {
 namespace {

@@ -7,8 +7,8 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
-#include "cpu/gemm.h"
 #include "cpu/parallel.h"
+#include "gemm/cpu/block.h"
 
 namespace kimi {
 namespace {

@@ -19,7 +19,7 @@
 
 #include "check.h"
 #include "common/dtype.h"
-#include "grouped_gemm/product.h"
+#include "gemm/product.h"
 #include "simt.h"
 
 namespace product_cases {

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "common/dtype.h"
-#include "grouped_gemm/product_sm90.h"
+#include "gemm/sm90/job.h"
 #include "product_cases.h"
 
 namespace {

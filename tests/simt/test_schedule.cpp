@@ -9,7 +9,7 @@
 
 #include "check.h"
 #include "device/launch.cuh"
-#include "grouped_gemm/schedule.cuh"
+#include "gemm/schedule.cuh"
 
 namespace {
 
