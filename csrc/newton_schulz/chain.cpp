@@ -9,12 +9,13 @@
 #include <cstring>
 
 #include "common/dtype.h"
-#include "gemm/cpu/dense.h"
+#include "newton_schulz/product.h"
 
 namespace kimi::newton_schulz_cpu {
 namespace {
 
 using cpu::Operand;
+using gemm::tasks;
 
 constexpr int64_t kAlign = 64;
 constexpr int64_t kRowsAcross = 256;     // rows whose sums a task takes where lines run across
@@ -262,7 +263,7 @@ size_t ChainShape::bytes(const NewtonSchulzParams& p, int threads) const {
                             squares_of(p.method) * aligned(m * padded(m) * size) + aligned(m * 4) +
                             aligned(lines * 4));
   const auto scratch = [&](int64_t rows, int64_t cols, int64_t depth) {
-    return product_scratch_bytes(rows, cols, depth, p.dtype, threads);
+    return gemm::dense_scratch_bytes(rows, cols, depth, p.dtype, threads);
   };
   return size_t(aligned(
       int64_t(own + std::max({scratch(m, m, n), scratch(m, m, m), scratch(lines, length, m)}))));

@@ -6,8 +6,8 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
-#include "gemm/cpu/dense.h"
 #include "newton_schulz/chain.h"
+#include "newton_schulz/product.h"
 
 namespace kimi {
 namespace {
@@ -104,7 +104,7 @@ kimi_isa newton_schulz_isa() { return cpu::block_engine_isa(); }
 size_t matrix_product_workspace_bytes(const MatrixProductParams& p) {
   if (p.rows < 0 || p.cols < 0 || p.depth < 0 || !is_dtype(p.dtype)) return 0;
   return std::max<size_t>(
-      64, product_scratch_bytes(p.rows, p.cols, p.depth, p.dtype, cpu::num_threads()));
+      64, gemm::dense_scratch_bytes(p.rows, p.cols, p.depth, p.dtype, cpu::num_threads()));
 }
 
 Status matrix_product(const MatrixProductParams& p, kimi_device device, void*) {

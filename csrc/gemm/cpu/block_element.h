@@ -8,14 +8,6 @@
 namespace kimi::cpu {
 namespace {
 
-// e4m3: 4 bits of exponent with bias 7, no infinity; 0x7f and 0xff are NaN.
-KIMI_HOST_DEVICE float float_of_e4m3(uint8_t bits) {
-  const uint32_t sign = uint32_t(bits & 0x80u) << 24, magnitude = bits & 0x7fu;
-  if (magnitude == 0x7fu) return float_of(sign | 0x7fc00000u);
-  if (magnitude < 8) return float_of(sign | bits_of(float(magnitude) * 0x1p-9f));  // subnormal
-  return float_of(sign | ((magnitude << 20) + (120u << 23)));
-}
-
 KIMI_HOST_DEVICE int64_t gathered(const int32_t* index, int32_t divisor, int64_t i) {
   if (!index) return i;
   return index[i] < 0 ? -1 : index[i] / divisor;
@@ -56,7 +48,7 @@ KIMI_HOST_DEVICE float read_element(const Operand& x, int64_t row, int64_t depth
     case Storage::kFloat16:
       return to_float(static_cast<const fp16*>(x.data)[at]);
     case Storage::kFp8Block:
-      return float_of_e4m3(static_cast<const uint8_t*>(x.data)[at]) * fp8_scale(x, row, depth);
+      return to_float(static_cast<const e4m3*>(x.data)[at]) * fp8_scale(x, row, depth);
     case Storage::kInt4Group: {
       const int32_t byte = static_cast<const uint8_t*>(x.data)[at / 2];
       return float((at % 2 ? byte >> 4 : byte & 15) - 8) * int4_scale(x, row, depth);

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace kimi::newton_schulz_cpu {
+namespace kimi::gemm {
 namespace {
 
 using cpu::BlockEngine;
@@ -43,26 +43,11 @@ struct Layout {
   }
 };
 
-// Copies D's elements of a tile below the diagonal to their places above it.
-template <class T>
-void mirror(T* d, int64_t stride, int64_t row, int64_t rows, int64_t col, int64_t cols) {
-  T block[kStripRows][kStripRows];
-  const int64_t end = row + rows;
-  for (int64_t i0 = std::max(row, col); i0 < end; i0 += kStripRows) {
-    const int64_t n = std::min(kStripRows, end - i0);
-    for (int64_t i = 0; i < n; ++i)
-      std::memcpy(block[i], d + (i0 + i) * stride + col,
-                  size_t(std::min(cols, i0 + i - col + 1)) * sizeof(T));
-    for (int64_t j = 0; j < cols; ++j)
-      for (int64_t i = std::max<int64_t>(0, col + j + 1 - i0); i < n; ++i)
-        d[(col + j) * stride + i0 + i] = block[i][j];
-  }
-}
-
 class Multiplication {
  public:
-  Multiplication(const Product& product, void* scratch, int threads)
-      : p(product), layout(p.rows, p.cols, p.depth, p.dtype, threads), threads_(threads) {
+  Multiplication(const Dense& product, const std::function<void(const DenseBlock&)>& to,
+                 void* scratch, int threads)
+      : p(product), sink(to), layout(p.rows, p.cols, p.depth, p.dtype, threads), threads_(threads) {
     panels_ = static_cast<char*>(scratch);
     strips_ = panels_ + layout.panels * layout.panel_bytes;
     sums_ = strips_ + layout.strips * layout.blocks * layout.strip_bytes;
@@ -83,9 +68,9 @@ class Multiplication {
   }
 
   void run() const {
-    // A symmetric result leaves panel q the strips up to its last row; longest panels go first.
+    // A lower triangle leaves panel q the strips up to its last row; longest panels go first.
     const auto last_strip = [&](int64_t panel) {
-      if (!p.symmetric) return layout.strips;
+      if (!p.lower) return layout.strips;
       return ceil_div(std::min(p.rows, (panel + 1) * layout.panel_rows), kStripRows);
     };
     int64_t count = 0;
@@ -113,7 +98,7 @@ class Multiplication {
   }
   // The first row of the panel that the strip needs, a multiple of a group of rows.
   int64_t first_row(int64_t panel, int64_t s) const {
-    if (!p.symmetric) return 0;
+    if (!p.lower) return 0;
     const int64_t group = layout.engine.panel_rows;
     return std::max<int64_t>(0, s * kStripRows - panel * layout.panel_rows) / group * group;
   }
@@ -139,40 +124,13 @@ class Multiplication {
     for (int64_t s = first; s < last; ++s) {
       const int64_t start = first_row(panel, s);
       if (engine.finish) engine.finish(sums_of(s), rows - start, kStripRows, kStripRows);
-      store(panel * layout.panel_rows + start, rows - start, s, sums_of(s));
+      sink({sums_of(s), panel * layout.panel_rows + start, rows - start, s * kStripRows,
+            cols_of(s)});
     }
   }
 
-  void store(int64_t row, int64_t rows, int64_t s, const float* sums) const {
-    const int64_t col = s * kStripRows, cols = cols_of(s);
-    const int64_t size = size_of(p.dtype), d_size = size_of(p.d_dtype);
-    const char* c = static_cast<const char*>(p.c);
-    char* d = static_cast<char*>(p.d);
-    Tile t = {};
-    t.sums = sums;
-    t.rows = rows;
-    t.cols = cols;
-    t.diagonal = row - col;
-    t.lower = p.symmetric;
-    t.c = c ? c + (row * p.c_stride + col) * size : nullptr;
-    t.d = d + (row * p.d_stride + col) * d_size;
-    t.c_stride = p.c_stride;
-    t.d_stride = p.d_stride;
-    t.alpha = p.alpha;
-    t.beta = p.beta;
-    t.delta = p.delta;
-    t.unit = p.unit;
-    t.dtype = p.dtype;
-    t.d_dtype = p.d_dtype;
-    engine().store(t);
-    if (!p.symmetric) return;
-    if (d_size == 2)
-      mirror(static_cast<uint16_t*>(p.d), p.d_stride, row, rows, col, cols);
-    else
-      mirror(static_cast<uint32_t*>(p.d), p.d_stride, row, rows, col, cols);
-  }
-
-  const Product& p;
+  const Dense& p;
+  const std::function<void(const DenseBlock&)>& sink;
   const Layout layout;
   const int threads_;
   char *panels_, *strips_, *sums_;
@@ -180,15 +138,16 @@ class Multiplication {
 
 }  // namespace
 
-size_t product_scratch_bytes(int64_t rows, int64_t cols, int64_t depth, kimi_dtype dtype,
-                             int threads) {
+size_t dense_scratch_bytes(int64_t rows, int64_t cols, int64_t depth, kimi_dtype dtype,
+                           int threads) {
   return Layout(rows, cols, depth, dtype, threads).bytes(threads);
 }
 
-void multiply(const Product& p, void* scratch, int threads) {
-  const Multiplication multiplication(p, scratch, threads);
+void multiply_dense(const Dense& p, const std::function<void(const DenseBlock&)>& sink,
+                    void* scratch, int threads) {
+  const Multiplication multiplication(p, sink, scratch, threads);
   multiplication.pack();
   multiplication.run();
 }
 
-}  // namespace kimi::newton_schulz_cpu
+}  // namespace kimi::gemm

@@ -1,42 +1,44 @@
 // SPDX-License-Identifier: MIT
-// One matrix product of the iteration on block products (gemm/cpu/block.h).
+// One large product C = A B^T on block products (block.h), by all threads.
 //
 //   pack       A into panels, B into strips of 32 rows, once, by all threads
 //   multiply   panel x up to 16 strips at a time, depth block by depth block; sums of a task stay
-//              in the L2 cache and go through Tile into D
+//              in the L2 cache until they go to the caller
 //
-//              strips of B ->                     symmetric: tasks stop at the diagonal, and a
-//              strip
-//     panels   [##][##][##]..   task              that crosses it starts at its own group of rows;
-//     of A     [##][##]  |                        D's upper blocks are copies
+//              strips of B ->                     lower: tasks stop at the diagonal, and a strip
+//     panels   [##][##][##]..   task              that crosses it starts at its own group of rows
+//     of A     [##][##]  |
 //
-// Every element of D is a sum over depth in an order of its own: how rows are cut into panels, and
+// Every element of C is a sum over depth in an order of its own: how rows are cut into panels, and
 // which thread takes a task, shows in no bit.
 #pragma once
 
+#include <functional>
+
 #include "cpu/parallel.h"
 #include "gemm/cpu/block.h"
-#include "newton_schulz/newton_schulz.h"
 
-namespace kimi::newton_schulz_cpu {
+namespace kimi::gemm {
 
-// D = alpha A B^T + beta C + delta I. D may lie on A, B or C.
-struct Product {
+struct Dense {
   cpu::Operand a, b;  // [rows, depth], [cols, depth]
   int64_t rows = 0, cols = 0, depth = 0;
-  bool symmetric = false;  // D is: rows == cols, of C the lower triangle is read
-  float alpha = 1, beta = 0, delta = 0;
-  const void* c = nullptr;  // [rows, cols] dtype
-  void* d = nullptr;        // [rows, cols] d_dtype, rounded to dtype before `unit`
-  int64_t c_stride = 0, d_stride = 0;
-  kimi_dtype dtype = KIMI_FLOAT32, d_dtype = KIMI_FLOAT32;
-  float unit = 1;
+  bool lower = false;               // rows == cols: what lies wholly above the diagonal is left out
+  kimi_dtype dtype = KIMI_FLOAT32;  // of the operands
 };
 
-size_t product_scratch_bytes(int64_t rows, int64_t cols, int64_t depth, kimi_dtype dtype,
-                             int threads);
-// `threads`: 1, or all that cpu::parallel_tasks takes. scratch: 64-byte aligned.
-void multiply(const Product& p, void* scratch, int threads);
+// Finished sums of rows [row, row + rows) and columns [col, col + cols) of C.
+struct DenseBlock {
+  const float* sums;  // [rows, cpu::kStripRows]
+  int64_t row, rows, col, cols;
+};
+
+size_t dense_scratch_bytes(int64_t rows, int64_t cols, int64_t depth, kimi_dtype dtype,
+                           int threads);
+// Calls sink(block) for all blocks, from the threads that made them. `threads`: 1, or all that
+// cpu::parallel_tasks takes. scratch: 64-byte aligned.
+void multiply_dense(const Dense& p, const std::function<void(const DenseBlock&)>& sink,
+                    void* scratch, int threads);
 
 // body(task, thread) for every task, in this thread alone where threads is 1.
 template <class Body>
@@ -45,4 +47,4 @@ void tasks(int64_t n, int threads, const Body& body) {
   for (int64_t task = 0; task < n; ++task) body(task, 0);
 }
 
-}  // namespace kimi::newton_schulz_cpu
+}  // namespace kimi::gemm
