@@ -3,8 +3,7 @@
 //
 //   warp    4 rows x 128 columns: 8 lanes a row, 16 values a lane; 16 bytes of data a lane, the 4
 //           scales side by side
-//   block   8 warps: the same 4 rows, kb = warp, warp + 8, ...; blocks share them where rows are
-//   few
+//   block   8 warps: the same 4 rows, kb = warp, warp + 8, ...; of few rows blocks share them
 //
 // Cost: R K (2 + 1 + 4 / 128) bytes of bf16 rows, and few instructions: the division by the block's
 // scale is a product with its reciprocal and two corrections, the second of which is exact by
@@ -17,9 +16,9 @@
 #include "device/convert.cuh"
 #include "device/launch.cuh"
 #include "device/math.cuh"
+#include "device/vec.cuh"
 #include "device/warp.cuh"
 #include "fp8_rows/fp8_rows.h"
-#include "gemm/epilogue.cuh"
 
 namespace kimi::fp8 {
 namespace {
@@ -63,8 +62,8 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     const int64_t first = kb * kBlock + at, left = exists ? p.k - first : 0;
     const int count = left < 0 ? 0 : left < kValues ? static_cast<int>(left) : kValues;
     float v[2][8];
-    grouped::load8(x + first, v[0], std::min(count, 8), wide_in);
-    grouped::load8(x + first + 8, v[1], std::max(count - 8, 0), wide_in);
+    load8(x + first, v[0], std::min(count, 8), wide_in);
+    load8(x + first + 8, v[1], std::max(count - 8, 0), wide_in);
     uint32_t most = 0;  // as integers: a NaN is above all numbers
 #pragma unroll
     for (int i = 0; i < kValues; ++i) most = std::max(most, bits_of(v[i / 8][i % 8]) & ~kSign);

@@ -1,18 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The Hopper products that end in an activation or its gradient, fp16.
-#include "gemm/sm90/kernel.cuh"
+#include "fused_experts/activate_sm90.cuh"
 
-namespace kimi::grouped::sm90 {
-
-template <>
-Status activate<fp16>(const Job& job, void* stream) {
-  constexpr Ragged kRows = Ragged::kRows;
-  if (job.product.epilogue == Epilogue::kActivateBackward)
-    return run<Traits<fp16, kRows, Epilogue::kActivateBackward, Major::kOuter, Shape::kWide>>(
-        job, stream);
-  if (job.shape == Shape::kFew)
-    return run<Traits<fp16, kRows, Epilogue::kActivate, Major::kDepth, Shape::kFew>>(job, stream);
-  return run<Traits<fp16, kRows, Epilogue::kActivate, Major::kDepth, Shape::kWide>>(job, stream);
+namespace kimi::experts {
+template Status activate_sm90<fp16>(const gemm::Product&, const ActivateParams&, Pass, void*);
 }
-
-}  // namespace kimi::grouped::sm90

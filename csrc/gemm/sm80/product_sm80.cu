@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT
-// product_sm80: which of the kernels of product_sm80.cuh serves a product.
+// Which of the kernels of product_sm80.cuh serves a product.
 //
-//   groups of 16 rows on average, or fewer  tiles of 16 rows: such a product waits for Q's bytes,
+//   groups of 16 rows on average, or fewer  tiles of 16 rows: such a product waits for B's bytes,
 //                                           and a further tile of a group finds them in the cache
-//   Q of kStore with kRows                  depth-major tiles if its memory is contiguous that way
-//   kDepth                                  P and Q outer-major
+//   M-grouped, stored as it is              depth-major tiles of B if its memory lies that way
+//   K-grouped                               A and B outer-major
 #include <climits>
 
 #include "common/dtype.h"
 #include "gemm/sm80/product_sm80.h"
 
-namespace kimi::grouped {
+namespace kimi::gemm::sm80 {
 namespace {
 
 constexpr int64_t kFewRows = 16;
@@ -28,33 +28,27 @@ bool is_wide(const Matrix& m, int64_t matrices, Major major, int64_t extent,
 
 }  // namespace
 
-Status product_sm80(const Product& p, void* stream) {
-  if ((p.ragged == Ragged::kRows && p.depth > INT_MAX) || p.cols > INT_MAX)
+Status make_job(const Product& p, std::optional<Major> b_major, Job* job) {
+  const bool of_m = p.grouping == Grouping::kM;
+  if ((of_m && p.depth > INT_MAX) || p.cols > INT_MAX)
     return invalid("grouped product: sizes: expected depth and columns below 2^31, got ", p.depth,
                    " and ", p.cols);
-  const int64_t bytes = size_of(p.dtype);
-  Sm80Job job{p, Major::kOuter, false, false, false};
-  if (p.ragged == Ragged::kDepth) {
-    job.wide_p = is_wide(p.p, 1, Major::kOuter, p.rows, bytes);
-    job.wide_q = is_wide(p.q, 1, Major::kOuter, p.cols, bytes);
-  } else {
-    const bool by_depth = is_wide(p.q, p.num_groups, Major::kDepth, p.depth, bytes);
-    const bool by_outer = is_wide(p.q, p.num_groups, Major::kOuter, p.cols, bytes);
-    const bool outer = p.epilogue == Epilogue::kActivateBackward ||
-                       (p.epilogue == Epilogue::kStore && !by_depth && by_outer);
-    job.q_major = outer ? Major::kOuter : Major::kDepth;
-    job.few_rows = p.num_rows <= kFewRows * p.num_groups || p.num_rows <= kFewRows;
-    job.wide_p = is_wide(p.p, 1, Major::kDepth, p.depth, bytes);
-    job.wide_q = outer ? by_outer : by_depth;
+  if (p.grouping == Grouping::kBatch)
+    return invalid("grouped product: grouping: expected groups along M or K, got a batch");
+  const int64_t bytes = size_of(p.dtype), groups = p.groups.count, rows = p.groups.num_rows;
+  *job = {p, Major::kOuter, false, false, false};
+  if (!of_m) {
+    job->wide_a = is_wide(p.a, 1, Major::kOuter, p.rows, bytes);
+    job->wide_b = is_wide(p.b, 1, Major::kOuter, p.cols, bytes);
+    return Status::ok();
   }
-  switch (p.dtype) {
-    case KIMI_BFLOAT16:
-      return product_bf16(job, stream);
-    case KIMI_FLOAT16:
-      return product_fp16(job, stream);
-    default:
-      return product_fp32(job, stream);
-  }
+  const bool by_depth = is_wide(p.b, groups, Major::kDepth, p.depth, bytes);
+  const bool by_outer = is_wide(p.b, groups, Major::kOuter, p.cols, bytes);
+  job->b_major = b_major.value_or(!by_depth && by_outer ? Major::kOuter : Major::kDepth);
+  job->few_rows = rows <= kFewRows * groups || rows <= kFewRows;
+  job->wide_a = is_wide(p.a, 1, Major::kDepth, p.depth, bytes);
+  job->wide_b = job->b_major == Major::kOuter ? by_outer : by_depth;
+  return Status::ok();
 }
 
-}  // namespace kimi::grouped
+}  // namespace kimi::gemm::sm80

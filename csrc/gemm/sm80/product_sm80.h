@@ -3,24 +3,27 @@
 // and addresses alone.
 #pragma once
 
+#include <optional>
+
+#include "device/major.h"
 #include "gemm/product.h"
 
-namespace kimi::grouped {
+namespace kimi::gemm::sm80 {
 
-enum class Major { kDepth, kOuter };  // the direction in which a tile is contiguous
-
-struct Sm80Job {
+struct Job {
   Product product;
-  Major q_major;  // of Q's tiles, for kStore with kRows
+  Major b_major;  // of B's tiles
   bool few_rows;  // tiles of 16 rows
   // Memory is contiguous in the direction of the tiles, and 16 bytes divide every address, stride
   // and extent there.
-  bool wide_p, wide_q;
+  bool wide_a, wide_b;
 };
 
-// One for each dtype, in files of their own that compile side by side.
-Status product_bf16(const Sm80Job& job, void* stream);
-Status product_fp16(const Sm80Job& job, void* stream);
-Status product_fp32(const Sm80Job& job, void* stream);
+// `b_major`: what the epilogue's kernels want of B's tiles; nothing: either.
+Status make_job(const Product& p, std::optional<Major> b_major, Job* job);
 
-}  // namespace kimi::grouped
+// One for each type, in files of their own that compile side by side.
+template <class T>
+Status store(const Job& job, const StoreParams& out, void* stream);
+
+}  // namespace kimi::gemm::sm80

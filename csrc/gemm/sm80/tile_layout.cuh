@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// How a tile of P or Q lies in shared memory: the direction that is contiguous in global memory is
+// How a tile of A or B lies in shared memory: the direction that is contiguous in global memory is
 // contiguous here too, in chunks of 16 bytes, which is what cp.async and ldmatrix move.
 //
 //   kDepthMajor  row = outer index, chunks along the depth       kOuterMajor  row = depth index
@@ -12,10 +12,10 @@
 
 #include <cstdint>
 
+#include "device/major.h"
 #include "device/platform.cuh"
-#include "gemm/sm80/product_sm80.h"
 
-namespace kimi::grouped {
+namespace kimi::gemm::sm80 {
 
 template <class T, Major kMajor, int kOuter, int kDepth>
 struct TileLayout {
@@ -38,4 +38,4 @@ struct TileLayout {
   }
 };
 
-}  // namespace kimi::grouped
+}  // namespace kimi::gemm::sm80

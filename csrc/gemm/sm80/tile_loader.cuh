@@ -6,8 +6,8 @@
 // `wide` operands go by cp.async, 16 bytes a copy; what lies outside of the operand is zero. Others
 // (odd strides, addresses or sizes) are read element by element into the same layout: slow, right.
 //
-//   OuterRows  depth-major tiles   P of kRows, with or without an index; Q of kRows
-//   DepthRows  outer-major tiles   Q of kRows; P and Q of kDepth, with or without an index
+//   OuterRows  depth-major tiles   A of M-grouped, with or without an index; B of M-grouped
+//   DepthRows  outer-major tiles   B of M-grouped; A and B of K-grouped, with or without an index
 #pragma once
 
 #include <cstring>
@@ -18,12 +18,12 @@
 #include "gemm/product.h"
 #include "gemm/sm80/tile_layout.cuh"
 
-namespace kimi::grouped {
+namespace kimi::gemm::sm80 {
 
 // Which part of an operand a tile of sums needs: `rows` outer indices from `outer` on, `length` of
 // the depth from `depth` on.
 struct Window {
-  int32_t group;  // of Q with kRows, else 0
+  int32_t group;  // of B if M-grouped, else 0
   int64_t outer, depth;
   int32_t rows, length;  // what is left; more than a tile has does not matter
 };
@@ -45,16 +45,15 @@ __device__ inline int64_t source_row(const Matrix& m, int64_t row) {
   return kIndexed && m.index != nullptr ? m.index[row] / m.divisor : row;
 }
 
-// kIndexed: the rows may come by m.index. kPaired: the tile's rows are gate and up rows in turn,
+// kIndexed: the rows may come by m.index. kGated: the tile's rows are gate and up rows in turn,
 // kRowStep at a time, of the same columns of h.
-template <class T, int kOuter, int kDepth, int kThreads, bool kIndexed, bool kPaired>
+template <class T, int kOuter, int kDepth, int kThreads, bool kIndexed, bool kGated>
 class OuterRows {
  public:
   using Layout = TileLayout<T, Major::kDepth, kOuter, kDepth>;
   static constexpr int kRowStep = kThreads / Layout::kChunks;
   static constexpr int kCopies = kOuter / kRowStep;
-  static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kOuter &&
-                (!kPaired || kCopies % 2 == 0));
+  static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kOuter && (!kGated || kCopies % 2 == 0));
 
   // `up`: how far a gate row's up row is, in rows.
   __device__ OuterRows(const Matrix& m, bool wide, const Window& w, int64_t up)
@@ -90,13 +89,13 @@ class OuterRows {
   __device__ static int chunk() { return static_cast<int>(threadIdx.x) % Layout::kChunks; }
   __device__ static int row() { return static_cast<int>(threadIdx.x) / Layout::kChunks; }
 
-  __device__ int local(int i) const { return row() + (kPaired ? i / 2 : i) * kRowStep; }
+  __device__ int local(int i) const { return row() + (kGated ? i / 2 : i) * kRowStep; }
   __device__ bool exists(int i) const { return local(i) < w_.rows; }
   // Some address for a row that does not exist.
   __device__ const T* row_of(int i) const {
     const T* const data = static_cast<const T*>(m_.data) + w_.group * m_.group_stride;
     if (!exists(i)) return data;
-    const int64_t up = kPaired && i % 2 == 1 ? up_ : 0;
+    const int64_t up = kGated && i % 2 == 1 ? up_ : 0;
     return data + source_row<kIndexed>(m_, w_.outer + local(i) + up) * m_.outer_stride;
   }
 
@@ -172,4 +171,4 @@ class DepthRows {
   int32_t entry_ = 0;  // of the index for the lane's row; the row itself without one
 };
 
-}  // namespace kimi::grouped
+}  // namespace kimi::gemm::sm80

@@ -3,7 +3,7 @@
 // mma.m16n8 leaves them, whatever T: c[4 (row tile kColTiles + col tile) + i], lane l: row
 // 16 row tile + l / 4 + 8 (i / 2), column 8 col tile + 2 (l % 4) + i % 2.
 //
-//   16-bit  16 of the depth at a time: ldmatrix, mma.sync; each 16 x 16 of P and of Q once
+//   16-bit  16 of the depth at a time: ldmatrix, mma.sync; each 16 x 16 of A and of B once
 //   fp32    1 of the depth at a time: plain loads, fma: the sum is that of a loop over the depth
 //
 // Addresses: what changes with the lane is computed once for a tile of the ring; with a depth-major
@@ -15,33 +15,33 @@
 #include "device/mma.cuh"
 #include "gemm/sm80/tile_layout.cuh"
 
-namespace kimi::grouped {
+namespace kimi::gemm::sm80 {
 
 // kWarpRows x kWarpCols of sums. load() may run ahead of multiply() by one fragment.
-template <class T, class P, class Q, int kWarpRows, int kWarpCols>
+template <class T, class A, class B, int kWarpRows, int kWarpCols>
 class WarpTile {
  public:
   static constexpr int kStepDepth = 16, kUnroll = 2;
   static constexpr int kRowTiles = kWarpRows / 16, kColTiles = kWarpCols / 8;
 
   struct Fragment {
-    uint32_t p[kRowTiles][4], q[kColTiles / 2][4];
+    uint32_t a[kRowTiles][4], b[kColTiles / 2][4];
   };
 
   // First row and column of the warp in the block tile.
   __device__ WarpTile(int row, int col) {
     const int in = lane_id() % 8, low = lane_id() / 8 % 2, high = lane_id() / 16;
-    p_ = P::kDepthMajor ? P::offset(row + in + 8 * low, high)
-                        : P::offset(in + 8 * high, row / 8 + low);
-    q_ = Q::kDepthMajor ? Q::offset(col + in + 8 * high, low)
-                        : Q::offset(in + 8 * low, col / 8 + high);
+    a_ = A::kDepthMajor ? A::offset(row + in + 8 * low, high)
+                        : A::offset(in + 8 * high, row / 8 + low);
+    b_ = B::kDepthMajor ? B::offset(col + in + 8 * high, low)
+                        : B::offset(in + 8 * low, col / 8 + high);
   }
 
-  __device__ void load(Fragment& f, const char* p, const char* q, int step) const {
+  __device__ void load(Fragment& f, const char* a, const char* b, int step) const {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) load_16x16<P>(f.p[i], p, p_, i, step);
+    for (int i = 0; i < kRowTiles; ++i) load_16x16<A>(f.a[i], a, a_, i, step);
 #pragma unroll
-    for (int j = 0; j < kColTiles / 2; ++j) load_16x16<Q>(f.q[j], q, q_, j, step);
+    for (int j = 0; j < kColTiles / 2; ++j) load_16x16<B>(f.b[j], b, b_, j, step);
   }
 
   template <int kN>
@@ -51,11 +51,11 @@ class WarpTile {
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int j = 0; j < kColTiles; ++j) {
-        // There and back again, so that neighbours share the part of Q.
+        // There and back again, so that neighbours share the part of B.
         const int jj = i % 2 == 0 ? j : kColTiles - 1 - j;
-        const uint32_t (&q)[4] = f.q[jj / 2];
-        const uint32_t b[2] = {q[jj % 2 * 2], q[jj % 2 * 2 + 1]};
-        mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(c[4 * (i * kColTiles + jj)]), f.p[i], b);
+        const uint32_t (&both)[4] = f.b[jj / 2];
+        const uint32_t b[2] = {both[jj % 2 * 2], both[jj % 2 * 2 + 1]};
+        mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(c[4 * (i * kColTiles + jj)]), f.a[i], b);
       }
   }
 
@@ -69,30 +69,30 @@ class WarpTile {
       ldmatrix_x4_transposed(r, tile + (lane ^ outer_step * 32) + depth_step * 16 * L::kRowBytes);
   }
 
-  int p_, q_;  // byte offsets
+  int a_, b_;  // byte offsets
 };
 
-template <class P, class Q, int kWarpRows, int kWarpCols>
-class WarpTile<float, P, Q, kWarpRows, kWarpCols> {
+template <class A, class B, int kWarpRows, int kWarpCols>
+class WarpTile<float, A, B, kWarpRows, kWarpCols> {
  public:
   static constexpr int kStepDepth = 1, kUnroll = 2;
   static constexpr int kRowTiles = kWarpRows / 16, kColTiles = kWarpCols / 8;
 
   struct Fragment {
-    float p[2 * kRowTiles], q[2 * kColTiles];
+    float a[2 * kRowTiles], b[2 * kColTiles];
   };
 
   __device__ WarpTile(int row, int col)
-      : p_(place<P>(row + lane_id() / 4)), q_(place<Q>(col + lane_id() % 4 * 2)) {}
+      : a_(place<A>(row + lane_id() / 4)), b_(place<B>(col + lane_id() % 4 * 2)) {}
 
-  __device__ void load(Fragment& f, const char* p, const char* q, int step) const {
+  __device__ void load(Fragment& f, const char* a, const char* b, int step) const {
 #pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) f.p[i] = *at<P>(p, p_, 8 * i, step);
+    for (int i = 0; i < 2 * kRowTiles; ++i) f.a[i] = *at<A>(a, a_, 8 * i, step);
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
-      const float* const from = at<Q>(q, q_, 8 * j, step);
-      f.q[2 * j] = from[0];
-      f.q[2 * j + 1] = from[Q::kDepthMajor ? Q::kRowBytes / 4 : 1];
+      const float* const from = at<B>(b, b_, 8 * j, step);
+      f.b[2 * j] = from[0];
+      f.b[2 * j + 1] = from[B::kDepthMajor ? B::kRowBytes / 4 : 1];
     }
   }
 
@@ -104,7 +104,7 @@ class WarpTile<float, P, Q, kWarpRows, kWarpCols> {
 #pragma unroll
       for (int j = 0; j < 2 * kColTiles; ++j) {
         float& sum = c[4 * (i / 2 * kColTiles + j / 2) + i % 2 * 2 + j % 2];
-        sum = fma_rn(f.p[i], f.q[j], sum);
+        sum = fma_rn(f.a[i], f.b[j], sum);
       }
   }
 
@@ -121,7 +121,7 @@ class WarpTile<float, P, Q, kWarpRows, kWarpCols> {
     return reinterpret_cast<const float*>(tile + byte);
   }
 
-  int p_, q_;
+  int a_, b_;
 };
 
-}  // namespace kimi::grouped
+}  // namespace kimi::gemm::sm80

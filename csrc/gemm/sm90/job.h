@@ -2,30 +2,27 @@
 // What the host decides about a product for Hopper, from shapes and addresses alone.
 #pragma once
 
+#include "device/major.h"
 #include "gemm/product.h"
 
-namespace kimi::grouped::sm90 {
+namespace kimi::gemm::sm90 {
 
-enum class Shape { kWide, kNarrow, kFew };  // of a tile: traits_sm90.cuh
+// Whether the 16-bit kernels can take the product's operands. What they make of C is not asked.
+bool serves(const Product& p);
 
-struct Job {
-  Product product;
-  bool q_outer;  // Q is contiguous along outer
-  Shape shape;
-  bool paired;  // clusters of two blocks
-};
+// How B lies in memory; its tiles lie the same way.
+Major b_major(const Product& p);
 
-// What product_sm90 makes of a product that serves_sm90 says yes to; and the kernel of a job. Tests
-// change the job in between: small products take the narrow shapes only.
-Job make_job(const Product& p);
-Status run_job(const Job& job, void* stream);
+// Tiles of 128 columns in place of 256, for a product that is stored as it is.
+bool is_narrow(const Product& p);
 
-// A file each, which compile side by side: by dtype and family.
+// Queues a product that serves() says yes to.
+Status store(const Product& p, const StoreParams& out, bool narrow, void* stream);
+
+// A file each, which compile side by side: by type and grouping.
 template <class T>
-Status store_rows(const Job& job, void* stream);  // kRows, kStore
+Status store_m(const Product& p, const StoreParams& out, bool narrow, void* stream);
 template <class T>
-Status store_depth(const Job& job, void* stream);  // kDepth
-template <class T>
-Status activate(const Job& job, void* stream);  // kActivate and kActivateBackward
+Status store_k(const Product& p, const StoreParams& out, void* stream);
 
-}  // namespace kimi::grouped::sm90
+}  // namespace kimi::gemm::sm90

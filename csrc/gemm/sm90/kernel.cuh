@@ -1,143 +1,170 @@
 // SPDX-License-Identifier: MIT
 // The Hopper product: persistent blocks of one producing and two consuming warpgroups.
 //
-//   P, Q in memory -- TMA or cp.async --> ring of stages -- wgmma --> sums -- epilogue --> C
+//   A, B in memory -- TMA or cp.async --> ring of stages -- wgmma --> sums -- epilogue --> C
+//   offsets -- schedule --> ring of tiles ---------------------------------------^
 //
+// One kernel for every product: a schedule (groups along M or K, a batch, a lower triangle), a load
+// (TMA, gathered, scaled), an accumulation (direct, promoted every 128 of depth) and an epilogue.
 // The tile that comes next is loaded while the consumers write the last one.
 //
-// By count: a multiprocessor multiplies 2048 pairs a cycle and moves 128 bytes of shared memory.
-// Per stage:
+// By count: a multiprocessor multiplies 2048 values of 16 bits a cycle (FP8 twice as many) and
+// moves 128 bytes of shared memory. Per stage of 16 bits:
 //
 //                 stages  wgmma    shared memory read + written   from L2
 //   wide          4       1024     640 + 384 cycles               48 KB, 48 B a cycle
-//   wide, paired  4       1024     640 + 384                      32 KB, 32 B a cycle
-//   narrow        6        512     384 + 256                      32 KB, 64 B a cycle
-//   few           8        256     256 + 192                      16 KB of Q and 1 to 8 of P
-//   few, gate+up  5        512     512 + 320                      32 KB and 1 to 8
+//   narrow        6       512      384 + 256                      32 KB, 64 B a cycle
 //
-// Large groups get pairs to stay off a limit of L2; an H100 serves wide's 132 x 48 B = 6300 B a
-// cycle without them just as fast. C: 256 columns cost a warp 64 (fp32 128) conversions or stores
-// and as many cycles of shared memory, about 800 cycles a tile in which wgmma stands still, 2 % at
-// a depth of 2048; bias, adding in 16 bits and the rows at a group's end take Finish, about 3500.
-// Few waits for Q's bytes: 128 KB in flight a multiprocessor, three times what 4.8 TB/s need at 1
-// us; wgmma is busy for a third of the time.
+// C: 256 columns cost a warp 64 (fp32 128) conversions or stores and as many cycles of shared
+// memory, about 800 cycles a tile in which wgmma stands still, 2 % at a depth of 2048. Where a
+// group has at most 64 rows, consumer 1 is idle and the upper half of A unread. Few rows need no
+// tile of their own: measured on an H100, weights as the M operand of wgmma won 1 to 2 % at 8 rows
+// and lost from 48 on. Nor do many need clusters: two blocks that shared B won 4 and 5 % at two of
+// 30 shapes and took up to a third longer elsewhere.
 //
-// Measured on an H100: 696 to 754 TFLOP/s with 4 groups of 8192 rows, the tensor pipe 93 % busy at
-// the 1.53 GHz that the power limit leaves.
+// Measured on an H100, before consumers took their tiles from the producers: 696 to 754 TFLOP/s
+// with 4 groups of 8192 rows, the tensor pipe 93 % busy at the 1.53 GHz of the power limit.
 #pragma once
 
 #include "device/launch.cuh"
 #include "device/registers.cuh"
 #include "gemm/sm90/consume.cuh"
+#include "gemm/sm90/finished.cuh"
+#include "gemm/sm90/gather.cuh"
+#include "gemm/sm90/job.h"
 #include "gemm/sm90/produce.cuh"
+#include "gemm/sm90/store.cuh"
 
-namespace kimi::grouped::sm90 {
+namespace kimi::gemm::sm90 {
 
+// All threads of the cluster's blocks.
 template <class X>
-__global__ void __launch_bounds__(kThreads, 1)
-    product_kernel(const __grid_constant__ Product p, const __grid_constant__ Maps maps,
-                   int blocks) {
-  KIMI_SHARED(char, memory);
-  const Shared<X> shared{memory};
-  const int rank = blocks == 1 ? 0 : cluster_rank();
-  const bool gathers = p.p.index != nullptr || p.q.index != nullptr;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < X::kStages; ++stage) {
-      mbarrier_init(shared.full(stage), gathers ? 1 + kGroupThreads : 1);
-      mbarrier_init(shared.empty(stage), static_cast<uint32_t>(kConsumerWarps * blocks));
-    }
-    mbarrier_fence_init();
-    if (p.p.index == nullptr) tma_prefetch(maps.p);
-    if (p.q.index == nullptr) tma_prefetch(maps.q);
-  }
-  warp_barrier();
-  if (blocks > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
+__device__ inline void meet() {
+  if constexpr (X::kCluster == 1) {
     __syncthreads();
-  }
-  if (threadIdx.x < kGroupThreads) {
-    registers_decrease<kProducerRegisters>();
-    if (gathers)
-      produce_by_gather<X>(p, maps, shared, blocks, rank);
-    else if (warp_id() == 0)
-      produce_by_tma<X>(p, maps, shared, blocks, rank);
   } else {
-    registers_increase<kConsumerRegisters>();
-    consume<X>(p, maps, shared, blocks, rank);
-  }
-  if (blocks > 1) {  // the other block still writes here
     warp_barrier();
     cluster_arrive();
     cluster_wait();
   }
 }
 
-// TMA writes C if 16 bytes divide its addresses; bias takes the other way, and so does adding in 16
-// bits, which TMA would do in another format.
 template <class X>
-Status encode_out(const Product& p, Maps* maps) {
+__global__ void __launch_bounds__(kThreads, 1)
+    product_kernel(const __grid_constant__ Product p, const __grid_constant__ InputsOf<X> in,
+                   const __grid_constant__ typename X::Epilogue::Params params) {
+  KIMI_SHARED(Shared<X>, memory);
+  Shared<X>& s = *memory;
+  const bool gathers = !X::kScaled && (p.a.index != nullptr || p.b.index != nullptr);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < X::kStages; ++i) {
+      mbarrier_init(s.full[i], gathers ? 1 + kGroupThreads : 1);
+      mbarrier_init(s.empty[i], X::kCluster * kConsumerWarps);
+    }
+    for (int i = 0; i < kTileSlots; ++i) {
+      mbarrier_init(s.tile_full[i], 1);
+      mbarrier_init(s.tile_empty[i], kConsumerWarps);
+    }
+    if constexpr (X::kScaled) mbarrier_init(s.turn, kConsumerWarps / kConsumers);
+    mbarrier_fence_init();
+    if (X::kGrouping == Grouping::kK || p.depth > 0) {
+      if (p.a.index == nullptr) tma_prefetch(in.a);
+      if (p.b.index == nullptr) tma_prefetch(in.b);
+      if constexpr (X::kScaled) tma_prefetch(in.row_scales);
+    }
+  }
+  meet<X>();
+  if (threadIdx.x < kGroupThreads) {
+    registers_decrease<X::kProducerRegisters>();
+    if constexpr (!X::kScaled)
+      if (gathers) produce_by_gather<X>(p, in, s);
+    if (!gathers && warp_id() == 0) produce_by_tma<X>(p, in, s);
+  } else {
+    registers_increase<X::kConsumerRegisters>();
+    consume<X>(p, params, s);
+  }
+  if constexpr (X::kCluster > 1) meet<X>();  // the other block still loads into this one
+}
+
+// The map of an operand without an index: boxes of 128 bytes along `major`, and across it of 64 of
+// depth or `box_rows` rows. `groups`: 0 where all share one matrix.
+template <class T>
+Status encode_operand(TensorMap* map, const Matrix& m, Major major, int64_t outer, int64_t depth,
+                      int32_t groups, int32_t box_rows) {
+  if (m.index != nullptr || depth == 0) return Status::ok();
+  constexpr int64_t kSize = sizeof(T);
+  const bool by_depth = major == Major::kDepth;
+  const int64_t stride = (by_depth ? m.outer_stride : m.depth_stride) * kSize;
+  const int64_t sizes[] = {by_depth ? depth : outer, by_depth ? outer : depth, groups};
+  // That of a single group means nothing.
+  const int64_t strides[] = {stride, groups > 1 ? m.group_stride * kSize : stride};
+  const int32_t box[] = {kRowBytes / static_cast<int32_t>(kSize), by_depth ? box_rows : 64, 1};
+  return encode_tensor_map<T>(map, m.data, groups > 0 ? 3 : 2, sizes, strides, box, Swizzle::k128);
+}
+
+template <class X>
+Status encode_inputs(const Product& p, Inputs* in) {
+  using T = typename X::T;
+  const bool of_k = X::kGrouping == Grouping::kK, batch = X::kGrouping == Grouping::kBatch;
+  const int64_t rows = X::kGrouping == Grouping::kM ? p.groups.num_rows : p.rows;
+  const int64_t depth = of_k ? p.groups.num_rows : p.depth, cols = p.cols * (X::kGated ? 2 : 1);
+  KIMI_RETURN_IF_ERROR(encode_operand<T>(&in->a, p.a, X::kAMajor, rows, depth,
+                                         batch ? p.groups.count : 0, kConsumerRows));
+  return encode_operand<T>(&in->b, p.b, X::kBMajor, cols, depth, of_k ? 0 : p.groups.count,
+                           X::kTileCols);
+}
+
+// TMA writes C if 16 bytes divide its addresses; adding in 16 bits it would do in another format.
+template <class X>
+Status encode_out(const Product& p, StoreTilesParams* params) {
+  const StoreParams& out = params->out;
   const auto encode = [&]<class Out>() {
-    const int64_t row = p.out_row_stride * int64_t{sizeof(Out)};
+    constexpr bool kOfM = X::kGrouping == Grouping::kM;
+    const int64_t row = out.row_stride * int64_t{sizeof(Out)};
     // That of a single group means nothing.
-    const int64_t group = p.num_groups > 1 ? p.out_group_stride * int64_t{sizeof(Out)} : row;
-    maps->has_out = p.bias == nullptr && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && row > 0 &&
-                    row % 16 == 0 && (!X::kDepthwise || (group > 0 && group % 16 == 0)) &&
-                    (!p.accumulate || (X::kDepthwise && sizeof(Out) == 4));
-    if (!maps->has_out) return Status::ok();
-    const int64_t sizes[] = {p.cols, X::kDepthwise ? p.rows : p.num_rows, p.num_groups};
+    const int64_t group = p.groups.count > 1 ? out.group_stride * int64_t{sizeof(Out)} : row;
+    params->by_tma = out.bias == nullptr && reinterpret_cast<uintptr_t>(out.out) % 16 == 0 &&
+                     row > 0 && row % 16 == 0 && (kOfM || (group > 0 && group % 16 == 0)) &&
+                     (!out.accumulate || (!kOfM && sizeof(Out) == 4));
+    if (!params->by_tma) return Status::ok();
+    const int64_t sizes[] = {p.cols, kOfM ? p.groups.num_rows : p.rows, p.groups.count};
     const int64_t strides[] = {row, group};
     const int32_t box[] = {kRowBytes / static_cast<int32_t>(sizeof(Out)), 16, 1};
-    return encode_tensor_map<Out>(&maps->out, p.out, X::kDepthwise ? 3 : 2, sizes, strides, box,
+    return encode_tensor_map<Out>(&params->map, out.out, kOfM ? 2 : 3, sizes, strides, box,
                                   Swizzle::k128);
   };
-  if (p.out_dtype == KIMI_FLOAT32) return encode.template operator()<float>();
+  if (out.dtype == KIMI_FLOAT32) return encode.template operator()<float>();
   return encode.template operator()<typename X::T>();
 }
 
-// Maps of what TMA loads.
 template <class X>
-Status encode_maps(const Product& p, Maps* maps) {
-  using T = typename X::T;
-  constexpr int64_t kSize = sizeof(T);
-  if (p.p.index == nullptr) {
-    const int64_t inner = X::kDepthwise ? p.rows : p.depth;
-    const int64_t stride = X::kDepthwise ? p.p.depth_stride : p.p.outer_stride;
-    const int64_t sizes[] = {inner, p.num_rows}, strides[] = {stride * kSize};
-    const int32_t box[] = {64, X::kDepthwise ? 64 : X::kPBoxRows};
-    KIMI_RETURN_IF_ERROR(
-        encode_tensor_map<T>(&maps->p, p.p.data, 2, sizes, strides, box, Swizzle::k128));
-  }
-  if (p.q.index != nullptr) return Status::ok();
-  constexpr bool kOuter = X::kQMajor == Major::kOuter;
-  const int64_t outer = p.cols * (X::kPairs ? 2 : 1), depth = X::kDepthwise ? p.num_rows : p.depth;
-  const int64_t stride = kOuter ? p.q.depth_stride : p.q.outer_stride;
-  const int64_t sizes[] = {kOuter ? outer : depth, kOuter ? depth : outer, p.num_groups};
-  // That of a single group means nothing.
-  const int64_t strides[] = {stride * kSize,
-                             (p.num_groups > 1 ? p.q.group_stride : stride) * kSize};
-  const int32_t box[] = {64, kOuter ? 64 : X::kQBoxRows, 1};
-  return encode_tensor_map<T>(&maps->q, p.q.data, X::kDepthwise ? 2 : 3, sizes, strides, box,
-                              Swizzle::k128);
-}
-
-template <class X>
-Status run(const Job& job, void* stream) {
-  const Product& p = job.product;
-  const int64_t blocks = job.paired ? 2 : 1;
-  const int64_t tiles = most_tiles(p, X::kTileRows * blocks, X::kTileCols);
+Status launch_product(const Product& p, const InputsOf<X>& in,
+                      const typename X::Epilogue::Params& params, void* stream) {
+  static_assert(sizeof(Shared<X>) <= kSharedLimit);
+  constexpr int64_t kBlocks = X::kCluster;
+  const int64_t tiles = most_tiles(p, kTileRows, kBlocks * X::kTileCols);
   if (tiles == 0) return Status::ok();
-  Maps maps{};
-  KIMI_RETURN_IF_ERROR(encode_maps<X>(p, &maps));
-  if constexpr (X::kStoresByTma) KIMI_RETURN_IF_ERROR(encode_out<X>(p, &maps));
   const auto kernel = product_kernel<X>;
-  const int64_t resident =
-      resident_blocks(kernel, kThreads, X::kSharedBytes, static_cast<int>(blocks));
-  LaunchConfig config{dim3(static_cast<unsigned>(std::min(tiles * blocks, resident))),
-                      dim3(kThreads), X::kSharedBytes, stream};
-  config.cluster = static_cast<unsigned>(blocks);
-  return launch(kernel, config, p, maps, static_cast<int>(blocks));
+  const int64_t resident = resident_blocks(kernel, kThreads, sizeof(Shared<X>), X::kCluster);
+  LaunchConfig config{dim3(static_cast<unsigned>(std::min(tiles * kBlocks, resident))),
+                      dim3(kThreads), sizeof(Shared<X>), stream};
+  config.cluster = X::kCluster;
+  return launch(kernel, config, p, in, params);
 }
 
-}  // namespace kimi::grouped::sm90
+template <class X>
+Status run(const Product& p, const typename X::Epilogue::Params& params, void* stream) {
+  Inputs in{};
+  KIMI_RETURN_IF_ERROR(encode_inputs<X>(p, &in));
+  return launch_product<X>(p, in, params, stream);
+}
+
+// The product stored as it is.
+template <class X>
+Status run_store(const Product& p, const StoreParams& out, void* stream) {
+  StoreTilesParams params{out, {}, false};
+  KIMI_RETURN_IF_ERROR(encode_out<X>(p, &params));
+  return run<X>(p, params, stream);
+}
+
+}  // namespace kimi::gemm::sm90

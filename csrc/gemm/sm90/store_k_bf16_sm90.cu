@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
-// The Hopper product with kDepth, bf16: wgrad.
+// The K-grouped Hopper product, bf16: wgrad.
 #include "gemm/sm90/kernel.cuh"
 
-namespace kimi::grouped::sm90 {
+namespace kimi::gemm::sm90 {
 
 template <>
-Status store_depth<bf16>(const Job& job, void* stream) {
-  return run<Traits<bf16, Ragged::kDepth, Epilogue::kStore, Major::kOuter, Shape::kWide>>(job,
-                                                                                          stream);
+Status store_k<bf16>(const Product& p, const StoreParams& out, void* stream) {
+  return run_store<Traits<bf16, Grouping::kK, Major::kOuter, StoreTiles<bf16>, 256>>(p, out,
+                                                                                     stream);
 }
 
-}  // namespace kimi::grouped::sm90
+}  // namespace kimi::gemm::sm90

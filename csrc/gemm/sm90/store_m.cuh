@@ -1,29 +1,21 @@
 // SPDX-License-Identifier: MIT
-// The shapes and major dimensions of the Hopper products with kRows and kStore.
+// The tiles and major dimensions of M-grouped Hopper products that are stored as they are.
 #pragma once
 
 #include "gemm/sm90/kernel.cuh"
 
-namespace kimi::grouped::sm90 {
-
-template <class T, Major kMajor>
-Status store_rows_of(const Job& job, void* stream) {
-  constexpr Ragged kRows = Ragged::kRows;
-  constexpr Epilogue kStore = Epilogue::kStore;
-  switch (job.shape) {
-    case Shape::kFew:
-      return run<Traits<T, kRows, kStore, kMajor, Shape::kFew>>(job, stream);
-    case Shape::kNarrow:
-      return run<Traits<T, kRows, kStore, kMajor, Shape::kNarrow>>(job, stream);
-    default:
-      return run<Traits<T, kRows, kStore, kMajor, Shape::kWide>>(job, stream);
-  }
-}
+namespace kimi::gemm::sm90 {
 
 template <class T>
-Status store_rows(const Job& job, void* stream) {
-  if (job.q_outer) return store_rows_of<T, Major::kOuter>(job, stream);
-  return store_rows_of<T, Major::kDepth>(job, stream);
+Status store_m(const Product& p, const StoreParams& out, bool narrow, void* stream) {
+  const auto with = [&]<Major kMajor, int kTileCols>() {
+    return run_store<Traits<T, Grouping::kM, kMajor, StoreTiles<T>, kTileCols>>(p, out, stream);
+  };
+  if (b_major(p) == Major::kOuter)
+    return narrow ? with.template operator()<Major::kOuter, 128>()
+                  : with.template operator()<Major::kOuter, 256>();
+  return narrow ? with.template operator()<Major::kDepth, 128>()
+                : with.template operator()<Major::kDepth, 256>();
 }
 
-}  // namespace kimi::grouped::sm90
+}  // namespace kimi::gemm::sm90

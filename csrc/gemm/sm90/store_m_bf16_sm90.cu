@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The Hopper products with kRows and kStore, bf16: forward and dgrad.
-#include "gemm/sm90/store_rows.cuh"
+// M-grouped Hopper products that are stored as they are, bf16: forward and dgrad.
+#include "gemm/sm90/store_m.cuh"
 
-namespace kimi::grouped::sm90 {
-template Status store_rows<bf16>(const Job&, void*);
+namespace kimi::gemm::sm90 {
+template Status store_m<bf16>(const Product&, const StoreParams&, bool, void*);
 }

@@ -1,161 +1,67 @@
 // SPDX-License-Identifier: MIT
-// The shapes of the Hopper product: what a block holds and how its threads share the work.
+// The shape of a Hopper product: what a block holds and how its threads share the work.
 //
 //   warpgroup 0    producers: TMA, or cp.async where rows are gathered, into a ring of stages
-//   warpgroups 1,2 consumers: wgmma from the ring, then the epilogue
+//   warpgroups 1,2 consumers, 64 rows each: wgmma from the ring, then the epilogue
 //
-//   stage        P tile             Q tile              64 deep, 128-byte swizzle
-//   kWide        128 rows           256 rows of Q       a warpgroup: 64 x 256 of C
-//   kNarrow      128                128                 64 x 128
-//   kFew         up to 64           128                 64 columns of C x 64 rows: Q is the M of
-//                                                       wgmma and C comes out transposed
+//   stage        A tile             B tile              128 bytes of depth, 128-byte swizzle
+//   wide         128 rows           256 rows of B       a consumer: 64 x 256 of C
+//   narrow       128                128                 64 x 128
+//   FP8          128                192 or 128          64 x 192 or 64 x 128
 //
-// kActivate halves the columns: the Q tile is a gate box and an up box of the same columns.
-// Blocks may work in pairs (clusters of two) with kWide and kNarrow: 256 rows of P beside each
-// other, each loads half of the Q tile into both.
+// An epilogue that takes gate and up halves the columns: the tile of B is a gate box and an up box
+// of the same columns. FP8 works in clusters of two blocks, which have columns of their own: each
+// loads 64 rows of A, and their scales, into both.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
+#include "common/dtype.h"
+#include "device/major.h"
 #include "device/mbarrier.cuh"
-#include "device/tensor_map.cuh"
-#include "device/wgmma.cuh"
-#include "gemm/epilogue.cuh"
-#include "gemm/schedule.cuh"
-#include "gemm/sm90/job.h"
+#include "gemm/product.h"
 
-namespace kimi::grouped::sm90 {
+namespace kimi::gemm::sm90 {
 
-constexpr int kBlockDepth = 64;             // of a stage
-constexpr int kRowBytes = 2 * kBlockDepth;  // 128: one row of the swizzle
-constexpr int kGroupThreads = 128, kThreads = 3 * kGroupThreads;
-constexpr int kConsumerWarps = 8;
-constexpr int kBoxBytes = 64 * kRowBytes;  // 64 rows, or with Major::kOuter 64 outer x 64 deep
-constexpr int kStoreBoxBytes = 16 * kRowBytes;
-constexpr int kSharedLimit = 227 * 1024;
-constexpr int kGathers = 2;  // groups of cp.async that stay in flight
-// 65536 registers: 128 (kProducer + 2 kConsumer).
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+inline constexpr int kTileRows = 128, kConsumerRows = 64;
+inline constexpr int kRowBytes = 128;             // of depth in a stage: a row of the swizzle
+inline constexpr int kBoxBytes = 64 * kRowBytes;  // 64 outer x 128 bytes of depth, or across
+inline constexpr int kGroupThreads = 128, kConsumers = 2, kConsumerWarps = 4 * kConsumers;
+inline constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+inline constexpr int kTileSlots = 4;  // tiles that the producers are ahead, at most
+inline constexpr int kSharedLimit = 227 * 1024;
+// FP8: values of depth, and of columns, that share a scale; of a load's rows and of up to 3 before
+// them, for a box of TMA begins at 16 bytes.
+inline constexpr int kScaleDepth = 128, kScaleRows = kConsumerRows + 4;
 
-// kMajor: how Q lies in memory.
-template <class T_, Ragged kRagged, Epilogue kEpilogue_, Major kMajor, Shape kShape>
+// T: bf16, fp16, or e4m3 with scales. A is depth-major unless K-grouped.
+template <class T_, Grouping kGrouping_, Major kBMajor_, class Epilogue_, int kTileCols_,
+          Major kAMajor_ = kGrouping_ == Grouping::kK ? Major::kOuter : Major::kDepth>
 struct Traits {
   using T = T_;
-  static constexpr bool kFew = kShape == Shape::kFew;
-  static constexpr bool kDepthwise = kRagged == Ragged::kDepth;
-  static constexpr bool kPairs = kEpilogue_ == Epilogue::kActivate;
-  static constexpr Epilogue kEpilogue = kEpilogue_;
-  static constexpr Major kPMajor = kDepthwise ? Major::kOuter : Major::kDepth;
-  static constexpr Major kQMajor = kMajor;
-  static_assert(!kDepthwise || (kQMajor == Major::kOuter && !kFew));
+  using Epilogue = Epilogue_;
+  static constexpr Grouping kGrouping = kGrouping_;
+  static constexpr Major kAMajor = kAMajor_, kBMajor = kBMajor_;
+  static constexpr bool kScaled = std::is_same_v<T, e4m3>;
+  static constexpr bool kGated = Epilogue::kGated;
 
-  static constexpr int kTileRows = kFew ? 64 : 128;
-  static constexpr int kTileCols = (kShape == Shape::kWide && !kPairs) ? 256 : 128;
-  static constexpr int kQRows = kTileCols * (kPairs ? 2 : 1);
-  static constexpr int kPBoxRows = kFew ? 8 : kTileRows;
-  static constexpr int kQBoxRows = kQRows / 2;  // one for each block of a pair, or gate and up
-  static constexpr int kPBytes = kTileRows * kRowBytes, kQBytes = kQRows * kRowBytes;
-  static constexpr int kStageBytes = kPBytes + kQBytes;
-  // Sums of a thread.
-  static constexpr int kSums = kFew ? 32 * (kPairs ? 2 : 1) : kQRows / 2;
+  static constexpr int kBlockDepth = kRowBytes / static_cast<int>(sizeof(T));  // of a stage
+  static constexpr int kTileCols = kTileCols_, kBRows = kTileCols * (kGated ? 2 : 1);
+  static constexpr int kABytes = kTileRows * kRowBytes, kBBytes = kBRows * kRowBytes;
+  static constexpr int kSums = kBRows / 2;              // of a consumer's thread
+  static constexpr int kColumnScales = kTileCols / 64;  // of columns that have one scale
+  static constexpr int kCluster = kScaled ? 2 : 1;
+  // 65536 registers: 128 (producer + 2 consumer). Scaled: a second array of sums.
+  static constexpr int kProducerRegisters = kScaled ? 56 : 72;
+  static constexpr int kConsumerRegisters = kScaled ? 224 : 216;
+  static_assert(!kScaled || kTileCols % 64 == 0, "a tile begins at a multiple of 64 columns");
+  static_assert(kGrouping != Grouping::kK || (kAMajor == Major::kOuter && kBMajor == kAMajor));
 
-  using Finisher = Finish<T, kEpilogue, kFew || kPairs ? 16 : 32>;
-  static constexpr int kChunk = kFew || kPairs ? 16 : 32;
-  static constexpr bool kStoresByTma = kEpilogue == Epilogue::kStore && !kFew;
-  // Of a warp.
-  static constexpr int kScratchBytes =
-      std::max(Finisher::kScratchFloats * 4, kStoresByTma ? 2 * kStoreBoxBytes : 0);
+  static constexpr int kStageBytes =
+      kABytes + kBBytes + (kScaled ? 7 * 128 : 0) + 16;  // of it scales and barriers
   static constexpr int kStages =
-      std::min(8, (kSharedLimit - kConsumerWarps * kScratchBytes - 256) / kStageBytes);
-  static_assert(kStages >= kGathers + 2);  // a gathered stage shows only kGathers stages later
-  static constexpr int kSharedBytes =
-      kStages * kStageBytes + kConsumerWarps * kScratchBytes + 2 * kStages * 8;
-
-  using Schedule = std::conditional_t<kDepthwise, DepthSchedule<>, RowSchedule<kTileRows>>;
+      std::min(8, (kSharedLimit - kConsumerWarps * Epilogue::kScratchBytes - 512) / kStageBytes);
 };
 
-// What TMA is told of P and Q, where they have no index, and of C, where it writes it.
-struct Maps {
-  TensorMap p, q, out;
-  bool has_out;
-};
-
-// Where a ring of stages is.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-// The block's shared memory.
-template <class X>
-struct Shared {
-  char* stages;  // [kStages][P tile, Q tile]
-  __device__ char* p_tile(int stage) const { return stages + stage * X::kStageBytes; }
-  __device__ char* q_tile(int stage) const { return p_tile(stage) + X::kPBytes; }
-  __device__ char* scratch(int warp) const {
-    return stages + X::kStages * X::kStageBytes + warp * X::kScratchBytes;
-  }
-  __device__ MBarrier& full(int stage) const { return barriers()[stage]; }
-  __device__ MBarrier& empty(int stage) const { return barriers()[X::kStages + stage]; }
-
- private:
-  __device__ MBarrier* barriers() const {
-    return reinterpret_cast<MBarrier*>(scratch(kConsumerWarps));
-  }
-};
-
-// The tiles of this block, in turn. Every warp walks for itself.
-template <class X>
-class Tiles {
- public:
-  __device__ Tiles(const Product& p, int blocks, int rank)
-      : schedule_(make(p, blocks)),
-        index_(blockIdx.x / static_cast<unsigned>(blocks)),
-        step_(gridDim.x / static_cast<unsigned>(blocks)),
-        blocks_(blocks),
-        rank_(rank) {}
-
-  // `row` is that of C, in the matrix of the group with kDepth.
-  __device__ bool next(Tile& tile, int64_t& row) {
-    if (!schedule_.find(index_, tile)) return false;
-    index_ += step_;
-    if constexpr (X::kDepthwise)
-      row = (int64_t{tile.row_tile} * blocks_ + rank_) * X::kTileRows;
-    else
-      row = tile.begin += rank_ * X::kTileRows;
-    return true;
-  }
-
- private:
-  __device__ static typename X::Schedule make(const Product& p, int blocks) {
-    const int64_t cols = (static_cast<uint32_t>(p.cols) + X::kTileCols - 1) / X::kTileCols;
-    if constexpr (X::kDepthwise) {
-      const uint32_t rows = static_cast<uint32_t>(blocks * X::kTileRows);
-      return {p, (static_cast<uint32_t>(p.rows) + rows - 1) / rows, cols};
-    } else {
-      return {p, cols, X::kEpilogue == Epilogue::kStore, {}, blocks};
-    }
-  }
-
-  typename X::Schedule schedule_;
-  int64_t index_, step_;
-  int blocks_, rank_;
-};
-
-// Stages that a tile takes: none for the zero rows and for groups without rows.
-template <class X>
-__device__ inline int depth_blocks(const Product& p, const Tile& tile) {
-  const int64_t depth = X::kDepthwise               ? tile.end - tile.begin
-                        : tile.group < p.num_groups ? p.depth
-                                                    : 0;
-  return static_cast<int>((depth + kBlockDepth - 1) / kBlockDepth);
-}
-
-}  // namespace kimi::grouped::sm90
+}  // namespace kimi::gemm::sm90
