@@ -22,9 +22,9 @@ from benchmarks.cases import StepCase, step_cases
 from benchmarks.marks import parametrize
 from benchmarks.measure import Functions
 from benchmarks.session import Session, main
+from kimi_ops import muon_param_groups
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.parameters import parameter_report
-from kimi_ops.muon_groups import muon_param_groups
 from kimi_ops.train.data import load_corpus, training_batch
 from kimi_ops.train.settings import TrainSettings
 from kimi_ops.train.trainer import Trainer

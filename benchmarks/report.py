@@ -20,9 +20,9 @@ Roof = float | Callable[[dict[str, Time]], float]
 class Row:
     case: str
     time: Time
-    work: float  # FLOP or bytes of one call
-    unit: str  # "TFLOP/s" or "GB/s"
-    roof: float  # of the same unit, in FLOP/s or bytes/s
+    work: float  # FLOP or bytes of one call, or 1
+    unit: str  # "TFLOP/s", "GB/s" or "Mcall/s"
+    roof: float  # of the same unit, in FLOP/s, bytes/s or calls/s
     peers: dict[str, Time] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # peer -> why it has no time
     peak_bytes: int = 0
@@ -83,7 +83,7 @@ class Table:
             self.names = self.names or list(row.peers)
             self._print_head(row)
         self.rows.append(row)
-        scale, digits = (1e12, 3) if row.unit == "TFLOP/s" else (1e9, 2)
+        scale, digits = {"TFLOP/s": (1e12, 3), "GB/s": (1e9, 2), "Mcall/s": (1e6, 4)}[row.unit]
         found, share = row.ratios(), 100 * row.rate() / row.roof
         ratios = "".join(f"{found[n]:>16.2f}" if n in found else f"{'-':>16}" for n in self.names)
         clock = "" if row.time.mhz is None else f"{row.time.mhz:>8.0f}"

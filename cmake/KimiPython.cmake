@@ -29,8 +29,9 @@ if(NOT KIMI_OPS_PYTHON STREQUAL off)
 endif()
 
 if(kimi_has_python)
-  add_library(kimi_python OBJECT ${PROJECT_SOURCE_DIR}/csrc/bindings/python.cpp)
-  target_compile_options(kimi_python PRIVATE -O1)  # unpacks arguments: -O3 takes a minute longer
+  file(GLOB kimi_bindings CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/*.cpp)
+  list(FILTER kimi_bindings EXCLUDE REGEX "/(c_api|module)\\.cpp$")
+  add_library(kimi_python OBJECT ${kimi_bindings})
   target_link_libraries(kimi_python PRIVATE kimi_build_flags pybind11::module)
 endif()
 

@@ -29,7 +29,7 @@ def _load_simt() -> ModuleType | None:
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module
+        return _native.use(module)
     return None
 
 
@@ -71,23 +71,25 @@ def _skip_reason(name: str) -> str | None:
 def _engine(name: str) -> Iterator[Engine]:
     if reason := _skip_reason(name):
         pytest.skip(reason)
-    isa, cpu_engine = _native._C.current_isa(), _native.cpu_engine
+    isa, engine = _native._C.current_isa(), _native.engine
     module = SIMT if name.startswith("simt") else _native._C
     if name in ISAS:
         _native._C.set_isa(name)
     elif name.startswith("simt"):
         assert SIMT is not None
-        _native.cpu_engine = (SIMT, _native.CUDA)
+        SIMT.serve_cpu_tensors_by_cuda(True)
+        _native.engine = SIMT
     elif name == "amx_model":
         assert SIMT is not None
         SIMT.set_isa("amx")
-        _native.cpu_engine = (SIMT, _native.CPU)
+        SIMT.serve_cpu_tensors_by_cuda(False)
+        _native.engine = SIMT
     if name.endswith("_sm80"):
         module.set_max_sm(80)
     yield Engine(name)
     module.set_max_sm(0)
     _native._C.set_isa(isa)
-    _native.cpu_engine = cpu_engine
+    _native.engine = engine
 
 
 @pytest.fixture(params=[*ISAS, "amx_model", "simt", "cuda"])

@@ -46,13 +46,13 @@ def ids(tokens, experts, k, seed=1):
 
 def portable(function):
     """What `function` gives on the portable engine."""
-    saved, isa = _native.cpu_engine, _native._C.current_isa()
-    _native.cpu_engine = (_native._C, _native.CPU)
+    saved, isa = _native.engine, _native._C.current_isa()
+    _native.engine = _native._C
     _native._C.set_isa("portable")
     try:
         return function()
     finally:
-        _native.cpu_engine = saved
+        _native.engine = saved
         _native._C.set_isa(isa)
 
 

@@ -196,30 +196,5 @@ def test_bad_input_names_argument_and_cure(error, text, call):
     assert not BIAS.any()
 
 
-def test_native_layer_checks_too():
-    from kimi_ops import _C
-
-    sizes = dict(tokens=0, sequences=1, stride=16, experts=16, k=2)
-    for change, text in [
-        (dict(experts=0), "sequence_balance_loss: num_experts: expected 1..1024, got 0"),
-        (dict(k=0), "sequence_balance_loss: top_k: expected 1 or more, got 0"),
-        (dict(tokens=4, sequences=3), "logits: expected a pointer, got NULL"),
-        (dict(sequences=0), "num_sequences: expected a divisor of num_tokens = 0, got 0"),
-        (dict(tokens=2**31), "num_tokens: expected 0..2147483647, got 2147483648"),
-        (dict(stride=-1), "logits_stride: expected 0 or more elements, got -1"),
-        ({}, "indices, loss, tokens_per_expert, workspace: expected pointers, got NULL"),
-    ]:
-        s = {**sizes, **change}
-        with pytest.raises(ValueError, match=text):
-            _C.sequence_balance_loss(*[0] * 5, *s.values(), 1.0, 0, 0, 0, 0)
-    with pytest.raises(ValueError, match="z_loss: logits_dtype: expected a kimi_dtype"):
-        _C.z_loss(*[0] * 6, 0, 16, 16, 1.0, 7, 0, 0)
-    with pytest.raises(ValueError, match="update_expert_bias: num_experts: expected 0 or more"):
-        _C.update_expert_bias(0, 0, -1, 0.1, False, False, 0, 0)
-    assert _C.sequence_balance_loss_workspace_bytes(130, 2, 10) == 4 * (2 * 2 * 10 + 2)
-    assert _C.sequence_balance_loss_workspace_bytes(130, 0, 10) == 0
-    assert _C.z_loss_workspace_bytes(65) == 8
-
-
 def test_info_names_the_engine():
     assert kimi_ops.info()["engines"]["balance"]["cpu"] in ("portable", "avx2", "avx512")

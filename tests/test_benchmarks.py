@@ -11,7 +11,14 @@ import pytest
 import torch
 
 import benchmarks.__main__
-from benchmarks import bench_fused_experts, bench_grouped_gemm, bench_train_step, cases, measure
+from benchmarks import (
+    bench_call_overhead,
+    bench_fused_experts,
+    bench_grouped_gemm,
+    bench_train_step,
+    cases,
+    measure,
+)
 from benchmarks.measure import GpuSampler, Time, roof_rate
 from benchmarks.options import BENCHMARKS, parse, parser
 from benchmarks.report import Row, Table
@@ -63,6 +70,31 @@ def test_all_experts_of_transformers_agree(backward):
         ours, theirs = results["kimi_ops"], results[way]
         for mine, other in zip(ours, theirs, strict=True) if backward else [(ours, theirs)]:
             assert error(other, mine) < 2e-2, way
+
+
+def test_small_calls_give_what_their_peers_give_and_know_their_targets():
+    for call in bench_call_overhead.calls():
+        ours = call.ours()
+        assert bool(call.times_peer) == bool(call.peer) != bool(call.microseconds)
+        if call.name.startswith("topk_gate T"):
+            assert torch.equal(ours.indices, call.peer().indices)
+        elif call.peer:
+            mine, other = (x if isinstance(x, torch.Tensor) else x[0] for x in (ours, call.peer()))
+            assert error(other, mine) < 1e-2, call
+    peers = {"torch": Time(2e-6, 2e-6, 2e-6)}
+    assert call.target(peers) == pytest.approx(1 / (1.2 * 2e-6))
+    assert bench_call_overhead.Call("alone", call.ours, microseconds=4).target({}) == 250e3
+
+
+def test_small_calls_are_counted_by_the_million(capsys):
+    threads = torch.get_num_threads()
+    session = benchmarks.__main__.main(
+        ["--only", "call_overhead", "--quick", "--cases", "permute_plan", "--threads", "1"]
+    )
+    (row,) = session.tables[0].rows
+    assert "Mcall/s" in capsys.readouterr().out and row.rate() == 1 / row.time.median
+    assert row.roof == pytest.approx(1e6 / 6)
+    torch.set_num_threads(threads)
 
 
 def test_peers_that_write_too_much_are_left_out():

@@ -8,9 +8,7 @@ import torch
 from rounding import error
 from torch import Tensor
 
-from kimi_ops import Fp8BlockWeight
-from kimi_ops.fused_experts import fused_experts
-from kimi_ops.topk_gate import topk_gate
+from kimi_ops import Fp8BlockWeight, fused_experts, topk_gate
 
 
 def activation(name: str, gate: Tensor, up: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rounding import error
 from torch import Tensor
 
-from kimi_ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
+from kimi_ops import grouped_gemm, grouped_gemm_wgrad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = {

@@ -6,8 +6,7 @@ import torch
 from rounding import error, sum_bound
 from torch import Tensor
 
-from kimi_ops import Fp8BlockWeight, Int4GroupWeight
-from kimi_ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
+from kimi_ops import Fp8BlockWeight, Int4GroupWeight, grouped_gemm, grouped_gemm_wgrad
 
 
 def ends(*sizes: int) -> Tensor:

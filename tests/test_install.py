@@ -71,12 +71,11 @@ def test_installed_package_runs(installed):
 
 def test_cpu_only_build_refuses_cuda_tensors_and_says_what_to_do(installed):
     code = """
-import torch
+import torch, kimi_ops
 from kimi_ops import _C
 assert _C.cuda_architectures() == ""
-x = torch.zeros(4, 16)
-z, w, i, n = (row.data_ptr() for row in x)
-_C.topk_gate(z, 0, 0, w, i, n, 1, 16, 16, 2, 1, 1, 2, True, 1.0, 0, 0, 1, 0)
+_C.serve_cpu_tensors_by_cuda(True)
+kimi_ops.topk_gate(torch.zeros(4, 16), 2)
 """
     result = run(installed, code)
     assert "RuntimeError: topk_gate: device: expected cpu, got cuda" in result.stderr

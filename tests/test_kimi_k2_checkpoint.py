@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kimi_ops.formats import dequantize_fp8
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, checkpoint, files, shards
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
-from kimi_ops.reference.quantized import dequantize_fp8
 
 IDS = torch.arange(40).view(2, 20)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from kimi_ops import Fp8BlockWeight, Int4GroupWeight
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, checkpoint
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
-from kimi_ops.quantized import QuantizedWeight
+from kimi_ops.moe.quantized import QuantizedWeight
 
 IDS = torch.arange(24).view(2, 12)
 FORMS = ["fp8", "int4"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from kimi_ops import MuonClip, muon_param_groups, newton_schulz
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
-from kimi_ops.muon_blocks import blocks
+from kimi_ops.optim.muon_blocks import blocks
 
 
 def rand(*shape: int, seed: int) -> torch.Tensor:
@@ -277,7 +277,7 @@ def test_batches_of_parameters_change_no_bit(keys: dict):
 
 
 def test_batches_hold_what_they_are_told(monkeypatch: pytest.MonkeyPatch):
-    from kimi_ops import muon_update
+    from kimi_ops.optim import muon_update
 
     seen: list[int] = []
     original = muon_update.newton_schulz

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kimi_ops.muon_clip import MuonClip, QKClip, muon_param_groups
-from kimi_ops.newton_schulz import newton_schulz
+from kimi_ops import MuonClip, QKClip, muon_param_groups, newton_schulz
 
 
 def rand(*shape: int, seed: int) -> torch.Tensor:

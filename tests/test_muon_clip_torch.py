@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_ops import _muon
+from kimi_ops.optim import engine as passes
 from kimi_ops.reference import muon_clip as twin
 
 ops = torch.ops.kimi_ops
@@ -40,7 +40,7 @@ def test_momentum_has_the_bits_of_the_twin(cpu_engine, grad_dtype, dtype, nester
     for momentum in (0.95, 0.3, 0.0):
         (mine, theirs) = (copies(buffers)[0], copies(buffers)[0])
         keys = {"momentum": momentum, "nesterov": nesterov, "maximize": maximize}
-        updates = _muon.momenta_(grads, mine, **keys, alive=[None] * len(grads))
+        updates = passes.momenta_(grads, mine, **keys, alive=[None] * len(grads))
         expected = [twin.momentum_(g, b, **keys) for g, b in zip(grads, theirs, strict=True)]
         assert equal(mine, theirs) and equal(updates, expected)
         assert all(update.dtype == torch.float32 for update in updates)
@@ -62,7 +62,7 @@ def test_update_has_the_bits_of_the_twin(cpu_engine, dtype, direction_dtype, cau
     for param, direction, rate in zip(expected, directions, rates, strict=True):
         twin.apply_(param, direction, rate=rate, **keys)
     before, version = wide[:, 38:].clone(), wide._version
-    _muon.apply_(params, directions, rates, **keys, alive=[None] * len(params))
+    passes.apply_(params, directions, rates, **keys, alive=[None] * len(params))
     assert equal(params, expected) and torch.equal(wide[:, 38:], before)
     assert wide._version > version
 
@@ -82,7 +82,7 @@ def test_adamw_follows_the_twin(cpu_engine, dtype, cautious, maximize):
     }  # fmt: skip
     for step in (1, 2, 30):
         steps = [step] * len(params)
-        _muon.adamw_(mine[0], grads, *mine[1:], steps, **keys, alive=[None] * len(params))
+        passes.adamw_(mine[0], grads, *mine[1:], steps, **keys, alive=[None] * len(params))
         for i, grad in enumerate(grads):
             twin.adamw_(theirs[0][i], grad, theirs[1][i], theirs[2][i], step, **keys)
         assert equal(mine[1], theirs[1]) and equal(mine[2], theirs[2])
@@ -100,22 +100,22 @@ def test_threads_and_repeats_show_in_no_bit(cpu_engine, two_thread_counts):
             torch.manual_seed(1)
             grads, buffers = tensors(torch.bfloat16), tensors(torch.float32)
             keys = {"momentum": 0.9, "nesterov": True, "maximize": False}
-            updates = _muon.momenta_(grads, buffers, **keys, alive=[None] * len(grads))
-            results.append([*updates, *buffers, _muon.squares(updates)])
+            updates = passes.momenta_(grads, buffers, **keys, alive=[None] * len(grads))
+            results.append([*updates, *buffers, passes.squares(updates)])
     assert all(equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_squares(cpu_engine, dtype):
     x = tensors(dtype)
-    sums = _muon.squares(x)
+    sums = passes.squares(x)
     exact = torch.stack([y.double().square().sum() for y in x])
     torch.testing.assert_close(sums, exact, rtol=1e-12, atol=0)
     huge = torch.full((3,), 3e38) if dtype == torch.float32 else x[0]
-    assert torch.isfinite(_muon.squares([huge])).all()
+    assert torch.isfinite(passes.squares([huge])).all()
     x[2].view(-1)[7] = torch.inf
     x[1][3] = torch.nan
-    assert torch.isfinite(_muon.squares(x)).tolist() == [True, False, False, True, True]
+    assert torch.isfinite(passes.squares(x)).tolist() == [True, False, False, True, True]
 
 
 def test_what_the_kernels_do_not_take_goes_to_the_twin():
@@ -130,7 +130,7 @@ def test_what_the_kernels_do_not_take_goes_to_the_twin():
         twin.momentum_(g, b, **keys, alive=a)
         for g, b, a in zip(grads, expected, alive, strict=True)
     ]
-    updates = _muon.momenta_(grads, buffers, **keys, alive=alive)
+    updates = passes.momenta_(grads, buffers, **keys, alive=alive)
     assert equal(updates, theirs) and equal(buffers, expected) and torch.equal(buffers[1], dead)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_ops import newton_schulz, symmetric_matmul, syrk
-from kimi_ops.ns_schedule import (
+from kimi_ops.optim.ns_schedule import (
     FIXED_SCHEDULES,
     METHODS,
     SCHEDULES,

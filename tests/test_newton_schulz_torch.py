@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from kimi_ops import _muon, _newton_schulz_ops, newton_schulz, symmetric_matmul, syrk
-from kimi_ops.ns_schedule import schedule
+from kimi_ops import newton_schulz, symmetric_matmul, syrk
+from kimi_ops.operators import newton_schulz as operators
+from kimi_ops.optim import engine as products
+from kimi_ops.optim.ns_schedule import schedule
 from kimi_ops.reference.newton_schulz import newton_schulz as twin
 
 ops = torch.ops.kimi_ops
@@ -46,7 +48,7 @@ def test_products_are_exact(cpu_engine, dtype, shape):
     exact = (a.double() @ b.double() / 2 + 2 * c.double()).to(dtype)
     for x in (a, turned(a)):
         for y in (b, turned(b)):
-            assert torch.equal(_muon.matmul(x, y, turned(c), 0.5, 2.0), exact)
+            assert torch.equal(products.matmul(x, y, turned(c), 0.5, 2.0), exact)
     lower = (a.double() @ a.double().mT).tril()
     whole = (lower + lower.tril(-1).mT).to(dtype)
     assert torch.equal(syrk(a), whole) and torch.equal(syrk(turned(a)), whole)
@@ -174,7 +176,7 @@ def test_compile_full_graph_with_dynamic_sizes():
     torch._dynamo.reset()
 
     def both(g: Tensor) -> Tensor:
-        (x,) = _newton_schulz_ops.newton_schulz([g], QUINTIC, [], 1, torch.bfloat16, 0.0)
+        (x,) = operators.newton_schulz([g], QUINTIC, [], 1, torch.bfloat16, 0.0)
         return syrk(x) * 2
 
     compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -183,7 +185,7 @@ def test_compile_full_graph_with_dynamic_sizes():
         assert torch.equal(compiled(g), both(g))
 
 
-CHAIN = _newton_schulz_ops.newton_schulz
+CHAIN = operators.newton_schulz
 PRODUCT = ops.matrix_product.default
 X = torch.ones(3, 4)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kimi_ops import Fp8BlockWeight, Int4GroupWeight, fused_experts, grouped_gemm, topk_gate
-from kimi_ops.quantized import QuantizedWeight
+from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.reference import grouped_gemm as reference
 
 FORMS = [Fp8BlockWeight, Int4GroupWeight]

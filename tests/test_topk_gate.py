@@ -48,13 +48,13 @@ def hard_rows(tokens, experts, dtype, seed=0):
 @contextlib.contextmanager
 def portable():
     """CPU tensors are served by the portable engine."""
-    saved, isa = _native.cpu_engine, _native._C.current_isa()
-    _native.cpu_engine = (_native._C, _native.CPU)
+    saved, isa = _native.engine, _native._C.current_isa()
+    _native.engine = _native._C
     _native._C.set_isa("portable")
     try:
         yield
     finally:
-        _native.cpu_engine = saved
+        _native.engine = saved
         _native._C.set_isa(isa)
 
 

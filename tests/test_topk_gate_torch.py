@@ -215,24 +215,6 @@ def test_bad_input_names_argument_and_cure(error, text, call):
         call()
 
 
-def test_native_layer_checks_too():
-    """The C API does not rely on Python: the same mistakes are refused below it."""
-    from kimi_ops import _C
-
-    # in the order of the arguments
-    sizes = dict(tokens=0, stride=16, experts=16, k=2, groups=1, topk_groups=1, best=2)
-    for change, text in [
-        (dict(experts=0), "num_experts: expected 1..1024, got 0"),
-        (dict(k=17), "top_k: expected 1..16"),
-        (dict(groups=5), "num_groups: expected a divisor of num_experts = 16, got 5"),
-        (dict(groups=8, k=3), "top_k: 3 experts cannot be chosen from 1 groups of 2"),
-        (dict(tokens=1), "logits, indices: expected pointers, got NULL"),
-    ]:
-        s = {**sizes, **change}
-        with pytest.raises(ValueError, match=text):
-            _C.topk_gate(*[0] * 6, *s.values(), True, 1.0, 0, 0, 0, 0)
-
-
 def test_fake_kernel_matches_real_strides_and_dtypes():
     with torch._subclasses.FakeTensorMode():
         gate = topk_gate(torch.empty(5, 16, device="cuda"), 2)

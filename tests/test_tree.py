@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The rules of the tree: one name everywhere, asm and intrinsics in their places, short files."""
 
+import ast
+import pkgutil
 import re
 import subprocess
 from pathlib import Path
@@ -29,8 +31,12 @@ def tracked(*suffixes):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_op_has_a_python_function_a_twin_and_tests(op):
-    for place in ("python/kimi_ops/{}.py", "python/kimi_ops/reference/{}.py", "tests/test_{}.py"):
+def test_every_op_has_a_python_function_an_operator_a_twin_and_tests(op):
+    package = ROOT / "python/kimi_ops"
+    assert [f for f in ("moe", "optim") if (package / f / f"{op}.py").exists()], op
+    for place in (
+        "python/kimi_ops/operators/{}.py", "python/kimi_ops/reference/{}.py", "tests/test_{}.py",
+    ):  # fmt: skip
         assert (ROOT / place.format(op)).exists(), place.format(op)
 
 
@@ -85,6 +91,36 @@ def test_the_readme_names_the_ops_that_are_there():
 def test_public_names_exist_and_are_documented():
     for name in kimi_ops.__all__:
         assert getattr(kimi_ops, name).__doc__, name
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    """Importing such a module later would put it in the function's place."""
+    modules = {module.name for module in pkgutil.iter_modules(kimi_ops.__path__)}
+    assert modules & set(kimi_ops.__all__) == {"info"}  # loaded before its function is bound
+
+
+def test_every_package_is_installed():
+    packages = {path.parent for path in (ROOT / "python").rglob("__init__.py")}
+    folders = {path.parent for path in tracked(".py") if (ROOT / "python") in path.parents}
+    assert folders == packages
+
+
+def test_the_library_takes_public_names_from_its_twins():
+    for path in tracked(".py"):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("python/kimi_ops/") or "/reference/" in name:
+            continue
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        twins = set()
+        for node in imports:
+            if node.module and node.module.startswith("kimi_ops.reference"):
+                assert not [a.name for a in node.names if a.name.startswith("_")], name
+                twins |= {alias.asname or alias.name for alias in node.names}
+        reads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        for node in reads:
+            if isinstance(node.value, ast.Name) and node.value.id in twins:
+                assert not node.attr.startswith("_"), f"{name}: {node.value.id}.{node.attr}"
 
 
 def test_asm_stands_in_device_headers_only():

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "balance/check.h"
 #include "common/engine.h"
 #include "cpu/parallel.h"
 
@@ -22,30 +23,8 @@ constexpr int kTokensPerThread = 16;  // below about 3 us of work a second threa
 // ---- checks ------------------------------------------------------------------------------------
 
 template <class Params>
-Status check_rows(const char* op, const Params& p) {
-  if (p.num_tokens < 0 || INT32_MAX < p.num_tokens)
-    return invalid(op, ": num_tokens: expected 0..2147483647, got ", p.num_tokens);
-  if (p.num_experts < 1 || p.num_experts > KIMI_TOPK_GATE_MAX_EXPERTS)
-    return invalid(op, ": num_experts: expected 1..", KIMI_TOPK_GATE_MAX_EXPERTS, ", got ",
-                   p.num_experts);
-  if (!is_dtype(p.logits_dtype))
-    return invalid(op, ": logits_dtype: expected a kimi_dtype (0..2), got ", int(p.logits_dtype));
-  if (p.logits_stride < 0)
-    return invalid(op, ": logits_stride: expected 0 or more elements, got ", p.logits_stride);
+Status check_pointer(const char* op, const Params& p) {
   if (p.num_tokens > 0 && !p.logits) return invalid(op, ": logits: expected a pointer, got NULL");
-  return Status::ok();
-}
-
-template <class Params>
-Status check_sequences(const char* op, const Params& p) {
-  KIMI_RETURN_IF_ERROR(check_rows(op, p));
-  if (p.score_function < KIMI_SCORE_SIGMOID || p.score_function > KIMI_SCORE_SQRTSOFTPLUS)
-    return invalid(op, ": score_function: expected a kimi_score_function (0..2), got ",
-                   int(p.score_function));
-  if (p.top_k < 1) return invalid(op, ": top_k: expected 1 or more, got ", p.top_k);
-  if (p.num_sequences < 1 || p.num_tokens % p.num_sequences != 0)
-    return invalid(op, ": num_sequences: expected a divisor of num_tokens = ", p.num_tokens,
-                   ", got ", p.num_sequences);
   return Status::ok();
 }
 
@@ -59,7 +38,8 @@ Status check(const UpdateExpertBiasParams& p) {
 
 Status check(const SequenceBalanceLossParams& p) {
   const char* op = "sequence_balance_loss";
-  KIMI_RETURN_IF_ERROR(check_sequences(op, p));
+  KIMI_RETURN_IF_ERROR(balance::check_sequences(op, p));
+  KIMI_RETURN_IF_ERROR(check_pointer(op, p));
   if (!p.loss || !p.tokens_per_expert || (p.num_tokens > 0 && (!p.indices || !p.workspace)))
     return invalid(op,
                    ": indices, loss, tokens_per_expert, workspace: expected pointers, got NULL");
@@ -68,14 +48,16 @@ Status check(const SequenceBalanceLossParams& p) {
 
 Status check(const SequenceBalanceLossBackwardParams& p) {
   const char* op = "sequence_balance_loss_backward";
-  KIMI_RETURN_IF_ERROR(check_sequences(op, p));
+  KIMI_RETURN_IF_ERROR(balance::check_sequences(op, p));
+  KIMI_RETURN_IF_ERROR(check_pointer(op, p));
   if (p.num_tokens > 0 && (!p.grad_loss || !p.tokens_per_expert || !p.grad_logits))
     return invalid(op, ": grad_loss, tokens_per_expert, grad_logits: expected pointers, got NULL");
   return Status::ok();
 }
 
 Status check(const ZLossParams& p) {
-  KIMI_RETURN_IF_ERROR(check_rows("z_loss", p));
+  KIMI_RETURN_IF_ERROR(balance::check_rows("z_loss", p));
+  KIMI_RETURN_IF_ERROR(check_pointer("z_loss", p));
   if (!p.loss || !p.valid_tokens || (p.num_tokens > 0 && (!p.log_sum_exp || !p.workspace)))
     return invalid(
         "z_loss: loss, log_sum_exp, valid_tokens, workspace: expected pointers, got NULL");
@@ -84,7 +66,8 @@ Status check(const ZLossParams& p) {
 
 Status check(const ZLossBackwardParams& p) {
   const char* op = "z_loss_backward";
-  KIMI_RETURN_IF_ERROR(check_rows(op, p));
+  KIMI_RETURN_IF_ERROR(balance::check_rows(op, p));
+  KIMI_RETURN_IF_ERROR(check_pointer(op, p));
   if (p.num_tokens > 0 && (!p.grad_loss || !p.log_sum_exp || !p.valid_tokens || !p.grad_logits))
     return invalid(
         op, ": grad_loss, log_sum_exp, valid_tokens, grad_logits: expected pointers, got NULL");

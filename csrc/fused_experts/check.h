@@ -7,6 +7,7 @@
 #include "common/dtype.h"
 #include "common/engine.h"
 #include "fused_experts/fused_experts.h"
+#include "grouped_gemm/check.h"
 #include "grouped_gemm/grouped_gemm.h"
 
 namespace kimi::experts {

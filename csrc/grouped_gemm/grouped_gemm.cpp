@@ -8,6 +8,7 @@
 #include "common/dtype.h"
 #include "common/engine.h"
 #include "gemm/cpu/groups.h"
+#include "grouped_gemm/check.h"
 
 namespace kimi {
 namespace {
@@ -143,22 +144,6 @@ void zero_rows(void* out, int64_t begin, int64_t end, int64_t row_bytes) {
 }
 
 }  // namespace
-
-Status check_offsets(const char* op, const int32_t* offsets, int32_t num_experts,
-                     int64_t num_rows) {
-  int64_t before = 0;
-  bool good = true;
-  for (int32_t e = 0; e < num_experts; ++e) {
-    good = good && offsets[e] >= before;
-    before = offsets[e];
-  }
-  if (good && before <= num_rows) return Status::ok();
-  std::ostringstream list;
-  for (int32_t e = 0; e < num_experts && e < 8; ++e) list << (e ? ", " : "") << offsets[e];
-  return invalid(op, ": offsets: expected 0 <= offsets[0] <= ... <= offsets[-1] <= R = ", num_rows,
-                 ", got [", list.str(), num_experts > 8 ? ", ...]" : "]",
-                 "; pass the cumulative sum of the group sizes");
-}
 
 namespace grouped {
 const CpuEngine& cpu_engine() { return kEngines.best(); }

@@ -38,9 +38,6 @@ kimi_isa grouped_gemm_isa();  // of the engine that serves bf16 CPU tensors
 Status grouped_gemm_cuda(const GroupedGemmParams& p, void* stream);
 Status grouped_gemm_wgrad_cuda(const GroupedGemmWgradParams& p, void* stream);
 
-// 0 <= offsets[0] <= ... <= offsets[E-1] <= num_rows, or the error that says so.
-Status check_offsets(const char* op, const int32_t* offsets, int32_t num_experts, int64_t num_rows);
-
 namespace grouped {
 
 // Finished sums become output: out[i, j] = round(c[i, j] (+ bias[j]) (+ out[i, j])).

@@ -10,6 +10,7 @@
 #include "common/dtype.h"
 #include "common/engine.h"
 #include "cpu/parallel.h"
+#include "permute/check.h"
 
 namespace kimi {
 
@@ -49,15 +50,7 @@ Status check_dtype(const char* op, kimi_dtype dtype) {
 }
 
 Status check(const PermutePlanParams& p) {
-  KIMI_RETURN_IF_ERROR(check_rows("permute_plan", p.num_tokens, p.top_k, 0));
-  if (p.num_experts < 1 || p.num_experts > KIMI_PERMUTE_MAX_EXPERTS)
-    return invalid("permute_plan: num_experts: expected 1..", KIMI_PERMUTE_MAX_EXPERTS, ", got ",
-                   p.num_experts);
-  if (p.align < 1) return invalid("permute_plan: align: expected 1 or more, got ", p.align);
-  const double rows = double(p.num_tokens) * p.top_k + double(p.num_experts) * (p.align - 1);
-  if (rows > std::numeric_limits<int32_t>::max())
-    return invalid("permute_plan: T * K + E * (align - 1): expected below 2^31 rows, got ", rows,
-                   "; split the tokens");
+  KIMI_RETURN_IF_ERROR(permutation::check_plan(p));
   KIMI_RETURN_IF_ERROR(
       check_pointers("permute_plan", true, {p.offsets, p.tokens_per_expert, p.workspace}));
   KIMI_RETURN_IF_ERROR(check_pointers("permute_plan", p.align > 1, {p.source}));

@@ -8,15 +8,11 @@ Every op has one name: ``kimi_ops.topk_gate``, ``torch.ops.kimi_ops.topk_gate``,
 
 from kimi_ops import _program  # isort: skip  (before torch is loaded)
 from kimi_ops import _native
-from kimi_ops.balance import sequence_balance_loss, update_expert_bias_, z_loss
-from kimi_ops.fused_experts import fused_experts
-from kimi_ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from kimi_ops.info import info
-from kimi_ops.muon_clip import MuonClip, QKClip
-from kimi_ops.muon_groups import muon_param_groups
-from kimi_ops.newton_schulz import newton_schulz, symmetric_matmul, syrk
-from kimi_ops.ns_schedule import ns_flops, tune_ns_restarts
-from kimi_ops.permute import (
+from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
+from kimi_ops.moe.fused_experts import fused_experts
+from kimi_ops.moe.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
+from kimi_ops.moe.permute import (
     PermutePlan,
     permute,
     permute_plan,
@@ -24,9 +20,13 @@ from kimi_ops.permute import (
     sort_chunks,
     unpermute,
 )
-from kimi_ops.qk_clip import attention_max_logits, qk_clip_
-from kimi_ops.quantized import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
-from kimi_ops.topk_gate import TopkGate, topk_gate
+from kimi_ops.moe.quantized import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
+from kimi_ops.moe.topk_gate import TopkGate, topk_gate
+from kimi_ops.optim.muon_clip import MuonClip, QKClip
+from kimi_ops.optim.muon_groups import muon_param_groups
+from kimi_ops.optim.newton_schulz import newton_schulz, symmetric_matmul, syrk
+from kimi_ops.optim.ns_schedule import ns_flops, tune_ns_restarts
+from kimi_ops.optim.qk_clip import attention_max_logits, qk_clip_
 
 del _program
 __version__ = _native._C.version()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kimi_ops import _native
-from kimi_ops.topk_gate import topk_gate
+from kimi_ops.moe.topk_gate import topk_gate
 
 DEVICES = ("auto", "cpu", "cuda")
 

@@ -119,7 +119,7 @@ def _fp8(fault: Fault | None) -> str:
     """The way of a product of `Fp8Rows` on the current GPU."""
     if fault is not None:
         return "none"
-    if _native._C.grouped_gemm_fp8_served(_native.CUDA):
+    if _native._C.cuda_serves_fp8():
         return "cuda (sm_90a)"
     return "dequantised to bfloat16 at each call"
 

@@ -165,6 +165,76 @@ void test_environment_forces_the_isa() {
   EXPECT(kimi_cpu_engine("no_such_op") == nullptr);
 }
 
+void test_sizes_are_refused_below_python_too() {
+  const auto refuses = [](auto change, const char* text) {
+    Gate gate;
+    change(gate.p);
+    EXPECT(gate.run() == KIMI_INVALID_ARGUMENT && error_has(text));
+  };
+  using P = kimi_topk_gate_params;
+  refuses([](P& p) { p.num_experts = 0; }, "logits.shape[1]: expected 1..1024, got 0");
+  refuses([](P& p) { p.top_k = 97; }, "k: expected 1..32");
+  refuses([](P& p) { p.num_groups = 5; }, "num_groups: expected a divisor of the 96 experts, got 5");
+  refuses([](P& p) { p.num_groups = 48; }, "k: expected 1..2 (at most 32, and 1 group(s) of 2");
+  refuses([](P& p) { p.logits = nullptr; }, "logits, indices: expected pointers, got NULL");
+}
+
+void test_losses_refuse_sizes_and_say_their_workspace() {
+  const auto refuses = [](auto change, const char* text) {
+    kimi_sequence_balance_loss_params p = {};
+    p.num_sequences = 1;
+    p.logits_stride = p.num_experts = 16;
+    p.top_k = 2;
+    change(p);
+    EXPECT(kimi_sequence_balance_loss(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT);
+    EXPECT(error_has(text));
+  };
+  using P = kimi_sequence_balance_loss_params;
+  refuses([](P& p) { p.num_experts = 0; }, "logits.shape[1]: expected 1..1024, got 0");
+  refuses([](P& p) { p.top_k = 0; }, "indices: expected at least one id a token");
+  refuses([](P& p) { p.num_tokens = 4, p.num_sequences = 3; }, "expected a divisor of the 4 tokens");
+  refuses([](P& p) { p.num_tokens = 4; }, "logits: expected a pointer, got NULL");
+  refuses([](P& p) { p.num_sequences = 0; }, "num_sequences: expected a divisor of the 0 tokens");
+  refuses([](P& p) { p.num_tokens = int64_t{1} << 31; }, "num_tokens: expected 0..2147483647");
+  refuses([](P& p) { p.logits_stride = -1; }, "logits_stride: expected 0 or more elements, got -1");
+  refuses([](P&) {}, "indices, loss, tokens_per_expert, workspace: expected pointers, got NULL");
+  EXPECT(kimi_sequence_balance_loss_workspace_bytes(130, 2, 10) == 4 * (2 * 2 * 10 + 2));
+  EXPECT(kimi_sequence_balance_loss_workspace_bytes(130, 0, 10) == 0);
+  EXPECT(kimi_z_loss_workspace_bytes(65) == 8);
+  kimi_z_loss_params z = {};
+  z.logits_stride = z.num_experts = 16;
+  z.logits_dtype = kimi_dtype(7);
+  EXPECT(kimi_z_loss(&z, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT);
+  EXPECT(error_has("logits_dtype: expected a kimi_dtype"));
+  kimi_update_expert_bias_params bias = {};
+  bias.num_experts = -1;
+  EXPECT(kimi_update_expert_bias(&bias, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT);
+}
+
+void test_fp8_products_refuse_what_tma_cannot_read() {
+  alignas(16) static char memory[4096] = {};
+  const int32_t end = 4;
+  const auto call = [&](auto change) {
+    kimi_grouped_gemm_fp8_params p = {};
+    p.a = p.b = memory;
+    p.a_scale = p.b_scale = reinterpret_cast<const float*>(memory);
+    p.offsets = &end;
+    p.out = memory;
+    p.num_rows = p.a_scale_stride = 4;
+    p.k = p.a_row_stride = 32;
+    p.n = 16;
+    p.num_experts = 1;
+    change(p);
+    return kimi_grouped_gemm_fp8(&p, KIMI_DEVICE_CPU, nullptr);
+  };
+  using P = kimi_grouped_gemm_fp8_params;
+  EXPECT(call([](P&) {}) == KIMI_UNSUPPORTED && error_has("expected cuda, got cpu"));
+  EXPECT(call([](P& p) { p.a = memory + 8; }) == KIMI_INVALID_ARGUMENT && error_has("16 divides"));
+  EXPECT(call([](P& p) { p.k = 30; }) == KIMI_INVALID_ARGUMENT && error_has("K: expected"));
+  EXPECT(call([](P& p) { p.a_scale_stride = 3; }) == KIMI_INVALID_ARGUMENT);
+  EXPECT(error_has("a_scale_stride"));
+}
+
 }  // namespace
 
 int main() {
@@ -173,6 +243,9 @@ int main() {
   test_result_is_independent_of_isa_and_threads();
   test_calls_at_once();
   test_backward_leaves_out_slots_without_an_expert();
+  test_sizes_are_refused_below_python_too();
+  test_losses_refuse_sizes_and_say_their_workspace();
+  test_fp8_products_refuse_what_tma_cannot_read();
   test_cuda_without_a_device();
   if (failures == 0) std::puts("c_api: all passed");
   return failures == 0 ? 0 : 1;

@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from kimi_ops import MuonClip, QKClip
-from kimi_ops.muon_blocks import cost
-from kimi_ops.muon_shards import Shards
+from kimi_ops.optim.muon_blocks import cost
+from kimi_ops.optim.muon_shards import Shards
 
 PROCESSES = 4
 STEPS = 4

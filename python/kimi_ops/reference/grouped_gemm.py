@@ -32,11 +32,11 @@ def _pad(x: Tensor, *dims: int) -> Tensor:
     return x
 
 
-def _live_rows(rows: int, offsets: Tensor) -> Tensor:
+def live_rows(rows: int, offsets: Tensor) -> Tensor:
     return (torch.arange(rows, device=offsets.device) < offsets[-1])[:, None]
 
 
-def _expert_of_row(rows: int, offsets: Tensor) -> Tensor:
+def expert_of_row(rows: int, offsets: Tensor) -> Tensor:
     """The group of each row; rows past the last group count to the last one."""
     row = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets, row, right=True).clamp(max=offsets.numel() - 1)
@@ -47,8 +47,8 @@ def forward(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Ten
     if a.device.type != "cpu":
         product = F.grouped_mm(_pad(a, 1), _pad(b, 1, 2), offs=offsets)[:, : b.shape[2]]
         if bias is not None:
-            product = product + bias[_expert_of_row(a.shape[0], offsets)]
-        return out.copy_(product.masked_fill(~_live_rows(a.shape[0], offsets), 0))
+            product = product + bias[expert_of_row(a.shape[0], offsets)]
+        return out.copy_(product.masked_fill(~live_rows(a.shape[0], offsets), 0))
     end = 0
     for e, start, end in _groups(offsets):  # noqa: B007 (the last end starts the tail)
         rows, weight, target = a[start:end].to(out.dtype), b[e].to(out.dtype), out[start:end]
@@ -63,7 +63,7 @@ def forward(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Ten
 def wgrad(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     """out[e] (+)= a[rows of e]^T @ dc[rows of e]; an expert without rows adds nothing."""
     if a.device.type != "cpu":
-        live = _live_rows(a.shape[0], offsets)
+        live = live_rows(a.shape[0], offsets)
         left = _pad(a.masked_fill(~live, 0), 1).transpose(0, 1)
         product = F.grouped_mm(left, _pad(dc.masked_fill(~live, 0), 1), offs=offsets)
         product = product[:, : a.shape[1], : dc.shape[1]].to(out.dtype)

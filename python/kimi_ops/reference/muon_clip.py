@@ -15,27 +15,9 @@ alone where it is False, without a read on the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-AdjustLr = str | Callable[[float, tuple[int, int]], float] | None
-
-
-def adjusted_lr(lr: float, adjust: AdjustLr, shape: tuple[int, int]) -> float:
-    """The factor of an orthogonal update of a [rows, columns] matrix.
-
-    ``original``: sqrt(max(1, rows / columns)); ``match_rms_adamw``: 0.2 sqrt(max(rows, columns)),
-    which gives the update a root mean square of 0.2, that of AdamW, since an orthogonal matrix has
-    1 / sqrt(max(rows, columns)).
-    """
-    rows, columns = shape
-    if callable(adjust):
-        return adjust(lr, shape)
-    if adjust == "match_rms_adamw":
-        return lr * 0.2 * math.sqrt(max(rows, columns))
-    return lr * math.sqrt(max(1.0, rows / columns))
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -16,9 +16,8 @@ Nothing here is differentiable.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,20 +26,12 @@ Triple = tuple[float, float, float]
 BLOCK = 512  # rows of a product with a symmetric result that are computed at once
 
 
-class Products(Protocol):
-    """The matrix products of the iteration; this module is one, an engine may bring others."""
+class Products(NamedTuple):
+    """The matrix products of the iteration, as the functions below define them."""
 
-    def matmul(
-        self, a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
-    ) -> Tensor: ...
-
-    def syrk(
-        self, a: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
-    ) -> Tensor: ...
-
-    def symmetric_matmul(
-        self, a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
-    ) -> Tensor: ...
+    matmul: Callable[..., Tensor]
+    syrk: Callable[..., Tensor]
+    symmetric_matmul: Callable[..., Tensor]
 
 
 def matmul(
@@ -131,7 +122,7 @@ def newton_schulz(
             for matrix in matrices
         ]
         return torch.stack(images).reshape(g.shape)
-    engine: Any = sys.modules[__name__] if products is None else products
+    engine = products or Products(matmul, syrk, symmetric_matmul)
     tall = g.shape[0] > g.shape[1]
     # fp16 ends at 6e-5, and an entry is about 1 / sqrt(m n): an exact power of two brings it near 1
     shift = min(10, (g.numel().bit_length() - 1) // 2) if dtype == torch.float16 else 0
@@ -147,7 +138,7 @@ def newton_schulz(
     return x.mul_(2.0**-shift).to(g.dtype) if shift else x
 
 
-def _standard(x: Tensor, rows: Sequence[Triple], engine: Any, square: float) -> Tensor:
+def _standard(x: Tensor, rows: Sequence[Triple], engine: Products, square: float) -> Tensor:
     for a, b, c in rows:
         gram = engine.matmul(x, x.mT, alpha=square)
         if c == 0:
@@ -157,7 +148,7 @@ def _standard(x: Tensor, rows: Sequence[Triple], engine: Any, square: float) -> 
     return x
 
 
-def _symmetric(x: Tensor, rows: Sequence[Triple], engine: Any, square: float) -> Tensor:
+def _symmetric(x: Tensor, rows: Sequence[Triple], engine: Products, square: float) -> Tensor:
     for a, b, c in rows:
         gram = engine.syrk(x, alpha=square)
         if c == 0:
@@ -169,7 +160,7 @@ def _symmetric(x: Tensor, rows: Sequence[Triple], engine: Any, square: float) ->
 
 
 def _gram(
-    x: Tensor, rows: Sequence[Triple], restarts: Collection[int], engine: Any, square: float
+    x: Tensor, rows: Sequence[Triple], restarts: Collection[int], engine: Products, square: float
 ) -> Tensor:
     r, q = engine.syrk(x, alpha=square), None
     for step, (a, b, c) in enumerate(rows):

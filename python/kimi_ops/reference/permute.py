@@ -6,20 +6,13 @@ absent slots are sent to a spare position instead of being counted. (On the CPU 
 value, so there a spare row is appended only where one is needed.)
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class PermutePlan(NamedTuple):
-    """Where every (token, slot) pair goes; see `kimi_ops.permute_plan`."""
-
-    row_map: Tensor  # [T, K] int32, destination row, -1 dropped
-    source: Tensor  # [cap] int32, t * K + k, -1 padding
-    offsets: Tensor  # [E] int32, inclusive end row of each expert
-    tokens_per_expert: Tensor  # [E] int32
+from kimi_ops.moe.plan import PermutePlan
 
 
 def permute_plan(indices: Tensor, num_experts: int, align: int = 1) -> PermutePlan:

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_ops import update_expert_bias_
+from kimi_ops import MuonClip, QKClip, muon_param_groups, update_expert_bias_
 from kimi_ops.models.kimi_k2 import KimiK2
-from kimi_ops.muon_clip import MuonClip, QKClip, muon_param_groups
 from kimi_ops.reference.qk_clip import clip_factor
 from kimi_ops.train.schedule import warmup_stable_decay
 from kimi_ops.train.settings import TrainSettings

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kimi_ops import attention_max_logits
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.layers import FixedBuffers, RMSNorm
 from kimi_ops.models.kimi_k2.rope import rotate
-from kimi_ops.qk_clip import attention_max_logits
 
 _LATENT_NORM_EPS = 1e-6  # the checkpoint's code uses its class default here, not rms_norm_eps
 _MASK_ELEMENTS = 1 << 24  # of one block of queries over a cache: bounds the mask and the scores

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kimi_ops.formats import FP8_BLOCK, INT4_WORD
 from kimi_ops.models.kimi_k2 import stored
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.files import staging, sync_folder
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME, Shards
-from kimi_ops.reference.quantized import FP8_BLOCK, INT4_WORD
 
 if TYPE_CHECKING:
     from kimi_ops.models.kimi_k2.model import KimiK2

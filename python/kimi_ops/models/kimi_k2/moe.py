@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kimi_ops._native import no_autocast
-from kimi_ops.balance import sequence_balance_loss
-from kimi_ops.fused_experts import fused_experts
+from kimi_ops import TopkGate, fused_experts, sequence_balance_loss, topk_gate
+from kimi_ops._autocast import no_autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, recomputing
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
-from kimi_ops.topk_gate import TopkGate, topk_gate
 
 
 class Router(FixedBuffers):

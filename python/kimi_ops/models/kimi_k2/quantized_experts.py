@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kimi_ops.formats import FP8_BLOCK, INT4_WORD
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.layers import FixedBuffers
-from kimi_ops.quantized import Fp8BlockWeight, Int4GroupWeight, QuantizedWeight
-from kimi_ops.reference.quantized import FP8_BLOCK, INT4_WORD
+from kimi_ops.moe.quantized import Fp8BlockWeight, Int4GroupWeight, QuantizedWeight
 
 if TYPE_CHECKING:
     from kimi_ops.models.kimi_k2.model import KimiK2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kimi_ops.formats import INT4_GROUP, INT4_WORD, dequantize_fp8, dequantize_int4
 from kimi_ops.models.kimi_k2.shards import Shards
-from kimi_ops.reference.quantized import INT4_GROUP, INT4_WORD, dequantize_fp8, dequantize_int4
 
 COMPANIONS = ("_scale_inv", "_packed", "_scale", "_shape")  # appended to the name of a matrix
 _FLOATS = ("BF16", "F16", "F32")

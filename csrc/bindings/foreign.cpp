@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/foreign.h"
+
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "bindings/framework.h"
+
+namespace py = pybind11;
+
+namespace kimi::bindings {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+struct Memory {
+  dlpack::ManagedVersioned managed = {};
+  std::vector<int64_t> sizes, strides;
+  void* address = nullptr;
+  ~Memory() { std::free(address); }
+};
+
+constexpr const char* kUnused = "dltensor_versioned";
+
+// What `from_dlpack` of any framework takes: it gives its memory away once.
+class Exported {
+ public:
+  explicit Exported(dlpack::ManagedVersioned* memory) : memory_(memory) {}
+  Exported(Exported&& other) noexcept : memory_(std::exchange(other.memory_, nullptr)) {}
+  ~Exported() {
+    if (memory_) memory_->deleter(memory_);
+  }
+  py::capsule capsule() {
+    if (!memory_) throw py::buffer_error("kimi_ops: this memory has been taken already");
+    PyObject* capsule = PyCapsule_New(memory_, kUnused, [](PyObject* self) {
+      if (!PyCapsule_IsValid(self, kUnused)) return;  // taken: its new owner frees it
+      auto* memory = static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(self, kUnused));
+      memory->deleter(memory);
+    });
+    if (!capsule) throw py::error_already_set();
+    memory_ = nullptr;
+    return py::reinterpret_steal<py::capsule>(capsule);
+  }
+
+ private:
+  dlpack::ManagedVersioned* memory_;
+};
+
+}  // namespace
+
+dlpack::ManagedVersioned* allocate_foreign(dlpack::DataType type, int ndim, const int64_t* sizes) {
+  auto memory = std::make_unique<Memory>();
+  memory->sizes.assign(sizes, sizes + ndim);
+  memory->strides.assign(size_t(ndim), 1);
+  for (int i = ndim - 2; i >= 0; --i)
+    memory->strides[size_t(i)] = memory->strides[size_t(i) + 1] * sizes[i + 1];
+  size_t bytes = size_t{type.bits} * type.lanes / 8;
+  for (int i = 0; i < ndim; ++i) bytes *= size_t(sizes[i]);
+  bytes = (bytes + kAlignment) / kAlignment * kAlignment;
+  memory->address = std::aligned_alloc(kAlignment, bytes);
+  if (!memory->address) throw std::bad_alloc();
+  dlpack::ManagedVersioned& managed = memory->managed;
+  managed.version = {dlpack::kMajor, 0};
+  managed.context = memory.get();
+  managed.deleter = [](dlpack::ManagedVersioned* self) {
+    delete static_cast<Memory*>(self->context);
+  };
+  managed.tensor = {memory->address, {dlpack::kCpu, 0},     ndim, type, memory->sizes.data(),
+                    memory->strides.data(), 0};
+  return &memory.release()->managed;
+}
+
+PyObject* object_of_foreign(dlpack::ManagedVersioned* memory, PyObject* like) {
+  Exported exported(memory);
+  try {
+    const py::object space = py::handle(like).attr("__array_namespace__")();
+    return space.attr("from_dlpack")(py::cast(std::move(exported))).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    throw Raised();
+  }
+}
+
+void define_exported(py::module_& m) {
+  py::class_<Exported>(m, "Exported", py::module_local(),
+                       "Memory of this library on its way to another, through from_dlpack.")
+      .def("__dlpack__", [](Exported& self, const py::kwargs&) { return self.capsule(); })
+      .def("__dlpack_device__", [](const Exported&) { return py::make_tuple(int(dlpack::kCpu), 0); });
+}
+
+}  // namespace kimi::bindings

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: MIT
+// Passes over lists of tensors, at least one each.
+#include "bindings/ops.h"
+
+namespace kimi::bindings {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+struct List {
+  const char* name;
+  const Tensors& tensors;
+};
+
+// Lists of the same length, tensors of the same shapes, one dtype a list.
+void check_lists(Call& call, std::initializer_list<List> lists) {
+  const List& first = *lists.begin();
+  if (first.tensors.empty()) call.value_error(first.name, "expected at least one tensor, got none");
+  for (const List& list : lists) {
+    for (const Tensor& tensor : list.tensors)
+      tensor.of(kNatives).of({list.tensors[0].dtype}, "call once a dtype");
+    if (list.tensors.size() != first.tensors.size())
+      call.value_error(list.name, "expected ", first.tensors.size(), " tensors as ", first.name,
+                       ", got ", list.tensors.size());
+    for (size_t i = 0; i < list.tensors.size(); ++i)
+      list.tensors[i].shape_like(first.tensors[i]).beside(first.tensors[0]);
+  }
+}
+
+template <class Number>
+void check_numbers(Call& call, const char* name, const std::vector<Number>& numbers, size_t count) {
+  if (numbers.size() != count)
+    call.value_error(name, "expected ", count, " numbers, got ", numbers.size());
+}
+
+Tensors dense(const Tensors& tensors) {
+  Tensors copies;
+  for (const Tensor& tensor : tensors) copies.push_back(tensor.dense());
+  return copies;
+}
+
+template <class T>
+std::vector<T*> addresses(const Tensors& tensors) {
+  std::vector<T*> list;
+  for (const Tensor& tensor : tensors) list.push_back(tensor.data<T>());
+  return list;
+}
+
+std::vector<int64_t> sizes(const Tensors& tensors) {
+  std::vector<int64_t> list;
+  for (const Tensor& tensor : tensors) list.push_back(tensor.count());
+  return list;
+}
+
+void write_back(Call& call, const Tensors& targets, const Tensors& written) {
+  for (size_t i = 0; i < targets.size(); ++i) call.write_back(targets[i], written[i]);
+}
+
+PyObject* muon_momentum(Call& call) {
+  const Tensors grads = call.tensors("grads"), buffers = call.tensors("buffers");
+  kimi_muon_momentum_params p = {};
+  p.momentum = call.number("momentum");
+  p.nesterov = call.truth();
+  p.maximize = call.truth();
+  check_lists(call, {{"grads", grads}, {"buffers", buffers}});
+  std::vector<Output> updates;
+  for (const Tensor& grad : grads) updates.push_back(call.allocate(kFloat32, grad.ndim, grad.sizes));
+  std::vector<float*> targets;
+  for (const Output& update : updates) targets.push_back(update.data<float>());
+  const Tensors from = dense(grads), moved = dense(buffers);
+  const auto sources = addresses<const void>(from);
+  const auto states = addresses<void>(moved);
+  const auto counts = sizes(grads);
+  p.grads = sources.data();
+  p.buffers = states.data();
+  p.updates = targets.data();
+  p.sizes = counts.data();
+  p.count = int64_t(grads.size());
+  p.grad_dtype = native(grads[0].dtype);
+  p.buffer_dtype = native(buffers[0].dtype);
+  call.run(kimi_muon_momentum, p);
+  write_back(call, buffers, moved);
+  return call.list(updates);
+}
+
+PyObject* muon_update(Call& call) {
+  const Tensors params = call.tensors("params"), directions = call.tensors("directions");
+  const std::vector<double> rates = call.numbers("rates");
+  kimi_muon_update_params p = {};
+  p.decay = call.number("decay");
+  p.cautious = call.truth();
+  check_lists(call, {{"params", params}, {"directions", directions}});
+  check_numbers(call, "rates", rates, params.size());
+  Tensors targets, sources;
+  std::vector<int64_t> shapes;
+  for (size_t i = 0; i < params.size(); ++i) {
+    targets.push_back(params[i].shape({"m", "n"}).dense_rows());
+    sources.push_back(directions[i].dense_rows());
+    const int64_t shape[] = {targets[i].size(0), targets[i].size(1), targets[i].stride(0),
+                             sources[i].stride(0)};
+    shapes.insert(shapes.end(), std::begin(shape), std::end(shape));
+  }
+  const auto written = addresses<void>(targets);
+  const auto read = addresses<const void>(sources);
+  p.params = written.data();
+  p.directions = read.data();
+  p.shapes = shapes.data();
+  p.rates = rates.data();
+  p.count = int64_t(params.size());
+  p.param_dtype = native(params[0].dtype);
+  p.direction_dtype = native(directions[0].dtype);
+  call.run(kimi_muon_update, p);
+  write_back(call, params, targets);
+  return call.none();
+}
+
+PyObject* adamw(Call& call) {
+  const Tensors params = call.tensors("params"), grads = call.tensors("grads");
+  const Tensors exp_avgs = call.tensors("exp_avgs"), exp_avg_sqs = call.tensors("exp_avg_sqs");
+  const std::vector<int64_t> steps = call.integers("steps");
+  kimi_adamw_params p = {};
+  p.lr = call.number("lr");
+  p.beta1 = call.number("beta1");
+  p.beta2 = call.number("beta2");
+  p.eps = call.number("eps");
+  p.weight_decay = call.number("weight_decay");
+  p.maximize = call.truth();
+  p.cautious = call.truth();
+  check_lists(call, {{"params", params},
+                     {"grads", grads},
+                     {"exp_avgs", exp_avgs},
+                     {"exp_avg_sqs", exp_avg_sqs}});
+  for (const Tensors* states : {&exp_avgs, &exp_avg_sqs})
+    if (states->at(0).dtype != kFloat32)
+      call.type_error("exp_avgs, exp_avg_sqs", "expected float32, got ",
+                      name_of(states->at(0).dtype), "; cast it with .to(torch.float32)");
+  check_numbers(call, "steps", steps, params.size());
+  const Tensors moved[] = {dense(params), dense(exp_avgs), dense(exp_avg_sqs)}, from = dense(grads);
+  const auto targets = addresses<void>(moved[0]);
+  const auto sources = addresses<const void>(from);
+  const auto first = addresses<float>(moved[1]), second = addresses<float>(moved[2]);
+  const auto counts = sizes(params);
+  p.params = targets.data();
+  p.grads = sources.data();
+  p.exp_avgs = first.data();
+  p.exp_avg_sqs = second.data();
+  p.sizes = counts.data();
+  p.steps = steps.data();
+  p.count = int64_t(params.size());
+  p.param_dtype = native(params[0].dtype);
+  p.grad_dtype = native(grads[0].dtype);
+  call.run(kimi_adamw, p);
+  write_back(call, params, moved[0]);
+  write_back(call, exp_avgs, moved[1]);
+  write_back(call, exp_avg_sqs, moved[2]);
+  return call.none();
+}
+
+PyObject* squares(Call& call) {
+  const Tensors x = call.tensors("x");
+  check_lists(call, {{"x", x}});
+  const Tensors from = dense(x);
+  const auto sources = addresses<const void>(from);
+  const auto counts = sizes(x);
+  const Output sums = call.empty(kFloat64, {int64_t(x.size())});
+  kimi_squares_params p = {};
+  p.x = sources.data();
+  p.sizes = counts.data();
+  p.squares = sums.data<double>();
+  p.count = int64_t(x.size());
+  p.dtype = native(x[0].dtype);
+  call.run(kimi_squares, p);
+  return call.result(sums);
+}
+
+}  // namespace
+
+void define_muon_clip(Methods& methods) {
+  methods.add<muon_momentum, 5>("muon_momentum_", "muon_momentum");
+  methods.add<muon_update, 5>("muon_update_", "muon_update");
+  methods.add<adamw, 12>("adamw_", "adamw");
+  methods.add<squares, 1>("squares");
+}
+
+}  // namespace kimi::bindings

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/ops.h"
+#include "topk_gate/check.h"
+
+namespace kimi::bindings {
+namespace {
+
+PyObject* topk_gate(Call& call) {
+  const Tensor logits = call.tensor("logits").of(kNatives).shape({"T", "E"}, kFlatten).dense_rows();
+  kimi_topk_gate_params p = {};
+  p.top_k = call.int32("k");
+  p.score_function = call.choice<kimi_score_function>("score_function", kScoreFunctions);
+  const Tensor bias = call.optional("expert_bias");
+  p.num_groups = call.int32("num_groups");
+  p.topk_groups = call.int32("topk_groups");
+  p.group_score_topk = call.int32("group_score_topk");
+  p.renormalize = call.truth();
+  p.scaling_factor = float(call.number("scaling_factor"));
+  const Tensor valid = call.optional("valid");
+  set_logits(p, logits);
+  call.check(gate::check_options(p));
+  if (bias) {
+    bias.of({kFloat32}, "keep the bias in float32: bfloat16 cannot hold steps of 0.001");
+    p.expert_bias = bias.shape({p.num_experts}).beside(logits).dense().data<float>();
+  }
+  if (valid) p.valid = valid_of(valid, logits);
+  const Output weights = call.empty(kFloat32, {p.num_tokens, p.top_k});
+  const Output indices = call.empty(kInt32, {p.num_tokens, p.top_k});
+  const Output counts = call.empty(kInt32, {p.num_experts});
+  p.weights = weights.data<float>();
+  p.indices = indices.data<int32_t>();
+  p.tokens_per_expert = counts.data<int32_t>();
+  call.run(kimi_topk_gate, p);
+  return call.result({weights, indices, counts});
+}
+
+PyObject* topk_gate_backward(Call& call) {
+  const Tensor grad_weights = call.tensor("grad_weights"), unread = call.tensor("logits");
+  const Tensor logits = unread.of(kNatives).shape({"T", "E"}).dense_rows();
+  const Tensor indices = call.tensor("indices").of({kInt32}).shape({logits.size(0), "K"}).dense();
+  kimi_topk_gate_backward_params p = {};
+  p.grad_weights = grad_weights.of({kFloat32}).shape_like(indices).dense().data<float>();
+  p.indices = indices.data<int32_t>();
+  p.top_k = int32_t(indices.size(1));
+  p.score_function = call.choice<kimi_score_function>("score_function", kScoreFunctions);
+  p.renormalize = call.truth();
+  p.scaling_factor = float(call.number("scaling_factor"));
+  set_logits(p, logits);
+  const Output grad = call.empty_like(logits);
+  p.grad_logits = grad.data();
+  call.run(kimi_topk_gate_backward, p);
+  return call.result(grad);
+}
+
+}  // namespace
+
+void define_topk_gate(Methods& methods) {
+  methods.add<topk_gate, 10>("topk_gate");
+  methods.add<topk_gate_backward, 6>("topk_gate_backward");
+}
+
+}  // namespace kimi::bindings

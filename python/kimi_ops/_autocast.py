@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""What ops do inside of `torch.autocast`."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CAST = (torch.bfloat16, torch.float16, torch.float32)  # float64 is left alone
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """An enclosing `torch.autocast` ends here; without one, nothing (meta knows none)."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype of the enclosing `torch.autocast` of the first one's device; without
+    one, as they are. float64, integers and what is no tensor are left alone."""
+    if not torch.compiler.is_dynamo_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors  # by one call: it is made for every product
+    assert tensors[0] is not None
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CAST else x for x in tensors)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""FP8 blocks and INT4 groups of one matrix [N, K], FP8 rows of activations, in plain torch.
+
+FP8: e4m3 values, one fp32 scale for each 128 x 128 block; W = q * scale, whatever the name
+``weight_scale_inv`` of the files says (DeepSeek-V3, README_WEIGHTS). INT4: values -8 .. 7 stored as
+unsigned nibbles with 8 added, eight in an int32 word with the first in its lowest bits, one bf16
+scale for each 32 neighbours along K (the ``pack-quantized`` format of compressed-tensors).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP8_BLOCK = 128
+FP8_MAX = 448.0  # largest e4m3 value
+INT4_GROUP = 32
+INT4_WORD = 8  # nibbles in an int32
+INT4_MAX = 7  # -8 stays unused, as in the released checkpoints: the range is symmetric
+SMALLEST = 2.0**-126  # smallest normal number of fp32 and bf16: a scale below it has few bits
+
+
+def blocks(size: int) -> int:
+    """How many blocks of FP8 values a side of `size` has; the last may be ragged."""
+    return -(-size // FP8_BLOCK)
+
+
+def dequantize_fp8(
+    weight: Tensor, scale: Tensor, block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)
+) -> Tensor:
+    """W[i, j] = float32(q[i, j]) * scale[i // block[0], j // block[1]].
+
+    The last block of a row or column may be ragged.
+
+    Parameters
+    ----------
+    weight : Tensor [N, K] float8_e4m3fn
+    scale : Tensor [ceil(N / block[0]), ceil(K / block[1])] float32
+
+    Returns
+    -------
+    Tensor [N, K] float32
+    """
+    rows, columns = weight.shape
+    by_row = scale.float().repeat_interleave(block[1], 1)[:, :columns]
+    return weight.float() * by_row.repeat_interleave(block[0], 0)[:rows]
+
+
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """q [N, K] float8_e4m3fn and scale [ceil(N / 128), ceil(K / 128)] = max |W| of the block / 448.
+
+    The error of a value is at most 2^-4 of it, or 2^-10 of the scale where that is more.
+    """
+    rows, columns = weight.shape
+    weight = weight.float()
+    padded = F.pad(weight, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
+    scale = (blocks.abs().amax(dim=(1, 3)) / FP8_MAX).clamp(min=SMALLEST)
+    q = (blocks / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)[:rows, :columns]
+    return q.to(torch.float8_e4m3fn), scale
+
+
+def dequantize_rows(data: Tensor, scale: Tensor) -> Tensor:
+    """x[r, k] = float32(data[r, k]) * scale[r, k // 128].
+
+    Parameters
+    ----------
+    data : Tensor [R, K] float8_e4m3fn
+    scale : Tensor [R, ceil(K / 128)] float32
+
+    Returns
+    -------
+    Tensor [R, K] float32
+    """
+    return data.float() * scale.repeat_interleave(FP8_BLOCK, 1)[:, : data.shape[1]]
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """data [R, K] float8_e4m3fn and scale [R, ceil(K / 128)] = max |x| of 128 columns / 448."""
+    columns = x.shape[1]
+    blocks = F.pad(x.float(), (0, -columns % FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))
+    scale = (blocks.abs().amax(dim=2) / FP8_MAX).clamp(min=SMALLEST)
+    q = (blocks / scale[:, :, None]).flatten(1)[:, :columns]
+    return q.to(torch.float8_e4m3fn), scale
+
+
+def dequantize_int4(packed: Tensor, scale: Tensor) -> Tensor:
+    """W[i, j] = (nibble[i, j] - 8) * scale[i, j // 32]; exact in fp32.
+
+    Parameters
+    ----------
+    packed : Tensor [N, K / 8] int32
+    scale : Tensor [N, ceil(K / 32)] bfloat16
+
+    Returns
+    -------
+    Tensor [N, K] float32
+    """
+    shifts = torch.arange(0, 4 * INT4_WORD, 4, dtype=torch.int32, device=packed.device)
+    nibbles = (packed[:, :, None] >> shifts) & 15
+    values = (nibbles - 8).flatten(1).float()
+    return values * scale.float().repeat_interleave(INT4_GROUP, 1)[:, : values.shape[1]]
+
+
+def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """packed [N, K / 8] int32 and scale [N, ceil(K / 32)] = max |W| of the group / 7 in bfloat16.
+
+    K is a multiple of 8. The error of a value is at most half the scale.
+    """
+    columns = weight.shape[1]
+    groups = F.pad(weight.float(), (0, -columns % INT4_GROUP)).unflatten(1, (-1, INT4_GROUP))
+    scale = (groups.abs().amax(dim=2) / INT4_MAX).clamp(min=SMALLEST).bfloat16()
+    q = (groups / scale.float()[:, :, None]).round().clamp(-INT4_MAX, INT4_MAX)
+    nibbles = (q.int() + 8).flatten(1)[:, :columns].unflatten(1, (-1, INT4_WORD))
+    shifts = torch.arange(0, 4 * INT4_WORD, 4, dtype=torch.int32, device=weight.device)
+    return (nibbles << shifts).sum(dim=2, dtype=torch.int32), scale

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""Products with quantised weights: of float rows, differentiable, and of FP8 rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_ops import _native
+from kimi_ops.moe.quantized import Fp8BlockWeight, Fp8Rows, QuantizedWeight
+from kimi_ops.operators import fp8
+from kimi_ops.operators import grouped_gemm as operators
+from kimi_ops.reference import grouped_gemm as reference
+
+
+class _Stack:
+    """The b [E, K, N] that a quantised weight stands for, as `reference.forward` reads it."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, transposed: bool) -> None:
+        self._weight, self._dtype, self._transposed = weight, dtype, transposed
+        experts, rows, columns = weight.shape
+        self.shape = (experts, rows, columns) if transposed else (experts, columns, rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        matrix = self._weight.expert(index, self._dtype)
+        return matrix if self._transposed else matrix.t()
+
+
+def _product(
+    a: Tensor,
+    weight: QuantizedWeight,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    transposed: bool,
+) -> Tensor:
+    stack: Any = _Stack(weight, a.dtype, transposed)
+    return reference.forward(a, stack, offsets, bias, out)
+
+
+def _forward(
+    a: Tensor, weight: QuantizedWeight, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The kernel dequantises in registers; float64 goes through the twin."""
+    arguments = (a, *weight.tensors().values(), offsets, bias, dtype)
+    if a.dtype != torch.float64:
+        return operators.quantized_gemm(*arguments)
+    _native.engine.quantized_gemm(*arguments)  # checks, and leaves it
+    out = a.new_empty(a.shape[0], weight.shape[1], dtype=dtype)
+    return _product(a, weight, offsets, bias, out, transposed=False)
+
+
+class _QuantizedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        weight: QuantizedWeight,
+        offsets: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.weight, ctx.dtype = weight, a.dtype
+        return _forward(a, weight, offsets, bias, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets,) = ctx.saved_tensors
+        da = dbias = None
+        dc = dc.contiguous().to(ctx.dtype)
+        if ctx.needs_input_grad[0]:
+            da = dc.new_empty(dc.shape[0], ctx.weight.shape[2])
+            _product(dc, ctx.weight, offsets, None, da, transposed=True)
+        if ctx.needs_input_grad[3]:
+            ones, shape = dc.new_ones(dc.shape[0], 1), (offsets.numel(), 1, dc.shape[1])
+            dbias = reference.wgrad(ones, dc, offsets, dc.new_empty(shape), accumulate=False)[:, 0]
+        return da, None, None, dbias, None
+
+
+def quantized_gemm(
+    a: Tensor,
+    weight: QuantizedWeight,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`grouped_gemm` with a quantised weight: c[r] = a[r] @ W[e(r)]^T + bias[e(r)].
+
+    Differentiable in a and bias. Only experts with rows are read.
+    """
+    if a.device.type != "cpu" and a.device == weight.device:
+        raise ValueError(
+            f"grouped_gemm: b: expected a Tensor on {a.device}, got {type(weight).__name__}, which "
+            "is served on the CPU only; pass b.dequantize(a.dtype).transpose(1, 2)"
+        )
+    if out is None:
+        return _QuantizedGemm.apply(a, weight, offsets, bias, dtype)
+    result = _forward(a, weight, offsets, bias, dtype)
+    if out.shape != result.shape or out.device != a.device:
+        raise ValueError(
+            f"grouped_gemm: out: expected shape {list(result.shape)} on {a.device}, got "
+            f"{list(out.shape)} on {out.device}; allocate it with that shape"
+        )
+    return out.copy_(result)
+
+
+def fp8_gemm(
+    a: Fp8Rows,
+    weight: Fp8BlockWeight,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`grouped_gemm` of FP8 rows: c[r] = a[r] @ W[e(r)]^T + bias[e(r)] in `dtype`, or in out's."""
+    tensors = (a.data, a.scale, weight.data, weight.scale, bias, out)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(
+            "grouped_gemm: a: no gradient flows through FP8 rows, but an argument requires one; "
+            "call under torch.no_grad(), or pass rows of bfloat16"
+        )
+    operands = a.data, a.scale, weight.data, weight.scale, offsets, bias
+    if out is None:
+        return fp8.grouped_gemm_fp8(*operands, dtype)
+    fp8.grouped_gemm_fp8_out(*operands, out)
+    return out

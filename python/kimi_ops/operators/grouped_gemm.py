@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Tensors of 16 or 32 bits go to the kernels; the native function checks float64 too and leaves it
+to the torch twin."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_ops.operators.registry import Operator
+from kimi_ops.reference import grouped_gemm as reference
+
+
+def _gemm(
+    a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return reference.forward(a, b, offsets, bias, _gemm_output(a, b, offsets, bias, dtype))
+
+
+def _gemm_output(
+    a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[2]), dtype=dtype)
+
+
+def _gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, offsets, _, _ = inputs
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None, offsets)
+    ctx.dtype, ctx.strides = a.dtype, b.stride()
+
+
+def _gemm_backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, offsets = ctx.saved_tensors
+    dc = dc.to(ctx.dtype)
+    da = db = dbias = None
+    if ctx.needs_input_grad[0]:
+        da = grouped_gemm(dc, b.transpose(1, 2), offsets, None, ctx.dtype)
+    if ctx.needs_input_grad[1]:  # in b's own stride order, so that .grad needs no copy
+        _, stride_k, stride_n = ctx.strides
+        if stride_k < stride_n:
+            db = grouped_gemm_wgrad(dc, a, offsets, ctx.dtype).transpose(1, 2)
+        else:
+            db = grouped_gemm_wgrad(a, dc, offsets, ctx.dtype)
+    if ctx.needs_input_grad[3]:
+        ones = dc.new_ones((dc.shape[0], 1))
+        dbias = grouped_gemm_wgrad(ones, dc, offsets, ctx.dtype).squeeze(1)
+    return da, db, None, dbias, None
+
+
+def _gemm_out(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    reference.forward(a, b, offsets, bias, out)
+
+
+def _wgrad(a: Tensor, dc: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return reference.wgrad(a, dc, offsets, _wgrad_output(a, dc, offsets, dtype), False)
+
+
+def _wgrad_output(a: Tensor, dc: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.new_empty((offsets.shape[0], a.shape[1], dc.shape[1]), dtype=dtype)
+
+
+def _wgrad_out(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
+    reference.wgrad(a, dc, offsets, out, accumulate)
+
+
+def nothing(*_: Any) -> None:
+    return None
+
+
+grouped_gemm = Operator(
+    "grouped_gemm(Tensor a, Tensor b, Tensor offsets, Tensor? bias, ScalarType dtype) -> Tensor",
+    _gemm_output,
+    _gemm_context,
+    _gemm_backward,
+    otherwise=_gemm,
+)
+grouped_gemm_out = Operator(
+    "grouped_gemm_out(Tensor a, Tensor b, Tensor offsets, Tensor? bias, Tensor(a!) out) -> ()",
+    nothing,
+    otherwise=_gemm_out,
+)
+grouped_gemm_wgrad = Operator(
+    "grouped_gemm_wgrad(Tensor a, Tensor dc, Tensor offsets, ScalarType dtype) -> Tensor",
+    _wgrad_output,
+    otherwise=_wgrad,
+)
+grouped_gemm_wgrad_out = Operator(
+    "grouped_gemm_wgrad_out(Tensor a, Tensor dc, Tensor offsets, Tensor(a!) out, bool accumulate) "
+    "-> ()",
+    nothing,
+    otherwise=_wgrad_out,
+)
+
+# ---- quantised weights: no gradient of their own, moe.quantized_gemm adds that of the rows
+
+
+def _quantized_output(
+    a: Tensor, data: Tensor, scale: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return a.new_empty((a.shape[0], data.shape[1]), dtype=dtype)
+
+
+quantized_gemm = Operator(
+    "quantized_gemm(Tensor a, Tensor data, Tensor scale, Tensor offsets, Tensor? bias, "
+    "ScalarType dtype) -> Tensor",
+    _quantized_output,
+)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Newton-Schulz, QK-Clip and MuonClip: the public names are in `kimi_ops`."""

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""The matrices inside a parameter of a Muon group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_ops.optim.ns_schedule import ns_flops
+
+_ADAMW_FLOPS = 64  # what an element's passes through memory cost, in operations of a product
+
+
+def blocks(x: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """The matrices of x that the group orthogonalises on their own, each [..., m, n], as views.
+
+    ``batch_dims="flatten"`` first makes x a matrix [first, rest]; ``num_heads`` cuts the axis
+    ``head_dim`` (0 rows, 1 columns) into heads, a new batch dimension; ``split_sizes`` cuts the
+    same axis of what is left.
+    """
+    if group["batch_dims"] == "flatten":
+        x = x.flatten(1)
+    axis = group["head_dim"] - 2
+    if group["num_heads"] is not None:
+        x = x.unflatten(axis, (group["num_heads"], -1))
+        if axis == -1:
+            x = x.movedim(-2, -3)
+    sizes = group["split_sizes"]
+    return [x] if sizes is None else list(x.split(list(sizes), axis))
+
+
+def ns_options(group: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of :func:`kimi_ops.newton_schulz` for a group."""
+    return {
+        "steps": group["ns_steps"],
+        "coefficients": group["ns_coefficients"],
+        "method": group["ns_method"],
+        "dtype": as_dtype(group["ns_dtype"]),
+        "restarts": group["ns_restarts"],
+        "eps": group["eps"],
+    }
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype, also by its name."""
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def state_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """Of the momentum and the AdamW moments: fp32 or wider unless ``momentum_dtype`` says else."""
+    chosen = as_dtype(group["momentum_dtype"]) if group["algorithm"] == "muon" else None
+    return chosen or (torch.float64 if param.dtype == torch.float64 else torch.float32)
+
+
+def cost(shape: torch.Size, group: dict[str, Any]) -> int:
+    """Operations of one update, by which ranks share the work."""
+    if group["algorithm"] == "adamw":
+        return _ADAMW_FLOPS * shape.numel()
+    example = torch.empty(shape, device="meta")
+    method = "gram" if group["ns_method"] == "gram" else "symmetric"
+    return sum(
+        ns_flops(block.shape, group["ns_steps"], method, restarts=min(1, group["ns_steps"] - 1))
+        for block in blocks(example, group)
+    )
+
+
+def names(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters with their names, or their numbers where they have none."""
+    params = group["params"]
+    given = group.get("param_names") or [f"#{i}" for i in range(len(params))]
+    return zip(given, params, strict=True)

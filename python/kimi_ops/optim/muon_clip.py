@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: MIT
+"""MuonClip: Muon for matrices, AdamW for the rest, QK-Clip after the update, in one
+``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kimi_ops.optim.group_checks import check_group
+from kimi_ops.optim.learning_rate import AdjustLr
+from kimi_ops.optim.muon_blocks import names, state_dtype
+from kimi_ops.optim.muon_groups import muon_param_groups
+from kimi_ops.optim.muon_shards import Shards
+from kimi_ops.optim.muon_update import Work, adamw_update, muon_update
+from kimi_ops.optim.ns_schedule import Coefficients
+from kimi_ops.optim.qk_clip_layers import QKClip
+
+__all__ = ["MuonClip", "QKClip", "muon_param_groups"]
+
+
+class MuonClip(torch.optim.Optimizer):
+    r"""The optimizer that trained Kimi K2.
+
+    A group with ``algorithm="muon"`` (the default) takes
+    :math:`B \leftarrow \mu B + (1-\mu) g`, :math:`u = (1-\mu) g + \mu B`,
+    :math:`W \leftarrow W (1 - \eta\lambda) - \mathrm{adjust}(\eta)\, \mathrm{NS}(u)`: keys, state
+    and numbers are those of ``torch.optim.Muon``, whose checkpoints load here. A group with
+    ``algorithm="adamw"`` is ``torch.optim.AdamW``. Then QK-Clip rescales the heads whose logits
+    passed tau.
+
+    Muon does not see the scale of a gradient, so clipping gradients acts on AdamW groups only
+    (``max_grad_norm``); do not clip the update. A parameter whose gradient is not finite is left
+    alone for the step, its state too; :meth:`nonfinite_parameters` names it.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (name, Tensor) or of groups
+        A Muon parameter is a matrix [rows, in] or a stack [..., rows, in] whose matrices are taken
+        one by one. Group keys: all arguments below up to `max_grad_norm`, ``algorithm``, and three
+        that cut a parameter into matrices of their own: ``num_heads`` along the axis ``head_dim``
+        (0: heads are rows, as in q and kv projections; 1: columns, as in output projections), and
+        ``split_sizes``, sizes along that axis (in a head): for a gate-up stack [E, 2F, H]
+        ``(F, F)``. :func:`muon_param_groups` writes them for a model.
+    lr, weight_decay : float
+        Both algorithms; the decay is decoupled and multiplies the plain lr.
+    momentum, nesterov, ns_coefficients, eps, ns_steps
+        Muon; ``ns_coefficients`` is a triple, a list of triples or a name of
+        :func:`kimi_ops.newton_schulz`. ``eps`` bounds the norm from below as torch does; 0 guards
+        only exact zeros.
+    adjust_lr_fn : None, "original", "match_rms_adamw" or callable(lr, (rows, in)) -> float
+        ``match_rms_adamw`` is Moonlight's and Kimi K2's 0.2 sqrt(max(rows, in)). It sees the
+        matrices that are orthogonalised, not the parameter.
+    ns_method, ns_dtype, ns_restarts
+        As `method`, `dtype`, `restarts` of :func:`kimi_ops.newton_schulz`. Dtypes also by name,
+        "bfloat16".
+    batch_dims : str
+        More than two dimensions are ``"leading"`` batch dimensions, or ``"flatten"``: a matrix
+        [first, all others], as convolutions are.
+    cautious_weight_decay : bool
+        Decay only entries that the step moves towards zero. Both algorithms.
+    momentum_dtype : torch.dtype or str, optional
+        Of the momentum; None is fp32 (fp64 for fp64 parameters), also for 16-bit parameters.
+    maximize : bool
+        Both algorithms.
+    betas, adamw_eps
+        AdamW. A group with ``algorithm="adamw"`` may write ``eps`` for ``adamw_eps``.
+    max_grad_norm : float, optional
+        Largest norm of all gradients of a group together; AdamW groups only. The gradients
+        themselves are not written.
+    foreach : bool, optional
+        Put many parameters through Newton-Schulz at once (None: yes) or one at a time.
+    ns_max_batch : int, optional
+        Matrices in one such batch; None: as many as hold 2^26 elements.
+    qk_clip : QKClip, optional
+        Applied after each update.
+    process_group : torch.distributed.ProcessGroup, optional
+        Share work and state between its ranks (ZeRO-1): each rank holds all parameters, averages
+        the gradients to the owner of each matrix, which updates it and sends it to all. The bits
+        are those of one process with the averaged gradients. Every rank must call every method.
+    reduce_gradients : bool
+        False: the gradients are equal on all ranks already, as DDP leaves them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a parameter that Muon cannot take (fewer than two dimensions, complex) and for bad
+        numbers, before anything changes. A sparse gradient raises TypeError in ``step``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> bias = {"params": [layer.bias], "algorithm": "adamw"}
+    >>> optimizer = MuonClip([{"params": [layer.weight]}, bias], lr=0.01)
+    >>> layer(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+
+    Notes
+    -----
+    arXiv 2507.20534 (Kimi K2), arXiv 2502.16982 (Moonlight).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: AdjustLr = None,
+        *,
+        ns_method: str = "auto",
+        ns_dtype: torch.dtype | str | None = None,
+        ns_restarts: str | Sequence[int] = "auto",
+        batch_dims: str = "leading",
+        cautious_weight_decay: bool = False,
+        momentum_dtype: torch.dtype | str | None = None,
+        maximize: bool = False,
+        betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        max_grad_norm: float | None = None,
+        foreach: bool | None = None,
+        ns_max_batch: int | None = None,
+        qk_clip: QKClip | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        reduce_gradients: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "ns_method": ns_method,
+            "ns_dtype": ns_dtype,
+            "ns_restarts": ns_restarts,
+            "batch_dims": batch_dims,
+            "cautious_weight_decay": cautious_weight_decay,
+            "momentum_dtype": momentum_dtype,
+            "maximize": maximize,
+            "betas": betas,
+            "adamw_eps": adamw_eps,
+            "max_grad_norm": max_grad_norm,
+            "foreach": foreach,
+            "ns_max_batch": ns_max_batch,
+            "algorithm": "muon",
+            "num_heads": None,
+            "head_dim": 0,
+            "split_sizes": None,
+        }
+        if qk_clip is not None and not isinstance(qk_clip, QKClip):
+            raise TypeError(
+                f"MuonClip: qk_clip: expected a QKClip, got {type(qk_clip).__name__}; "
+                "wrap the attention layers in one"
+            )
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                "MuonClip: process_group: expected a torch.distributed.ProcessGroup, got "
+                f"{type(process_group).__name__}; torch.distributed.group.WORLD is all ranks"
+            )
+        self.qk_clip = qk_clip
+        self._shards = Shards(process_group, reduce_gradients)
+        self._alive: Tensor | None = None
+        self._warned = False
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._shards.process_group is not None:
+            raise TypeError(
+                "MuonClip: copy: expected an optimizer of one process, got one that shares its "
+                "state over a process group; copy gather_state_dict()"
+            )
+        return {**super().__getstate__(), "qk_clip": self.qk_clip}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        current = list(self.__dict__.get("param_groups", []))
+        super().__setstate__(state)
+        self.__dict__.setdefault("qk_clip", None)
+        if "_shards" not in self.__dict__:  # a copy or an unpickled one
+            self._shards = Shards(None, True)
+            self._alive, self._warned = None, False
+        # a checkpoint of torch.optim.Muon or AdamW has only torch's keys: the others stay
+        current += [self.defaults] * (len(self.param_groups) - len(current))
+        for group, old in zip(self.param_groups, current, strict=True):
+            algorithm = group.get("algorithm", old["algorithm"])
+            if algorithm == "adamw" and "adamw_eps" not in group and "eps" in group:
+                group["adamw_eps"] = group["eps"]
+            for key in self.defaults:
+                group.setdefault(key, old.get(key, self.defaults[key]))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it is checked as a whole first, and a refused group leaves the optimizer as
+        it was."""
+        adamw = isinstance(param_group, dict) and param_group.get("algorithm") == "adamw"
+        if adamw and "eps" in param_group:  # torch.optim.AdamW's name; adamw_eps comes before it
+            param_group = {"adamw_eps": param_group["eps"], **param_group}
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, then clip. Returns the closure's value, if
+        one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for param in self._params():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise TypeError(
+                    "MuonClip: gradient: expected a dense one, got a sparse one; use sparse=False"
+                )
+        shards = self._shards
+        shards.update(self.param_groups)
+        present = shards.present()
+        gradients = shards.gradients(present)
+        squares = shards.squares(gradients)
+        for group in self.param_groups:
+            work = list(self._work(group, gradients, squares))
+            if group["algorithm"] == "muon":
+                muon_update(work, group)
+            else:
+                adamw_update(work, group, self._clip_factor(group, squares))
+        shards.publish(present)
+        self._report(squares)
+        if self.qk_clip is not None:
+            self.qk_clip.step(shards.process_group)
+        return loss
+
+    def _params(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _work(
+        self, group: dict[str, Any], gradients: dict[int, Tensor], squares: Tensor
+    ) -> Iterator[Work]:
+        """What this rank updates in a group: whole parameters where it owns all of one."""
+        shards = self._shards
+        for param in group["params"]:
+            numbers = [i for i in shards.mine(param) if i in gradients]
+            if not numbers:
+                continue
+            pieces = shards.numbers[param]
+            alive = torch.isfinite(squares[pieces.start : pieces.stop].sum())
+            if alive.device.type == "cpu" and not alive:
+                continue
+            mask = None if alive.device.type == "cpu" else alive
+            state = self._state_of(param, group)
+            if shards.process_group is None:
+                assert param.grad is not None  # it has gradients of its pieces
+                yield Work(param, param.grad, state, mask)
+                continue
+            offset = 0
+            for i in numbers:
+                piece = shards.pieces[i]
+                rows = slice(offset, offset + piece.stop - piece.start)
+                mine = {k: v[rows] if v.ndim else v for k, v in state.items() if k != "step"}
+                if "step" in state:
+                    mine["step"] = state["step"]
+                offset = rows.stop
+                yield Work(piece.of(param), gradients[i], mine, mask)
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of the rows that this rank owns, made where it is absent; an AdamW step is
+        counted."""
+        state = self.state[param]
+        keys = ("momentum_buffer",) if group["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
+        for key in keys:
+            if key not in state:
+                empty = torch.zeros_like(param, dtype=state_dtype(param, group))
+                state[key] = self._shards.local(param, empty)
+        if group["algorithm"] == "adamw":
+            if "step" not in state:
+                # on the host, as torch.optim.AdamW keeps it: reading it costs no sync
+                state["step"] = torch.tensor(0.0)
+            state["step"] += 1
+        return state
+
+    def _clip_factor(self, group: dict[str, Any], squares: Tensor) -> Tensor | None:
+        """min(1, max_grad_norm / norm) over the finite gradients of a group, on their device."""
+        if group["max_grad_norm"] is None:
+            return None
+        numbers = [i for param in group["params"] for i in self._shards.numbers[param]]
+        mine = squares[numbers]
+        norm = torch.where(torch.isfinite(mine), mine, 0.0).sum().sqrt()
+        return (group["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+
+    def _report(self, squares: Tensor) -> None:
+        """Remember which parameters were left alone; the first time on a CPU, say so."""
+        sums = [squares[r.start : r.stop].sum() for r in self._shards.numbers.values()]
+        self._alive = torch.isfinite(torch.stack(sums)) if sums else None
+        on_host = self._alive is not None and self._alive.device.type == "cpu"
+        if on_host and not self._warned and (wrong := self.nonfinite_parameters()):
+            self._warned = True
+            warnings.warn(
+                f"MuonClip: gradient: not finite for {', '.join(wrong)}: these parameters and "
+                "their state were left alone in this step; nonfinite_parameters() tells of later "
+                "ones",
+                stacklevel=4,
+            )
+
+    def nonfinite_parameters(self) -> list[str]:
+        """Names (or numbers) of the parameters that the last step left alone because their
+        gradients held NaN or infinity. Reads the answer from the device."""
+        alive = [True] * len(self._shards.numbers) if self._alive is None else self._alive.tolist()
+        known = dict(zip(self._shards.numbers, alive, strict=True))
+        every = chain.from_iterable(names(group) for group in self.param_groups)
+        return [name for name, param in every if not known.get(param, True)]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of MuonClip, ``torch.optim.Muon`` or ``torch.optim.AdamW``.
+
+        Momenta and moments keep the dtype they are computed in (torch casts them to that of the
+        parameter). With a process group, a state from :meth:`gather_state_dict` or of a single
+        process, given to every rank; each keeps what it owns.
+        """
+        super().load_state_dict(state_dict)
+        self._shards.update(self.param_groups)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        for number, param, group in zip(saved, self._params(), groups, strict=True):
+            if not self._shards.mine(param):
+                self.state.pop(param, None)
+                continue
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    value = value.to(param.device, state_dtype(param, group), copy=True)
+                    whole = value.shape == param.shape
+                    self.state[param][key] = self._shards.local(param, value) if whole else value
+
+    def gather_state_dict(self, dst: int = 0) -> dict[str, Any] | None:
+        """The whole state on rank `dst` of the process group, None on the others.
+
+        Collective. It is an ordinary state dict: any number of ranks, and a single process, can
+        load it. Without a process group the same as ``state_dict()``.
+        """
+        shards = self._shards
+        own = self.state_dict()
+        if shards.process_group is None:
+            return own
+        parts: list[Any] | None = [None] * shards.world if shards.rank == dst else None
+        root = dist.get_global_rank(shards.process_group, dst)
+        dist.gather_object(own["state"], parts, root, group=shards.process_group)
+        if parts is None:
+            return None
+        shards.update(self.param_groups)
+        numbers = chain.from_iterable(group["params"] for group in own["param_groups"])
+        whole = {
+            number: shards.join(param, [part.get(number, {}) for part in parts])
+            for number, param in zip(numbers, self._params(), strict=True)
+        }
+        own["state"] = {number: state for number, state in whole.items() if state}
+        return own
+
+    def routing_summary(self) -> str:
+        """One line for each group, then each parameter: who gets Muon, who gets AdamW.
+
+        Examples
+        --------
+        >>> import torch
+        >>> print(MuonClip([("w", torch.nn.Parameter(torch.ones(2, 3)))]).routing_summary())
+        muon   1 tensors, 6 parameters
+          w [2, 3]
+        """
+        lines = []
+        for group in self.param_groups:
+            params = group["params"]
+            side = ("rows", "columns")[group["head_dim"]]
+            how = f", {side} of {group['num_heads']} heads" if group["num_heads"] else ""
+            how += f", {side} split {tuple(group['split_sizes'])}" if group["split_sizes"] else ""
+            count = sum(p.numel() for p in params)
+            lines.append(f"{group['algorithm']:<6} {len(params)} tensors, {count} parameters{how}")
+            lines += [f"  {name} {list(p.shape)}" for name, p in names(group)]
+        return "\n".join(lines)
