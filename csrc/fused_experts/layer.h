@@ -6,9 +6,9 @@
 #include "common/dtype.h"
 #include "common/workspace.h"
 #include "fused_experts/fused_experts.h"
+#include "gemm/cpu/groups.h"
+#include "gemm/cpu/weights.h"
 #include "grouped_gemm/grouped_gemm.h"
-#include "grouped_gemm/groups.h"
-#include "grouped_gemm/weights.h"
 
 namespace kimi::experts {
 

@@ -8,9 +8,9 @@
 #include "common/dtype.h"
 #include "common/engine.h"
 #include "cpu/memory.h"
+#include "gemm/cpu/groups.h"
+#include "gemm/cpu/weights.h"
 #include "grouped_gemm/check.h"
-#include "grouped_gemm/groups.h"
-#include "grouped_gemm/weights.h"
 
 namespace kimi {
 namespace {

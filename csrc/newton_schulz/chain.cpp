@@ -17,6 +17,7 @@ namespace kimi::newton_schulz_cpu {
 namespace {
 
 using cpu::Operand;
+using gemm::tasks;
 
 constexpr int64_t kRowsAcross = 256;     // rows whose sums a task takes where lines run across
 constexpr int64_t kElements = 32 << 10;  // of a task of an elementwise pass
@@ -50,7 +51,7 @@ struct Memory {  // of the workspace
     row_sums = pieces.take<float>(s.m);
     maxima = pieces.take<float>(s.lines);
     const auto bytes_of = [&](int64_t rows, int64_t cols, int64_t depth) {
-      return int64_t(product_scratch_bytes(rows, cols, depth, p.dtype, threads));
+      return int64_t(gemm::dense_scratch_bytes(rows, cols, depth, p.dtype, threads));
     };
     scratch = pieces.take(std::max(
         {bytes_of(s.m, s.m, s.n), bytes_of(s.m, s.m, s.m), bytes_of(s.lines, s.length, s.m)}));

@@ -99,7 +99,7 @@ int threads_of_a_matrix(const NewtonSchulzParams& p) {
 size_t matrix_product_workspace_bytes(const MatrixProductParams& p, kimi_device) {
   if (p.rows < 0 || p.cols < 0 || p.depth < 0 || !is_dtype(p.dtype)) return 0;
   return std::max<size_t>(
-      64, product_scratch_bytes(p.rows, p.cols, p.depth, p.dtype, cpu::num_threads()));
+      64, gemm::dense_scratch_bytes(p.rows, p.cols, p.depth, p.dtype, cpu::num_threads()));
 }
 
 Status matrix_product(const MatrixProductParams& p, kimi_device device, void*) {

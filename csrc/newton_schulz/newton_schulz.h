@@ -10,7 +10,7 @@
 //               R <- Z (R Z + a R) + a (R Z + a R); X <- Q X at the end and before each restart
 //               3 (1 + restarts) m^2 n + (4 K - 3 (1 + restarts)) m^3
 //
-// Every product sums in fp32 in ascending depth (cpu/gemm.h) and rounds once to `dtype`, the norm
+// Every product sums in fp32 in ascending depth (gemm/cpu/block.h) and rounds once to `dtype`, the norm
 // is taken in fp32 in a fixed order:
 //   e       the exponent that brings the largest |g| into [0.5, 1), within -126..126
 //   sums    16 partial sums of (g 2^-e)^2 a row of the m x n form, by column % 16, fma, ascending;

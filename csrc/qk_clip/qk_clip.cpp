@@ -8,8 +8,8 @@
 #include "common/dtype.h"
 #include "common/engine.h"
 #include "common/workspace.h"
-#include "cpu/gemm.h"
 #include "cpu/parallel.h"
+#include "gemm/cpu/block.h"
 
 namespace kimi {
 namespace {

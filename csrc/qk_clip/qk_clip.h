@@ -3,7 +3,7 @@
 //
 //   S[h] = scale * max over batch b, query i, visible key j of q[b, h, i] . k[b, h / group, j]
 //          causal: j <= i + keys - queries. NaN where a visible logit is NaN, -inf where there is
-//          none. Plain maximum, not of magnitudes. Products in fp32 as in cpu/gemm.h.
+//          none. Plain maximum, not of magnitudes. Products in fp32 as in gemm/cpu/block.h.
 //
 //            keys, strips of 32 ->
 //   queries  [##][##][# ]            a task: one block of queries of one head against its keys; a

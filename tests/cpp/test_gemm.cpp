@@ -10,7 +10,7 @@
 
 #include "check.h"
 #include "cpu/features.h"
-#include "cpu/gemm.h"
+#include "gemm/cpu/block.h"
 #include "gemm_operands.h"
 #if defined(KIMI_HOST_TILES)
 #include "tiles.h"
