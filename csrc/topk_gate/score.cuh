@@ -14,8 +14,6 @@
 
 namespace kimi::gate {
 
-using kimi::CudaOps;
-
 inline constexpr int kWarps = 8;  // of a block
 
 // What softmax needs to know of the whole row; nothing for the other score functions.

@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/integer.h"
 #include "common/status.h"
 #include "common/storage.h"
 
@@ -104,10 +105,6 @@ struct BlockEngine {
     return round_up(rows, panel_rows) * packed_depth(count) * element_bytes;
   }
   int64_t strip_bytes() const { return kStripRows * depth_block * element_bytes; }
-
-  static constexpr int64_t round_up(int64_t n, int64_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-  }
 };
 
 // The engine of the current instruction set that multiplies operands of this dtype.
