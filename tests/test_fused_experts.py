@@ -218,7 +218,7 @@ def test_memory_of_the_backward():
 
 
 BAD_CALLS = [
-    ({"activation": "relu"}, ValueError, r"activation: expected one of \['gelu', 'silu', 'situ'\]"),
+    ({"activation": "relu"}, ValueError, "activation: expected one of silu, gelu, situ"),
     ({"x": lambda t: t.int()}, TypeError, "x: expected bfloat16, float16, float32, float64"),
     ({"x": lambda t: t[None]}, ValueError, r"x: expected shape \[T, H\]"),
     ({"w_gate_up": lambda t: t.half()}, TypeError, "w_gate_up: expected torch.float32"),
