@@ -63,8 +63,10 @@ struct Product {
                        "; call .contiguous()");
     p.offsets = offsets_of(offsets, p.num_experts, a).data<int32_t>();
     if (!is_native(type))
-      call.type_error(name, "expected torch.bfloat16, torch.float16 or torch.float32 beside FP8 "
-                      "rows, got torch.", name_of(type), "; choose one of these");
+      call.type_error(name,
+                      "expected torch.bfloat16, torch.float16 or torch.float32 beside FP8 "
+                      "rows, got torch.",
+                      name_of(type), "; choose one of these");
     p.bias = bias_of(bias, type, p.num_experts, p.n, a);
     p.a = a.data();
     p.a_scale = a_scale.data<float>();

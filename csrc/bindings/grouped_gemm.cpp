@@ -176,7 +176,7 @@ PyObject* quantized_gemm(Call& call) {
   check_result_type(call, "out_dtype", type, a.dtype);
   p.bias = bias_of(bias, a.dtype, data.size(0), data.size(1), a);
   if (!is_native(a.dtype)) return call.not_implemented();
-    p.n = data.size(1);
+  p.n = data.size(1);
   p.num_experts = int32_t(data.size(0));
   p.b_expert_stride = p.n * k;
   p.b_k_stride = 1;

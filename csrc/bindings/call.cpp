@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-#include "bindings/tensors.h"
-
+// A call: its arguments, its memory, and the one call of the C API.
 #include <algorithm>
 #include <cstdlib>
 
 #include "bindings/foreign.h"
+#include "bindings/tensors.h"
 
 namespace kimi::bindings {
 
@@ -13,19 +13,6 @@ kimi_device device_of_cpu_tensors = KIMI_DEVICE_CPU;
 namespace {
 
 constexpr int64_t kHugePagesFrom = 8 << 20;  // bytes; smaller tensors are reused by the allocator
-
-// Where an op is like torch's, its messages are too.
-std::string text_of_list(const int64_t* values, int count, char open, char close) {
-  std::string text(1, open);
-  for (int i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-  return text + close;
-}
-
-std::string place(dlpack::Device device) {
-  if (device.type == dlpack::kCpu) return "cpu";
-  if (device.type == dlpack::kCuda) return "cuda:" + std::to_string(device.id);
-  return "device type " + std::to_string(int(device.type));
-}
 
 std::string shown(PyObject* object) {
   const Object text = checked(PyObject_Str(object));
@@ -49,145 +36,10 @@ void refuse_allocation(void*, const char*, const char* message) {
 
 }  // namespace
 
-std::string name_of(Type type) {
-  const std::string bits = std::to_string(type.bits);
-  switch (type.code) {
-    case dlpack::kInt: return "int" + bits;
-    case dlpack::kUInt: return "uint" + bits;
-    case dlpack::kFloat: return "float" + bits;
-    case dlpack::kBfloat: return "bfloat" + bits;
-    case dlpack::kComplex: return "complex" + bits;
-    case dlpack::kBool: return "bool";
-    case dlpack::kFloat8_e4m3fn: return "float8_e4m3fn";
-    case dlpack::kFloat8_e4m3fnuz: return "float8_e4m3fnuz";
-    case dlpack::kFloat8_e5m2: return "float8_e5m2";
-    case dlpack::kFloat8_e5m2fnuz: return "float8_e5m2fnuz";
-    case dlpack::kFloat8_e8m0fnu: return "float8_e8m0fnu";
-    case dlpack::kFloat4_e2m1fn: return "float4_e2m1fn_x2";
-  }
-  return "DLPack type " + std::to_string(int(type.code)) + " of " + bits + " bits";
-}
-
-bool is_native(Type type) { return type == kFloat32 || type == kBfloat16 || type == kFloat16; }
-
-kimi_dtype native(Type type) {
-  return type == kFloat32 ? KIMI_FLOAT32 : type == kBfloat16 ? KIMI_BFLOAT16 : KIMI_FLOAT16;
-}
-
-kimi_storage storage(Type type) {
-  if (type == kFloat8) return KIMI_STORAGE_FP8_BLOCK;
-  if (type == kInt32) return KIMI_STORAGE_INT4_GROUP;
-  return kimi_storage(native(type));
-}
-
-// ---- tensors -----------------------------------------------------------------------------------
-
-int64_t Tensor::count() const {
-  int64_t count = 1;
-  for (int i = 0; i < ndim; ++i) count *= sizes[i];
-  return count;
-}
-
-bool Tensor::is_dense() const {
-  int64_t step = 1;
-  for (int i = ndim - 1; i >= 0; --i) {
-    if (sizes[i] == 0) return true;
-    if (sizes[i] != 1 && strides[i] != step) return false;
-    step *= sizes[i];
-  }
-  return true;
-}
-
-std::string Tensor::device_text() const { return place(device); }
-
-std::string Tensor::shape_text() const { return text_of_list(sizes, ndim, '[', ']'); }
-
-std::string Tensor::strides_text() const {
-  std::string text = text_of_list(strides, ndim, '(', ')');
-  if (ndim == 1) text.insert(text.size() - 1, ",");
-  return text;
-}
-
-const Tensor& Tensor::of(Types expected, std::string_view mend) const {
-  if (std::find(expected.begin(), expected.end(), dtype) != expected.end()) return *this;
-  std::string names, cast;
-  for (const Type& type : expected) names += (names.empty() ? "" : ", ") + name_of(type);
-  if (mend.empty()) mend = cast = "cast it with .to(torch." + name_of(*expected.begin()) + ")";
-  call->type_error(name, "expected ", names, ", got ", name_of(dtype), "; ", mend);
-}
-
-const Tensor& Tensor::shape(Dims expected, std::string_view mend) const {
-  bool fits = ndim == int(expected.size());
-  for (int i = 0; fits && i < ndim; ++i) {
-    const Dim& want = expected.begin()[i];
-    fits = want.letter || want.size == sizes[i];
-  }
-  if (fits) return *this;
-  std::string wanted;
-  for (const Dim& want : expected)
-    wanted += (wanted.empty() ? "" : ", ") + (want.letter ? want.letter : std::to_string(want.size));
-  call->value_error(name, "expected shape [", wanted, "], got ", shape_text(),
-                    mend.empty() ? "" : "; ", mend);
-}
-
-const Tensor& Tensor::shape_like(const Tensor& other, std::string_view mend) const {
-  if (ndim == other.ndim && std::equal(sizes, sizes + ndim, other.sizes)) return *this;
-  call->value_error(name, "expected shape ", other.shape_text(), ", got ", shape_text(),
-                    mend.empty() ? "" : "; ", mend);
-}
-
-const Tensor& Tensor::beside(const Tensor& other, std::string_view like) const {
-  if (device == other.device) return *this;
-  if (like.empty()) like = other.name;
-  call->value_error(name, "expected on ", place(other.device), " as ", like, ", got ",
-                    place(device), "; move it with .to(", like, ".device)");
-}
-
-const Tensor& Tensor::writable(std::initializer_list<const Tensor*> inputs) const {
-  for (int i = 0; i < ndim; ++i)
-    if (strides[i] == 0 && sizes[i] > 1)
-      call->value_error(name, "expected elements with memory of their own, got an expanded tensor of "
-                        "strides ", strides_text(), "; call .contiguous() on it");
-  if (read_only)
-    call->value_error(name, "expected an array that may be written, got a read-only one; copy it");
-  const auto extent = [](const Tensor& x) {
-    int64_t elements = x.count() > 0;
-    for (int i = 0; elements && i < x.ndim; ++i) elements += (x.sizes[i] - 1) * x.strides[i];
-    return std::pair(x.address, x.address + elements * x.bytes());
-  };
-  const auto [begin, end] = extent(*this);
-  for (const Tensor* input : inputs) {
-    if (!*input || input->device != device) continue;
-    const auto [first, last] = extent(*input);
-    if (first < end && begin < last && first < last && begin < end)
-      call->value_error(name, "expected memory of its own, got some that ", input->name,
-                        " uses too; pass another tensor");
-  }
-  return *this;
-}
-
-Tensor Tensor::contiguous() const {
-  static PyObject* const method = PyUnicode_InternFromString("contiguous");
-  if (!PyObject_HasAttr(object, method))
-    call->value_error(name, "expected elements side by side, got strides ", strides_text(),
-                      "; pass a contiguous copy");
-  return call->keep(checked(PyObject_CallMethodNoArgs(object, method)), name);
-}
-
-Tensor Tensor::dense() const { return !object || is_dense() ? *this : contiguous(); }
-
-Tensor Tensor::dense_rows() const {
-  return sizes[ndim - 1] <= 1 || strides[ndim - 1] == 1 ? *this : contiguous();
-}
-
-Tensor Tensor::with_a_unit_stride() const {
-  return std::find(strides, strides + ndim, 1) != strides + ndim || count() < 2 ? *this
-                                                                                : contiguous();
-}
-
 // ---- arguments ---------------------------------------------------------------------------------
 
-Call::Call(const char* op, PyObject* const* arguments, Py_ssize_t) : op(op), arguments_(arguments) {}
+Call::Call(const char* op, PyObject* const* arguments, Py_ssize_t)
+    : op(op), arguments_(arguments) {}
 
 Call::~Call() {
   for (PyObject* object : kept_) Py_DECREF(object);
@@ -219,11 +71,13 @@ Tensor Call::view_of(PyObject* object, std::string_view name) {
     const std::string reason = caught();
     const Object device(PyObject_GetAttrString(object, "device"));
     if (!device.get()) PyErr_Clear();
-    if (has_device_ && device.get() && shown(device.get()) != place(device_))
-      value_error(name, "expected on ", place(device_), " as ", origin_name_, ", got ",
+    if (has_device_ && device.get() && shown(device.get()) != name_of(device_))
+      value_error(name, "expected on ", name_of(device_), " as ", origin_name_, ", got ",
                   shown(device.get()), "; move it with .to(", origin_name_, ".device)");
-    type_error(name, "expected a dense tensor in the memory of a CPU or a CUDA device, got one that "
-               "DLPack cannot describe: ", reason);
+    type_error(name,
+               "expected a dense tensor in the memory of a CPU or a CUDA device, got one that "
+               "DLPack cannot describe: ",
+               reason);
   }
   if (!has_device_) {
     has_device_ = true;
@@ -232,7 +86,8 @@ Tensor Call::view_of(PyObject* object, std::string_view name) {
     origin_name_ = name;
     exchange_ = exchange;
   }
-  Tensor tensor{this,      object,      name,         view.dtype, view.device, view.ndim,
+  Tensor tensor{this,       object,       name,
+                view.dtype, view.device,  view.ndim,
                 view.shape, view.strides, static_cast<char*>(view.data) + view.byte_offset};
   if (!view.data && tensor.count() > 0)
     type_error(name, "expected a tensor with memory, got ", Py_TYPE(object)->tp_name,
@@ -254,14 +109,15 @@ Tensor Call::foreign(PyObject* object, std::string_view name) {
     PyErr_Clear();
     capsule = PyObject_CallNoArgs(method.get());
   }
-  if (!capsule) type_error(name, "expected an array that DLPack can describe, got one of which ",
-                           Py_TYPE(object)->tp_name, " says: ", caught());
+  if (!capsule)
+    type_error(name, "expected an array that DLPack can describe, got one of which ",
+               Py_TYPE(object)->tp_name, " says: ", caught());
   kept_.push_back(capsule);
   dlpack::Tensor* view = nullptr;
   bool read_only = false;
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
-    auto* managed = static_cast<dlpack::ManagedVersioned*>(
-        PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    auto* managed =
+        static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
     if (managed->version.major != dlpack::kMajor)
       type_error(name, "expected version 1 of DLPack, got ", managed->version.major);
     read_only = managed->flags & dlpack::kReadOnly;
@@ -272,8 +128,8 @@ Tensor Call::foreign(PyObject* object, std::string_view name) {
     view = &static_cast<dlpack::Managed*>(managed)->tensor;
   }
   if (view->device.type != dlpack::kCpu)
-    type_error(name, "expected an array in the memory of a CPU, got one on ",
-               place(view->device), "; pass it as a torch.Tensor");
+    type_error(name, "expected an array in the memory of a CPU, got one on ", name_of(view->device),
+               "; pass it as a torch.Tensor");
   if (!has_device_) {
     has_device_ = true;
     origin_ = object;
@@ -285,8 +141,9 @@ Tensor Call::foreign(PyObject* object, std::string_view name) {
     for (int i = view->ndim - 2; i >= 0; --i) steps[i] = steps[i + 1] * view->shape[i + 1];
     strides = steps.data();
   }
-  Tensor tensor{this,        object,  name, view->dtype, view->device, view->ndim, view->shape,
-                strides, static_cast<char*>(view->data) + view->byte_offset};
+  Tensor tensor{this,        object,       name,
+                view->dtype, view->device, view->ndim,
+                view->shape, strides,      static_cast<char*>(view->data) + view->byte_offset};
   tensor.read_only = read_only;
   return tensor;
 }
@@ -416,9 +273,8 @@ Output Call::allocate(Type type, int ndim, const int64_t* sizes) {
   // A size that an option sets may be nonsense still: the op says so before it writes.
   int64_t clean[8] = {};
   for (int i = 0; i < ndim; ++i) clean[i] = std::max<int64_t>(sizes[i], 0);
-  dlpack::ManagedVersioned* memory =
-      exchange_ ? allocate_in(exchange_, device_, type, ndim, clean)
-                : allocate_foreign(type, ndim, clean);
+  dlpack::ManagedVersioned* memory = exchange_ ? allocate_in(exchange_, device_, type, ndim, clean)
+                                               : allocate_foreign(type, ndim, clean);
   void* object = nullptr;
   char* address = static_cast<char*>(memory->tensor.data) + memory->tensor.byte_offset;
   if (exchange_) {
