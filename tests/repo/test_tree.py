@@ -13,7 +13,7 @@ import kimi_ops
 from kimi_ops import _native
 from kimi_ops.info import CUDA_OPS, OPS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Ops with kernels; those with CUDA kernels are checked on the host too.
 NATIVE = sorted(p.parent.name for p in (ROOT / "csrc").glob("*/*.h") if p.stem == p.parent.name)
 CUDA = sorted({path.parent.name for path in (ROOT / "csrc").glob("*/*.cu")})
@@ -33,7 +33,8 @@ def test_every_op_has_a_python_function_an_operator_a_twin_and_tests(op):
     package = ROOT / "python/kimi_ops"
     assert [f for f in ("moe", "optim") if (package / f / f"{op}.py").exists()], op
     for place in (
-        "python/kimi_ops/operators/{}.py", "python/kimi_ops/reference/{}.py", "tests/test_{}.py",
+        "python/kimi_ops/operators/{}.py", "python/kimi_ops/reference/{}.py",
+        "tests/ops/test_{}.py",
     ):  # fmt: skip
         assert (ROOT / place.format(op)).exists(), place.format(op)
 
@@ -42,7 +43,7 @@ def test_every_op_has_a_python_function_an_operator_a_twin_and_tests(op):
 def test_native_ops_mirror_their_name_everywhere(op):
     for place in (
         "csrc/{0}/{0}.h", "csrc/{0}/{0}.cpp", "benchmarks/bench_{0}.py", "docs/ops/{0}.md",
-        "tests/test_{0}_torch.py",
+        "tests/ops/test_{0}_torch.py",
     ):  # fmt: skip
         assert (ROOT / place.format(op)).exists(), place.format(op)
     assert op in OPS and _native._C.cpu_engine(op), f"{op}: not in info.OPS or kimi_cpu_engine"
