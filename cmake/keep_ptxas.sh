@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # Runs a compilation and keeps what ptxas says of its kernels beside the object file, OBJECT.ptxas,
-# which tests/test_ptxas_budget.py reads. All else that the compiler says is passed on.
+# which tests/repo/test_ptxas_budget.py reads. All else that the compiler says is passed on.
 for argument in "$@"; do
   if [ "$previous" = -o ]; then object=$argument; fi
   previous=$argument

@@ -7,16 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.checkout import ROOT
 from benchmarks.device_check.steps import Step
 
-# Where tests are: files below TESTS, without these folders and test_<word>.py, test_<word>_*.py,
-# which need no GPU or have a part of their own here.
-TESTS = "tests"
-WITHOUT_FOLDERS = {"gpu", "dist"}
-WITHOUT = (
-    "install", "ptxas", "sass", "benchmarks", "docs", "kimi_k2_docs", "tree", "cli", "train",
-)  # fmt: skip
+TESTS = "tests/ops"  # those that run on the engines of a GPU
 MEMCHECK = ("topk_gate", "permute", "grouped_gemm_torch", "fused_experts_torch")
 MEMCHECK_NAMES = "groups or empty or ties or contract or valid or nan_stays or awkward_sizes"
 MEMCHECK_NAMES += " or no_rows"
@@ -59,18 +52,8 @@ def pytest_command(names: str, paths: list[str]) -> list[str]:
     return [*command, "--continue-on-collection-errors", "-k", names, *paths]
 
 
-def test_files() -> list[str]:
-    files = sorted(path.relative_to(ROOT) for path in (ROOT / TESTS).rglob("test_*.py"))
-    return [path.as_posix() for path in files if not left_out(path)]
-
-
-def left_out(path: Path) -> bool:
-    prefixes = tuple(f"test_{word}_" for word in WITHOUT)
-    return bool(WITHOUT_FOLDERS & set(path.parts)) or f"{path.stem}_".startswith(prefixes)
-
-
 def tests(logs: Path, names: str = ON_GPU, paths: list[str] | None = None) -> list[Step]:
-    command = pytest_command(names, test_files() if paths is None else paths)
+    command = pytest_command(names, paths or [TESTS])
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--max-worker-restart", "120"]
     else:
@@ -96,8 +79,7 @@ def profile(logs: Path, kernels: tuple[str, ...] = PROFILED) -> list[Step]:
 
 
 def sanitize(logs: Path) -> list[Step]:
-    wanted = {f"test_{name}.py" for name in MEMCHECK}
-    files = [name for name in test_files() if Path(name).name in wanted]
+    files = [f"{TESTS}/test_{name}.py" for name in MEMCHECK]
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     command += pytest_command(f"{ON_GPU} and ({MEMCHECK_NAMES})", ["-x", *files])
     command += [f"--junitxml={logs / 'memcheck.xml'}"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-# The native module (csrc/bindings). An op takes the arguments of torch.ops.kimi_ops.<op> by position;
-# NotImplemented is for the caller to compute, all checked.
+# The native module (csrc/bindings). An op takes the arguments of torch.ops.kimi_ops.<op> by
+# position; NotImplemented is for the caller to compute, all checked.
 
 from types import ModuleType
 from typing import Any

@@ -17,12 +17,11 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype of the enclosing `torch.autocast` of the first one's device; without
     one, as they are. float64, integers and what is no tensor are left alone."""
     if not torch.compiler.is_dynamo_compiling() and not torch._C._is_any_autocast_enabled():
         return tensors  # by one call: it is made for every product
-    assert tensors[0] is not None
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors

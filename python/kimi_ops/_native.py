@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The native module, and what it is told of torch: tensors enter it through DLPack's C functions."""
+"""The native module, and what it is told of torch: tensors enter it through DLPack."""
 
 import re
 from pathlib import Path

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_name("primitives.cu")
 RUNNER = ROOT / "tests" / "simt"
 N = 4096

@@ -74,16 +74,16 @@ def grouped_gemm(
     if isinstance(a, Fp8Rows):
         return _fp8(a, b, offsets, bias, out, out_dtype)
     _check.tensor("grouped_gemm", "a", a)
-    a, b, bias = autocast(a, b, bias)
-    dtype = _result_dtype(a.dtype, out, out_dtype)
+    x, b, bias = autocast(a, b, bias)
+    dtype = _result_dtype(x.dtype, out, out_dtype)
     if isinstance(b, QuantizedWeight):
         if out is not None:
-            _refuse_gradients(a, bias, out)
-        return quantized_gemm(a, b, offsets, bias, out, dtype)
+            _refuse_gradients(x, bias, out)
+        return quantized_gemm(x, b, offsets, bias, out, dtype)
     if out is None:
-        return operators.grouped_gemm(a, b, offsets, bias, dtype)
-    _refuse_gradients(a, b, bias, out)
-    operators.grouped_gemm_out(a, b, offsets, bias, out)
+        return operators.grouped_gemm(x, b, offsets, bias, dtype)
+    _refuse_gradients(x, b, bias, out)
+    operators.grouped_gemm_out(x, b, offsets, bias, out)
     return out
 
 

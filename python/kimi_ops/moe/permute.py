@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.moe.plan import PermutePlan
 from kimi_ops.operators import permute as operators
+from kimi_ops.routing import PermutePlan
 
 __all__ = [
     "PermutePlan",

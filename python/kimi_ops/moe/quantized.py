@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Stored forms: read-only expert weights as in the released checkpoints, FP8 blocks and INT4 groups,
-and rows of activations in FP8.
+"""Stored forms: read-only expert weights as in the released checkpoints (FP8 blocks and INT4
+groups), and rows of activations in FP8.
 
 `grouped_gemm` and `fused_experts` take them in place of a stack of matrices, on the CPU; beside
 `Fp8Rows` `grouped_gemm` takes `Fp8BlockWeight` on a GPU too. On the CPU a weight is dequantised to

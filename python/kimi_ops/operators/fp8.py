@@ -2,12 +2,11 @@
 """FP8 rows, and their product with FP8 blocks.
 
 The product's kernel is for Hopper; the native function checks and leaves the rest to this file: on
-the CPU rows are dequantised to float32 for the kernel that reads FP8 weights; on other GPUs both are
-dequantised to bfloat16; operands that TMA cannot read are copied.
+the CPU rows are dequantised to float32 for the kernel that reads FP8 weights; on other GPUs both
+are dequantised to bfloat16; operands that TMA cannot read are copied.
 """
 
 import warnings
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +77,16 @@ def _product_output(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
 
 
-def _product_out(*arguments: Any) -> None:
-    *inputs, out = arguments
-    out.copy_(_product(*inputs, out.dtype))
+def _product_out(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    out.copy_(_product(a, a_scale, b, b_scale, offsets, bias, out.dtype))
 
 
 def _pad_columns(x: Tensor) -> Tensor:

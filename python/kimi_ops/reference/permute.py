@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_ops.moe.plan import PermutePlan
+from kimi_ops.routing import PermutePlan
 
 
 def permute_plan(indices: Tensor, num_experts: int, align: int = 1) -> PermutePlan:

@@ -13,7 +13,6 @@ import secrets
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -23,19 +22,19 @@ from torch import Tensor
 from kimi_ops.formats import FP8_BLOCK, INT4_WORD
 from kimi_ops.models.kimi_k2 import stored
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.decoder import Decoder
 from kimi_ops.models.kimi_k2.files import staging, sync_folder
+from kimi_ops.models.kimi_k2.layers import check_dtype
+from kimi_ops.models.kimi_k2.quantized_experts import FORMS, QuantizedExperts
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME, Shards
 
-if TYPE_CHECKING:
-    from kimi_ops.models.kimi_k2.model import KimiK2
-
-__all__ = ["check_dtype", "checkpoint_tensors", "load_weights", "save"]
+__all__ = ["checkpoint_tensors", "keep_quantized", "load_weights", "save"]
 
 _STACK = re.compile(r"(.+\.experts\.)(gate_up|down)_(proj|weight\w*)")
 _SHARD = re.compile(r"model-[0-9a-f]{8}-\d{5,}-of-\d{5,}\.safetensors")
 
 
-def checkpoint_tensors(model: "KimiK2") -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     """(name in the file, view of the model's memory) of every tensor of a checkpoint."""
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
@@ -55,16 +54,7 @@ def checkpoint_tensors(model: "KimiK2") -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}{expert}.up_proj.{suffix}", up
 
 
-def check_dtype(op: str, dtype: torch.dtype) -> None:
-    """Refuse parameters in a dtype that the ops do not compute in or a config cannot name."""
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(
-            f"{op}: dtype: expected bfloat16, float16 or float32, got {dtype}; the gate computes "
-            "in float32 at most: use one of these, model.float() for example"
-        )
-
-
-def save(model: "KimiK2", folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+def save(model: Decoder, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write ``config.json`` and the weights; see `KimiK2.save_pretrained`."""
     if max_shard_bytes < 1:
         raise ValueError(
@@ -96,7 +86,7 @@ def save(model: "KimiK2", folder: str | Path, *, max_shard_bytes: int = 5_000_00
         ) from error
 
 
-def _plan_shards(model: "KimiK2", limit: int) -> dict[str, list[str]]:
+def _plan_shards(model: Decoder, limit: int) -> dict[str, list[str]]:
     """File name -> names of its tensors; one tensor above the limit gets a file of its own.
 
     Every plan has its own file names: the shards of two saves never mix, and an index that is
@@ -116,7 +106,7 @@ def _plan_shards(model: "KimiK2", limit: int) -> dict[str, list[str]]:
     return {f"{prefix}-{n:05d}-of-{total:05d}.safetensors": s for n, s in enumerate(shards, 1)}
 
 
-def _write(model: "KimiK2", folder: Path, plan: dict[str, list[str]], config: str) -> None:
+def _write(model: Decoder, folder: Path, plan: dict[str, list[str]], config: str) -> None:
     """Everything under new names, then the one rename or removal that makes readers see it."""
     _remove_orphans(folder)
     tensors = dict(checkpoint_tensors(model))
@@ -166,9 +156,31 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def keep_quantized(model: Decoder, form: str) -> None:
+    """Give a model on the meta device experts of `form` instead of plain ones."""
+    op, config = "from_pretrained", model.config
+    if form not in FORMS:
+        raise ValueError(
+            f"{op}: experts: expected one of {sorted(FORMS)} or None, got {form!r}; choose one"
+        )
+    width, hidden = config.moe_intermediate_size, config.hidden_size
+    if form == "fp8" and width % FP8_BLOCK:
+        raise ValueError(
+            f"{op}: experts: expected moe_intermediate_size as a multiple of {FP8_BLOCK} beside "
+            f"'fp8', since gate and up share a grid of scales, got {width}; use experts=None"
+        )
+    if form == "int4" and (width % INT4_WORD or hidden % INT4_WORD):
+        raise ValueError(
+            f"{op}: experts: expected hidden_size and moe_intermediate_size as multiples of "
+            f"{INT4_WORD} beside 'int4', got {hidden} and {width}; use experts=None"
+        )
+    for moe in model.moe_layers():
+        moe.experts = QuantizedExperts(config, form, device=torch.device("meta"))
+
+
 @torch.no_grad()
 def load_weights(
-    model: "KimiK2", folder: str | Path, *, device: torch.device | str | None = None
+    model: Decoder, folder: str | Path, *, device: torch.device | str | None = None
 ) -> None:
     """Read every tensor of `model` from the safetensors in `folder`, converting dtypes.
 
@@ -176,8 +188,8 @@ def load_weights(
 
     Parameters
     ----------
-    model : KimiK2
-        A model on the meta device is allocated on `device` first.
+    model : Decoder
+        One on the meta device is allocated on `device` first.
     folder : path
     device : torch.device or str, optional
 
@@ -217,7 +229,7 @@ def _ignored(name: str, config: KimiK2Config) -> bool:
     return is_layer and int(parts[2]) >= config.num_hidden_layers
 
 
-def _compare(model: "KimiK2", shards: Shards, block: tuple[int, int]) -> dict[str, str]:
+def _compare(model: Decoder, shards: Shards, block: tuple[int, int]) -> dict[str, str]:
     """Refuse a checkpoint of another model; the forms of the tensors that are to be converted."""
     shapes: dict[str, list[int]] = {}  # of matrices, also of those that stay packed
     kept: set[str] = set()

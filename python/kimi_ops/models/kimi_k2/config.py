@@ -2,34 +2,15 @@
 """The shape of a Kimi K2 model, with the field names of its Hugging Face ``config.json``."""
 
 import dataclasses
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kimi_ops.models.kimi_k2 import hf_json, presets
+from kimi_ops.models.kimi_k2.rope_scaling import RopeScaling
+from kimi_ops.models.kimi_k2.validation import validate
+
 __all__ = ["KimiK2Config", "RopeScaling"]
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """YaRN: the pretraining window `original_max_position_embeddings` stretched by `factor`.
-
-    Rotary pairs that turn more than `beta_fast` times in the original window keep their frequency,
-    those that turn less than `beta_slow` times are slowed by `factor`, a ramp between. `mscale` and
-    `mscale_all_dim` raise the attention temperature (`KimiK2Config.softmax_scale`).
-    """
-
-    factor: float
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    def magnitude(self, mscale: float) -> float:
-        """0.1 * mscale * ln(factor) + 1, YaRN's growth of the logits; 1 without stretching."""
-        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
 @dataclass
@@ -102,16 +83,7 @@ class KimiK2Config:
     @classmethod
     def k2(cls) -> "KimiK2Config":
         """Kimi-K2-Base, 1 026 408 232 448 parameters, 128K context."""
-        return cls(
-            rope_scaling=RopeScaling(
-                factor=32.0,
-                original_max_position_embeddings=4096,
-                beta_fast=1.0,
-                beta_slow=1.0,
-                mscale=1.0,
-                mscale_all_dim=1.0,
-            )
-        )
+        return cls(**presets.K2)
 
     @classmethod
     def mini(cls) -> "KimiK2Config":
@@ -121,69 +93,12 @@ class KimiK2Config:
         1 / |p| over random scores, p the renormalised sigmoids of the chosen ones; 4 of 32 give
         2.0.
         """
-        return cls(
-            vocab_size=256,
-            hidden_size=128,
-            intermediate_size=384,
-            moe_intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            n_routed_experts=32,
-            num_experts_per_tok=4,
-            routed_scaling_factor=1.996,
-            q_lora_rank=64,
-            kv_lora_rank=48,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=16,
-            v_head_dim=32,
-            rope_scaling=RopeScaling(
-                factor=4.0,
-                original_max_position_embeddings=256,
-                beta_fast=1.0,
-                beta_slow=1.0,
-                mscale=1.0,
-                mscale_all_dim=1.0,
-            ),
-            max_position_embeddings=1024,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            torch_dtype="float32",
-        )
+        return cls(**presets.MINI)
 
     @classmethod
     def tiny(cls) -> "KimiK2Config":
         """The smallest shape that uses every part, for tests."""
-        return cls(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            n_routed_experts=8,
-            num_experts_per_tok=2,
-            q_lora_rank=24,
-            kv_lora_rank=16,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=8,
-            v_head_dim=12,
-            rope_scaling=RopeScaling(
-                factor=4.0,
-                original_max_position_embeddings=32,
-                beta_fast=1.0,
-                beta_slow=1.0,
-                mscale=1.0,
-                mscale_all_dim=1.0,
-            ),
-            max_position_embeddings=128,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            torch_dtype="float32",
-        )
+        return cls(**presets.TINY)
 
     @property
     def qk_head_dim(self) -> int:
@@ -202,19 +117,11 @@ class KimiK2Config:
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     def __post_init__(self) -> None:
-        from kimi_ops.models.kimi_k2.validation import validate
-
-        validate(self)
+        validate(self._fields())
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``config.json`` that `from_dict` and Hugging Face engines read."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        extra = values.pop("extra")
-        if self.rope_scaling is not None:
-            values["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(self.rope_scaling)}
-        if self.quantization_config is None:
-            del values["quantization_config"]
-        return {**extra, **values}
+        return hf_json.to_json(self._fields())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KimiK2Config":
@@ -229,74 +136,18 @@ class KimiK2Config:
         TypeError, ValueError
             Not a mapping, or a field with a value that no model can have.
         """
-        if not isinstance(values, dict):
-            raise TypeError(
-                f"KimiK2Config: values: expected a dict, got {type(values).__name__}; pass the "
-                "object that config.json holds"
-            )
-        values = dict(values)
-        rope = values.pop("rope_parameters", None)
-        if rope is not None:
-            if not isinstance(rope, dict):
-                raise TypeError(
-                    "KimiK2Config: rope_parameters: expected a dict or null, got "
-                    f"{type(rope).__name__}; pass the object that config.json holds"
-                )
-            values.setdefault("rope_scaling", rope)
-            values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 50000.0))
-        if "dtype" in values:
-            values.setdefault("torch_dtype", values.pop("dtype"))
-        if "num_mtp_layers" in values:
-            values.setdefault("num_nextn_predict_layers", values.pop("num_mtp_layers"))
-        values["rope_scaling"] = _rope_scaling(values.get("rope_scaling"))
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        extra = {key: value for key, value in values.items() if key not in names}
-        known = {key: value for key, value in values.items() if key in names}
-        return cls(**known, extra=extra)
+        return cls(**hf_json.from_json(values, names))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "KimiK2Config":
         """Read a ``config.json``; a missing, broken or unfit file is a ValueError that names it."""
         path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(
-                f"KimiK2Config: path: expected a config.json, got {path}, which does not exist; "
-                "pass the folder of a checkpoint"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"KimiK2Config: path: expected JSON, got {path} ({error}); restore the file"
-            ) from None
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"KimiK2Config: path: expected a JSON object, got {path}, which holds a "
-                f"{type(values).__name__}; restore the file"
-            )
+        values = hf_json.read_object(path)
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error} (in {path})") from None
 
-
-def _rope_scaling(values: Any) -> RopeScaling | None:
-    if values is None or isinstance(values, RopeScaling):
-        return values
-    if not isinstance(values, dict):
-        raise TypeError(
-            f"KimiK2Config: rope_scaling: expected a dict or null, got {type(values).__name__}; "
-            "use null for plain rotary positions"
-        )
-    kind = values.get("rope_type", values.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ValueError(
-            f"KimiK2Config: rope_scaling: expected type yarn, got {kind!r}; use yarn or null"
-        )
-    names = {f.name for f in dataclasses.fields(RopeScaling)}
-    known = {k: v for k, v in values.items() if k in names and v is not None}
-    if "factor" not in known:
-        raise ValueError("KimiK2Config: rope_scaling: expected a factor, got none; add it")
-    return RopeScaling(**known)
+    def _fields(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Sampling continuations."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from kimi_ops.models.kimi_k2.attention import LatentCache
-
-if TYPE_CHECKING:
-    from kimi_ops.models.kimi_k2.model import KimiK2
+from kimi_ops.models.kimi_k2.decoder import Decoder
 
 __all__ = ["generate", "sample"]
 
@@ -40,7 +36,7 @@ def sample(
 
 @torch.no_grad()
 def generate(
-    model: "KimiK2",
+    model: Decoder,
     input_ids: Tensor,
     *,
     max_new_tokens: int,
@@ -84,7 +80,7 @@ def generate(
 
 
 def _check(
-    model: "KimiK2",
+    model: Decoder,
     input_ids: Tensor,
     max_new_tokens: int,
     temperature: float,

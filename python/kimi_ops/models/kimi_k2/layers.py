@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 
 
+def check_dtype(op: str, dtype: torch.dtype) -> None:
+    """Refuse parameters in a dtype that the ops do not compute in or a config cannot name."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(
+            f"{op}: dtype: expected bfloat16, float16 or float32, got {dtype}; the gate computes "
+            "in float32 at most: use one of these, model.float() for example"
+        )
+
+
 def recomputing() -> bool:
     """Whether this forward runs inside a backward: activation checkpointing repeats it there."""
     return torch._C._current_graph_task_id() != -1

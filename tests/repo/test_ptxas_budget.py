@@ -6,7 +6,7 @@ for the other it says in a remark only.
 
 What ptxas said while the library was built lies beside its object files (cmake/keep_ptxas.sh).
 cmake/ptxas_budget.txt holds one line for each kernel. After a change that is meant, build, renew it
-with ``python tests/test_ptxas_budget.py > cmake/ptxas_budget.txt`` and look at the difference.
+with ``python tests/repo/test_ptxas_budget.py > cmake/ptxas_budget.txt`` and look at the difference.
 """
 
 import re
@@ -20,7 +20,7 @@ import pytest
 
 from kimi_ops import _native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUDGET = ROOT / "cmake" / "ptxas_budget.txt"
 SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 BUILD = ROOT / "build" / f"python-{sys.implementation.cache_tag}" / "CMakeFiles"

@@ -13,7 +13,7 @@ import kimi_ops
 from kimi_ops import _native
 from kimi_ops.info import CUDA_OPS, OPS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Ops with kernels; those with CUDA kernels are checked on the host too.
 # gemm and fp8_rows are no ops of their own: they serve grouped_gemm and fused_experts.
 PARTS = {"gemm", "fp8_rows"}
@@ -35,7 +35,8 @@ def test_every_op_has_a_python_function_an_operator_a_twin_and_tests(op):
     package = ROOT / "python/kimi_ops"
     assert [f for f in ("moe", "optim") if (package / f / f"{op}.py").exists()], op
     for place in (
-        "python/kimi_ops/operators/{}.py", "python/kimi_ops/reference/{}.py", "tests/test_{}.py",
+        "python/kimi_ops/operators/{}.py", "python/kimi_ops/reference/{}.py",
+        "tests/ops/test_{}.py",
     ):  # fmt: skip
         assert (ROOT / place.format(op)).exists(), place.format(op)
 
@@ -44,12 +45,15 @@ def test_every_op_has_a_python_function_an_operator_a_twin_and_tests(op):
 def test_native_ops_mirror_their_name_everywhere(op):
     for place in (
         "csrc/{0}/{0}.h", "csrc/{0}/{0}.cpp", "benchmarks/bench_{0}.py", "docs/ops/{0}.md",
-        "tests/test_{0}_torch.py",
+        "tests/ops/test_{0}_torch.py",
     ):  # fmt: skip
         assert (ROOT / place.format(op)).exists(), place.format(op)
     assert op in OPS and _native._C.cpu_engine(op), f"{op}: not in info.OPS or kimi_cpu_engine"
-    if op not in ("balance", "qk_clip", "muon_clip"):  # families of functions with other names
-        assert f"def {op}" in (ROOT / "python/kimi_ops/_C.pyi").read_text()
+    binding = (ROOT / "csrc/bindings" / f"{op}.cpp").read_text()
+    names = re.findall(r'methods\.add<\w+, \d+>\("(\w+)"', binding)
+    assert names, f"csrc/bindings/{op}.cpp: no method"
+    for name in names:
+        assert hasattr(_native._C, name) and hasattr(_native._C.eager, name), name
     header = "".join(path.read_text() for path in (ROOT / "csrc").glob("kimi_ops*.h"))
     assert f"- {op}" in header or f" {op}:" in header
     assert re.search(rf"^\| \[?`{op}`", (ROOT / "README.md").read_text(), re.MULTILINE)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).resolve().parent.parent / "examples" / "qk_clip_experiment.py"
+PATH = Path(__file__).resolve().parents[2] / "examples" / "qk_clip_experiment.py"
 
 
 @pytest.fixture

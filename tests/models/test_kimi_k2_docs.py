@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The counts in docs/kimi_k2.md; tests/test_docs.py runs its examples."""
+"""The counts in docs/kimi_k2.md; tests/repo/test_docs.py runs its examples."""
 
 from pathlib import Path
 
 from kimi_ops.models.kimi_k2 import KimiK2Config
 from kimi_ops.models.kimi_k2.parameters import parameter_report
 
-PAGE = Path(__file__).parents[1] / "docs" / "kimi_k2.md"
+PAGE = Path(__file__).parents[2] / "docs" / "kimi_k2.md"
 
 
 def test_counts_of_the_page():

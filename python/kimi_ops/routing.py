@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What `kimi_ops.permute_plan` returns."""
+"""Where the rows of tokens go: a plan of plain tensors, which kernels and twins read alike."""
 
 from typing import NamedTuple
 
