@@ -184,17 +184,6 @@ def _gemm_cases_cuda(quick: bool) -> list[GemmCase]:
     return cases
 
 
-def tile_cases(device: str) -> list[GemmCase]:
-    """Forward products by rows of an expert, for each shape; small ones on a CPU."""
-    models = [("K2 gate+up", 48), ("K2 down", 48), ("Moonlight gate+up", 64), ("Moonlight", 64)]
-    models += [("Moonlight down", 64), ("GLM up", 32)]
-    rows = (1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 8192)
-    if device == "cpu":
-        models, rows = [("mini gate+up", 32), ("mini down", 32)], rows[:7]
-    cases = [GemmCase(name, experts, r) for name, experts in models for r in rows]
-    return [case for case in cases if case.total * max(GEMM_SHAPES[case.shape]) <= 1.3e9]
-
-
 def fp8_cases(quick: bool) -> list[GemmCase]:
     """Forward products of a GPU: DeepGEMM's published shape, one of 8 ranks of K2, decoding."""
     if quick:

@@ -4,7 +4,7 @@
 # load it as two more engines.
 if(kimi_has_python)
   file(GLOB kimi_kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu)
-  list(FILTER kimi_kernels EXCLUDE REGEX "/grouped_gemm/")
+  list(REMOVE_ITEM kimi_kernels ${kimi_product_kernels})
   # Without nvcc the library's own files refuse CUDA tensors, which these must not.
   set(host $<TARGET_OBJECTS:kimi_host>)
   if(NOT kimi_has_cuda)

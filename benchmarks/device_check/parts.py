@@ -94,8 +94,7 @@ PARTS: dict[str, Callable[[Path], list[Step]]] = {
     "bench": bench,
     "host": lambda logs: [script("host_calls", 40, logs)],
     "train": lambda logs: [script("train_step", 60, logs)],
-    "tiles": lambda logs: [script("tile_shapes", 60, logs, "--device", "cuda", "--quick")],
     "profile": profile,
     "sanitize": sanitize,
 }
-DEFAULT = ("tests", "primitives", "bench", "host", "train", "tiles")
+DEFAULT = ("tests", "primitives", "bench", "host", "train")

@@ -21,8 +21,8 @@ Status check_sequences(const char* op, const Params& p) {
     return invalid(op, ": indices: expected at least one id a token, got shape [T, ", p.top_k, "]");
   KIMI_RETURN_IF_ERROR(gate::check_score(op, p));
   if (p.num_sequences < 1 || p.num_tokens % p.num_sequences != 0)
-    return invalid(op, ": num_sequences: expected a divisor of the ", p.num_tokens,
-                   " tokens, got ", p.num_sequences);
+    return invalid(op, ": num_sequences: expected a divisor of the ", p.num_tokens, " tokens, got ",
+                   p.num_sequences);
   return Status::ok();
 }
 

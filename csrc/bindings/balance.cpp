@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 #include "balance/check.h"
-
 #include "bindings/ops.h"
 
 namespace kimi::bindings {
@@ -27,11 +26,8 @@ PyObject* sequence_balance_loss(Call& call) {
   const Tensor logits = call.tensor("logits").of(kNatives).shape({"T", "E"}).dense_rows();
   const Tensor indices = call.tensor("indices");
   kimi_sequence_balance_loss_params p = {};
-  p.indices = indices.of({kInt32})
-                  .shape({logits.size(0), "K"})
-                  .beside(logits)
-                  .dense()
-                  .data<int32_t>();
+  p.indices =
+      indices.of({kInt32}).shape({logits.size(0), "K"}).beside(logits).dense().data<int32_t>();
   p.top_k = int32_t(indices.size(1));
   p.num_sequences = call.integer("num_sequences");
   p.score_function = call.choice<kimi_score_function>("score_function", kScoreFunctions);

@@ -4,20 +4,20 @@
 #pragma once
 
 #include "bindings/ops.h"
+#include "common/integer.h"
+#include "common/storage.h"
 #include "grouped_gemm/check.h"
 
 namespace kimi::bindings {
 
 constexpr Types kFloats = {kBfloat16, kFloat16, kFloat32, kFloat64};
-constexpr int64_t kFp8Block = 128, kInt4Group = 32, kInt4Word = 8;
+constexpr int64_t kInt4Word = 8;
 
-inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline bool is_quantised(Type type) { return type == kFloat8 || type == kInt32; }
 
 inline void refuse_number(const Tensor& x) {
   if (x.ndim == 0)
-    x.call->value_error(x.name,
-                        "expected rows, got a single number; pass the shape of the docs");
+    x.call->value_error(x.name, "expected rows, got a single number; pass the shape of the docs");
 }
 
 // Inclusive end rows of the groups of `rows`; experts < 0: any number of them. int64 ones that do
@@ -32,7 +32,8 @@ inline Tensor offsets_of(const Tensor& offsets, int64_t experts, const Tensor& r
                      "; pass one end row for each expert");
   }
   offsets.beside(rows);
-  const bool wide = offsets.dtype == kInt64, kernel_reads = !rows.is_cuda() && is_native(rows.dtype);
+  const bool wide = offsets.dtype == kInt64,
+             kernel_reads = !rows.is_cuda() && is_native(rows.dtype);
   if (call.reads(offsets) && (wide || !kernel_reads)) {
     const Tensor ends = call.on_host(offsets).dense();
     const std::string op(call.op);
@@ -42,8 +43,7 @@ inline Tensor offsets_of(const Tensor& offsets, int64_t experts, const Tensor& r
       call.check(check_offsets(op.c_str(), ends.data<int32_t>(), ends.size(0), rows.size(0)));
   }
   if (!wide) return offsets.dense();
-  const Object clamped =
-      checked(PyObject_CallMethod(offsets.object, "clamp", "ii", -1, INT32_MAX));
+  const Object clamped = checked(PyObject_CallMethod(offsets.object, "clamp", "ii", -1, INT32_MAX));
   return call.keep(checked(PyObject_CallMethod(clamped.get(), "int", nullptr)), offsets.name)
       .dense();
 }
@@ -51,20 +51,21 @@ inline Tensor offsets_of(const Tensor& offsets, int64_t experts, const Tensor& r
 // The dtype of a result beside operands of `type`: the same, or the sums in float32.
 inline void check_result_type(Call& call, const char* name, Type type, Type operands) {
   if (type == operands || (type == kFloat32 && operands != kFloat64)) return;
-  const std::string allowed = operands == kFloat64
-                                  ? "float64"
-                                  : "torch." + name_of(operands) + " or torch.float32";
+  const std::string allowed =
+      operands == kFloat64 ? "float64" : "torch." + name_of(operands) + " or torch.float32";
   call.type_error(name, "expected ", allowed, ", got torch.", name_of(type),
                   "; choose one of these");
 }
 
 inline void check_out(const Tensor& out, std::initializer_list<int64_t> sizes, const Tensor& a) {
-  const bool fits = out.ndim == int(sizes.size()) && std::equal(sizes.begin(), sizes.end(), out.sizes);
+  const bool fits =
+      out.ndim == int(sizes.size()) && std::equal(sizes.begin(), sizes.end(), out.sizes);
   if (fits && out.device == a.device) return;
   std::string wanted;
   for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
   out.call->value_error("out", "expected shape [", wanted, "] on ", a.device_text(), ", got ",
-                        out.shape_text(), " on ", out.device_text(), "; allocate it with that shape");
+                        out.shape_text(), " on ", out.device_text(),
+                        "; allocate it with that shape");
 }
 
 inline const void* bias_of(const Tensor& bias, Type type, int64_t experts, int64_t n,

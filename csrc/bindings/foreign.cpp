@@ -70,8 +70,8 @@ dlpack::ManagedVersioned* allocate_foreign(dlpack::DataType type, int ndim, cons
   managed.deleter = [](dlpack::ManagedVersioned* self) {
     delete static_cast<Memory*>(self->context);
   };
-  managed.tensor = {memory->address, {dlpack::kCpu, 0},     ndim, type, memory->sizes.data(),
-                    memory->strides.data(), 0};
+  managed.tensor = {memory->address,      {dlpack::kCpu, 0},      ndim, type,
+                    memory->sizes.data(), memory->strides.data(), 0};
   return &memory.release()->managed;
 }
 
@@ -90,7 +90,8 @@ void define_exported(py::module_& m) {
   py::class_<Exported>(m, "Exported", py::module_local(),
                        "Memory of this library on its way to another, through from_dlpack.")
       .def("__dlpack__", [](Exported& self, const py::kwargs&) { return self.capsule(); })
-      .def("__dlpack_device__", [](const Exported&) { return py::make_tuple(int(dlpack::kCpu), 0); });
+      .def("__dlpack_device__",
+           [](const Exported&) { return py::make_tuple(int(dlpack::kCpu), 0); });
 }
 
 }  // namespace kimi::bindings

@@ -63,8 +63,10 @@ struct Product {
                        "; call .contiguous()");
     p.offsets = offsets_of(offsets, p.num_experts, a).data<int32_t>();
     if (!is_native(type))
-      call.type_error(name, "expected torch.bfloat16, torch.float16 or torch.float32 beside FP8 "
-                      "rows, got torch.", name_of(type), "; choose one of these");
+      call.type_error(name,
+                      "expected torch.bfloat16, torch.float16 or torch.float32 beside FP8 "
+                      "rows, got torch.",
+                      name_of(type), "; choose one of these");
     p.bias = bias_of(bias, type, p.num_experts, p.n, a);
     p.a = a.data();
     p.a_scale = a_scale.data<float>();
@@ -79,6 +81,7 @@ struct Product {
 
   // Whether the kernel can read the operands where they lie.
   bool readable(const kimi_grouped_gemm_fp8_params& p) const {
+    if (p.num_rows == 0 || p.n == 0 || p.k == 0) return true;  // nothing is read
     const auto even = [](auto value) { return uint64_t(value) % kTmaBytes == 0; };
     const auto lies = [&](const void* memory) { return even(reinterpret_cast<uintptr_t>(memory)); };
     const bool rows = even(p.k) && even(p.a_row_stride) && p.a_row_stride >= p.k;

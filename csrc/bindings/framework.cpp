@@ -97,8 +97,8 @@ Way way(PyObject* const* arguments, Py_ssize_t count) {
 
 const dlpack::Exchange* exchange_of(PyTypeObject* type) {
   if (torch.tensor && PyType_IsSubtype(type, torch.tensor)) return torch.exchange;
-  const Object capsule(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type),
-                                              "__dlpack_c_exchange_api__"));
+  const Object capsule(
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__"));
   if (!capsule.get()) {
     PyErr_Clear();
     return nullptr;
@@ -147,9 +147,10 @@ void bind_torch(PyObject* tensor, PyObject* parameter, PyObject* functions) {
   auto* type = reinterpret_cast<PyTypeObject*>(tensor);
   bound.exchange = exchange_of(type);
   if (!bound.exchange || !bound.exchange->view) {
-    PyErr_SetString(PyExc_ImportError,
-                    "kimi_ops: torch.Tensor.__dlpack_c_exchange_api__: expected DLPack's C exchange "
-                    "API, got none; install torch 2.11 or later");
+    PyErr_SetString(
+        PyExc_ImportError,
+        "kimi_ops: torch.Tensor.__dlpack_c_exchange_api__: expected DLPack's C exchange "
+        "API, got none; install torch 2.11 or later");
     throw Raised();
   }
   Py_INCREF(tensor);

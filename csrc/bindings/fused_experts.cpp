@@ -25,8 +25,7 @@ struct Weights {
                         ".dequantize(x.dtype)");
     } else if (data.dtype != x.dtype) {
       call.type_error(data.name, "expected torch.", name_of(x.dtype), " beside torch.",
-                      name_of(x.dtype), " tokens, got torch.", name_of(data.dtype),
-                      "; convert it");
+                      name_of(x.dtype), " tokens, got torch.", name_of(data.dtype), "; convert it");
     }
     data.beside(x);
   }
@@ -42,8 +41,9 @@ struct Weights {
             scale ? scale.strides_text() : "none", "; pass both as they were quantised");
       scales = scale_of(scale, data, width);
     }
-    return {data.data(),     scales,          data.stride(0) * words, data.stride(1) * words,
-            data.stride(2), storage(data.dtype)};
+    return {
+        data.data(),        scales, data.stride(0) * words, data.stride(1) * words, data.stride(2),
+        storage(data.dtype)};
   }
 };
 
@@ -234,7 +234,8 @@ PyObject* fused_experts_backward(Call& call) {
   const Tensor* inputs[] = {&layer.x, &layer.w_gate_up.data, &layer.w_down.data, &layer.weights};
   std::vector<Output> gradients;
   for (int i = 0; i < 4; ++i)
-    gradients.push_back(wanted[i] ? call.empty_like(*inputs[i]) : call.empty(inputs[i]->dtype, {0}));
+    gradients.push_back(wanted[i] ? call.empty_like(*inputs[i])
+                                  : call.empty(inputs[i]->dtype, {0}));
   const auto memory = [&](int i) { return wanted[i] ? gradients[i].address : nullptr; };
   p.dx = memory(0);
   p.grad_w_gate_up = memory(1);

@@ -164,9 +164,7 @@ PyObject* quantized_gemm(Call& call) {
     call.value_error("a", "expected shape [R, K=", k, "] beside a quantised weight [", data.size(0),
                      ", ", data.size(1), ", ", k, "] [E, N, K], got ", a.shape_text(),
                      "; reshape it");
-  if (a.device != data.device)
-    call.value_error("b", "expected device ", a.device_text(), ", got ", data.device_text(),
-                     "; move it");
+  data.beside(a);
   if (a.is_cuda())
     call.type_error("a", "expected a CPU tensor, got ", a.device_text(), "; dequantise the weight");
   p.b = data.data();
@@ -178,7 +176,7 @@ PyObject* quantized_gemm(Call& call) {
   check_result_type(call, "out_dtype", type, a.dtype);
   p.bias = bias_of(bias, a.dtype, data.size(0), data.size(1), a);
   if (!is_native(a.dtype)) return call.not_implemented();
-    p.n = data.size(1);
+  p.n = data.size(1);
   p.num_experts = int32_t(data.size(0));
   p.b_expert_stride = p.n * k;
   p.b_k_stride = 1;

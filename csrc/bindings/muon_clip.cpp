@@ -64,7 +64,8 @@ PyObject* muon_momentum(Call& call) {
   p.maximize = call.truth();
   check_lists(call, {{"grads", grads}, {"buffers", buffers}});
   std::vector<Output> updates;
-  for (const Tensor& grad : grads) updates.push_back(call.allocate(kFloat32, grad.ndim, grad.sizes));
+  for (const Tensor& grad : grads)
+    updates.push_back(call.allocate(kFloat32, grad.ndim, grad.sizes));
   std::vector<float*> targets;
   for (const Output& update : updates) targets.push_back(update.data<float>());
   const Tensors from = dense(grads), moved = dense(buffers);
@@ -126,10 +127,9 @@ PyObject* adamw(Call& call) {
   p.weight_decay = call.number("weight_decay");
   p.maximize = call.truth();
   p.cautious = call.truth();
-  check_lists(call, {{"params", params},
-                     {"grads", grads},
-                     {"exp_avgs", exp_avgs},
-                     {"exp_avg_sqs", exp_avg_sqs}});
+  check_lists(
+      call,
+      {{"params", params}, {"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
   for (const Tensors* states : {&exp_avgs, &exp_avg_sqs})
     if (states->at(0).dtype != kFloat32)
       call.type_error("exp_avgs, exp_avg_sqs", "expected float32, got ",

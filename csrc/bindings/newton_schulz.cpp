@@ -16,8 +16,7 @@ PyObject* matrix_product(Call& call) {
   p.symmetric = call.truth();
   if (p.symmetric) b.shape({a.size(1), a.size(0)}, "a symmetric result is square");
   if (given) {
-    const Tensor c =
-        given.of({a.dtype}).shape({a.size(0), b.size(1)}).beside(a).dense_rows();
+    const Tensor c = given.of({a.dtype}).shape({a.size(0), b.size(1)}).beside(a).dense_rows();
     p.c = c.data();
     p.c_stride = c.stride(0);
   }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
-#include "permute/check.h"
-
 #include "bindings/ops.h"
+#include "permute/check.h"
 
 namespace kimi::bindings {
 namespace {
@@ -38,8 +37,10 @@ PyObject* permute_plan(Call& call) {
 Tensor rows_of(Tensor x, int64_t rows, const char* letter) {
   Call& call = *x.call;
   if (x.dtype == kFloat64)
-    call.type_error(x.name, "expected a dtype of at most 32 bits, got float64; "
-                    "kimi_ops.reference.permute.", call.op, " computes in float64");
+    call.type_error(x.name,
+                    "expected a dtype of at most 32 bits, got float64; "
+                    "kimi_ops.reference.permute.",
+                    call.op, " computes in float64");
   if (x.ndim != 2 || x.size(0) != rows)
     call.value_error(x.name, "expected shape [", letter, "=", rows, ", H], got ", x.shape_text(),
                      "; use the plan made for these rows");
@@ -116,8 +117,7 @@ PyObject* unpermute_backward(Call& call) {
   const Maps plan = maps(call, y);
   const Tensor weights = call.tensor("weights");
   y = rows_of(y, plan.rows(), "cap").of(kNatives);
-  const Tensor dx =
-      grad_x.of({y.dtype}).shape({plan.tokens(), y.size(1)}).beside(y).dense_rows();
+  const Tensor dx = grad_x.of({y.dtype}).shape({plan.tokens(), y.size(1)}).beside(y).dense_rows();
   const Output grad_y = call.empty_like(y), grad_weights = call.empty_like(weights);
   kimi_unpermute_backward_params p = {};
   p.grad_x = dx.data();

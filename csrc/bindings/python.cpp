@@ -65,9 +65,8 @@ void kimi_bind(py::module_& m) {
   m.def("set_num_threads", [](int n) { raise_if_error(kimi_set_num_threads(n)); });
   m.def("cuda_architectures", &kimi_cuda_architectures);
   m.def("cuda_serves_fp8", [] { return kimi_grouped_gemm_fp8_served(KIMI_DEVICE_CUDA) != 0; });
-  m.def("serve_cpu_tensors_by_cuda", [](bool cuda) {
-    device_of_cpu_tensors = cuda ? KIMI_DEVICE_CUDA : KIMI_DEVICE_CPU;
-  });
+  m.def("serve_cpu_tensors_by_cuda",
+        [](bool cuda) { device_of_cpu_tensors = cuda ? KIMI_DEVICE_CUDA : KIMI_DEVICE_CPU; });
   m.def("cpu_tensors_go_to_cuda", [] { return device_of_cpu_tensors == KIMI_DEVICE_CUDA; });
   m.def("bind_torch", [](py::object tensor, py::object parameter, py::dict functions) {
     try {

@@ -35,6 +35,7 @@ constexpr Type kFloat64 = {dlpack::kFloat, 64, 1}, kFloat32 = {dlpack::kFloat, 3
 using Types = std::initializer_list<Type>;
 
 std::string name_of(Type type);  // as torch writes it: "float32"
+std::string name_of(dlpack::Device device);
 
 // The C API's name of a float of 16 or 32 bits.
 bool is_native(Type type);
@@ -89,7 +90,7 @@ class Tensor {
   const Tensor& writable(std::initializer_list<const Tensor*> inputs) const;
   // Itself, or a copy where its memory is in another order.
   Tensor dense() const;
-  Tensor dense_rows() const;        // the last dimension side by side
+  Tensor dense_rows() const;          // the last dimension side by side
   Tensor with_a_unit_stride() const;  // some dimension side by side
 
  private:
@@ -205,7 +206,7 @@ class Call {
   Py_ssize_t next_ = 0;
   bool has_device_ = false;
   dlpack::Device device_ = {dlpack::kCpu, 0};
-  PyObject* origin_ = nullptr;                  // the first tensor: what outputs are like
+  PyObject* origin_ = nullptr;  // the first tensor: what outputs are like
   std::string_view origin_name_;
   const dlpack::Exchange* exchange_ = nullptr;  // of the first tensor's type; NULL: foreign
   std::vector<PyObject*> kept_;

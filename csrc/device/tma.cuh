@@ -159,10 +159,6 @@ inline void tma_load_multicast(void* shared, const TensorMap& map, MBarrier& ful
                                int32_t y, uint16_t blocks) {
   detail::load(shared, map, full, "tma_load_multicast", 2, x, y, 0, blocks);
 }
-inline void tma_load_multicast(void* shared, const TensorMap& map, MBarrier& full, int32_t x,
-                               int32_t y, int32_t z, uint16_t blocks) {
-  detail::load(shared, map, full, "tma_load_multicast", 3, x, y, z, blocks);
-}
 inline void tma_store(const TensorMap& map, const void* shared, int32_t x, int32_t y) {
   detail::store(map, shared, "tma_store", false, 2, x, y, 0);
 }
@@ -223,16 +219,6 @@ __device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap
       "cluster "
       "[%0], [%1, {%4, %5}], [%2], %3;" ::"r"(detail::shared_u32(shared)),
       "l"(&map), "r"(detail::shared_u32(&full)), "h"(blocks), "r"(x), "r"(y)
-      : "memory");
-}
-__device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap& map,
-                                                   MBarrier& full, int32_t x, int32_t y, int32_t z,
-                                                   uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
-      "cluster "
-      "[%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(detail::shared_u32(shared)),
-      "l"(&map), "r"(detail::shared_u32(&full)), "h"(blocks), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
 

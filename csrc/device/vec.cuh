@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: MIT
 //
-// 16-byte memory accesses. The host models refuse a misaligned address, on which the hardware
-// faults.
+// 16-byte memory accesses, and 8 values of any type at a time as fp32. The host models refuse a
+// misaligned address, on which the hardware faults.
 #pragma once
 
+#include <cstring>
+
+#include "device/convert.cuh"
 #include "device/platform.cuh"
 
 namespace kimi {
@@ -74,5 +77,43 @@ __device__ inline void store16_streaming(void* address, uint4 value) {
 }
 
 #endif
+
+/// 8 values of a row; beyond `count` they are 0 and are not touched. `wide`: 16 bytes divide the
+/// address.
+template <class T>
+__device__ inline void load8(const T* from, float (&v)[8], int count, bool wide) {
+  constexpr int kPerLoad = 16 / sizeof(T);
+  if (wide && count == 8) {
+#pragma unroll
+    for (int i = 0; i < 8; i += kPerLoad) {
+      const uint4 bits = load16(from + i);
+      T values[kPerLoad];
+      memcpy(values, &bits, sizeof bits);
+#pragma unroll
+      for (int k = 0; k < kPerLoad; ++k) v[i + k] = to_float(values[k]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = i < count ? to_float(from[i]) : 0.0f;
+}
+
+/// The same the other way.
+template <class T>
+__device__ inline void store8(T* to, const float (&v)[8], int count, bool wide) {
+  if (wide && count == 8) {
+    if constexpr (sizeof(T) == 2) {
+      store16(to, {round_pair<T>(v[0], v[1]), round_pair<T>(v[2], v[3]), round_pair<T>(v[4], v[5]),
+                   round_pair<T>(v[6], v[7])});
+    } else {
+      store16(to, {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])});
+      store16(to + 4, {bits_of(v[4]), bits_of(v[5]), bits_of(v[6]), bits_of(v[7])});
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < count) to[i] = from_float<T>(v[i]);
+}
 
 }  // namespace kimi

@@ -24,6 +24,7 @@
 #include <type_traits>
 
 #include "common/dtype.h"
+#include "device/major.h"
 #include "device/mbarrier.cuh"
 #include "device/platform.cuh"
 #include "device/wgmma_shapes.cuh"
@@ -33,8 +34,6 @@
 #endif
 
 namespace kimi {
-
-enum class Major { kDepth, kOuter };  // the dimension that is contiguous in shared memory
 
 namespace detail {
 /// Bytes from one step of depth to the next.

@@ -17,51 +17,45 @@
 #include <algorithm>
 
 #include "common/dtype.h"
+#include "common/workspace.h"
 #include "device/launch.cuh"
+#include "fused_experts/activate_product.h"
 #include "fused_experts/fused_experts.h"
-#include "grouped_gemm/product.h"
 #include "permute/permute.h"
 
 namespace kimi {
 namespace {
 
-using grouped::Matrix;
-using grouped::Product;
+using experts::ActivateParams;
+using experts::Pass;
+using gemm::Grouping;
+using gemm::Matrix;
+using gemm::Product;
 
 constexpr int kThreads = 256;
+constexpr int64_t kAlign = 256;  // of the pieces of a workspace
 
-int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-int64_t partials(int64_t width) {
-  return (width + grouped::kPartialColumns - 1) / grouped::kPartialColumns;
-}
-
-// Hands out the workspace piece by piece; without one it counts.
-class Pieces {
- public:
-  explicit Pieces(void* workspace) : base_(static_cast<char*>(workspace)) {}
-  char* take(int64_t bytes) {
-    char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += round_up(bytes);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
+int64_t partials(int64_t width) { return ceil_div(width, experts::kPartial); }
 
 template <class Params>
-Product product_of(const Params& p) {
+Product product_of(const Params& p, Grouping grouping, const Matrix& a, const Matrix& b) {
   Product product{};
-  product.dtype = product.out_dtype = p.dtype;
-  product.offsets = p.offsets;
-  product.num_rows = p.num_tokens * p.top_k;
-  product.num_groups = p.num_experts;
-  product.activation = p.activation;
-  product.source = p.source;
-  product.weights = p.weights;
+  product.grouping = grouping;
+  product.dtype = p.dtype;
+  product.a = a;
+  product.b = b;
+  product.groups = {p.offsets, p.num_tokens * p.top_k, p.num_experts};
   return product;
+}
+template <class Params>
+ActivateParams activate_of(const Params& p, void* gate_up, void* hidden) {
+  ActivateParams activate{};
+  activate.activation = p.activation;
+  activate.gate_up = gate_up;
+  activate.hidden = hidden;
+  activate.source = p.source;
+  activate.weights = p.weights;
+  return activate;
 }
 
 template <class Params>
@@ -73,42 +67,34 @@ template <class Params>
 Matrix token_columns(const Params& p, const void* x, int64_t stride) {
   return {x, 1, stride, 0, p.source, p.top_k};
 }
-Matrix rows(const void* x, int64_t width) { return {x, width, 1, 0, nullptr, 1}; }
-Matrix columns(const void* x, int64_t width) { return {x, 1, width, 0, nullptr, 1}; }
-// w[e] as Q: its rows, or its columns, are columns of C.
+Matrix rows(const void* x, int64_t width) { return {x, width, 1}; }
+Matrix columns(const void* x, int64_t width) { return {x, 1, width}; }
+// w[e] as B: its rows, or its columns, are columns of C.
 Matrix weights_of(const kimi_expert_weights& w) {
-  return {w.data, w.row_stride, w.column_stride, w.expert_stride, nullptr, 1};
+  return {w.data, w.row_stride, w.column_stride, w.expert_stride};
 }
 Matrix transposed(const kimi_expert_weights& w) {
-  return {w.data, w.column_stride, w.row_stride, w.expert_stride, nullptr, 1};
+  return {w.data, w.column_stride, w.row_stride, w.expert_stride};
 }
 
 // [g; u] of the gathered tokens, and h: both, or one of them.
 template <class Params>
 Status gate_up(const Params& p, void* saved, void* hidden, void* stream) {
-  Product product = product_of(p);
-  product.epilogue = grouped::Epilogue::kActivate;
-  product.p = tokens(p, p.x, p.x_stride);
-  product.q = weights_of(p.w_gate_up);
+  Product product =
+      product_of(p, Grouping::kM, tokens(p, p.x, p.x_stride), weights_of(p.w_gate_up));
   product.depth = p.hidden;
   product.cols = p.width;
-  product.gate_up = saved;
-  product.hidden = hidden;
-  return product_cuda(product, stream);
+  return activate_product(product, activate_of(p, saved, hidden), Pass::kForward, stream);
 }
 
-// out[t] = sum_k weights[t, k] P[row] Q[e]^T, or without weights, through rows [R, H].
+// out[t] = sum_k weights[t, k] A[row] B[e]^T, or without weights, through rows [R, H].
 template <class Params>
 Status sum_of_products(const Params& p, Matrix left, Matrix right, int64_t depth,
                        const float* weights, void* rows_of_product, void* out, void* stream) {
-  Product product = product_of(p);
-  product.p = left;
-  product.q = right;
+  Product product = product_of(p, Grouping::kM, left, right);
   product.depth = depth;
   product.cols = p.hidden;
-  product.out = rows_of_product;
-  product.out_row_stride = p.hidden;
-  KIMI_RETURN_IF_ERROR(product_cuda(product, stream));
+  KIMI_RETURN_IF_ERROR(product_cuda(product, {rows_of_product, p.hidden, 0, p.dtype}, stream));
   UnpermuteParams sum{};
   sum.y = rows_of_product;
   sum.row_map = p.row_map;
@@ -125,16 +111,10 @@ Status sum_of_products(const Params& p, Matrix left, Matrix right, int64_t depth
 // out[e] = left[rows of e]^T right[rows of e], [rows, cols]
 Status outer_products(const FusedExpertsBackwardParams& p, Matrix left, int64_t rows, Matrix right,
                       int64_t cols, void* out, void* stream) {
-  Product product = product_of(p);
-  product.ragged = grouped::Ragged::kDepth;
-  product.p = left;
-  product.q = right;
+  Product product = product_of(p, Grouping::kK, left, right);
   product.rows = rows;
   product.cols = cols;
-  product.out = out;
-  product.out_row_stride = cols;
-  product.out_group_stride = rows * cols;
-  return product_cuda(product, stream);
+  return product_cuda(product, {out, cols, rows * cols, p.dtype}, stream);
 }
 
 // grad_weights[pair] = sum of its row's partial sums in ascending order; a thread a pair.
@@ -154,7 +134,7 @@ struct ForwardWorkspace {
   Pieces pieces;
   char *hidden, *rows;  // [R, F], [R, H]
 
-  ForwardWorkspace(const FusedExpertsParams& p, void* workspace) : pieces(workspace) {
+  ForwardWorkspace(const FusedExpertsParams& p, void* workspace) : pieces(workspace, kAlign) {
     const int64_t pairs = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
     hidden = pieces.take(pairs * p.width * bytes);
     rows = pieces.take(pairs * p.hidden * bytes);
@@ -166,11 +146,12 @@ struct BackwardWorkspace {
   char *grad_gate_up, *hidden, *rows, *gate_up;  // [R, 2F], [R, F], [R, H], [R, 2F] or none
   float* partial;                                // [R, partials]
 
-  BackwardWorkspace(const FusedExpertsBackwardParams& p, void* workspace) : pieces(workspace) {
+  BackwardWorkspace(const FusedExpertsBackwardParams& p, void* workspace)
+      : pieces(workspace, kAlign) {
     const int64_t pairs = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
     grad_gate_up = pieces.take(pairs * 2 * p.width * bytes);
     hidden = pieces.take(pairs * p.width * bytes);
-    partial = reinterpret_cast<float*>(pieces.take(pairs * partials(p.width) * 4));
+    partial = pieces.take<float>(pairs * partials(p.width));
     rows = pieces.take(pairs * p.hidden * bytes);
     gate_up = pieces.take(p.gate_up ? 0 : pairs * 2 * p.width * bytes);
   }
@@ -179,7 +160,7 @@ struct BackwardWorkspace {
 }  // namespace
 
 size_t fused_experts_workspace_bytes_cuda(const FusedExpertsParams& p) {
-  return static_cast<size_t>(ForwardWorkspace(p, nullptr).pieces.used());
+  return static_cast<size_t>(ForwardWorkspace(p, nullptr).pieces.bytes());
 }
 
 Status fused_experts_cuda(const FusedExpertsParams& p, void* stream) {
@@ -191,7 +172,7 @@ Status fused_experts_cuda(const FusedExpertsParams& p, void* stream) {
 }
 
 size_t fused_experts_backward_workspace_bytes_cuda(const FusedExpertsBackwardParams& p) {
-  return static_cast<size_t>(BackwardWorkspace(p, nullptr).pieces.used());
+  return static_cast<size_t>(BackwardWorkspace(p, nullptr).pieces.bytes());
 }
 
 Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* stream) {
@@ -201,17 +182,13 @@ Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* st
     KIMI_RETURN_IF_ERROR(gate_up(p, workspace.gate_up, nullptr, stream));
     saved = workspace.gate_up;
   }
-  Product product = product_of(p);
-  product.epilogue = grouped::Epilogue::kActivateBackward;
-  product.p = tokens(p, p.dy, p.dy_stride);
-  product.q = transposed(p.w_down);
+  Product product = product_of(p, Grouping::kM, tokens(p, p.dy, p.dy_stride), transposed(p.w_down));
   product.depth = p.hidden;
   product.cols = p.width;
-  product.gate_up = const_cast<void*>(saved);
-  product.grad_gate_up = workspace.grad_gate_up;
-  product.hidden = workspace.hidden;
-  product.partial = workspace.partial;
-  KIMI_RETURN_IF_ERROR(product_cuda(product, stream));
+  ActivateParams activate = activate_of(p, const_cast<void*>(saved), workspace.hidden);
+  activate.grad_gate_up = workspace.grad_gate_up;
+  activate.partial = workspace.partial;
+  KIMI_RETURN_IF_ERROR(activate_product(product, activate, Pass::kBackward, stream));
   if (const int64_t pairs = p.num_tokens * p.top_k; p.grad_weights && pairs > 0) {
     const dim3 blocks(static_cast<unsigned>((pairs + kThreads - 1) / kThreads));
     KIMI_RETURN_IF_ERROR(launch(grad_weights_kernel, LaunchConfig{blocks, kThreads, 0, stream},

@@ -1,42 +1,26 @@
 // SPDX-License-Identifier: MIT
-// FP8 rows and their product with FP8 blocks of weights, as DeepSeek-V3 trains and serves.
+// The product of FP8 rows with FP8 blocks of weights, as DeepSeek-V3 trains and serves.
 //
-//   rows     x[r, k] = data[r, k] scale[r, k / 128]     scale = max |x| of the 128 columns / 448
-//   product  out[r, n] = sum_kb a_scale[r, kb] b_scale[e, n / 128, kb] partial + bias[e, n]
-//            partial = sum of 128 products of e4m3 values, kept by the tensor core
-//
-// Scales of rows lie with the rows side by side, [ceil(K / 128), R]: those of a tile of rows are
-// then one TMA box of each block of depth.
+//   out[r, n] = sum_kb a_scale[r, kb] b_scale[e, n / 128, kb] partial + bias[e, n]
+//   partial   = sum of 128 products of e4m3 values, kept by the tensor core
 #pragma once
 
 #include <cstdint>
 
 #include "common/status.h"
+#include "fp8_rows/fp8_rows.h"
 
 namespace kimi {
 
-using Fp8RowsParams = kimi_fp8_rows_params;
 using GroupedGemmFp8Params = kimi_grouped_gemm_fp8_params;
 
-Status fp8_rows(const Fp8RowsParams& p, kimi_device device, void* stream);
 Status grouped_gemm_fp8(const GroupedGemmFp8Params& p, kimi_device device, void* stream);
 
 // Whether the current device has the product's kernel.
 bool serves_grouped_gemm_fp8(kimi_device device);
 
-// fp8_rows.cu, fp8_rows_sm90.cu, fp8_sm90.cu. Arguments have been checked, offsets have not.
-Status fp8_rows_cuda(const Fp8RowsParams& p, void* stream);
-Status fp8_rows_sm90(const Fp8RowsParams& p, void* stream);
+// fp8_sm90.cu. Arguments have been checked, offsets have not.
 Status grouped_gemm_fp8_cuda(const GroupedGemmFp8Params& p, void* stream);
 bool serves_grouped_gemm_fp8_cuda();
 
-namespace fp8 {
-
-inline constexpr int kBlock = 128;                  // values of one scale, along K and N
-inline constexpr float kMax = 448.0f;               // largest e4m3 value
-inline constexpr float kSmallestScale = 0x1p-126f;  // below it a scale has few bits
-
-inline int64_t blocks(int64_t size) { return (size + kBlock - 1) / kBlock; }
-
-}  // namespace fp8
 }  // namespace kimi

@@ -7,41 +7,7 @@
 namespace kimi::newton_schulz_cpu {
 namespace {
 
-using cpu::BlockEngine;
 using cpu::kStripRows;
-
-constexpr int64_t kPanelRows = 256, kLeastPanelRows = 64;
-constexpr int64_t kTaskStrips = 16;
-constexpr int64_t kAlign = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How a product is cut, and where its packed operands lie in the scratch.
-struct Layout {
-  const BlockEngine& engine;
-  int64_t panel_rows, panels, strips, blocks;
-  int64_t panel_bytes, strip_bytes;  // a panel of all depths, a strip of one depth block
-  int64_t sums_bytes;                // of one thread
-
-  Layout(int64_t rows, int64_t cols, int64_t depth, kimi_dtype dtype, int threads)
-      : engine(cpu::block_engine(dtype)) {
-    // Three panels a thread balance a triangle; fewer rows than 64 pay too much for each strip.
-    const int64_t group = engine.panel_rows;
-    const int64_t wanted =
-        threads == 1 ? kPanelRows : std::max(kLeastPanelRows, rows / (3 * int64_t{threads}));
-    panel_rows = std::max<int64_t>(1, std::min(kPanelRows, wanted) / group) * group;
-    panel_rows = std::min(panel_rows, BlockEngine::round_up(std::max<int64_t>(rows, 1), group));
-    panels = ceil_div(rows, panel_rows);
-    strips = ceil_div(cols, kStripRows);
-    blocks = ceil_div(depth, engine.depth_block);
-    panel_bytes = BlockEngine::round_up(engine.panel_bytes(panel_rows, depth), kAlign);
-    strip_bytes = BlockEngine::round_up(engine.strip_bytes(), kAlign);
-    sums_bytes = panel_rows * kTaskStrips * kStripRows * 4;
-  }
-  size_t bytes(int threads) const {
-    return size_t(panels * panel_bytes + strips * blocks * strip_bytes + threads * sums_bytes);
-  }
-};
 
 // Copies D's elements of a tile below the diagonal to their places above it.
 template <class T>
@@ -59,136 +25,40 @@ void mirror(T* d, int64_t stride, int64_t row, int64_t rows, int64_t col, int64_
   }
 }
 
-class Multiplication {
- public:
-  Multiplication(const Product& product, void* scratch, int threads)
-      : p(product), layout(p.rows, p.cols, p.depth, p.dtype, threads), threads_(threads) {
-    panels_ = static_cast<char*>(scratch);
-    strips_ = panels_ + layout.panels * layout.panel_bytes;
-    sums_ = strips_ + layout.strips * layout.blocks * layout.strip_bytes;
-  }
-
-  void pack() const {
-    tasks(layout.panels + layout.strips, threads_, [&](int64_t task, int) {
-      const auto& engine = layout.engine;
-      if (task < layout.panels) {
-        engine.pack_panel(p.a, task * layout.panel_rows, rows_of(task), 0, p.depth,
-                          panels_ + task * layout.panel_bytes);
-        return;
-      }
-      const int64_t s = task - layout.panels, row = s * kStripRows;
-      for (int64_t b = 0; b < layout.blocks; ++b)
-        engine.pack_strip(p.b, row, cols_of(s), b * engine.depth_block, depth_of(b), strip(s, b));
-    });
-  }
-
-  void run() const {
-    // A symmetric result leaves panel q the strips up to its last row; longest panels go first.
-    const auto last_strip = [&](int64_t panel) {
-      if (!p.symmetric) return layout.strips;
-      return ceil_div(std::min(p.rows, (panel + 1) * layout.panel_rows), kStripRows);
-    };
-    int64_t count = 0;
-    for (int64_t q = 0; q < layout.panels; ++q) count += ceil_div(last_strip(q), kTaskStrips);
-    tasks(count, threads_, [&](int64_t task, int thread) {
-      int64_t q = layout.panels - 1;
-      for (int64_t in_panel; (in_panel = ceil_div(last_strip(q), kTaskStrips)) <= task; --q)
-        task -= in_panel;
-      const int64_t first = task * kTaskStrips;
-      multiply(q, first, std::min(last_strip(q), first + kTaskStrips),
-               reinterpret_cast<float*>(sums_ + thread * layout.sums_bytes));
-    });
-  }
-
- private:
-  int64_t rows_of(int64_t panel) const {
-    return std::min(layout.panel_rows, p.rows - panel * layout.panel_rows);
-  }
-  int64_t cols_of(int64_t s) const { return std::min(kStripRows, p.cols - s * kStripRows); }
-  int64_t depth_of(int64_t b) const {
-    return std::min(layout.engine.depth_block, p.depth - b * layout.engine.depth_block);
-  }
-  char* strip(int64_t s, int64_t b) const {
-    return strips_ + (s * layout.blocks + b) * layout.strip_bytes;
-  }
-  // The first row of the panel that the strip needs, a multiple of a group of rows.
-  int64_t first_row(int64_t panel, int64_t s) const {
-    if (!p.symmetric) return 0;
-    const int64_t group = layout.engine.panel_rows;
-    return std::max<int64_t>(0, s * kStripRows - panel * layout.panel_rows) / group * group;
-  }
-
-  void multiply(int64_t panel, int64_t first, int64_t last, float* sums) const {
-    const auto& engine = layout.engine;
-    const int64_t rows = rows_of(panel);
-    const int64_t padded = BlockEngine::round_up(rows, engine.panel_rows);
-    const auto sums_of = [&](int64_t s) {
-      return sums + ((s - first) * layout.panel_rows + first_row(panel, s)) * kStripRows;
-    };
-    if (p.depth == 0) std::memset(sums, 0, size_t(layout.sums_bytes));
-    const char* block = panels_ + panel * layout.panel_bytes;
-    for (int64_t b = 0; b < layout.blocks; ++b) {
-      const int64_t row_bytes = engine.packed_depth(depth_of(b)) * engine.element_bytes;
-      for (int64_t s = first; s < last; ++s) {
-        const int64_t start = first_row(panel, s);
-        engine.multiply(block + start * row_bytes, rows - start, strip(s, b), depth_of(b), {},
-                        sums_of(s), kStripRows, b > 0);
-      }
-      block += padded * row_bytes;
-    }
-    for (int64_t s = first; s < last; ++s) {
-      const int64_t start = first_row(panel, s);
-      if (engine.finish) engine.finish(sums_of(s), rows - start, kStripRows, kStripRows);
-      store(panel * layout.panel_rows + start, rows - start, s, sums_of(s));
-    }
-  }
-
-  void store(int64_t row, int64_t rows, int64_t s, const float* sums) const {
-    const int64_t col = s * kStripRows, cols = cols_of(s);
-    const int64_t size = size_of(p.dtype), d_size = size_of(p.d_dtype);
-    const char* c = static_cast<const char*>(p.c);
-    char* d = static_cast<char*>(p.d);
-    Tile t = {};
-    t.sums = sums;
-    t.rows = rows;
-    t.cols = cols;
-    t.diagonal = row - col;
-    t.lower = p.symmetric;
-    t.c = c ? c + (row * p.c_stride + col) * size : nullptr;
-    t.d = d + (row * p.d_stride + col) * d_size;
-    t.c_stride = p.c_stride;
-    t.d_stride = p.d_stride;
-    t.alpha = p.alpha;
-    t.beta = p.beta;
-    t.delta = p.delta;
-    t.unit = p.unit;
-    t.dtype = p.dtype;
-    t.d_dtype = p.d_dtype;
-    engine().store(t);
-    if (!p.symmetric) return;
-    if (d_size == 2)
-      mirror(static_cast<uint16_t*>(p.d), p.d_stride, row, rows, col, cols);
-    else
-      mirror(static_cast<uint32_t*>(p.d), p.d_stride, row, rows, col, cols);
-  }
-
-  const Product& p;
-  const Layout layout;
-  const int threads_;
-  char *panels_, *strips_, *sums_;
-};
+void store(const Product& p, const gemm::DenseBlock& b) {
+  const int64_t size = size_of(p.dtype), d_size = size_of(p.d_dtype);
+  const char* c = static_cast<const char*>(p.c);
+  char* d = static_cast<char*>(p.d);
+  Tile t = {};
+  t.sums = b.sums;
+  t.rows = b.rows;
+  t.cols = b.cols;
+  t.diagonal = b.row - b.col;
+  t.lower = p.symmetric;
+  t.c = c ? c + (b.row * p.c_stride + b.col) * size : nullptr;
+  t.d = d + (b.row * p.d_stride + b.col) * d_size;
+  t.c_stride = p.c_stride;
+  t.d_stride = p.d_stride;
+  t.alpha = p.alpha;
+  t.beta = p.beta;
+  t.delta = p.delta;
+  t.unit = p.unit;
+  t.dtype = p.dtype;
+  t.d_dtype = p.d_dtype;
+  kEngines.best().store(t);
+  if (!p.symmetric) return;
+  if (d_size == 2)
+    mirror(static_cast<uint16_t*>(p.d), p.d_stride, b.row, b.rows, b.col, b.cols);
+  else
+    mirror(static_cast<uint32_t*>(p.d), p.d_stride, b.row, b.rows, b.col, b.cols);
+}
 
 }  // namespace
 
-size_t product_scratch_bytes(int64_t rows, int64_t cols, int64_t depth, kimi_dtype dtype,
-                             int threads) {
-  return Layout(rows, cols, depth, dtype, threads).bytes(threads);
-}
-
 void multiply(const Product& p, void* scratch, int threads) {
-  const Multiplication multiplication(p, scratch, threads);
-  multiplication.pack();
-  multiplication.run();
+  gemm::multiply_dense(
+      {p.a, p.b, p.rows, p.cols, p.depth, p.symmetric, p.dtype},
+      [&](const gemm::DenseBlock& block) { store(p, block); }, scratch, threads);
 }
 
 }  // namespace kimi::newton_schulz_cpu

@@ -1,21 +1,9 @@
 // SPDX-License-Identifier: MIT
-// One matrix product of the iteration on block products (cpu/gemm.h).
-//
-//   pack       A into panels, B into strips of 32 rows, once, by all threads
-//   multiply   panel x up to 16 strips at a time, depth block by depth block; sums of a task stay
-//              in the L2 cache and go through Tile into D
-//
-//              strips of B ->                     symmetric: tasks stop at the diagonal, and a
-//              strip
-//     panels   [##][##][##]..   task              that crosses it starts at its own group of rows;
-//     of A     [##][##]  |                        D's upper blocks are copies
-//
-// Every element of D is a sum over depth in an order of its own: how rows are cut into panels, and
-// which thread takes a task, shows in no bit.
+// One matrix product of the iteration: a dense product (gemm/cpu/dense.h) and what becomes of its
+// sums. Of a symmetric result the upper blocks are copies of the lower ones.
 #pragma once
 
-#include "cpu/gemm.h"
-#include "cpu/parallel.h"
+#include "gemm/cpu/dense.h"
 #include "newton_schulz/newton_schulz.h"
 
 namespace kimi::newton_schulz_cpu {
@@ -33,16 +21,7 @@ struct Product {
   float unit = 1;
 };
 
-size_t product_scratch_bytes(int64_t rows, int64_t cols, int64_t depth, kimi_dtype dtype,
-                             int threads);
-// `threads`: 1, or all that cpu::parallel_tasks takes. scratch: 64-byte aligned.
+// scratch: gemm::dense_scratch_bytes, 64-byte aligned.
 void multiply(const Product& p, void* scratch, int threads);
-
-// body(task, thread) for every task, in this thread alone where threads is 1.
-template <class Body>
-void tasks(int64_t n, int threads, const Body& body) {
-  if (threads > 1) return cpu::parallel_tasks(n, body);
-  for (int64_t task = 0; task < n; ++task) body(task, 0);
-}
 
 }  // namespace kimi::newton_schulz_cpu

@@ -14,8 +14,7 @@ inline Status check_plan(const PermutePlanParams& p) {
   const char* op = "permute_plan";
   constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
   if (p.num_tokens < 0) return invalid(op, ": num_tokens: expected 0 or more, got ", p.num_tokens);
-  if (p.top_k < 1)
-    return invalid(op, ": indices.shape[1]: expected 1..", kMost, ", got ", p.top_k);
+  if (p.top_k < 1) return invalid(op, ": indices.shape[1]: expected 1..", kMost, ", got ", p.top_k);
   if (p.num_experts < 1 || p.num_experts > KIMI_PERMUTE_MAX_EXPERTS)
     return invalid(op, ": num_experts: expected 1..", KIMI_PERMUTE_MAX_EXPERTS, ", got ",
                    p.num_experts);

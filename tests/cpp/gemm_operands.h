@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/gemm.h"
+#include "gemm/cpu/block.h"
 
 namespace kimi::cpu {
 

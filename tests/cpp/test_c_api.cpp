@@ -126,7 +126,7 @@ void test_refusals() {
   Gate gate;
   gate.counts.assign(Gate::kExperts, -7);
   gate.p.top_k = 33;
-  EXPECT(gate.run() == KIMI_INVALID_ARGUMENT && error_has("top_k: expected 1..32"));
+  EXPECT(gate.run() == KIMI_INVALID_ARGUMENT && error_has("k: expected 1..32"));
   EXPECT(gate.counts[0] == -7);  // nothing was written
   gate.p.top_k = Gate::kK;
   EXPECT(gate.run(kimi_device(9)) == KIMI_INVALID_ARGUMENT && error_has("device: expected"));
@@ -174,7 +174,8 @@ void test_sizes_are_refused_below_python_too() {
   using P = kimi_topk_gate_params;
   refuses([](P& p) { p.num_experts = 0; }, "logits.shape[1]: expected 1..1024, got 0");
   refuses([](P& p) { p.top_k = 97; }, "k: expected 1..32");
-  refuses([](P& p) { p.num_groups = 5; }, "num_groups: expected a divisor of the 96 experts, got 5");
+  refuses([](P& p) { p.num_groups = 5; },
+          "num_groups: expected a divisor of the 96 experts, got 5");
   refuses([](P& p) { p.num_groups = 48; }, "k: expected 1..2 (at most 32, and 1 group(s) of 2");
   refuses([](P& p) { p.logits = nullptr; }, "logits, indices: expected pointers, got NULL");
 }
@@ -192,7 +193,8 @@ void test_losses_refuse_sizes_and_say_their_workspace() {
   using P = kimi_sequence_balance_loss_params;
   refuses([](P& p) { p.num_experts = 0; }, "logits.shape[1]: expected 1..1024, got 0");
   refuses([](P& p) { p.top_k = 0; }, "indices: expected at least one id a token");
-  refuses([](P& p) { p.num_tokens = 4, p.num_sequences = 3; }, "expected a divisor of the 4 tokens");
+  refuses([](P& p) { p.num_tokens = 4, p.num_sequences = 3; },
+          "expected a divisor of the 4 tokens");
   refuses([](P& p) { p.num_tokens = 4; }, "logits: expected a pointer, got NULL");
   refuses([](P& p) { p.num_sequences = 0; }, "num_sequences: expected a divisor of the 0 tokens");
   refuses([](P& p) { p.num_tokens = int64_t{1} << 31; }, "num_tokens: expected 0..2147483647");

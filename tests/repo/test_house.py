@@ -18,7 +18,7 @@ OPERATORS = "kimi_ops/operators/"  # the package that registers torch operators
 KNOWN: dict[str, set[tuple[str, ...]]] = {
     # the parts of the C API: each can be included alone
     "files of csrc": {("kimi_ops.h", "kimi_ops_experts.h", "kimi_ops_optimizer.h")},
-    "folders of csrc": {("common", "cpu"), ("fused_experts", "grouped_gemm")},
+    "folders of csrc": set(),
     "modules": set(),
     "packages": set(),
 }

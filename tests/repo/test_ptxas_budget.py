@@ -22,7 +22,7 @@ from kimi_ops import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = ROOT / "cmake" / "ptxas_budget.txt"
-SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
+SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 BUILD = ROOT / "build" / f"python-{sys.implementation.cache_tag}" / "CMakeFiles"
 HEADER = "# SPDX-License-Identifier: MIT\n# registers  architecture  kernel (ptxas of nvcc {})\n"
 
@@ -62,7 +62,12 @@ def readable(mangled: str) -> str:
     name = re.sub(r"\b_GLOBAL__N__\w+::|\(anonymous namespace\)::|<unnamed>::", "", name)
     name = re.sub(r"\((?:int|bool|unsigned int|long)\)(?=-?\d)", "", name)  # cu++filt: (int)32
     name = name.replace("kimi::", "").removeprefix("void ")
-    return name[: name.rindex("(")] if name.endswith(")") else name
+    open_brackets = 0
+    for at in range(len(name) - 1, 0, -1):  # the parameters: they may hold brackets of their own
+        open_brackets += {")": 1, "(": -1}.get(name[at], 0)
+        if open_brackets == 0:
+            return name[:at] if name.endswith(")") else name
+    return name
 
 
 def architecture_of(source: Path) -> str:
@@ -156,6 +161,11 @@ ptxas info    : Used 255 registers
         "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to ..."
     )
     assert performance_losses(log + remark) == [remark]
+
+
+def test_names_end_where_the_parameters_begin() -> None:
+    mangled = "_Z1fI1AIL5Major0EEEvNT_1PE"  # void f<A<(Major)0> >(A<(Major)0>::P)
+    assert readable(mangled) in ("f<A<(Major)0> >", mangled)  # without a demangler as it is
 
 
 def test_spills_fail_with_any_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:

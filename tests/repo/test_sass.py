@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_ptxas_budget import ROOT, object_of, readable, usage_of
 
-SOURCES = sorted((ROOT / "csrc").glob("*/*_sm90.cu"))
+SOURCES = sorted((ROOT / "csrc").rglob("*_sm90.cu"))
 
 
 WGMMA = ("HGMMA", "QGMMA")  # of 16-bit and of FP8 operands

@@ -3,9 +3,9 @@
 // Grouped products for kernels that run on the host: a case describes one, check_case runs it on a
 // kernel and compares with a plain loop in fp64.
 //
-// Operands are small multiples of 1/16, so that every sum is exact in fp32 and what kStore writes
-// must have the very bits. Whatever is no part of an operand is NaN: padding between rows, rows
-// that no index names, rows after the last group; and memory ends with the last element (ASan).
+// Operands are small multiples of 1/16, so that every sum is exact in fp32 and what is stored as
+// it is must have the very bits. Whatever is no part of an operand is NaN: padding between rows,
+// rows that no index names, rows after the last group; and memory ends with the last element (ASan).
 #pragma once
 
 #include <algorithm>
@@ -19,33 +19,40 @@
 
 #include "check.h"
 #include "common/dtype.h"
-#include "grouped_gemm/product.h"
+#include "fused_experts/activate_product.h"
+#include "gemm/product.h"
 #include "simt.h"
 
 namespace product_cases {
 
 using namespace kimi;
-using namespace kimi::grouped;
+using namespace kimi::gemm;
+using experts::ActivateParams;
+using experts::kPartial;
+using experts::Pass;
+
+enum class Epilogue { kStore, kActivate, kActivateBackward };
 
 struct Kernel {
-  Status (*run)(const Product&, void*);
-  bool (*serves)(const Product&);  // nullptr: all
+  Status (*store)(const Product&, const StoreParams&);
+  Status (*activate)(const Product&, const ActivateParams&, Pass);
+  bool (*serves)(const Product&, Epilogue);  // nullptr: all
 };
 
 enum Contiguous { kAlongDepth, kAlongOuter, kNeither };
 
 struct Case {
   kimi_dtype dtype = KIMI_BFLOAT16;
-  Ragged ragged = Ragged::kRows;
+  Grouping grouping = Grouping::kM;
   Epilogue epilogue = Epilogue::kStore;
   std::vector<int32_t> offsets{};
   int64_t num_rows = 0;                   // R
-  int64_t rows = 0, cols = 0, depth = 0;  // rows with kDepth, depth with kRows
-  Contiguous p = kAlongDepth, q = kAlongDepth;
-  int pad = 8, misalign = 0;  // elements: after each row of P and Q, before the first one
-  bool gather_p = false, gather_q = false;
+  int64_t rows = 0, cols = 0, depth = 0;  // rows if K-grouped, depth if M-grouped
+  Contiguous a = kAlongDepth, b = kAlongDepth;
+  int pad = 8, misalign = 0;  // elements: after each row of A and B, before the first one
+  bool gather_a = false, gather_b = false;
   int divisor = 1;
-  int poison = -1;  // this group's part of P is NaN, and its matrix of Q
+  int poison = -1;  // this group's part of A is NaN, and its matrix of B
   kimi_dtype out_dtype = KIMI_FLOAT32;
   bool bias = false, accumulate = false;
   int out_pad = 0, out_misalign = 0;  // elements
@@ -57,12 +64,12 @@ struct Case {
   int64_t begin(int e) const { return e == 0 ? 0 : offsets[e - 1]; }
   std::string text() const {
     std::string t =
-        "dtype " + std::to_string(dtype) + (ragged == Ragged::kRows ? " rows" : " depth") +
+        "dtype " + std::to_string(dtype) + (grouping == Grouping::kM ? " rows" : " depth") +
         " epilogue " + std::to_string(static_cast<int>(epilogue)) + " R " +
         std::to_string(num_rows) + " M " + std::to_string(rows) + " N " + std::to_string(cols) +
-        " K " + std::to_string(depth) + " P " + std::to_string(p) + " Q " + std::to_string(q) +
+        " K " + std::to_string(depth) + " A " + std::to_string(a) + " B " + std::to_string(b) +
         " pad " + std::to_string(pad) + " misalign " + std::to_string(misalign) + " gather " +
-        std::to_string(gather_p) + std::to_string(gather_q) + " out " + std::to_string(out_dtype) +
+        std::to_string(gather_a) + std::to_string(gather_b) + " out " + std::to_string(out_dtype) +
         " bias " + std::to_string(bias) + " accumulate " + std::to_string(accumulate) +
         " activation " + std::to_string(activation) + " seed " + std::to_string(seed) + " offsets";
     for (int32_t o : offsets) t += " " + std::to_string(o);
@@ -164,41 +171,37 @@ class Check {
  public:
   Check(const Case& c, const Kernel& kernel) : c_(c), kernel_(kernel), random_(c.seed * 7919 + 13) {
     simt::settings().seed = c.seed;
-    const bool by_rows = c.ragged == Ragged::kRows;
-    const int64_t q_outer = c.epilogue == Epilogue::kActivate ? 2 * c.cols : c.cols;
-    make_index(index_p_, c.gather_p);
-    make_index(index_q_, c.gather_q);
-    const int64_t sources = sources_of(c.gather_p), q_sources = sources_of(c.gather_q);
-    p_ = std::make_unique<Operand<T>>(1, by_rows ? sources : c.rows, by_rows ? c.depth : sources,
-                                      c.p, c.pad, c.misalign);
-    q_ = std::make_unique<Operand<T>>(by_rows ? c.groups() : 1, q_outer,
-                                      by_rows ? c.depth : q_sources, c.q, c.pad, c.misalign);
+    const bool by_rows = c.grouping == Grouping::kM;
+    const int64_t b_outer = c.epilogue == Epilogue::kActivate ? 2 * c.cols : c.cols;
+    make_index(index_a_, c.gather_a);
+    make_index(index_b_, c.gather_b);
+    const int64_t sources = sources_of(c.gather_a), b_sources = sources_of(c.gather_b);
+    a_ = std::make_unique<Operand<T>>(1, by_rows ? sources : c.rows, by_rows ? c.depth : sources,
+                                      c.a, c.pad, c.misalign);
+    b_ = std::make_unique<Operand<T>>(by_rows ? c.groups() : 1, b_outer,
+                                      by_rows ? c.depth : b_sources, c.b, c.pad, c.misalign);
     for (int e = 0; e < c.groups(); ++e) {
       for (int64_t r = c.begin(e); r < c.offsets[e]; ++r)
         if (by_rows)
-          for (int64_t d = 0; d < c.depth; ++d) p(r, d) = value(1, e == c.poison);
+          for (int64_t d = 0; d < c.depth; ++d) a(r, d) = value(1, e == c.poison);
         else {
-          for (int64_t i = 0; i < c.rows; ++i) p(i, r) = value(1, e == c.poison);
-          for (int64_t j = 0; j < c.cols; ++j) q(e, j, r) = value(16, e == c.poison);
+          for (int64_t i = 0; i < c.rows; ++i) a(i, r) = value(1, e == c.poison);
+          for (int64_t j = 0; j < c.cols; ++j) b(e, j, r) = value(16, e == c.poison);
         }
       if (by_rows)
-        for (int64_t j = 0; j < q_outer; ++j)
-          for (int64_t d = 0; d < c.depth; ++d) q(e, j, d) = value(16, e == c.poison);
+        for (int64_t j = 0; j < b_outer; ++j)
+          for (int64_t d = 0; d < c.depth; ++d) b(e, j, d) = value(16, e == c.poison);
     }
-    product_.ragged = c.ragged;
-    product_.epilogue = c.epilogue;
+    product_.grouping = c.grouping;
     product_.dtype = c.dtype;
-    product_.p = p_->matrix(index_p_, c.divisor);
-    product_.q = q_->matrix(index_q_, c.divisor);
-    product_.p.group_stride = -12345;  // means nothing there
-    if (!by_rows) product_.q.group_stride = -12345;
-    product_.offsets = c.offsets.data();
-    product_.num_rows = c.num_rows;
+    product_.a = a_->matrix(index_a_, c.divisor);
+    product_.b = b_->matrix(index_b_, c.divisor);
+    product_.a.group_stride = -12345;  // means nothing there
+    if (!by_rows) product_.b.group_stride = -12345;
+    product_.groups = {c.offsets.data(), c.num_rows, c.groups()};
     product_.rows = c.rows;
     product_.depth = c.depth;
     product_.cols = c.cols;
-    product_.num_groups = c.groups();
-    product_.activation = c.activation;
   }
 
   // False where the kernel does not serve the case.
@@ -228,31 +231,31 @@ class Check {
   int64_t source(const std::vector<int32_t>& index, int64_t r) const {
     return index.empty() ? r : index[static_cast<size_t>(r)] / c_.divisor;
   }
-  T& p(int64_t outer, int64_t depth) {
-    return c_.ragged == Ragged::kRows ? p_->at(0, source(index_p_, outer), depth)
-                                      : p_->at(0, outer, source(index_p_, depth));
+  T& a(int64_t outer, int64_t depth) {
+    return c_.grouping == Grouping::kM ? a_->at(0, source(index_a_, outer), depth)
+                                       : a_->at(0, outer, source(index_a_, depth));
   }
-  T& q(int e, int64_t outer, int64_t depth) {
-    return c_.ragged == Ragged::kRows ? q_->at(e, outer, depth)
-                                      : q_->at(0, outer, source(index_q_, depth));
+  T& b(int e, int64_t outer, int64_t depth) {
+    return c_.grouping == Grouping::kM ? b_->at(e, outer, depth)
+                                       : b_->at(0, outer, source(index_b_, depth));
   }
-  // Row i of group e: of all rows with kRows, of the group's matrix with kDepth.
+  // Row i of group e: of all rows if M-grouped, else of the group's matrix.
   double sum(int e, int64_t i, int64_t j) {
-    const bool by_rows = c_.ragged == Ragged::kRows;
+    const bool by_rows = c_.grouping == Grouping::kM;
     const int64_t first = by_rows ? 0 : c_.begin(e), row = by_rows ? c_.begin(e) : 0;
     const int64_t depth = by_rows ? c_.depth : c_.offsets[e] - first;
     if (e != widened_) {  // once a group: the conversions take longer than the products
       widened_ = e;
       const int64_t rows = by_rows ? c_.offsets[e] - row : c_.rows;
       const int64_t cols = c_.epilogue == Epilogue::kActivate ? 2 * c_.cols : c_.cols;
-      wide_p_.clear(), wide_q_.clear();
+      wide_a_.clear(), wide_b_.clear();
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t d = 0; d < depth; ++d) wide_p_.push_back(to_float(p(row + r, first + d)));
+        for (int64_t d = 0; d < depth; ++d) wide_a_.push_back(to_float(a(row + r, first + d)));
       for (int64_t c = 0; c < cols; ++c)
-        for (int64_t d = 0; d < depth; ++d) wide_q_.push_back(to_float(q(e, c, first + d)));
+        for (int64_t d = 0; d < depth; ++d) wide_b_.push_back(to_float(b(e, c, first + d)));
     }
-    const double *const x = wide_p_.data() + (i - row) * depth, *const y =
-                                                                    wide_q_.data() + j * depth;
+    const double *const x = wide_a_.data() + (i - row) * depth, *const y =
+                                                                    wide_b_.data() + j * depth;
     double result = 0.0;
     for (int64_t d = 0; d < depth; ++d) result += x[d] * y[d];
     return result;
@@ -261,9 +264,10 @@ class Check {
     for (int e = 0; e < c_.groups(); ++e)
       for (int64_t r = c_.begin(e); r < c_.offsets[e]; ++r) visit(e, r);
   }
-  bool launch() {
-    if (kernel_.serves != nullptr && !kernel_.serves(product_)) return false;
-    const Status status = kernel_.run(product_, nullptr);
+  template <class Run>
+  bool launch(const Run& run) {
+    if (kernel_.serves != nullptr && !kernel_.serves(product_, c_.epilogue)) return false;
+    const Status status = run();
     if (!status.is_ok()) check::fail(__FILE__, __LINE__, status.message + ": " + c_.text());
     return true;
   }
@@ -273,7 +277,7 @@ class Check {
 
   template <class Out>
   bool run_store() {
-    const bool by_rows = c_.ragged == Ragged::kRows;
+    const bool by_rows = c_.grouping == Grouping::kM;
     const int64_t stride = c_.cols + c_.out_pad;
     const int64_t rows = by_rows ? c_.num_rows : c_.rows;
     Output<Out> out((by_rows ? 1 : c_.groups()) * rows * stride, c_.out_misalign);
@@ -299,15 +303,12 @@ class Check {
           out.expect(at, exact);
         }
     }
-    product_.out = out.data();
-    product_.out_dtype = c_.out_dtype;
-    product_.out_row_stride = stride;
-    product_.out_group_stride = by_rows ? 0 : rows * stride;
-    product_.bias = c_.bias ? bias.data() : nullptr;
-    product_.accumulate = c_.accumulate;
-    product_.wide_out = divides(out.data()) && stride * sizeof(Out) % 16 == 0 &&
-                        (!c_.bias || (divides(bias.data()) && c_.cols * sizeof(T) % 16 == 0));
-    if (!launch()) return false;
+    StoreParams params{out.data(), stride, by_rows ? 0 : rows * stride, c_.out_dtype};
+    params.bias = c_.bias ? bias.data() : nullptr;
+    params.accumulate = c_.accumulate;
+    params.wide = divides(out.data()) && stride * sizeof(Out) % 16 == 0 &&
+                  (!c_.bias || (divides(bias.data()) && c_.cols * sizeof(T) % 16 == 0));
+    if (!launch([&] { return kernel_.store(product_, params); })) return false;
     out.check("out", c_.text());
     return true;
   }
@@ -326,18 +327,19 @@ class Check {
           hidden.expect(r * f + j, activated(c_.activation, g, u, &unused, &unused), 1e-4);
       }
     });
-    product_.gate_up = c_.keep_gate_up ? gate_up.data() : nullptr;
-    product_.hidden = c_.keep_hidden ? hidden.data() : nullptr;
-    product_.wide_out =
-        divides(gate_up.data()) && divides(hidden.data()) && f * sizeof(T) % 16 == 0;
-    if (!launch()) return false;
+    ActivateParams params{};
+    params.activation = c_.activation;
+    params.gate_up = c_.keep_gate_up ? gate_up.data() : nullptr;
+    params.hidden = c_.keep_hidden ? hidden.data() : nullptr;
+    params.wide = divides(gate_up.data()) && divides(hidden.data()) && f * sizeof(T) % 16 == 0;
+    if (!launch([&] { return kernel_.activate(product_, params, Pass::kForward); })) return false;
     gate_up.check("gate_up", c_.text());
     hidden.check("hidden", c_.text());
     return true;
   }
 
   bool run_activate_backward() {
-    const int64_t f = c_.cols, partials = (f + kPartialColumns - 1) / kPartialColumns;
+    const int64_t f = c_.cols, partials = (f + kPartial - 1) / kPartial;
     Output<T> saved(c_.num_rows * 2 * f, c_.out_misalign),
         grad(c_.num_rows * 2 * f, c_.out_misalign), hidden(c_.num_rows * f, c_.out_misalign);
     Output<float> partial(c_.num_rows * partials);
@@ -362,20 +364,16 @@ class Check {
         hidden.expect(r * f + j, weight * h, 1e-5);
         grad.expect(r * 2 * f + j, weight * dh * slope_g, error);
         grad.expect(r * 2 * f + f + j, weight * dh * slope_u, error);
-        dot[static_cast<size_t>(j / kPartialColumns)] += dh * h;
+        dot[static_cast<size_t>(j / kPartial)] += dh * h;
       }
       for (int64_t i = 0; i < partials; ++i)
         partial.expect(r * partials + i, dot[static_cast<size_t>(i)], 1e-3);
     });
-    product_.gate_up = saved.data();
-    product_.grad_gate_up = grad.data();
-    product_.hidden = hidden.data();
-    product_.source = from.data();
-    product_.weights = weights.data();
-    product_.partial = partial.data();
-    product_.wide_out = divides(saved.data()) && divides(grad.data()) && divides(hidden.data()) &&
-                        f * sizeof(T) % 16 == 0;
-    if (!launch()) return false;
+    ActivateParams params{c_.activation, saved.data(),   hidden.data(), grad.data(),
+                          from.data(),   weights.data(), partial.data()};
+    params.wide = divides(saved.data()) && divides(grad.data()) && divides(hidden.data()) &&
+                  f * sizeof(T) % 16 == 0;
+    if (!launch([&] { return kernel_.activate(product_, params, Pass::kBackward); })) return false;
     saved.check("gate_up", c_.text());
     grad.check("grad_gate_up", c_.text());
     hidden.check("hidden", c_.text());
@@ -386,10 +384,10 @@ class Check {
   const Case& c_;
   const Kernel& kernel_;
   std::mt19937 random_;
-  std::vector<int32_t> index_p_, index_q_;
-  int widened_ = -1;  // the group of wide_p_, wide_q_
-  std::vector<double> wide_p_, wide_q_;
-  std::unique_ptr<Operand<T>> p_, q_;
+  std::vector<int32_t> index_a_, index_b_;
+  int widened_ = -1;  // the group of wide_a_, wide_b_
+  std::vector<double> wide_a_, wide_b_;
+  std::unique_ptr<Operand<T>> a_, b_;
   Product product_{};
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// product_sm80, run on the host, against plain loops in fp64 (product_cases.h).
+// The products of sm_80, run on the host, against plain loops in fp64 (product_cases.h).
 #include "common/dtype.h"
 #include "product_cases.h"
 
@@ -8,7 +8,21 @@ namespace {
 
 using namespace product_cases;
 
-constexpr Kernel kKernel{product_sm80, nullptr};
+// As product_cuda and activate_product would, on a GPU that has no other kernels.
+Status store(const Product& p, const StoreParams& out) {
+  sm80::Job job;
+  KIMI_RETURN_IF_ERROR(sm80::make_job(p, std::nullopt, &job));
+  return dispatch(p.dtype, [&]<class T>() { return sm80::store<T>(job, out, nullptr); });
+}
+Status activate(const Product& p, const ActivateParams& params, Pass pass) {
+  sm80::Job job;
+  const Major b = pass == Pass::kForward ? Major::kDepth : Major::kOuter;
+  KIMI_RETURN_IF_ERROR(sm80::make_job(p, b, &job));
+  return dispatch(p.dtype,
+                  [&]<class T>() { return experts::activate_sm80<T>(job, params, pass, nullptr); });
+}
+
+constexpr Kernel kKernel{store, activate, nullptr};
 constexpr kimi_dtype kTypes[] = {KIMI_BFLOAT16, KIMI_FLOAT16, KIMI_FLOAT32};
 
 void check_product(const Case& c) { CHECK(check_case(c, kKernel)); }
@@ -20,14 +34,14 @@ TEST(rows_store) {
   uint64_t seed = 0;
   for (kimi_dtype dtype : kTypes)
     for (bool few : {false, true})
-      for (Contiguous q : {kAlongDepth, kAlongOuter, kNeither}) {
-        Case c{.dtype = dtype, .offsets = few ? kSmall : kLarge, .q = q, .seed = ++seed};
+      for (Contiguous b : {kAlongDepth, kAlongOuter, kNeither}) {
+        Case c{.dtype = dtype, .offsets = few ? kSmall : kLarge, .b = b, .seed = ++seed};
         c.num_rows = few ? 40 : 215;  // rows after the last group are zeroed
         c.cols = seed % 2 == 0 ? 136 : 72;
         c.depth = seed % 3 == 0 ? 200 : 104;
         c.bias = seed % 2 == 1;
         c.out_dtype = seed % 3 == 0 ? KIMI_FLOAT32 : dtype;
-        c.gather_p = seed % 4 < 2;
+        c.gather_a = seed % 4 < 2;
         c.divisor = seed % 3 == 0 ? 3 : 1;
         c.poison = seed % 2 == 0 ? 2 : 3;
         check_product(c);
@@ -44,15 +58,15 @@ TEST(rows_store_with_addresses_that_16_bytes_do_not_divide) {
         c.num_rows = few ? 33 : 61;
         c.cols = variant < 2 ? 37 : 64;
         c.depth = variant == 0 || variant == 2 ? 41 : 40;
-        c.q = variant % 2 == 0 ? kAlongDepth : kAlongOuter;
+        c.b = variant % 2 == 0 ? kAlongDepth : kAlongOuter;
         c.pad = variant == 3 ? 1 : 8;
         c.misalign = variant == 4 ? 1 : 0;
-        c.p = seed % 3 == 0 ? kAlongOuter : kAlongDepth;
+        c.a = seed % 3 == 0 ? kAlongOuter : kAlongDepth;
         c.out_pad = variant;
         c.out_misalign = variant == 4 ? 3 : 0;
         c.bias = true;
         c.out_dtype = dtype;
-        c.gather_p = variant == 1;
+        c.gather_a = variant == 1;
         check_product(c);
       }
 }
@@ -74,7 +88,7 @@ TEST(rows_store_sizes_around_the_tiles) {
       c.num_rows = offsets.empty() ? 5 : offsets.back();
       c.cols = cols;
       c.depth = cols == 1 ? 8 : 64;
-      c.q = seed % 2 == 0 ? kAlongDepth : kAlongOuter;
+      c.b = seed % 2 == 0 ? kAlongDepth : kAlongOuter;
       check_product(c);
     }
   for (int64_t depth : {0, 1, 7, 8, 31, 32, 33, 95, 96, 97, 128}) {
@@ -112,16 +126,16 @@ TEST(depth_store) {
   uint64_t seed = 160;
   for (kimi_dtype dtype : kTypes)
     for (int variant = 0; variant < 7; ++variant) {
-      Case c{.dtype = dtype, .ragged = Ragged::kDepth, .offsets = {0, 5, 5, 70, 101, 101}};
+      Case c{.dtype = dtype, .grouping = Grouping::kK, .offsets = {0, 5, 5, 70, 101, 101}};
       c.seed = ++seed;
       c.num_rows = 110;
-      c.p = variant == 2 ? kAlongDepth : kAlongOuter;
-      c.q = variant == 3 ? kNeither : kAlongOuter;
+      c.a = variant == 2 ? kAlongDepth : kAlongOuter;
+      c.b = variant == 3 ? kNeither : kAlongOuter;
       c.rows = variant == 4 ? 129 : 40;
       c.cols = variant == 4 ? 17 : variant == 5 ? 136 : 64;
       c.accumulate = variant % 2 == 1;
-      c.gather_p = variant == 0 || variant == 6;
-      c.gather_q = variant == 1 || variant == 6;
+      c.gather_a = variant == 0 || variant == 6;
+      c.gather_b = variant == 1 || variant == 6;
       c.divisor = variant == 6 ? 8 : 1;
       c.misalign = variant == 6 && dtype == KIMI_FLOAT16 ? 1 : 0;
       c.poison = variant < 4 ? 3 : -1;
@@ -129,7 +143,7 @@ TEST(depth_store) {
       c.out_pad = variant == 4 ? 1 : 0;
       check_product(c);
     }
-  Case none{.ragged = Ragged::kDepth, .offsets = {0, 0}, .rows = 9, .cols = 9};
+  Case none{.grouping = Grouping::kK, .offsets = {0, 0}, .rows = 9, .cols = 9};
   check_product(none);
   none.accumulate = true;
   check_product(none);
@@ -151,8 +165,8 @@ TEST(activate) {
                  : activation == KIMI_ACTIVATION_SILU ? 96
                                                       : 64;
         c.depth = few ? 72 : 48;
-        c.q = seed % 5 == 0 ? kAlongOuter : kAlongDepth;
-        c.gather_p = seed % 2 == 0;
+        c.b = seed % 5 == 0 ? kAlongOuter : kAlongDepth;
+        c.gather_a = seed % 2 == 0;
         c.divisor = 2;
         c.keep_gate_up = seed % 4 != 0;
         c.keep_hidden = seed % 4 != 1;
@@ -174,8 +188,8 @@ TEST(activate_backward) {
                  : activation == KIMI_ACTIVATION_SILU ? 160
                                                       : 64;
         c.depth = few ? 72 : 48;
-        c.q = seed % 5 == 0 ? kAlongDepth : kAlongOuter;
-        c.gather_p = seed % 2 == 0;
+        c.b = seed % 5 == 0 ? kAlongDepth : kAlongOuter;
+        c.gather_a = seed % 2 == 0;
         c.divisor = 2;
         c.out_misalign = seed % 3 == 0 ? 1 : 0;
         c.poison = 2;
@@ -187,27 +201,27 @@ TEST(products_drawn_at_random) {
   for (uint64_t seed = 300; seed < 380; ++seed) {
     std::mt19937 random(static_cast<unsigned>(seed));
     const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
-    Case c{.dtype = kTypes[below(3)], .ragged = below(3) == 0 ? Ragged::kDepth : Ragged::kRows};
+    Case c{.dtype = kTypes[below(3)], .grouping = below(3) == 0 ? Grouping::kK : Grouping::kM};
     c.seed = seed;
-    if (c.ragged == Ragged::kRows) c.epilogue = static_cast<Epilogue>(below(3));
+    if (c.grouping == Grouping::kM) c.epilogue = static_cast<Epilogue>(below(3));
     int32_t end = 0;
     for (int e = below(6); e >= 0; --e) c.offsets.push_back(end += below(3) * below(40));
     c.num_rows = end + below(2) * below(20);
     c.rows = 1 + below(140);
     c.cols = below(2) ? 8 + 8 * below(18) : 1 + below(140);
     c.depth = below(2) ? 8 * below(16) : below(100);
-    c.p = static_cast<Contiguous>(below(3));
-    c.q = static_cast<Contiguous>(below(3));
-    if (below(3) != 0) c.p = c.ragged == Ragged::kRows ? kAlongDepth : kAlongOuter;
+    c.a = static_cast<Contiguous>(below(3));
+    c.b = static_cast<Contiguous>(below(3));
+    if (below(3) != 0) c.a = c.grouping == Grouping::kM ? kAlongDepth : kAlongOuter;
     c.pad = below(2) ? 8 : below(9);
     c.misalign = below(4) ? 0 : below(9);
-    c.gather_p = below(2);
-    c.gather_q = c.ragged == Ragged::kDepth && below(2);
+    c.gather_a = below(2);
+    c.gather_b = c.grouping == Grouping::kK && below(2);
     c.divisor = 1 + below(3);
     c.poison = below(8);
     c.out_dtype = below(2) ? KIMI_FLOAT32 : c.dtype;
-    c.bias = c.ragged == Ragged::kRows && below(2);
-    c.accumulate = c.ragged == Ragged::kDepth && below(2);
+    c.bias = c.grouping == Grouping::kM && below(2);
+    c.accumulate = c.grouping == Grouping::kK && below(2);
     c.out_pad = below(2) ? 0 : below(9);
     c.out_misalign = below(2) ? 0 : below(9);
     c.activation = kActivations[below(3)];
@@ -225,7 +239,7 @@ void check_rounding(int64_t rows, int64_t depth, bool of_depth) {
   constexpr int64_t kCols = 24;
   std::mt19937 random(static_cast<unsigned>(depth));
   std::normal_distribution<float> normal;
-  // Outer-major for kDepth, depth-major for kRows.
+  // Outer-major if K-grouped, else depth-major.
   std::vector<T> p(rows * depth), q(kCols * depth);
   for (T& v : p) v = from_float<T>(normal(random));
   for (T& v : q) v = from_float<T>(normal(random));
@@ -235,21 +249,17 @@ void check_rounding(int64_t rows, int64_t depth, bool of_depth) {
     std::vector<float> out(rows * kCols);
     const int32_t offset = static_cast<int32_t>(of_depth ? depth : rows);
     Product x{};
-    x.ragged = of_depth ? Ragged::kDepth : Ragged::kRows;
+    x.grouping = of_depth ? Grouping::kK : Grouping::kM;
     x.dtype = kDtype<T>;
-    x.p = {p.data(), of_depth ? 1 : depth, of_depth ? rows : 1, 0, nullptr, 1};
-    x.q = {q.data(), of_depth ? 1 : depth, of_depth ? kCols : 1, 0, nullptr, 1};
-    x.offsets = &offset;
-    x.num_rows = offset;
+    x.a = {p.data(), of_depth ? 1 : depth, of_depth ? rows : 1};
+    x.b = {q.data(), of_depth ? 1 : depth, of_depth ? kCols : 1};
+    x.groups = {&offset, offset, 1};
     x.rows = rows;
     x.depth = depth;
     x.cols = kCols;
-    x.num_groups = 1;
-    x.wide_out = reinterpret_cast<uintptr_t>(out.data()) % 16 == 0;
-    x.out = out.data();
-    x.out_row_stride = kCols;
-    x.out_dtype = KIMI_FLOAT32;
-    CHECK(kKernel.run(x, nullptr).is_ok());
+    StoreParams params{out.data(), kCols, 0, KIMI_FLOAT32};
+    params.wide = reinterpret_cast<uintptr_t>(out.data()) % 16 == 0;
+    CHECK(store(x, params).is_ok());
     if (first.empty()) first = out;
     CHECK(out == first);
   }

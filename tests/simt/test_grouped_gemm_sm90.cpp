@@ -1,97 +1,98 @@
 // SPDX-License-Identifier: MIT
 //
-// product_sm90, run on the host, against plain loops in fp64 (product_cases.h). Small products take
-// only some of its kernels by themselves, so that the others are asked for here.
+// The Hopper products, run on the host, against plain loops in fp64 (product_cases.h). Small ones
+// take narrow tiles by themselves, so that wide tiles are asked for here.
 #include <optional>
 
 #include "common/dtype.h"
-#include "grouped_gemm/product_sm90.h"
+#include "gemm/sm90/job.h"
 #include "product_cases.h"
 
 namespace {
 
 using namespace product_cases;
-using sm90::Shape;
 
 constexpr kimi_dtype kTypes[] = {KIMI_BFLOAT16, KIMI_FLOAT16};
 
-struct Force {
-  std::optional<Shape> shape{};
-  std::optional<bool> paired{};
-};
-Force g_force;
+std::optional<bool> g_narrow;  // or what the product takes by itself
 
-Status run_forced(const Product& p, void* stream) {
-  sm90::Job job = sm90::make_job(p);
-  job.shape = g_force.shape.value_or(job.shape);
-  job.paired = g_force.paired.value_or(job.paired);
-  return sm90::run_job(job, stream);
+Status store(const Product& p, const StoreParams& out) {
+  return sm90::store(p, out, g_narrow.value_or(sm90::is_narrow(p)), nullptr);
+}
+Status activate(const Product& p, const ActivateParams& params, Pass pass) {
+  return dispatch(p.dtype, [&]<class T>() {
+    if constexpr (sizeof(T) == 4) return invalid("a type that serves() refuses");
+    if constexpr (sizeof(T) == 2) return experts::activate_sm90<T>(p, params, pass, nullptr);
+  });
+}
+bool serves(const Product& p, Epilogue epilogue) {
+  if (epilogue == Epilogue::kStore) return sm90::serves(p);
+  return experts::serves_sm90(p,
+                              epilogue == Epilogue::kActivate ? Pass::kForward : Pass::kBackward);
 }
 
 // It serves the case, and right.
-void check_product(const Case& c, Force force = {}) {
-  g_force = force;
-  const bool chosen = !force.shape && !force.paired;
-  if (!check_case(c, {chosen ? product_sm90 : run_forced, serves_sm90}))
+void check_product(const Case& c, std::optional<bool> narrow = {}) {
+  g_narrow = narrow;
+  if (!check_case(c, {store, activate, serves}))
     check::fail(__FILE__, __LINE__, "not served: " + c.text());
 }
 
 TEST(rows_store_of_few_rows) {
   uint64_t seed = 0;
   for (kimi_dtype dtype : kTypes)
-    for (Contiguous q : {kAlongDepth, kAlongOuter})
+    for (Contiguous b : {kAlongDepth, kAlongOuter})
       for (int variant = 0; variant < 4; ++variant) {
-        Case c{.dtype = dtype, .offsets = {0, 1, 1, 18, 33}, .q = q, .seed = ++seed};
+        Case c{.dtype = dtype, .offsets = {0, 1, 1, 18, 33}, .b = b, .seed = ++seed};
         if (variant % 2 == 1) c.offsets = {70, 70, 72};
         c.num_rows = variant % 2 == 1 ? 75 : 40;  // rows after the last group are zeroed
         c.cols = variant == 2 ? 264 : 72;
         c.depth = variant == 0 ? 600 : 104;
         c.bias = seed % 2 == 1;
         c.out_dtype = seed % 3 == 0 ? KIMI_FLOAT32 : dtype;
-        c.gather_p = variant >= 2;
+        c.gather_a = variant >= 2;
         c.divisor = 3;
         c.poison = static_cast<int>(seed % 3);
-        check_product(c, variant == 3 ? Force{} : Force{.shape = Shape::kFew});
+        check_product(c, variant == 3 ? std::nullopt : std::optional(variant % 2 == 0));
       }
 }
 
 TEST(rows_store) {
   uint64_t seed = 20;
   for (kimi_dtype dtype : kTypes)
-    for (Contiguous q : {kAlongDepth, kAlongOuter})
-      for (Shape shape : {Shape::kNarrow, Shape::kWide})
-        for (bool paired : {false, true}) {
-          Case c{.dtype = dtype, .offsets = {150, 153}, .q = q, .seed = ++seed};
+    for (Contiguous b : {kAlongDepth, kAlongOuter})
+      for (bool narrow : {true, false})
+        for (int variant = 0; variant < 2; ++variant) {
+          Case c{.dtype = dtype, .offsets = {150, 153}, .b = b, .seed = ++seed};
           c.num_rows = 160;
           c.cols = seed % 3 == 0 ? 200 : 72;
           c.depth = 328;
-          c.gather_p = seed % 4 == 1;
+          c.gather_a = seed % 4 == 1;
           c.divisor = 2;
           c.bias = seed % 4 == 2;  // or TMA stores
           c.out_dtype = seed % 3 == 0 ? KIMI_FLOAT32 : dtype;
           c.poison = 1;
-          check_product(c, {shape, paired});
+          check_product(c, narrow);
         }
 }
 
 // Many tiles of a block one after the other, of any number of stages.
 TEST(rows_store_of_many_tiles) {
   uint64_t seed = 60;
-  for (Shape shape : {Shape::kFew, Shape::kNarrow, Shape::kWide})
-    for (bool paired : {false, true}) {
-      if (paired && shape == Shape::kFew) continue;
+  for (bool narrow : {true, false})
+    for (int variant = 0; variant < 2; ++variant) {
       Case c{.offsets = {1, 1, 3, 8, 8, 9, 130, 131, 133}, .num_rows = 134, .seed = ++seed};
       c.cols = 520;
       c.depth = 8 << seed % 4;
-      c.q = seed % 2 == 0 ? kAlongDepth : kAlongOuter;
-      c.gather_p = seed % 3 == 0;
+      c.b = seed % 2 == 0 ? kAlongDepth : kAlongOuter;
+      c.gather_a = seed % 3 == 0;
       c.poison = 3;
-      check_product(c, {shape, paired});
+      check_product(c, narrow);
     }
 }
 
 TEST(rows_more_groups_than_a_warp_has_lanes) {
-  for (Shape shape : {Shape::kFew, Shape::kWide}) {
+  for (bool narrow : {true, false}) {
     Case c{.seed = 121};
     std::mt19937 random(5);
     int32_t end = 0;
@@ -103,7 +104,7 @@ TEST(rows_more_groups_than_a_warp_has_lanes) {
     c.num_rows = end + 3;
     c.cols = 72;
     c.depth = 16;
-    check_product(c, {shape, false});
+    check_product(c, narrow);
   }
 }
 
@@ -111,19 +112,19 @@ TEST(depth_store) {
   uint64_t seed = 160;
   for (kimi_dtype dtype : kTypes)
     for (int variant = 0; variant < 8; ++variant) {
-      Case c{.dtype = dtype, .ragged = Ragged::kDepth, .offsets = {0, 5, 5, 200, 201, 201}};
+      Case c{.dtype = dtype, .grouping = Grouping::kK, .offsets = {0, 5, 5, 200, 201, 201}};
       c.seed = ++seed;
       c.num_rows = 210;
-      c.p = c.q = kAlongOuter;
+      c.a = c.b = kAlongOuter;
       c.rows = variant % 4 == 0 ? 136 : 40;
       c.cols = variant == 3 ? 264 : 72;
       c.accumulate = variant % 2 == 1;
-      c.gather_p = variant == 0 || variant == 5;
-      c.gather_q = variant == 1 || variant == 4;
+      c.gather_a = variant == 0 || variant == 5;
+      c.gather_b = variant == 1 || variant == 4;
       c.divisor = 3;
       c.poison = variant == 0 ? 5 : 3;
       c.out_dtype = variant % 3 == 0 ? dtype : KIMI_FLOAT32;
-      check_product(c, {{}, variant % 4 == 0});
+      check_product(c);
     }
 }
 
@@ -133,7 +134,7 @@ constexpr kimi_activation kActivations[] = {KIMI_ACTIVATION_SILU, KIMI_ACTIVATIO
 TEST(activate) {
   uint64_t seed = 200;
   for (kimi_dtype dtype : kTypes)
-    for (int variant = 0; variant < 3; ++variant)
+    for (int variant = 0; variant < 2; ++variant)
       for (kimi_activation activation : kActivations) {
         Case c{.dtype = dtype, .epilogue = Epilogue::kActivate, .activation = activation};
         c.seed = ++seed;
@@ -144,19 +145,19 @@ TEST(activate) {
                  : activation == KIMI_ACTIVATION_SILU ? 200
                                                       : 64;
         c.depth = variant == 0 ? 400 : 72;
-        c.gather_p = seed % 2 == 0;
+        c.gather_a = seed % 2 == 0;
         c.divisor = 2;
         c.keep_gate_up = seed % 4 != 0;
         c.keep_hidden = seed % 4 != 1;
         c.poison = 2;
-        check_product(c, {variant == 0 ? Shape::kFew : Shape::kWide, variant == 2});
+        check_product(c);
       }
 }
 
 TEST(activate_backward) {
   uint64_t seed = 240;
   for (kimi_dtype dtype : kTypes)
-    for (bool paired : {false, true})
+    for (int variant = 0; variant < 2; ++variant)
       for (kimi_activation activation : kActivations) {
         Case c{.dtype = dtype, .epilogue = Epilogue::kActivateBackward, .activation = activation};
         c.seed = ++seed;
@@ -165,36 +166,36 @@ TEST(activate_backward) {
         c.cols = activation == KIMI_ACTIVATION_GELU   ? 40
                  : activation == KIMI_ACTIVATION_SILU ? 160
                                                       : 264;
-        c.q = kAlongOuter;
+        c.b = kAlongOuter;
         c.depth = 72;
-        c.gather_p = seed % 2 == 0;
+        c.gather_a = seed % 2 == 0;
         c.divisor = 2;
         c.out_misalign = seed % 3 == 0 ? 1 : 0;
         c.poison = 2;
-        check_product(c, {{}, paired});
+        check_product(c);
       }
 }
 
 kimi_status g_code;
 
-bool serves_or_says_why(const Product& p) {
-  if (!serves_sm90(p)) g_code = product_sm90(p, nullptr).code;
-  return serves_sm90(p);
+bool serves_or_says_why(const Product& p, Epilogue) {
+  if (!sm90::serves(p)) g_code = sm90::store(p, {}, false, nullptr).code;
+  return sm90::serves(p);
 }
 
-// What TMA and wgmma cannot take is refused, by product_sm90 too.
+// What TMA and wgmma cannot take is refused, by store too.
 TEST(what_it_does_not_serve) {
-  constexpr Kernel kKernel{product_sm90, serves_or_says_why};
+  constexpr Kernel kKernel{store, activate, serves_or_says_why};
   Case served{.offsets = {3, 5}, .num_rows = 5, .cols = 16, .depth = 16};
   CHECK(check_case(served, kKernel));
   std::vector<Case> refused(7, served);
   refused[0].misalign = 1;
   refused[1].pad = 1;
-  refused[2].p = kAlongOuter;
-  refused[3].q = kNeither;
+  refused[2].a = kAlongOuter;
+  refused[3].b = kNeither;
   refused[4].depth = 12;  // gathered rows are copied by 16 bytes
   refused[4].pad = 4;
-  refused[4].gather_p = true;
+  refused[4].gather_a = true;
   refused[5].dtype = KIMI_FLOAT32;
   refused[6].offsets.clear();
   for (const Case& c : refused) {
@@ -210,36 +211,33 @@ TEST(products_drawn_at_random) {
   for (uint64_t seed = 300; seed < 360; ++seed) {
     std::mt19937 random(static_cast<unsigned>(seed));
     const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
-    Case c{.dtype = kTypes[below(2)], .ragged = below(3) == 0 ? Ragged::kDepth : Ragged::kRows};
+    Case c{.dtype = kTypes[below(2)], .grouping = below(3) == 0 ? Grouping::kK : Grouping::kM};
     c.seed = seed;
-    if (c.ragged == Ragged::kRows) c.epilogue = static_cast<Epilogue>(below(3));
+    if (c.grouping == Grouping::kM) c.epilogue = static_cast<Epilogue>(below(3));
     int32_t end = 0;
     for (int e = below(6); e >= 0; --e) c.offsets.push_back(end += below(3) * below(90));
     c.num_rows = end + below(2) * below(20);
     c.rows = 8 * (1 + below(17));
     c.cols = below(4) ? 8 * (1 + below(17)) : 1 + below(140);
     c.depth = below(4) ? 8 * below(40) : below(100);
-    c.p = c.ragged == Ragged::kRows ? kAlongDepth : kAlongOuter;
-    c.q = c.ragged == Ragged::kDepth || below(2) ? kAlongOuter : kAlongDepth;
+    c.a = c.grouping == Grouping::kM ? kAlongDepth : kAlongOuter;
+    c.b = c.grouping == Grouping::kK || below(2) ? kAlongOuter : kAlongDepth;
     c.pad = below(8) ? 8 : below(9);
     c.misalign = below(8) ? 0 : 4;
-    c.gather_p = below(2);
-    c.gather_q = c.ragged == Ragged::kDepth && !c.gather_p && below(2);
+    c.gather_a = below(2);
+    c.gather_b = c.grouping == Grouping::kK && !c.gather_a && below(2);
     c.divisor = 1 + below(3);
     c.poison = below(8);
     c.out_dtype = below(2) ? KIMI_FLOAT32 : c.dtype;
-    c.bias = c.ragged == Ragged::kRows && below(2);
-    c.accumulate = c.ragged == Ragged::kDepth && below(2);
+    c.bias = c.grouping == Grouping::kM && below(2);
+    c.accumulate = c.grouping == Grouping::kK && below(2);
     c.out_pad = below(2) ? 0 : below(9);
     c.out_misalign = below(2) ? 0 : below(9);
     c.activation = kActivations[below(3)];
     c.keep_gate_up = below(2);
     c.keep_hidden = below(3);
-    const bool rows = c.epilogue == Epilogue::kStore && c.ragged == Ragged::kRows;
-    g_force = {};
-    if (rows) g_force.shape = static_cast<Shape>(below(3));
-    if (rows && g_force.shape != Shape::kFew) g_force.paired = below(2);
-    served += check_case(c, {run_forced, serves_sm90});
+    g_narrow = below(2) != 0;
+    served += check_case(c, {store, activate, serves});
   }
   CHECK(served >= 25);
 }

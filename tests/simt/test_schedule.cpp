@@ -9,12 +9,12 @@
 
 #include "check.h"
 #include "device/launch.cuh"
-#include "grouped_gemm/schedule.cuh"
+#include "gemm/schedule.cuh"
 
 namespace {
 
 using namespace kimi;
-using namespace kimi::grouped;
+using namespace kimi::gemm;
 
 constexpr int kSwizzle = 8;
 constexpr int64_t kTileCols = 8;
@@ -33,20 +33,23 @@ bool same(const Tile& a, const Tile& b) {
 template <int kTileRows>
 __global__ void row_kernel(Product p, bool zero_rows, bool resumes, Found* found, int64_t room) {
   using Schedule = RowSchedule<kTileRows>;
-  const int64_t col_tiles = (p.cols + kTileCols - 1) / kTileCols;
-  Schedule schedule(p, col_tiles, zero_rows);
+  const uint32_t col_tiles = static_cast<uint32_t>(ceil_div(p.cols, kTileCols));
+  Schedule whole(p.groups, col_tiles, zero_rows);
+  typename Schedule::Place place;
   Tile tile;
-  for (int64_t i = blockIdx.x; schedule.find(i, tile); i += gridDim.x) {
+  for (uint32_t i = blockIdx.x;; i += gridDim.x) {
+    Schedule resumed(p.groups, col_tiles, zero_rows, place);
+    if (!(resumes ? resumed : whole).find(i, tile)) return;
+    place = resumed.place();
     if (lane_id() == 7 && i < room) found[i] = {tile, found[i].times + 1};
-    if (resumes) schedule = Schedule(p, col_tiles, zero_rows, schedule.place());
   }
 }
 
-__global__ void depth_kernel(Product p, int64_t row_tiles, int64_t col_tiles, Found* found,
-                             int64_t room) {
-  const DepthSchedule<> schedule(p, row_tiles, col_tiles);
+__global__ void matrix_kernel(Product p, uint32_t row_tiles, uint32_t col_tiles, uint32_t ratio,
+                              Found* found, int64_t room) {
+  const MatrixSchedule<> schedule(p, row_tiles, col_tiles, ratio);
   Tile tile;
-  for (int64_t i = blockIdx.x; schedule.find(i, tile); i += gridDim.x)
+  for (uint32_t i = blockIdx.x; schedule.find(i, tile); i += gridDim.x)
     if (lane_id() == 7 && i < room) found[i] = {tile, found[i].times + 1};
 }
 
@@ -78,16 +81,14 @@ void compare_rows(uint64_t seed) {
     offsets.push_back(end);
   }
   Product p{};
-  p.offsets = offsets.data();
-  p.num_groups = groups;
-  p.num_rows = end + static_cast<int64_t>(random() % 3 * 70);
+  p.groups = {offsets.data(), end + static_cast<int64_t>(random() % 3 * 70), groups};
   p.cols = 1 + static_cast<int64_t>(random() % 30);
   const int64_t col_tiles = (p.cols + kTileCols - 1) / kTileCols;
   for (bool zero_rows : {false, true}) {
     std::vector<Tile> want;
     for (int32_t e = 0; e < groups + (zero_rows ? 1 : 0); ++e) {
       const int64_t begin = e == 0 ? 0 : offsets[e - 1],
-                    last = e < groups ? offsets[e] : p.num_rows;
+                    last = e < groups ? offsets[e] : p.groups.num_rows;
       add_group(want, e, (last - begin + kTileRows - 1) / kTileRows, col_tiles, begin, last,
                 kTileRows);
     }
@@ -113,9 +114,7 @@ TEST(tiles_of_rows) {
 TEST(tiles_of_wrong_offsets) {
   const std::vector<int32_t> offsets{-5, 40, 20, 1000, 30};
   Product p{};
-  p.offsets = offsets.data();
-  p.num_groups = static_cast<int32_t>(offsets.size());
-  p.num_rows = 64;
+  p.groups = {offsets.data(), 64, static_cast<int32_t>(offsets.size())};
   p.cols = 8;
   std::vector<Found> found(200);
   CHECK(launch(row_kernel<16>, LaunchConfig{3, 32}, p, true, false, found.data(), int64_t{200})
@@ -131,18 +130,70 @@ TEST(tiles_of_the_depth) {
     const int64_t row_tiles = static_cast<int64_t>(seed),
                   col_tiles = 1 + static_cast<int64_t>(seed) % 4;
     Product p{};
-    p.offsets = offsets.data();
-    p.num_groups = static_cast<int32_t>(offsets.size());
-    p.num_rows = 120;
+    p.groups = {offsets.data(), 120, static_cast<int32_t>(offsets.size())};
     std::vector<Tile> want;
-    for (int32_t e = 0; e < p.num_groups; ++e)
+    for (int32_t e = 0; e < p.groups.count; ++e)
       add_group(want, e, row_tiles, col_tiles, e == 0 ? 0 : offsets[e - 1], offsets[e], 0);
     std::vector<Found> found(want.size() + 3);
-    CHECK(launch(depth_kernel, LaunchConfig{1 + static_cast<unsigned>(seed), 32}, p, row_tiles,
-                 col_tiles, found.data(), static_cast<int64_t>(found.size()))
+    CHECK(launch(matrix_kernel, LaunchConfig{1 + static_cast<unsigned>(seed), 32}, p,
+                 static_cast<uint32_t>(row_tiles), static_cast<uint32_t>(col_tiles), 0u,
+                 found.data(), static_cast<int64_t>(found.size()))
               .is_ok());
     compare(want, found);
   }
+}
+
+// Every tile of a batch once; of the lower triangle those that the diagonal or what lies below it
+// touches, row after row.
+TEST(tiles_of_a_batch_and_of_its_lower_triangle) {
+  for (uint32_t ratio : {0u, 1u, 2u, 3u})
+    for (uint32_t row_tiles : {1u, 2u, 3u, 7u, 40u}) {
+      simt::settings().seed = row_tiles + ratio;
+      Product p{};
+      p.grouping = Grouping::kBatch;
+      p.groups = {nullptr, 0, 3};
+      p.depth = 77;
+      const uint32_t col_tiles = ratio > 0 ? (row_tiles + ratio - 1) / ratio : 5;
+      std::vector<Tile> want;
+      for (int32_t e = 0; e < p.groups.count; ++e) {
+        if (ratio == 0) add_group(want, e, row_tiles, col_tiles, 0, p.depth, 0);
+        for (uint32_t r = 0; ratio > 0 && r < row_tiles; ++r)
+          for (uint32_t c = 0; c * ratio <= r; ++c)
+            want.push_back({e, static_cast<int32_t>(r), static_cast<int32_t>(c), 0, p.depth});
+      }
+      p.rows = p.cols = 128 * row_tiles;
+      p.lower = ratio > 0;
+      if (ratio > 0) CHECK(most_tiles(p, 128, 128 * ratio) == static_cast<int64_t>(want.size()));
+      std::vector<Found> found(want.size() + 3);
+      CHECK(launch(matrix_kernel, LaunchConfig{7, 32}, p, row_tiles, col_tiles, ratio, found.data(),
+                   static_cast<int64_t>(found.size()))
+                .is_ok());
+      compare(want, found);
+    }
+}
+
+// Triangles larger than any that fits a test's list.
+__global__ void corner_kernel(uint32_t row_tiles, uint32_t ratio, int* wrong) {
+  const uint32_t count = static_cast<uint32_t>(lower_tiles(row_tiles, ratio));
+  for (uint32_t row : {row_tiles - 1, row_tiles / 2}) {
+    const uint32_t begin = static_cast<uint32_t>(lower_tiles(row, ratio));
+    for (uint32_t col : {0u, row / ratio}) {
+      Tile tile{};
+      if (begin + col >= count) ++*wrong;
+      place_in_triangle(begin + col, ratio, tile);
+      if (static_cast<uint32_t>(tile.row_tile) != row ||
+          static_cast<uint32_t>(tile.col_tile) != col)
+        ++*wrong;
+    }
+  }
+}
+
+TEST(corners_of_large_triangles) {
+  int wrong = 0;
+  for (uint32_t ratio : {1u, 2u})
+    for (uint32_t row_tiles : {1000u, 4097u, 30001u, 60000u})
+      CHECK(launch(corner_kernel, LaunchConfig{1, 1}, row_tiles, ratio, &wrong).is_ok());
+  CHECK(wrong == 0);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The instructions themselves, for test_tiles to compare the model with where the machine has AMX.
-#include "cpu/tiles_amx.h"
+#include "gemm/cpu/tiles_amx.h"
 
 void machine_dot(const float* c, const void* a, const void* b, float* sum) {
   namespace tile = kimi::cpu::tile;

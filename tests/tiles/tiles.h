@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// A functional model of the AMX tile registers, for machines without them: csrc/cpu/tiles_amx.h
+// A functional model of the AMX tile registers, for machines without them: csrc/gemm/cpu/tiles_amx.h
 // calls it where KIMI_HOST_TILES is defined. Every OS thread has its own registers, as in hardware.
 //
 // Semantics are those of Intel's manual (volume 2: LDTILECFG, TILELOADD, TDPBF16PS). What the

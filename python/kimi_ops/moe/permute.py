@@ -135,9 +135,9 @@ def permute_weights(weights: Tensor, plan: PermutePlan) -> Tensor:
     _check.shape(op, "weights", weights, pairs, "pass one for each pair of the plan")
     _check.same_device(op, "weights", weights, "plan.row_map", plan.row_map)
     # A pair is a token with one slot.
-    return operators.permute(
-        weights.reshape(-1, 1), plan.row_map.reshape(-1, 1), plan.source
-    ).view(-1)
+    return operators.permute(weights.reshape(-1, 1), plan.row_map.reshape(-1, 1), plan.source).view(
+        -1
+    )
 
 
 def unpermute(y: Tensor, plan: PermutePlan, weights: Tensor | None = None) -> Tensor:

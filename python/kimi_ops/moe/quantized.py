@@ -267,7 +267,9 @@ class Fp8Rows:
     def __post_init__(self) -> None:
         op = type(self).__name__
         _check.tensor(op, "data", self.data)
-        _check.dtype(op, "data", self.data, (torch.float8_e4m3fn,), "quantize makes both tensors from rows")
+        _check.dtype(
+            op, "data", self.data, (torch.float8_e4m3fn,), "quantize makes both tensors from rows"
+        )
         _check.shape(op, "data", self.data, ("R", "K"))
         if self.data.shape[1] > 1 and self.data.stride(1) != 1:
             raise ValueError(

@@ -11,9 +11,7 @@ from kimi_ops.operators.registry import Operator
 from kimi_ops.reference import grouped_gemm as reference
 
 
-def _gemm(
-    a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return reference.forward(a, b, offsets, bias, _gemm_output(a, b, offsets, bias, dtype))
 
 

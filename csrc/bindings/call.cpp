@@ -1,0 +1,419 @@
+// SPDX-License-Identifier: MIT
+// A call: its arguments, its memory, and the one call of the C API.
+#include <algorithm>
+#include <cstdlib>
+
+#include "bindings/foreign.h"
+#include "bindings/tensors.h"
+
+namespace kimi::bindings {
+
+kimi_device device_of_cpu_tensors = KIMI_DEVICE_CPU;
+
+namespace {
+
+constexpr int64_t kHugePagesFrom = 8 << 20;  // bytes; smaller tensors are reused by the allocator
+
+std::string shown(PyObject* object) {
+  const Object text = checked(PyObject_Str(object));
+  const char* characters = PyUnicode_AsUTF8(text.get());
+  if (!characters) throw Raised();
+  return characters;
+}
+
+// What the exception that is set says; it is cleared.
+std::string caught() {
+  PyObject *type, *value, *trace;
+  PyErr_Fetch(&type, &value, &trace);
+  const Object held[] = {Object(type), Object(value), Object(trace)};
+  return value ? shown(value) : "no reason";
+}
+
+void refuse_allocation(void*, const char*, const char* message) {
+  const bool room = std::string_view(message).find("CUDA out of memory") == std::string_view::npos;
+  PyErr_SetString(room || !torch.out_of_memory ? PyExc_RuntimeError : torch.out_of_memory, message);
+}
+
+}  // namespace
+
+// ---- arguments ---------------------------------------------------------------------------------
+
+Call::Call(const char* op, PyObject* const* arguments, Py_ssize_t)
+    : op(op), arguments_(arguments) {}
+
+Call::~Call() {
+  for (PyObject* object : kept_) Py_DECREF(object);
+  for (PyObject* object : outputs_) Py_DECREF(object);
+  for (dlpack::ManagedVersioned* memory : managed_) memory->deleter(memory);
+}
+
+void Call::raise(PyObject* type, std::string_view name, const std::string& text) const {
+  std::string message(op);
+  if (!name.empty()) message.append(": ").append(name);
+  message.append(": ").append(text);
+  PyErr_SetString(type, message.c_str());
+  throw Raised();
+}
+
+Tensor Call::keep(Object object, std::string_view name) {
+  kept_.push_back(object.release());
+  return view_of(kept_.back(), name);
+}
+
+std::string_view Call::keep(std::string name) { return names_.emplace_back(std::move(name)); }
+
+Tensor Call::view_of(PyObject* object, std::string_view name) {
+  PyTypeObject* type = Py_TYPE(object);
+  const dlpack::Exchange* exchange = torch.is(type) ? torch.exchange : exchange_of(type);
+  if (!exchange || !exchange->view) return foreign(object, name);
+  dlpack::Tensor view;
+  if (exchange->view(object, &view) != 0) {
+    const std::string reason = caught();
+    const Object device(PyObject_GetAttrString(object, "device"));
+    if (!device.get()) PyErr_Clear();
+    if (has_device_ && device.get() && shown(device.get()) != name_of(device_))
+      value_error(name, "expected on ", name_of(device_), " as ", origin_name_, ", got ",
+                  shown(device.get()), "; move it with .to(", origin_name_, ".device)");
+    type_error(name,
+               "expected a dense tensor in the memory of a CPU or a CUDA device, got one that "
+               "DLPack cannot describe: ",
+               reason);
+  }
+  if (!has_device_) {
+    has_device_ = true;
+    device_ = view.device;
+    origin_ = object;
+    origin_name_ = name;
+    exchange_ = exchange;
+  }
+  Tensor tensor{this,       object,       name,
+                view.dtype, view.device,  view.ndim,
+                view.shape, view.strides, static_cast<char*>(view.data) + view.byte_offset};
+  if (!view.data && tensor.count() > 0)
+    type_error(name, "expected a tensor with memory, got ", Py_TYPE(object)->tp_name,
+               " without any; call torch.ops.kimi_ops.", op);
+  return tensor;
+}
+
+// Anything else that speaks DLPack, on a CPU: `object.__dlpack__()`, whose capsule is kept.
+Tensor Call::foreign(PyObject* object, std::string_view name) {
+  const Object method(PyObject_GetAttrString(object, "__dlpack__"));
+  if (!method.get()) {
+    PyErr_Clear();
+    type_error(name, "expected a torch.Tensor, got ", Py_TYPE(object)->tp_name);
+  }
+  const Object none = checked(PyTuple_New(0));
+  const Object options = checked(Py_BuildValue("{s(ii)}", "max_version", int(dlpack::kMajor), 0));
+  PyObject* capsule = PyObject_Call(method.get(), none.get(), options.get());
+  if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {  // a producer before DLPack 1.0
+    PyErr_Clear();
+    capsule = PyObject_CallNoArgs(method.get());
+  }
+  if (!capsule)
+    type_error(name, "expected an array that DLPack can describe, got one of which ",
+               Py_TYPE(object)->tp_name, " says: ", caught());
+  kept_.push_back(capsule);
+  dlpack::Tensor* view = nullptr;
+  bool read_only = false;
+  if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+    auto* managed =
+        static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    if (managed->version.major != dlpack::kMajor)
+      type_error(name, "expected version 1 of DLPack, got ", managed->version.major);
+    read_only = managed->flags & dlpack::kReadOnly;
+    view = &managed->tensor;
+  } else {
+    void* managed = PyCapsule_GetPointer(capsule, "dltensor");
+    if (!managed) throw Raised();
+    view = &static_cast<dlpack::Managed*>(managed)->tensor;
+  }
+  if (view->device.type != dlpack::kCpu)
+    type_error(name, "expected an array in the memory of a CPU, got one on ", name_of(view->device),
+               "; pass it as a torch.Tensor");
+  if (!has_device_) {
+    has_device_ = true;
+    origin_ = object;
+    origin_name_ = name;
+  }
+  const int64_t* strides = view->strides;
+  if (!strides) {
+    std::vector<int64_t>& steps = strides_.emplace_back(view->ndim, 1);
+    for (int i = view->ndim - 2; i >= 0; --i) steps[i] = steps[i + 1] * view->shape[i + 1];
+    strides = steps.data();
+  }
+  Tensor tensor{this,        object,       name,
+                view->dtype, view->device, view->ndim,
+                view->shape, strides,      static_cast<char*>(view->data) + view->byte_offset};
+  tensor.read_only = read_only;
+  return tensor;
+}
+
+Tensor Call::tensor(const char* name) { return view_of(next(), name); }
+
+Tensor Call::optional(const char* name) {
+  PyObject* object = next();
+  if (object != Py_None) return view_of(object, name);
+  Tensor none;
+  none.call = this;
+  none.name = name;
+  return none;
+}
+
+std::vector<Tensor> Call::tensors(const char* name) {
+  const Object list = checked(PySequence_Fast(next(), name));
+  std::vector<Tensor> tensors;
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.get());
+  for (Py_ssize_t i = 0; i < count; ++i)
+    tensors.push_back(view_of(PySequence_Fast_GET_ITEM(list.get(), i),
+                              keep(std::string(name) + "[" + std::to_string(i) + "]")));
+  return tensors;
+}
+
+int64_t Call::integer(const char* name) {
+  PyObject* object = next();
+  Object converted;
+  if (!PyLong_CheckExact(object)) {
+    if (PyBool_Check(object) || !PyIndex_Check(object))
+      type_error(name, "expected an int, got ", Py_TYPE(object)->tp_name, "; pass int(", name, ")");
+    converted = checked(PyNumber_Index(object));
+    object = converted.get();
+  }
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  if (overflow) value_error(name, "expected an int of 64 bits, got ", shown(object));
+  return value;
+}
+
+int32_t Call::int32(const char* name) {
+  const int64_t value = integer(name);
+  if (value != int32_t(value)) value_error(name, "expected an int of 32 bits, got ", value);
+  return int32_t(value);
+}
+
+double Call::number(const char* name) {
+  PyObject* object = next();
+  if (PyFloat_Check(object)) return PyFloat_AS_DOUBLE(object);
+  if (!PyLong_Check(object) || PyBool_Check(object))
+    type_error(name, "expected a number, got ", Py_TYPE(object)->tp_name);
+  const double value = PyLong_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) throw Raised();
+  return value;
+}
+
+bool Call::truth() {
+  const int value = PyObject_IsTrue(next());
+  if (value < 0) throw Raised();
+  return value != 0;
+}
+
+Type Call::type(const char* name) {
+  PyObject* object = next();
+  PyObject* found = torch.dtypes ? PyDict_GetItemWithError(torch.dtypes, object) : nullptr;
+  int code, bits;
+  if (!found || !PyArg_ParseTuple(found, "ii", &code, &bits)) {
+    if (PyErr_Occurred()) throw Raised();
+    type_error(name, "expected a dtype that the kernels know, got ", shown(object));
+  }
+  return {uint8_t(code), uint8_t(bits), 1};
+}
+
+std::vector<int64_t> Call::integers(const char* name) {
+  const Object list = checked(PySequence_Fast(next(), name));
+  std::vector<int64_t> values;
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.get());
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    values.push_back(PyLong_AsLongLong(PySequence_Fast_GET_ITEM(list.get(), i)));
+    if (values.back() == -1 && PyErr_Occurred()) throw Raised();
+  }
+  return values;
+}
+
+std::vector<double> Call::numbers(const char* name) {
+  const Object list = checked(PySequence_Fast(next(), name));
+  std::vector<double> values;
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.get());
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    values.push_back(PyFloat_AsDouble(PySequence_Fast_GET_ITEM(list.get(), i)));
+    if (values.back() == -1.0 && PyErr_Occurred()) throw Raised();
+  }
+  return values;
+}
+
+int Call::choose(const char* name, std::initializer_list<const char*> expected) {
+  PyObject* object = next();
+  std::string names;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const char* choice = expected.begin()[i];
+    if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, choice) == 0)
+      return int(i);
+    names += (i ? ", " : "") + std::string(choice);
+  }
+  const Object text = checked(PyObject_Repr(object));
+  value_error(name, "expected one of ", names, ", got ", shown(text.get()));
+}
+
+// ---- memory ------------------------------------------------------------------------------------
+
+namespace {
+
+dlpack::ManagedVersioned* allocate_in(const dlpack::Exchange* exchange, dlpack::Device device,
+                                      Type type, int ndim, const int64_t* sizes) {
+  dlpack::Tensor like{nullptr, device, ndim, type, const_cast<int64_t*>(sizes), nullptr, 0};
+  dlpack::ManagedVersioned* memory = nullptr;
+  if (exchange->allocate(&like, &memory, nullptr, refuse_allocation) != 0) {
+    if (!PyErr_Occurred()) PyErr_NoMemory();
+    throw Raised();
+  }
+  return memory;
+}
+
+}  // namespace
+
+Output Call::allocate(Type type, int ndim, const int64_t* sizes) {
+  // A size that an option sets may be nonsense still: the op says so before it writes.
+  int64_t clean[8] = {};
+  for (int i = 0; i < ndim; ++i) clean[i] = std::max<int64_t>(sizes[i], 0);
+  dlpack::ManagedVersioned* memory = exchange_ ? allocate_in(exchange_, device_, type, ndim, clean)
+                                               : allocate_foreign(type, ndim, clean);
+  void* object = nullptr;
+  char* address = static_cast<char*>(memory->tensor.data) + memory->tensor.byte_offset;
+  if (exchange_) {
+    if (exchange_->to_object(memory, &object) != 0) throw Raised();
+  } else {
+    object = object_of_foreign(memory, origin_);
+  }
+  outputs_.push_back(static_cast<PyObject*>(object));
+  int64_t bytes = type.bits * type.lanes / 8;
+  for (int i = 0; i < ndim; ++i) bytes *= clean[i];
+  if (bytes >= kHugePagesFrom && device_.type == dlpack::kCpu)
+    kimi_advise_huge_pages(address, size_t(bytes));
+  return {outputs_.back(), address};
+}
+
+Tensor Call::empty_tensor(const Tensor& like) {
+  return view_of(empty_like(like).object, like.name);
+}
+
+void* Call::workspace(size_t bytes) {
+  if (bytes == 0) return nullptr;
+  const int64_t size = int64_t(bytes);
+  managed_.push_back(exchange_ ? allocate_in(exchange_, device_, kUint8, 1, &size)
+                               : allocate_foreign(kUint8, 1, &size));
+  void* memory = managed_.back()->tensor.data;
+  if (size >= kHugePagesFrom && device_.type == dlpack::kCpu) kimi_advise_huge_pages(memory, bytes);
+  return memory;
+}
+
+// ---- the call ----------------------------------------------------------------------------------
+
+kimi_device Call::device() {
+  if (device_.type == dlpack::kCuda) return KIMI_DEVICE_CUDA;
+  // OpenMP's own number is per thread and per runtime; torch's is the one that the user sets.
+  if (torch.num_threads) check(kimi_set_num_threads(int(ask(torch.num_threads))));
+  return device_of_cpu_tensors;
+}
+
+namespace {
+
+// The CUDA device of a call is the current one while this lives.
+class Current {
+ public:
+  explicit Current(dlpack::Device device) {
+    if (device.type != dlpack::kCuda || !torch.exchange_device) return;
+    if (ask(torch.current_device) == device.id) return;
+    const Object before = checked(PyObject_CallFunction(torch.exchange_device, "i", device.id));
+    before_ = PyLong_AsLong(before.get());
+  }
+  ~Current() {
+    if (before_ < 0) return;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    const Object after(PyObject_CallFunction(torch.exchange_device, "l", before_));
+    PyErr_Restore(type, value, trace);
+  }
+
+ private:
+  long before_ = -1;
+};
+
+}  // namespace
+
+void Call::run(kimi_status (*function)(const void*, kimi_device, void*), const void* arguments) {
+  const kimi_device where = device();
+  const Current current(device_);
+  void* stream = nullptr;
+  if (device_.type == dlpack::kCuda) exchange_->current_stream(device_.type, device_.id, &stream);
+  kimi_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = function(arguments, where, stream);
+  Py_END_ALLOW_THREADS;
+  check(status);
+}
+
+bool Call::served(int32_t (*ask)(kimi_device)) {
+  const Current current(device_);
+  return ask(device()) != 0;
+}
+
+void Call::check(kimi_status status) const {
+  if (status == KIMI_OK) return;
+  PyErr_SetString(status == KIMI_INVALID_ARGUMENT ? PyExc_ValueError : PyExc_RuntimeError,
+                  kimi_last_error());
+  throw Raised();
+}
+
+void Call::check(const Status& status) const {
+  if (status.is_ok()) return;
+  PyErr_SetString(PyExc_ValueError, status.message.c_str());
+  throw Raised();
+}
+
+bool Call::reads(const Tensor& tensor) const {
+  if (!tensor.is_cuda()) return true;
+  const char* asked = std::getenv("KIMI_OPS_CHECK");
+  return asked && std::string_view(asked) == "1";
+}
+
+Tensor Call::on_host(const Tensor& tensor) {
+  if (!tensor.is_cuda()) return tensor;
+  return keep(checked(PyObject_CallMethod(tensor.object, "cpu", nullptr)), tensor.name);
+}
+
+void Call::write_back(const Tensor& target, const Tensor& written) {
+  if (target.object != written.object)
+    checked(PyObject_CallMethod(target.object, "copy_", "O", written.object));
+  else if (torch.increment_version && torch.is(Py_TYPE(target.object)))
+    checked(PyObject_CallOneArg(torch.increment_version, target.object));
+}
+
+PyObject* Call::handed_over(const Output& output) {
+  PyObject*& owned = *std::find(outputs_.begin(), outputs_.end(), output.object);
+  PyObject* object = owned;
+  owned = outputs_.back();
+  outputs_.pop_back();
+  return object;
+}
+
+PyObject* Call::result(const Output& output) { return handed_over(output); }
+
+PyObject* Call::result(std::initializer_list<Output> outputs) {
+  Object tuple = checked(PyTuple_New(Py_ssize_t(outputs.size())));
+  Py_ssize_t i = 0;
+  for (const Output& output : outputs) PyTuple_SET_ITEM(tuple.get(), i++, handed_over(output));
+  return tuple.release();
+}
+
+PyObject* Call::list(const std::vector<Output>& outputs, bool transposed) {
+  Object list = checked(PyList_New(Py_ssize_t(outputs.size())));
+  Py_ssize_t i = 0;
+  for (const Output& output : outputs)
+    PyList_SET_ITEM(list.get(), i++,
+                    transposed ? checked(PyObject_GetAttrString(output.object, "mT")).release()
+                               : handed_over(output));
+  return list.release();
+}
+
+PyObject* Call::none() { Py_RETURN_NONE; }
+PyObject* Call::not_implemented() { Py_RETURN_NOTIMPLEMENTED; }
+
+}  // namespace kimi::bindings

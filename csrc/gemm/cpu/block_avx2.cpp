@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: MIT
+// Block products on AVX2 in fp32: tiles of 6 x 16, 12 of 16 registers hold sums. Packing moves
+// eight rows at a time: a transpose of 8 x 8 words where depth is contiguous, plain vectors where
+// rows are.
+#include "cpu/vec_avx2.h"
+#include "gemm/cpu/block_element.h"
+#include "gemm/cpu/block_simd.h"
+
+namespace kimi::cpu {
+namespace {
+
+struct Tile : Avx2 {
+  using Pack = float;
+  static constexpr int64_t kRows = 6, kPair = 1;
+
+  static F load_pack(const float* x) { return load(x); }
+  static F broadcast(const float* x) { return set(*x); }
+  static F multiply_add(F a, F b, F sum) { return fma(a, b, sum); }
+};
+
+constexpr int64_t kDepthBlock = 256;
+
+inline void transpose8(__m256 r[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+// Depths [from, to) of `width` rows, element by element.
+void pack_elements(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t from,
+                   int64_t to, float* packed, int64_t width, int64_t lanes) {
+  for (int64_t d = from; d < to; ++d)
+    for (int64_t r = 0; r < lanes; ++r)
+      packed[d * width + r] = r < rows ? read_element(x, row + r, depth + d) : 0.0f;
+}
+
+// `rows` <= lanes <= 8 rows of a group `width` wide.
+template <class T>
+void pack_group(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count,
+                float* to, int64_t width, int64_t lanes) {
+  const T* data = static_cast<const T*>(x.data);
+  int64_t d = 0;
+  if (x.depth_stride == 1 && !x.depth_index && rows == lanes) {
+    const T* source[8];
+    for (int64_t r = 0; r < 8; ++r) {
+      const int64_t at = r < rows ? gathered(x.row_index, x.index_divisor, row + r) : -1;
+      source[r] = at < 0 ? nullptr : data + at * x.row_stride + depth;
+    }
+    for (; d + 8 <= count; d += 8) {
+      __m256 v[8];
+      for (int r = 0; r < 8; ++r)
+        v[r] = source[r] ? Avx2::load(source[r] + d) : _mm256_setzero_ps();
+      transpose8(v);
+      for (int i = 0; i < 8; ++i) {
+        alignas(32) float words[8];
+        if (lanes == 8) {
+          _mm256_storeu_ps(to + (d + i) * width, v[i]);
+        } else {
+          _mm256_store_ps(words, v[i]);
+          __builtin_memcpy(to + (d + i) * width, words, size_t(lanes) * 4);
+        }
+      }
+    }
+  } else if (x.row_stride == 1 && !x.row_index && rows == 8) {
+    for (; d < count; ++d) {
+      const int64_t at = gathered(x.depth_index, x.index_divisor, depth + d);
+      _mm256_storeu_ps(to + d * width,
+                       at < 0 ? _mm256_setzero_ps() : Avx2::load(data + row + at * x.depth_stride));
+    }
+  }
+  pack_elements(x, row, rows, depth, d, count, to, width, lanes);
+}
+
+template <int64_t kWidth>
+void pack(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count, void* packed) {
+  float* to = static_cast<float*>(packed);
+  for (int64_t done = 0; done < count; done += kDepthBlock) {
+    const int64_t block = count - done < kDepthBlock ? count - done : kDepthBlock;
+    for (int64_t group = 0; group < rows; group += kWidth, to += block * kWidth)
+      for (int64_t part = 0; part < kWidth; part += 8) {
+        const int64_t left = rows - group - part, lanes = kWidth - part < 8 ? kWidth - part : 8;
+        const int64_t live = left < 0 ? 0 : left < lanes ? left : lanes;
+        if (x.storage > Storage::kFloat16)
+          pack_elements(x, row + group + part, live, depth + done, 0, block, to + part, kWidth,
+                        lanes);
+        else
+          dispatch(kimi_dtype(x.storage), [&]<class T>() {
+            pack_group<T>(x, row + group + part, live, depth + done, block, to + part, kWidth,
+                          lanes);
+          });
+      }
+  }
+}
+
+}  // namespace
+
+extern const BlockEngine kAvx2Blocks = {
+    Tile::kRows,    kDepthBlock, 1, 4, pack<Tile::kRows>, pack<kStripRows>,
+    multiply<Tile>, nullptr,     0, 0, nullptr,           nullptr};
+
+}  // namespace kimi::cpu

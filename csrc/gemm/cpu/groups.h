@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT
+// Products of many groups as one parallel run of blocks: the schedule and the cache blocking that
+// grouped_gemm and fused_experts share.
+//
+// A task is a block of up to kBlockRows rows and kBlockSums sums of one group's result, all of its
+// depth. Its panel (rows of P) is packed for as much depth as fits kPanelBytes, its strips (rows of
+// S) one after the other; the sums stay in C. A thread, with AVX-512-BF16 and many rows:
+//   panel 280 x 512 x 2 B = 280 KiB    strip 32 x 512 x 2 B = 32 KiB    C 280 x 256 x 4 B = 280 KiB
+// together 0.6 of a 1 MiB L2. Few rows get a longer panel and more columns instead, so that each
+// row of S is read in one go: its stream from memory is the limit then.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/workspace.h"
+#include "cpu/parallel.h"
+#include "gemm/cpu/block.h"
+
+namespace kimi::grouped {
+
+constexpr int64_t kBlockRows = 280, kBlockSums = kBlockRows * 256, kPanelBytes = 280 << 10;
+constexpr int64_t kDotBytes = 512 << 10;  // of the rows of P on the path of few rows
+
+// One group: rows x depth of P by (parts x cols) x depth of S. With two parts a block holds the
+// same columns of both: part 1 of S begins part_rows rows after part 0.
+struct Group {
+  cpu::Operand p, s;
+  int64_t p_row = 0;  // of the group's first row in P
+  int64_t s_row = 0;  // of its first column, a row of S
+  int64_t rows = 0, cols = 0, depth = 0;
+  int64_t p_depth = 0;     // first depth in P and S
+  bool over_rows = false;  // depth counts rows of the group, as in wgrad
+  int parts = 1;
+  int64_t part_rows = 0;
+};
+
+// Finished sums of rows [row, row + rows) (counted in the group) and columns [col, col + cols) of
+// each part; part q begins at c + q * part_stride.
+struct Block {
+  int32_t group;
+  int64_t row, rows, col, cols;
+  const float* c;
+  int64_t stride, part_stride;
+  int thread;
+};
+
+struct ThreadMemory {
+  char *panel, *strip;
+  float* c;
+  int64_t bytes;
+
+  ThreadMemory(const cpu::BlockEngine& engine, void* memory) {
+    Pieces pieces(memory);
+    panel = pieces.take(
+        std::max({kPanelBytes, kDotBytes, engine.panel_bytes(kBlockRows, engine.depth_block)}));
+    strip = pieces.take(engine.strip_bytes());
+    c = pieces.take<float>(kBlockSums);
+    bytes = pieces.bytes();
+  }
+};
+
+class Workspace {
+ public:
+  static size_t bytes(const cpu::BlockEngine& engine, int32_t groups) {
+    return size_t(Workspace(engine, nullptr, groups).pieces_.bytes());
+  }
+
+  Workspace(const cpu::BlockEngine& engine, void* memory, int32_t groups)
+      : engine_(engine),
+        pieces_(memory),
+        order_(pieces_.take<int32_t>(groups)),
+        first_task_(pieces_.take<int64_t>(int64_t{groups} + 1)),
+        thread_bytes_(ThreadMemory(engine, nullptr).bytes),
+        threads_(pieces_.take(cpu::num_threads() * thread_bytes_)) {}
+
+  int32_t* order() const { return order_; }
+  int64_t* first_task() const { return first_task_; }  // [groups + 1]
+  ThreadMemory of(int thread) const { return {engine_, threads_ + thread * thread_bytes_}; }
+
+ private:
+  const cpu::BlockEngine& engine_;
+  Pieces pieces_;
+  int32_t* order_;
+  int64_t* first_task_;
+  int64_t thread_bytes_;
+  char* threads_;
+};
+
+// The sums of one block into c; strips are fetched one ahead.
+void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block& block, char* panel,
+                    char* strip, float* c);
+
+// How a group is cut: blocks of equal rows, as wide as kBlockSums allows, or `narrower` times less.
+struct Cut {
+  int64_t rows, cols, row_blocks, tasks;
+
+  Cut(const cpu::BlockEngine& engine, const Group& g, int64_t narrower) {
+    const int64_t most = kBlockRows / engine.panel_rows * engine.panel_rows;
+    const int64_t blocks = ceil_div(g.rows, most);
+    rows = round_up(ceil_div(g.rows, blocks), engine.panel_rows);
+    row_blocks = ceil_div(g.rows, rows);
+    const int64_t strips = kBlockSums / rows / g.parts / narrower / cpu::kStripRows;
+    cols = std::max<int64_t>(1, strips) * cpu::kStripRows;
+    tasks = row_blocks * ceil_div(g.cols, cols);
+  }
+};
+
+// Calls sink(block) for all blocks of all groups; group(i) describes group i. Groups without rows
+// or columns have no blocks; a group without depth has blocks of zeros.
+template <class GroupOf, class Sink>
+void run_groups(const cpu::BlockEngine& engine, const Workspace& workspace, int32_t num_groups,
+                const GroupOf& group, const Sink& sink) {
+  int32_t* order = workspace.order();
+  int64_t* first = workspace.first_task();
+  int32_t used = 0;
+  int64_t* work = first;  // of group i, until the tasks are counted
+  for (int32_t i = 0; i < num_groups; ++i) {
+    const Group g = group(i);
+    if (g.rows > 0 && g.cols > 0) order[used++] = i;
+    work[i] = g.rows * g.cols * std::max<int64_t>(g.depth, 1);
+  }
+  std::sort(order, order + used,
+            [&](int32_t a, int32_t b) { return work[a] != work[b] ? work[a] > work[b] : a < b; });
+  // Blocks are as wide as they can be unless that leaves threads idle; width changes no sum.
+  int64_t narrower = 1;
+  for (;; narrower *= 2) {
+    first[0] = 0;
+    for (int32_t i = 0; i < used; ++i)
+      first[i + 1] = first[i] + Cut(engine, group(order[i]), narrower).tasks;
+    if (first[used] >= 8 * cpu::num_threads() || narrower >= 64) break;
+  }
+  cpu::parallel_tasks(first[used], [&](int64_t task, int thread) {
+    const int32_t at = int32_t(std::upper_bound(first, first + used + 1, task) - first) - 1;
+    const Group g = group(order[at]);
+    const Cut cut(engine, g, narrower);
+    const int64_t index = task - first[at];
+    Block block;
+    block.group = order[at];
+    block.row = index % cut.row_blocks * cut.rows;
+    block.rows = std::min(cut.rows, g.rows - block.row);
+    block.col = index / cut.row_blocks * cut.cols;
+    block.cols = std::min(cut.cols, g.cols - block.col);
+    block.part_stride = round_up(block.cols, cpu::kStripRows);
+    block.stride = block.part_stride * g.parts;
+    block.thread = thread;
+    const ThreadMemory memory = workspace.of(thread);
+    block.c = memory.c;
+    multiply_block(engine, g, block, memory.panel, memory.strip, memory.c);
+    sink(block);
+  });
+}
+
+}  // namespace kimi::grouped

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT
+// One product of groups, or of a batch, on CUDA: what ops ask of the matrix kernels.
+//
+//   C[i, j] = sum_d A[i, d] B[j, d] for each group e; what becomes of C is up to an epilogue
+//
+//   M-grouped  offsets divide the rows of A and C     forward, dgrad    B is one matrix a group
+//   K-grouped  offsets divide the depth of A and B    wgrad             C is one matrix a group
+//   batch      A, B and C are one matrix a group, all of one size; of C perhaps its lower triangle
+//
+// Two kernels do it: wgmma and TMA on Hopper (operands whose addresses and strides 16 bytes
+// divide), mma.sync and cp.async everywhere else (any strides; fp32 by plain fma; no batch).
+#pragma once
+
+#include <cstdint>
+
+#include "common/integer.h"
+#include "common/status.h"
+
+namespace kimi::gemm {
+
+enum class Grouping { kM, kK, kBatch };
+
+// A or B. `outer` is the dimension of C's rows (A) or columns (B). Row r of what offsets divide is
+// row (index ? index[r] / divisor : r) of the data; index counts as checked.
+struct Matrix {
+  const void* data;
+  int64_t outer_stride, depth_stride;  // elements
+  int64_t group_stride = 0;            // of one matrix a group, elements
+  const int32_t* index = nullptr;      // [R]
+  int32_t divisor = 1;
+};
+
+struct Groups {
+  const int32_t* offsets;  // [count] inclusive ends, on the device; a batch has none
+  int64_t num_rows;        // R, of what they divide; M-grouped: rows from offsets[count-1] on are 0
+  int32_t count;
+};
+
+struct Product {
+  Grouping grouping;
+  kimi_dtype dtype;  // of A and B; means nothing for FP8
+  Matrix a, b;
+  Groups groups;
+  int64_t rows;        // of C for each group, unless M-grouped
+  int64_t depth;       // unless K-grouped
+  int64_t cols;        // that the epilogue writes: half the rows of B if it takes gate and up
+  bool lower = false;  // a batch's tiles wholly above the diagonal are left out; rows == cols
+};
+
+// The epilogue of products that stand for themselves: out = round(C + bias), or out += C.
+struct StoreParams {
+  void* out;  // M-grouped [R, cols], else [count, rows, cols]; columns contiguous
+  int64_t row_stride, group_stride;
+  kimi_dtype dtype;            // that of the product, or fp32; any for FP8
+  const void* bias = nullptr;  // [count, cols], of the product's dtype (FP8: of out's)
+  bool accumulate = false;     // K-grouped: a group without depth is left alone
+  bool wide = false;           // 16 bytes divide every address; product_cuda says
+};
+
+// 16 bytes divide the address and the distance of rows, in elements of `size` bytes.
+inline bool divides16(const void* address, int64_t stride, int64_t size) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * size % 16 == 0;
+}
+
+// Tiles of C's lower triangle: row tile r has r / ratio + 1, of which `ratio` are as high as a tile
+// is wide.
+constexpr int64_t lower_tiles(int64_t row_tiles, int64_t ratio) {
+  const int64_t whole = row_tiles / ratio;
+  return ratio * (whole * (whole + 1) / 2) + row_tiles % ratio * (whole + 1);
+}
+
+// Tiles at most, whatever the offsets are: those that are not full are one in each group.
+inline int64_t most_tiles(const Product& p, int64_t tile_rows, int64_t tile_cols) {
+  if (p.grouping != Grouping::kM) {
+    const int64_t row_tiles = ceil_div(p.rows, tile_rows);
+    if (p.lower) return lower_tiles(row_tiles, tile_cols / tile_rows) * p.groups.count;
+    return row_tiles * ceil_div(p.cols, tile_cols) * p.groups.count;
+  }
+  const int64_t rows = p.groups.num_rows;
+  const int64_t ragged = rows / tile_rows + p.groups.count + 1;  // the zero rows are a group too
+  return (rows < ragged ? rows : ragged) * ceil_div(p.cols, tile_cols);
+}
+
+inline bool is_empty(const Product& p) {
+  const int64_t rows = p.grouping == Grouping::kM ? p.groups.num_rows : p.rows;
+  return rows == 0 || p.cols == 0 || p.groups.count == 0;
+}
+
+// Whether the current device runs the Hopper kernels; an error where it runs none.
+Status is_hopper(bool* hopper);
+
+// Queues the product. Groups, rows and columns may be 0.
+Status product_cuda(const Product& p, const StoreParams& out, void* stream);
+
+}  // namespace kimi::gemm

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+// What the Hopper kernels serve, and which of them.
+#include <climits>
+
+#include "common/dtype.h"
+#include "gemm/sm90/job.h"
+
+namespace kimi::gemm::sm90 {
+namespace {
+
+constexpr int64_t kBytes = 2;        // of an element
+constexpr int64_t kManyTiles = 132;  // of 128 x 256: enough for every multiprocessor
+
+bool is_stride(int64_t elements) {
+  return elements > 0 && elements * kBytes % 16 == 0 && elements * kBytes < int64_t{1} << 40;
+}
+
+// TMA can load it, or cp.async if it has an index, along the dimension of length `along`.
+bool is_loadable(const Matrix& m, int64_t stride, int64_t along) {
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && is_stride(stride) &&
+         (m.index == nullptr || (along % 8 == 0 && m.divisor > 0));
+}
+
+bool serves_k(const Product& p) {
+  return p.rows >= 1 && p.rows <= INT_MAX && p.a.outer_stride == 1 && p.b.outer_stride == 1 &&
+         (p.a.index == nullptr || p.b.index == nullptr) &&
+         is_loadable(p.a, p.a.depth_stride, p.rows) && is_loadable(p.b, p.b.depth_stride, p.cols);
+}
+
+bool serves_m(const Product& p) {
+  const bool outer = b_major(p) == Major::kOuter;
+  return p.depth >= 1 && p.depth <= INT_MAX && p.a.depth_stride == 1 && p.b.index == nullptr &&
+         (!outer || p.b.outer_stride == 1) &&
+         (p.groups.count == 1 || is_stride(p.b.group_stride)) &&
+         is_loadable(p.a, p.a.outer_stride, p.depth) &&
+         is_loadable(p.b, outer ? p.b.depth_stride : p.b.outer_stride, p.depth);
+}
+
+}  // namespace
+
+Major b_major(const Product& p) { return p.b.depth_stride == 1 ? Major::kDepth : Major::kOuter; }
+
+bool serves(const Product& p) {
+  const int64_t rows = p.groups.num_rows;
+  if (p.dtype != KIMI_BFLOAT16 && p.dtype != KIMI_FLOAT16) return false;
+  if (rows < 1 || rows > INT_MAX || p.groups.count < 1 || p.cols < 1 || p.cols > INT_MAX / 2)
+    return false;
+  return p.grouping == Grouping::kK ? serves_k(p) : p.grouping == Grouping::kM && serves_m(p);
+}
+
+bool is_narrow(const Product& p) {
+  if (p.grouping != Grouping::kM) return false;
+  return p.cols <= 128 || most_tiles(p, 128, 256) < kManyTiles;
+}
+
+Status store(const Product& p, const StoreParams& out, bool narrow, void* stream) {
+  if (!serves(p)) return invalid("product_sm90: operands: expected what serves accepts");
+  const bool of_k = p.grouping == Grouping::kK;
+  if (p.dtype == KIMI_BFLOAT16)
+    return of_k ? store_k<bf16>(p, out, stream) : store_m<bf16>(p, out, narrow, stream);
+  return of_k ? store_k<fp16>(p, out, stream) : store_m<fp16>(p, out, narrow, stream);
+}
+
+}  // namespace kimi::gemm::sm90

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: MIT
+// Sums of FP8 products: partial sums of 128 of depth, kept by the tensor cores, are promoted into
+// sums in fp32 by their scales.
+//
+//   total += a_scale b_scale partial
+//
+//   consumer 0   | wgmma kb | promote | wgmma kb+1 | promote |        the tensor cores have one
+//   consumer 1        | wgmma kb | promote | wgmma kb+1 | ...         while the other promotes
+//
+// Consumer 1 begins when the first partial of 0 is done: while both have work they keep that
+// distance. Two partials a thread would overlap as well, but their registers are better spent on
+// 192 columns instead of 128: the L2 is asked for a byte every 256 C / (64 + C) operations, 192 of
+// them instead of 171, and wgmma for 2 + C / 32 KiB of shared memory in C / 2 cycles, 85 bytes a
+// cycle of 128 instead of 96.
+#pragma once
+
+#include "device/cluster.cuh"
+#include "device/math.cuh"
+#include "device/warp.cuh"
+#include "device/wgmma.cuh"
+#include "gemm/sm90/ring.cuh"
+
+namespace kimi::gemm::sm90 {
+
+// total += factor * partial, where the factor of a thread's two rows belongs to 64 columns.
+template <int kSums>
+__device__ inline void promote(float (&total)[kSums], const float (&partial)[kSums],
+                               const float (&factor)[kSums / 32][2]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i)
+    total[i] = fma_rn(factor[i / 32][i / 2 % 2], partial[i], total[i]);
+}
+
+// The stage may be loaded anew, here and in the cluster's other block. The whole warp has done with
+// it before.
+template <class X>
+__device__ __forceinline__ void release(MBarrier& empty) {
+  if (lane_id() >= X::kCluster) return;
+  if constexpr (X::kCluster == 1)
+    mbarrier_arrive(empty);
+  else
+    mbarrier_arrive_in(empty, lane_id());
+}
+
+// Adds the products of a tile's stages to the consumer's 64 rows. `opens`: this is the block's
+// first tile, where the consumers take their distance.
+template <class X>
+__device__ inline void sum_promoted(Shared<X>& s, const Work& work, int consumer,
+                                    Ring<X::kStages>& ring, bool opens, float (&total)[X::kSums]) {
+  constexpr Major kMajor = Major::kDepth;
+  const int row = (work.row & 3) + warp_id() % 4 * 16 + lane_id() / 4;  // of the loaded scales
+  if (opens && consumer == 1) mbarrier_wait(s.turn, 0);
+  float partial[X::kSums];
+  const int stages = stages_of<X>(work);
+#pragma unroll 1
+  for (int step = 0; step < stages; ++step, ring.next()) {
+    mbarrier_wait(s.full[ring.at], ring.parity);
+    const Stage<X>& stage = s.stages[ring.at];
+    const uint64_t a = wgmma_descriptor<kMajor>(stage.a + consumer * kBoxBytes);
+    const uint64_t b = wgmma_descriptor<kMajor>(stage.b);
+    wgmma_fence(partial);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      wgmma<typename X::T, X::kBRows, kMajor, kMajor>(partial, wgmma_advance<kMajor>(a, k),
+                                                      wgmma_advance<kMajor>(b, k), k > 0);
+    wgmma_commit();
+    const Scales<true>& scales = s.scales[ring.at];
+    float factor[X::kColumnScales][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float of_row = scales.of_rows[consumer][row + 8 * half];
+#pragma unroll
+      for (int c = 0; c < X::kColumnScales; ++c)
+        factor[c][half] = mul_rn(of_row, scales.of_columns[c]);
+    }
+    wgmma_wait<0>();
+    wgmma_fence(partial);
+    warp_barrier();  // all lanes have their scales
+    release<X>(s.empty[ring.at]);
+    if (opens && step == 0 && consumer == 0 && lane_id() == 0) mbarrier_arrive(s.turn);
+    promote(total, partial, factor);
+  }
+}
+
+}  // namespace kimi::gemm::sm90

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: MIT
+// The K-grouped Hopper product, fp16: wgrad.
+#include "gemm/sm90/kernel.cuh"
+
+namespace kimi::gemm::sm90 {
+
+template <>
+Status store_k<fp16>(const Product& p, const StoreParams& out, void* stream) {
+  return run_store<Traits<fp16, Grouping::kK, Major::kOuter, StoreTiles<fp16>, 256>>(p, out,
+                                                                                     stream);
+}
+
+}  // namespace kimi::gemm::sm90
