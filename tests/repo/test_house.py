@@ -141,6 +141,20 @@ def test_packages_know_lower_layers_only():
     assert not upwards
 
 
+def test_folders_know_lower_layers_only():
+    """Ops may build on other ops: the circles say that two do not build on each other."""
+    below = ("gemm", "cpu device", "math", "common", "csrc")  # csrc: the headers of the C API
+    levels = {name: n for n, line in enumerate(below) for name in line.split()}
+
+    def level(folder: str) -> int:
+        return -2 if folder == "bindings" else levels.get(folder.split("/")[0], -1)
+
+    graph = graphs()["folders of csrc"]
+    upwards = {(a, b) for a, others in graph.items() for b in others if level(b) < level(a)}
+    assert not upwards
+    assert levels.keys() <= {name.split("/")[0] for name in graph}, "a folder that is gone"
+
+
 def test_circles_are_seen():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e"}}
     assert circles(graph) == {("b", "c")}
