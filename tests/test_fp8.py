@@ -9,7 +9,7 @@ import torch
 from rounding import UNIT, fp8_bound
 from torch import Tensor
 
-from kimi_ops import Fp8BlockWeight, Fp8Rows, grouped_gemm, info
+from kimi_ops import Fp8BlockWeight, Fp8Rows, _native, grouped_gemm, info
 from kimi_ops.formats import dequantize_rows, quantize_rows
 from kimi_ops.operators import fp8
 from kimi_ops.reference import quantized as reference
@@ -49,7 +49,7 @@ def operands(sizes, k: int, n: int, tail: int = 0) -> tuple[Fp8Rows, Fp8BlockWei
 
 def served(engine) -> bool:
     """By the kernel for Hopper, on a GPU or on the host."""
-    return engine.name.startswith(("cuda", "simt")) and fp8.served(
+    return engine.name.startswith(("cuda", "simt")) and _native.engine.grouped_gemm_fp8_served(
         torch.empty(0, device=engine.device)
     )
 
@@ -198,7 +198,7 @@ def test_any_depth(product_engine, k):
     exact = twin(a, w, offsets)
     assert ((c.double() - exact).abs() <= allowed(product_engine, a, w, offsets)).all()
     copied = [w for w in caught if "weights are copied" in str(w.message)]
-    assert len(copied) == (1 if fp8.served(a.data) else 0)  # once
+    assert len(copied) == (1 if _native.engine.grouped_gemm_fp8_served(a.data) else 0)  # once
 
 
 def test_a_weight_at_any_address(product_engine):
@@ -281,7 +281,7 @@ def test_gpus_without_the_kernel_are_named_once(gemm_engine):
 def test_info_says_what_serves_it():
     if not torch.cuda.is_available():
         assert info()["cuda"]["fp8"] == "none"
-    elif fp8.served(torch.empty(0, device="cuda")):
+    elif _native.engine.grouped_gemm_fp8_served(torch.empty(0, device="cuda")):
         assert info()["cuda"]["fp8"] == "cuda (sm_90a)"
     else:
         assert info()["cuda"]["fp8"] == "dequantised to bfloat16 at each call"

@@ -15,9 +15,6 @@ namespace {
 
 using balance::kRun;
 
-constexpr CpuEngines<balance::CpuEngine> kEngines = {{&balance::kPortableEngine,
-                                                      KIMI_X86(balance::kAvx2Engine),
-                                                      KIMI_X86(balance::kAvx512Engine), nullptr}};
 constexpr int kTokensPerThread = 16;  // below about 3 us of work a second thread does not pay
 
 // ---- checks ------------------------------------------------------------------------------------
@@ -97,7 +94,7 @@ void count_ids(const SequenceBalanceLossParams& p, int64_t begin, int64_t end, i
 }
 
 void sequence_balance_loss_cpu(const SequenceBalanceLossParams& p) {
-  const balance::CpuEngine& engine = kEngines.best();
+  const balance::CpuEngine& engine = balance::kEngines.best();
   const int experts = p.num_experts;
   const int64_t length = p.num_tokens / p.num_sequences, runs = balance::runs(length);
   float* sums = static_cast<float*>(p.workspace);  // [N, runs, E]
@@ -131,7 +128,7 @@ void sequence_balance_loss_cpu(const SequenceBalanceLossParams& p) {
 }
 
 void z_loss_cpu(const ZLossParams& p) {
-  const balance::CpuEngine& engine = kEngines.best();
+  const balance::CpuEngine& engine = balance::kEngines.best();
   const int64_t runs = balance::runs(p.num_tokens);
   float* sums = static_cast<float*>(p.workspace);  // [runs]
   cpu::parallel_for(runs, 1, [&](int64_t first, int64_t last) {
@@ -147,8 +144,6 @@ void z_loss_cpu(const ZLossParams& p) {
 }
 
 }  // namespace
-
-kimi_isa balance_isa() { return kEngines.isa(); }
 
 Status update_expert_bias(const UpdateExpertBiasParams& p, kimi_device device,
                           [[maybe_unused]] void* stream) {
@@ -175,7 +170,7 @@ Status sequence_balance_loss_backward(const SequenceBalanceLossBackwardParams& p
   if (device == KIMI_DEVICE_CUDA)
     return KIMI_CUDA("sequence_balance_loss_backward",
                      sequence_balance_loss_backward_cuda(p, stream));
-  const balance::CpuEngine& engine = kEngines.best();
+  const balance::CpuEngine& engine = balance::kEngines.best();
   cpu::parallel_for(p.num_tokens, kTokensPerThread,
                     [&](int64_t begin, int64_t end) { engine.balance_gradient(p, begin, end); });
   return Status::ok();
@@ -194,7 +189,7 @@ Status z_loss_backward(const ZLossBackwardParams& p, kimi_device device,
   if (p.num_tokens == 0) return Status::ok();
   if (device == KIMI_DEVICE_CUDA)
     return KIMI_CUDA("z_loss_backward", z_loss_backward_cuda(p, stream));
-  const balance::CpuEngine& engine = kEngines.best();
+  const balance::CpuEngine& engine = balance::kEngines.best();
   cpu::parallel_for(p.num_tokens, kTokensPerThread,
                     [&](int64_t begin, int64_t end) { engine.z_gradient(p, begin, end); });
   return Status::ok();

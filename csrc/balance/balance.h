@@ -33,8 +33,9 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/integer.h"
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
@@ -51,8 +52,6 @@ Status sequence_balance_loss_backward(const SequenceBalanceLossBackwardParams& p
 Status z_loss(const ZLossParams& p, kimi_device device, void* stream);
 Status z_loss_backward(const ZLossBackwardParams& p, kimi_device device, void* stream);
 
-kimi_isa balance_isa();  // of the engine that serves CPU tensors
-
 // balance.cu, balance_backward.cu. Arguments have been checked; backwards have T > 0.
 Status update_expert_bias_cuda(const UpdateExpertBiasParams& p, void* stream);
 Status sequence_balance_loss_cuda(const SequenceBalanceLossParams& p, void* stream);
@@ -67,7 +66,7 @@ inline constexpr int kRun = 64;                 // tokens of a run
 inline constexpr float kShareEpsilon = 1e-20f;  // of D_t
 
 // Number of runs in `tokens` consecutive tokens.
-constexpr int64_t runs(int64_t tokens) { return (tokens + kRun - 1) / kRun; }
+constexpr int64_t runs(int64_t tokens) { return ceil_div(tokens, kRun); }
 
 // Workspaces, fp32: the runs' sums of shares [N, runs of a sequence, E] and the sequences' terms
 // [N]; the runs' sums of squares. 0 for sizes that the ops refuse.
@@ -113,7 +112,7 @@ struct CpuEngine {
   float (*sum_squares)(const ZLossParams& p, int64_t begin, int64_t end);
   void (*z_gradient)(const ZLossBackwardParams& p, int64_t begin, int64_t end);
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace balance
 }  // namespace kimi

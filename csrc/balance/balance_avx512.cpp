@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The losses on AVX-512.
 #include "balance/balance_z_loss_simd.h"
-#include "topk_gate/ops_avx512.h"
+#include "cpu/vec_avx512.h"
 
 namespace kimi::balance {
-
-extern const CpuEngine kAvx512Engine = {sum_shares<Avx512>, balance_gradient<Avx512>,
-                                        sum_squares<Avx512>, z_gradient<Avx512>};
-
+extern const CpuEngine kAvx512Engine = kEngine<cpu::Avx512>;
 }  // namespace kimi::balance

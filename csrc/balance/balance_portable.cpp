@@ -33,8 +33,8 @@ void sum_shares_of(const SequenceBalanceLossParams& p, int64_t begin, int64_t en
 
 float slope_of(kimi_score_function function, float z, float s) {
   if (function == KIMI_SCORE_SOFTMAX) return s;
-  return function == KIMI_SCORE_SIGMOID ? sigmoid_slope<ScalarOps>(z, s)
-                                        : sqrtsoftplus_slope<ScalarOps>(z, s);
+  return function == KIMI_SCORE_SIGMOID ? sigmoid_slope<Portable>(z, s)
+                                        : sqrtsoftplus_slope<Portable>(z, s);
 }
 
 template <class T>
@@ -55,7 +55,7 @@ void balance_gradient_of(const SequenceBalanceLossBackwardParams& p, int64_t beg
     const float inverse = 1.0f / (sum.total() + kShareEpsilon);
     const float mean = weighted.total() * inverse, factor = weight * inverse;
     for (int e = 0; e < p.num_experts; ++e) {
-      const float z = clean<ScalarOps>(to_float(logits[e]));
+      const float z = clean<Portable>(to_float(logits[e]));
       const float slope = slope_of(p.score_function, z, s[e]);
       grad[e] = from_float<T>((float(counts[e]) - mean) * factor * slope);
     }
@@ -65,13 +65,12 @@ void balance_gradient_of(const SequenceBalanceLossBackwardParams& p, int64_t beg
 template <class T>
 float log_sum_exp(const T* logits, int num_experts) {
   float peak = -std::numeric_limits<float>::max();
-  for (int e = 0; e < num_experts; ++e)
-    peak = std::max(peak, clean<ScalarOps>(to_float(logits[e])));
+  for (int e = 0; e < num_experts; ++e) peak = std::max(peak, clean<Portable>(to_float(logits[e])));
   OrderedSum sum;
   for (int e = 0; e < num_experts; ++e)
-    sum.add(e, softmax_numerator<ScalarOps>(clean<ScalarOps>(to_float(logits[e])), peak));
+    sum.add(e, softmax_numerator<Portable>(clean<Portable>(to_float(logits[e])), peak));
   const float total = sum.total();
-  return total > 0.0f ? peak + log_at_least_one<ScalarOps>(total) : -kInfinity;
+  return total > 0.0f ? peak + math::log_at_least_one<Portable>(total) : -kInfinity;
 }
 
 template <class T>
@@ -97,8 +96,8 @@ void z_gradient_of(const ZLossBackwardParams& p, int64_t begin, int64_t end) {
         grad[e] = T{};
         continue;
       }
-      const float z = clean<ScalarOps>(to_float(logits[e]));
-      grad[e] = from_float<T>(factor * softmax_numerator<ScalarOps>(z, lse));
+      const float z = clean<Portable>(to_float(logits[e]));
+      grad[e] = from_float<T>(factor * softmax_numerator<Portable>(z, lse));
     }
   }
 }

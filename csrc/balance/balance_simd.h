@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The balance loss for SIMD engines, a template over `O`, the operations of score_row_simd.h, and
+// The balance loss for SIMD engines, a template over `O`, the vectors of cpu/vec_*.h, and
 // what the z-loss shares with it. Included by the ISA files only.
 //
 //   row --score--> s[E], slope[E] in the first-level cache, while 32 partial sums stay in registers
@@ -76,7 +76,7 @@ inline void each_score(const T* logits, int64_t stride, int num_experts, float* 
   using F = typename O::F;
   if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
     score_row<O, T, kFunction>(logits, num_experts, s);
-    each_vector<O>(num_experts, [&](int e, int, int i) { visit(e, i, O::load_all(s + e)); });
+    each_vector<O>(num_experts, [&](int e, int, int i) { visit(e, i, O::load(s + e)); });
   } else {
     each_vector<O>(num_experts, [&](int e, int left, int i) {
       prefetch_ahead(logits + e, 2 * stride);
@@ -112,9 +112,9 @@ void sum_shares_of(const SequenceBalanceLossParams& p, int64_t begin, int64_t en
     }
     const auto add_rows = [&](int count) {
       for (int e = 0; e < p.num_experts; e += O::kLanes) {
-        F total = O::load_all(run + e);
+        F total = O::load(run + e);
         for (int r = 0; r < count; ++r)
-          total = O::add(total, O::mul(O::load_all(s[r] + e), inverse[r]));
+          total = O::add(total, O::mul(O::load(s[r] + e), inverse[r]));
         O::store(run + e, total);
       }
     };
@@ -144,12 +144,12 @@ void balance_gradient_of(const SequenceBalanceLossBackwardParams& p, int64_t beg
     F mean[kBlock], factor[kBlock];
     for (int r = 0; r < rows; ++r) {
       VectorSum<O> sum, weighted;
-      each_score<O, T, kFunction, !kSoftmax>(
-          row_of<T>(p, first + r), p.logits_stride, p.num_experts, s[r], slopes[r],
-          [&](int e, int i, F score) {
-            sum.add(i, score);
-            weighted.add(i, O::mul(O::load_all(counts + e), score));
-          });
+      each_score<O, T, kFunction, !kSoftmax>(row_of<T>(p, first + r), p.logits_stride,
+                                             p.num_experts, s[r], slopes[r],
+                                             [&](int e, int i, F score) {
+                                               sum.add(i, score);
+                                               weighted.add(i, O::mul(O::load(counts + e), score));
+                                             });
       const float inverse = 1.0f / (sum.total() + kShareEpsilon);
       mean[r] = O::set(weighted.total() * inverse);
       factor[r] = O::set(weight * inverse);
@@ -158,8 +158,8 @@ void balance_gradient_of(const SequenceBalanceLossBackwardParams& p, int64_t beg
       const float* slope = kSoftmax ? s[r] : slopes[r];
       T* grad = static_cast<T*>(p.grad_logits) + (first + r) * p.num_experts;
       each_vector<O>(p.num_experts, [&](int e, int left, int) {
-        const F above = O::sub(O::load_all(counts + e), mean[r]);
-        O::store_as(grad + e, left, O::mul(O::mul(above, factor[r]), O::load_all(slope + e)));
+        const F above = O::sub(O::load(counts + e), mean[r]);
+        O::store(grad + e, O::mul(O::mul(above, factor[r]), O::load(slope + e)), left);
       });
     }
     first += rows;

@@ -30,7 +30,7 @@ __device__ float log_sum_exp(Row<T> row) {
   for (int e = lane_id(); e < row.num_experts; e += kWarpSize)
     sum = add_rn(sum, softmax_numerator<CudaOps>(row[e], peak));
   sum = warp_sum(sum);
-  return sum > 0.0f ? add_rn(peak, log_at_least_one<CudaOps>(sum)) : -INFINITY;
+  return sum > 0.0f ? add_rn(peak, math::log_at_least_one<CudaOps>(sum)) : -INFINITY;
 }
 
 template <class T>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The z-loss for SIMD engines, a template over `O`, the operations of score_row_simd.h. Included by
-// the ISA files only.
+// The z-loss for SIMD engines, a template over `O`, the vectors of cpu/vec_*.h. Included by the ISA
+// files only.
 //
 //   row --peak--> z[E] in the first-level cache --exp--> 32 partial sums
 //   64 rows' sums --log--> lse [64], a few vectors
@@ -35,7 +35,7 @@ float sum_exponentials(const float* z, int num_experts, float peak, const T* log
   VectorSum<O> sum;
   each_vector<O>(num_experts, [&](int e, int, int i) {
     prefetch_ahead(logits + e, next);
-    const typename O::F raw = O::load_all(z + e);
+    const typename O::F raw = O::load(z + e);
     sum.add(i, softmax_numerator<O>(kInfinite ? clean<O>(raw) : raw, O::set(peak)));
   });
   return sum.total();
@@ -65,8 +65,8 @@ float sum_squares_of(const ZLossParams& p, int64_t begin, int64_t end) {
     });
   }
   for (int i = 0; i < kRun; i += O::kLanes) {
-    const F x = O::load_all(sum + i);
-    const F lse = O::add(O::load_all(peak + i), log_at_least_one<O>(x));
+    const F x = O::load(sum + i);
+    const F lse = O::add(O::load(peak + i), math::log_at_least_one<O>(x));
     O::store(peak + i, O::select(O::less(O::set(0.0f), x), lse, O::set(-kInfinity)));
   }
   float total = 0.0f;
@@ -83,7 +83,7 @@ void z_gradient_row(const T* logits, int num_experts, float factor, float lse, T
   each_vector<O>(num_experts, [&](int e, int left, int) {
     const typename O::F raw = O::load(logits + e, left);
     const auto share = softmax_numerator<O>(kInfinite ? clean<O>(raw) : raw, O::set(lse));
-    O::store_as(grad + e, left, O::mul(O::set(factor), share));
+    O::store(grad + e, O::mul(O::set(factor), share), left);
   });
 }
 
@@ -111,6 +111,9 @@ template <class O>
 void z_gradient(const ZLossBackwardParams& p, int64_t begin, int64_t end) {
   dispatch(p.logits_dtype, [&]<class T>() { z_gradient_of<O, T>(p, begin, end); });
 }
+
+template <class O>
+constexpr CpuEngine kEngine = {sum_shares<O>, balance_gradient<O>, sum_squares<O>, z_gradient<O>};
 
 }  // namespace
 }  // namespace kimi::balance

@@ -11,6 +11,7 @@
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "fused_experts/fused_experts.h"
+#include "gemm/cpu/block.h"
 #include "grouped_gemm/fp8.h"
 #include "grouped_gemm/grouped_gemm.h"
 #include "kimi_ops.h"
@@ -37,6 +38,22 @@ kimi_status guard(const Call& call) noexcept {
   }
   return KIMI_INTERNAL_ERROR;
 }
+
+// The instruction set that serves an op's CPU tensors; of products that of bf16 ones.
+struct CpuOp {
+  const char* name;
+  kimi_isa (*isa)();
+};
+constexpr CpuOp kCpuOps[] = {
+    {"topk_gate", [] { return kimi::gate::kEngines.isa(); }},
+    {"balance", [] { return kimi::balance::kEngines.isa(); }},
+    {"permute", [] { return kimi::permutation::kEngines.isa(); }},
+    {"grouped_gemm", kimi::cpu::block_engine_isa},
+    {"fused_experts", kimi::cpu::block_engine_isa},
+    {"newton_schulz", kimi::cpu::block_engine_isa},
+    {"qk_clip", kimi::cpu::block_engine_isa},
+    {"muon_clip", [] { return kimi::muon_clip_cpu::kEngines.isa(); }},
+};
 
 template <class Params>
 using Op = kimi::Status (*)(const Params&, kimi_device, void*);
@@ -72,14 +89,8 @@ kimi_status kimi_set_max_sm(int32_t sm) {
 int32_t kimi_max_sm(void) { return kimi::max_sm(); }
 
 const char* kimi_cpu_engine(const char* op) {
-  if (op && std::strcmp(op, "topk_gate") == 0) return kimi_isa_name(kimi::topk_gate_isa());
-  if (op && std::strcmp(op, "balance") == 0) return kimi_isa_name(kimi::balance_isa());
-  if (op && std::strcmp(op, "permute") == 0) return kimi_isa_name(kimi::permute_isa());
-  if (op && std::strcmp(op, "grouped_gemm") == 0) return kimi_isa_name(kimi::grouped_gemm_isa());
-  if (op && std::strcmp(op, "fused_experts") == 0) return kimi_isa_name(kimi::fused_experts_isa());
-  if (op && std::strcmp(op, "newton_schulz") == 0) return kimi_isa_name(kimi::newton_schulz_isa());
-  if (op && std::strcmp(op, "qk_clip") == 0) return kimi_isa_name(kimi::qk_clip_isa());
-  if (op && std::strcmp(op, "muon_clip") == 0) return kimi_isa_name(kimi::muon_clip_isa());
+  for (const auto& [name, isa] : kCpuOps)
+    if (op && std::strcmp(op, name) == 0) return kimi_isa_name(isa());
   return nullptr;
 }
 
@@ -97,152 +108,60 @@ void kimi_advise_huge_pages(void* memory, size_t bytes) {
 }
 const char* kimi_cuda_architectures(void) { return KIMI_OPS_CUDA_ARCHITECTURES; }
 
-kimi_status kimi_topk_gate(const kimi_topk_gate_params* params, kimi_device device, void* stream) {
-  return call("topk_gate", kimi::topk_gate, params, device, stream);
-}
-kimi_status kimi_topk_gate_backward(const kimi_topk_gate_backward_params* params,
-                                    kimi_device device, void* stream) {
-  return call("topk_gate_backward", kimi::topk_gate_backward, params, device, stream);
-}
+// kimi_<op>(params, device, stream) is kimi::<op>, and the bytes it works in.
+#define KIMI_OP(op)                                                                           \
+  kimi_status kimi_##op(const kimi_##op##_params* params, kimi_device device, void* stream) { \
+    return call(#op, kimi::op, params, device, stream);                                       \
+  }
+#define KIMI_OP_WITH_WORKSPACE(op)                                                           \
+  size_t kimi_##op##_workspace_bytes(const kimi_##op##_params* params, kimi_device device) { \
+    return params ? kimi::op##_workspace_bytes(*params, device) : 0;                         \
+  }                                                                                          \
+  KIMI_OP(op)
 
-kimi_status kimi_update_expert_bias(const kimi_update_expert_bias_params* params,
-                                    kimi_device device, void* stream) {
-  return call("update_expert_bias", kimi::update_expert_bias, params, device, stream);
-}
+KIMI_OP(topk_gate)
+KIMI_OP(topk_gate_backward)
 
+KIMI_OP(update_expert_bias)
+KIMI_OP(sequence_balance_loss)
+KIMI_OP(sequence_balance_loss_backward)
 size_t kimi_sequence_balance_loss_workspace_bytes(int64_t num_tokens, int64_t num_sequences,
                                                   int32_t num_experts) {
   return kimi::balance::loss_workspace_bytes(num_tokens, num_sequences, num_experts);
 }
-kimi_status kimi_sequence_balance_loss(const kimi_sequence_balance_loss_params* params,
-                                       kimi_device device, void* stream) {
-  return call("sequence_balance_loss", kimi::sequence_balance_loss, params, device, stream);
-}
-kimi_status kimi_sequence_balance_loss_backward(
-    const kimi_sequence_balance_loss_backward_params* params, kimi_device device, void* stream) {
-  return call("sequence_balance_loss_backward", kimi::sequence_balance_loss_backward, params,
-              device, stream);
-}
-
+KIMI_OP(z_loss)
+KIMI_OP(z_loss_backward)
 size_t kimi_z_loss_workspace_bytes(int64_t num_tokens) {
   return kimi::balance::z_workspace_bytes(num_tokens);
 }
-kimi_status kimi_z_loss(const kimi_z_loss_params* params, kimi_device device, void* stream) {
-  return call("z_loss", kimi::z_loss, params, device, stream);
-}
-kimi_status kimi_z_loss_backward(const kimi_z_loss_backward_params* params, kimi_device device,
-                                 void* stream) {
-  return call("z_loss_backward", kimi::z_loss_backward, params, device, stream);
-}
 
-size_t kimi_permute_plan_workspace_bytes(const kimi_permute_plan_params* params,
-                                         kimi_device device) {
-  return params ? kimi::permute_plan_workspace_bytes(*params, device) : 0;
-}
-kimi_status kimi_permute_plan(const kimi_permute_plan_params* params, kimi_device device,
-                              void* stream) {
-  return call("permute_plan", kimi::permute_plan, params, device, stream);
-}
-kimi_status kimi_permute(const kimi_permute_params* params, kimi_device device, void* stream) {
-  return call("permute", kimi::permute, params, device, stream);
-}
-kimi_status kimi_unpermute(const kimi_unpermute_params* params, kimi_device device, void* stream) {
-  return call("unpermute", kimi::unpermute, params, device, stream);
-}
-kimi_status kimi_unpermute_backward(const kimi_unpermute_backward_params* params,
-                                    kimi_device device, void* stream) {
-  return call("unpermute_backward", kimi::unpermute_backward, params, device, stream);
-}
-kimi_status kimi_sort_chunks(const kimi_sort_chunks_params* params, kimi_device device,
-                             void* stream) {
-  return call("sort_chunks", kimi::sort_chunks, params, device, stream);
-}
+KIMI_OP_WITH_WORKSPACE(permute_plan)
+KIMI_OP(permute)
+KIMI_OP(unpermute)
+KIMI_OP(unpermute_backward)
+KIMI_OP(sort_chunks)
 
-size_t kimi_grouped_gemm_workspace_bytes(const kimi_grouped_gemm_params* params,
-                                         kimi_device device) {
-  return params ? kimi::grouped_gemm_workspace_bytes(*params, device) : 0;
-}
-kimi_status kimi_grouped_gemm(const kimi_grouped_gemm_params* params, kimi_device device,
-                              void* stream) {
-  return call("grouped_gemm", kimi::grouped_gemm, params, device, stream);
-}
-size_t kimi_grouped_gemm_wgrad_workspace_bytes(const kimi_grouped_gemm_wgrad_params* params,
-                                               kimi_device device) {
-  return params ? kimi::grouped_gemm_wgrad_workspace_bytes(*params, device) : 0;
-}
-kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_params* params,
-                                    kimi_device device, void* stream) {
-  return call("grouped_gemm_wgrad", kimi::grouped_gemm_wgrad, params, device, stream);
-}
+KIMI_OP_WITH_WORKSPACE(grouped_gemm)
+KIMI_OP_WITH_WORKSPACE(grouped_gemm_wgrad)
 
-kimi_status kimi_fp8_rows(const kimi_fp8_rows_params* params, kimi_device device, void* stream) {
-  return call("fp8_rows", kimi::fp8_rows, params, device, stream);
-}
-kimi_status kimi_grouped_gemm_fp8(const kimi_grouped_gemm_fp8_params* params, kimi_device device,
-                                  void* stream) {
-  return call("grouped_gemm_fp8", kimi::grouped_gemm_fp8, params, device, stream);
-}
+KIMI_OP(fp8_rows)
+KIMI_OP(grouped_gemm_fp8)
 int32_t kimi_grouped_gemm_fp8_served(kimi_device device) {
   return kimi::serves_grouped_gemm_fp8(device) ? 1 : 0;
 }
 
-size_t kimi_fused_experts_workspace_bytes(const kimi_fused_experts_params* params,
-                                          kimi_device device) {
-  return params ? kimi::fused_experts_workspace_bytes(*params, device) : 0;
-}
-kimi_status kimi_fused_experts(const kimi_fused_experts_params* params, kimi_device device,
-                               void* stream) {
-  return call("fused_experts", kimi::fused_experts, params, device, stream);
-}
-size_t kimi_fused_experts_backward_workspace_bytes(const kimi_fused_experts_backward_params* params,
-                                                   kimi_device device) {
-  return params ? kimi::fused_experts_backward_workspace_bytes(*params, device) : 0;
-}
-kimi_status kimi_fused_experts_backward(const kimi_fused_experts_backward_params* params,
-                                        kimi_device device, void* stream) {
-  return call("fused_experts_backward", kimi::fused_experts_backward, params, device, stream);
-}
+KIMI_OP_WITH_WORKSPACE(fused_experts)
+KIMI_OP_WITH_WORKSPACE(fused_experts_backward)
 
-size_t kimi_matrix_product_workspace_bytes(const kimi_matrix_product_params* params, kimi_device) {
-  return params ? kimi::matrix_product_workspace_bytes(*params) : 0;
-}
-kimi_status kimi_matrix_product(const kimi_matrix_product_params* params, kimi_device device,
-                                void* stream) {
-  return call("matrix_product", kimi::matrix_product, params, device, stream);
-}
-size_t kimi_newton_schulz_workspace_bytes(const kimi_newton_schulz_params* params, kimi_device) {
-  return params ? kimi::newton_schulz_workspace_bytes(*params) : 0;
-}
-kimi_status kimi_newton_schulz(const kimi_newton_schulz_params* params, kimi_device device,
-                               void* stream) {
-  return call("newton_schulz", kimi::newton_schulz, params, device, stream);
-}
+KIMI_OP_WITH_WORKSPACE(matrix_product)
+KIMI_OP_WITH_WORKSPACE(newton_schulz)
 
-size_t kimi_attention_max_logits_workspace_bytes(const kimi_attention_max_logits_params* params,
-                                                 kimi_device) {
-  return params ? kimi::attention_max_logits_workspace_bytes(*params) : 0;
-}
-kimi_status kimi_attention_max_logits(const kimi_attention_max_logits_params* params,
-                                      kimi_device device, void* stream) {
-  return call("attention_max_logits", kimi::attention_max_logits, params, device, stream);
-}
-kimi_status kimi_scale_rows(const kimi_scale_rows_params* params, kimi_device device,
-                            void* stream) {
-  return call("scale_rows", kimi::scale_rows, params, device, stream);
-}
-kimi_status kimi_muon_momentum(const kimi_muon_momentum_params* params, kimi_device device,
-                               void* stream) {
-  return call("muon_momentum", kimi::muon_momentum, params, device, stream);
-}
-kimi_status kimi_muon_update(const kimi_muon_update_params* params, kimi_device device,
-                             void* stream) {
-  return call("muon_update", kimi::muon_update, params, device, stream);
-}
-kimi_status kimi_adamw(const kimi_adamw_params* params, kimi_device device, void* stream) {
-  return call("adamw", kimi::adamw, params, device, stream);
-}
-kimi_status kimi_squares(const kimi_squares_params* params, kimi_device device, void* stream) {
-  return call("squares", kimi::squares, params, device, stream);
-}
+KIMI_OP_WITH_WORKSPACE(attention_max_logits)
+KIMI_OP(scale_rows)
+
+KIMI_OP(muon_momentum)
+KIMI_OP(muon_update)
+KIMI_OP(adamw)
+KIMI_OP(squares)
 
 }  // extern "C"

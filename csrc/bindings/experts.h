@@ -4,14 +4,15 @@
 #pragma once
 
 #include "bindings/ops.h"
+#include "common/integer.h"
+#include "common/storage.h"
 #include "grouped_gemm/check.h"
 
 namespace kimi::bindings {
 
 constexpr Types kFloats = {kBfloat16, kFloat16, kFloat32, kFloat64};
-constexpr int64_t kFp8Block = 128, kInt4Group = 32, kInt4Word = 8;
+constexpr int64_t kInt4Word = 8;
 
-inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline bool is_quantised(Type type) { return type == kFloat8 || type == kInt32; }
 
 inline void refuse_number(const Tensor& x) {

@@ -79,6 +79,7 @@ struct Product {
 
   // Whether the kernel can read the operands where they lie.
   bool readable(const kimi_grouped_gemm_fp8_params& p) const {
+    if (p.num_rows == 0 || p.n == 0 || p.k == 0) return true;  // nothing is read
     const auto even = [](auto value) { return uint64_t(value) % kTmaBytes == 0; };
     const auto lies = [&](const void* memory) { return even(reinterpret_cast<uintptr_t>(memory)); };
     const bool rows = even(p.k) && even(p.a_row_stride) && p.a_row_stride >= p.k;

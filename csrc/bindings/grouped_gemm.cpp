@@ -164,9 +164,7 @@ PyObject* quantized_gemm(Call& call) {
     call.value_error("a", "expected shape [R, K=", k, "] beside a quantised weight [", data.size(0),
                      ", ", data.size(1), ", ", k, "] [E, N, K], got ", a.shape_text(),
                      "; reshape it");
-  if (a.device != data.device)
-    call.value_error("b", "expected device ", a.device_text(), ", got ", data.device_text(),
-                     "; move it");
+  data.beside(a);
   if (a.is_cuda())
     call.type_error("a", "expected a CPU tensor, got ", a.device_text(), "; dequantise the weight");
   p.b = data.data();

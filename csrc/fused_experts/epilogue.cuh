@@ -4,18 +4,18 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "device/ops.cuh"
 #include "device/vec.cuh"
 #include "device/warp.cuh"
 #include "fused_experts/activate_product.h"
 #include "fused_experts/activation.h"
 #include "gemm/epilogue.cuh"
-#include "topk_gate/score.cuh"
 
 namespace kimi::experts {
 
 // Without the slow path of a division, which is a call: within 2 ulp while the divisor is normal
 // and below 2^100; beyond that every quotient here is 0 as far as its sum is concerned.
-struct ActivationOps : gate::CudaOps {
+struct ActivationOps : CudaOps {
   static KIMI_HOST_DEVICE float div(float a, float b) {
     const float d = b > 0x1p100f ? 0x1p100f : b;
     float r = reciprocal_estimate(d);

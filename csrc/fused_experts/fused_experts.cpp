@@ -7,28 +7,22 @@
 #include "fused_experts/layer.h"
 
 namespace kimi {
-namespace experts {
-namespace {
-constexpr CpuEngines<CpuEngine> kEngines = {
-    {&kPortableEngine, KIMI_X86(kAvx2Engine), KIMI_X86(kAvx512Engine)}};
-}  // namespace
-
-const CpuEngine& cpu_engine() { return kEngines.best(); }
-
-}  // namespace experts
-
 namespace {
 
-using experts::round64;
+struct Memory {  // of the workspace
+  char* hidden;  // [R, F] dtype
+  float* sums;   // buffer of sum_of_products
+  void* groups;
+  int64_t bytes;
 
-struct Layout {  // of the workspace
-  int64_t hidden, sums, groups;
-
-  explicit Layout(const FusedExpertsParams& p) {
+  Memory(const FusedExpertsParams& p, void* workspace) {
+    Pieces pieces(workspace);
     const int64_t rows = p.num_tokens * p.top_k;
-    hidden = round64(rows * p.width * size_of(p.dtype));
-    sums = round64(rows * experts::sum_columns(rows, p.hidden) * 4);
-    groups = int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts));
+    hidden = pieces.take(rows * p.width * size_of(p.dtype));
+    sums = pieces.take<float>(rows * experts::sum_columns(rows, p.hidden));
+    groups =
+        pieces.take(int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts)));
+    bytes = pieces.bytes();
   }
 };
 
@@ -45,16 +39,13 @@ Status check(const FusedExpertsParams& p, kimi_device device) {
 
 }  // namespace
 
-kimi_isa fused_experts_isa() { return cpu::block_engine_isa(); }
-
 size_t fused_experts_workspace_bytes(const FusedExpertsParams& p,
                                      [[maybe_unused]] kimi_device device) {
   if (!experts::sizes_are_good(p)) return 0;
 #if defined(KIMI_OPS_CUDA)
   if (device == KIMI_DEVICE_CUDA) return fused_experts_workspace_bytes_cuda(p);
 #endif
-  const Layout layout(p);
-  return size_t(layout.hidden + layout.sums + layout.groups);
+  return size_t(Memory(p, nullptr).bytes);
 }
 
 Status fused_experts(const FusedExpertsParams& p, kimi_device device,
@@ -62,38 +53,18 @@ Status fused_experts(const FusedExpertsParams& p, kimi_device device,
   KIMI_RETURN_IF_ERROR(check(p, device));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("fused_experts", fused_experts_cuda(p, stream));
   if (p.num_tokens == 0) return Status::ok();
-  const int64_t rows = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
-  const Layout layout(p);
+  const Memory memory(p, p.workspace);
   const cpu::BlockEngine& blocks = cpu::block_engine(p.dtype);
-  const experts::CpuEngine& engine = experts::cpu_engine();
-  char* hidden = static_cast<char*>(p.workspace);
-  float* sums = reinterpret_cast<float*>(hidden + layout.hidden);
-  const grouped::Workspace workspace(blocks, hidden + layout.hidden + layout.sums, p.num_experts);
-
-  const auto gate_up = [&](int32_t e) { return experts::gate_up_of(p, e); };
-  grouped::run_groups(blocks, workspace, p.num_experts, gate_up, [&](const grouped::Block& b) {
-    const int64_t row = gate_up(b.group).p_row + b.row;
-    char* saved = static_cast<char*>(p.gate_up);
-    if (saved) saved += (row * 2 * p.width + b.col) * bytes;
-    engine.activate({b.c, b.stride, b.part_stride, b.rows, b.cols, p.activation, p.dtype, saved,
-                     hidden + (row * p.width + b.col) * bytes, p.width});
-  });
-
+  const grouped::Workspace workspace(blocks, memory.groups, p.num_experts);
+  experts::compute_gate_up(p, blocks, workspace, p.gate_up, memory.hidden);
   const auto down = [&](int32_t e) {
     grouped::Group g = experts::rows_of(p.offsets, e);
-    g.p = {hidden, p.width, 1, cpu::Storage(p.dtype)};
-    g.s = experts::weights_of(p.w_down, e, p.hidden, p.width, false);
+    g.p = {memory.hidden, p.width, 1, cpu::Storage(p.dtype)};
+    g.s = grouped::matrix_of(p.w_down, e, p.hidden, p.width, false);
     g.depth = p.width;
     return g;
   };
-  experts::CombineArguments sum = {};
-  sum.row_map = p.row_map;
-  sum.weights = p.weights;
-  sum.x = p.y;
-  sum.dtype = p.dtype;
-  sum.hidden = p.hidden;
-  sum.top_k = p.top_k;
-  experts::sum_of_products(blocks, workspace, p.num_experts, down, rows, p.num_tokens, sum, sums);
+  experts::sum_of_products(p, blocks, workspace, down, p.weights, p.y, memory.sums);
   return Status::ok();
 }
 

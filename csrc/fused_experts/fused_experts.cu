@@ -17,6 +17,7 @@
 #include <algorithm>
 
 #include "common/dtype.h"
+#include "common/workspace.h"
 #include "device/launch.cuh"
 #include "fused_experts/activate_product.h"
 #include "fused_experts/fused_experts.h"
@@ -32,25 +33,9 @@ using gemm::Matrix;
 using gemm::Product;
 
 constexpr int kThreads = 256;
+constexpr int64_t kAlign = 256;  // of the pieces of a workspace
 
-int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-int64_t partials(int64_t width) { return gemm::ceil_div(width, experts::kPartial); }
-
-// Hands out the workspace piece by piece; without one it counts.
-class Pieces {
- public:
-  explicit Pieces(void* workspace) : base_(static_cast<char*>(workspace)) {}
-  char* take(int64_t bytes) {
-    char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += round_up(bytes);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
+int64_t partials(int64_t width) { return ceil_div(width, experts::kPartial); }
 
 template <class Params>
 Product product_of(const Params& p, Grouping grouping, const Matrix& a, const Matrix& b) {
@@ -149,7 +134,7 @@ struct ForwardWorkspace {
   Pieces pieces;
   char *hidden, *rows;  // [R, F], [R, H]
 
-  ForwardWorkspace(const FusedExpertsParams& p, void* workspace) : pieces(workspace) {
+  ForwardWorkspace(const FusedExpertsParams& p, void* workspace) : pieces(workspace, kAlign) {
     const int64_t pairs = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
     hidden = pieces.take(pairs * p.width * bytes);
     rows = pieces.take(pairs * p.hidden * bytes);
@@ -161,11 +146,12 @@ struct BackwardWorkspace {
   char *grad_gate_up, *hidden, *rows, *gate_up;  // [R, 2F], [R, F], [R, H], [R, 2F] or none
   float* partial;                                // [R, partials]
 
-  BackwardWorkspace(const FusedExpertsBackwardParams& p, void* workspace) : pieces(workspace) {
+  BackwardWorkspace(const FusedExpertsBackwardParams& p, void* workspace)
+      : pieces(workspace, kAlign) {
     const int64_t pairs = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
     grad_gate_up = pieces.take(pairs * 2 * p.width * bytes);
     hidden = pieces.take(pairs * p.width * bytes);
-    partial = reinterpret_cast<float*>(pieces.take(pairs * partials(p.width) * 4));
+    partial = pieces.take<float>(pairs * partials(p.width));
     rows = pieces.take(pairs * p.hidden * bytes);
     gate_up = pieces.take(p.gate_up ? 0 : pairs * 2 * p.width * bytes);
   }
@@ -174,7 +160,7 @@ struct BackwardWorkspace {
 }  // namespace
 
 size_t fused_experts_workspace_bytes_cuda(const FusedExpertsParams& p) {
-  return static_cast<size_t>(ForwardWorkspace(p, nullptr).pieces.used());
+  return static_cast<size_t>(ForwardWorkspace(p, nullptr).pieces.bytes());
 }
 
 Status fused_experts_cuda(const FusedExpertsParams& p, void* stream) {
@@ -186,7 +172,7 @@ Status fused_experts_cuda(const FusedExpertsParams& p, void* stream) {
 }
 
 size_t fused_experts_backward_workspace_bytes_cuda(const FusedExpertsBackwardParams& p) {
-  return static_cast<size_t>(BackwardWorkspace(p, nullptr).pieces.used());
+  return static_cast<size_t>(BackwardWorkspace(p, nullptr).pieces.bytes());
 }
 
 Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* stream) {

@@ -2,14 +2,13 @@
 // fused_experts: the routed experts of one layer, forward and backward.
 //
 //   rows     row r of expert e stands for pair (t, k): source[r] = t*K + k, row_map[t,k] = r, in
-//   the
-//            order of permute_plan with align 1; offsets[e] is one past the last row of e
+//            the order of permute_plan with align 1; offsets[e] is one past the last row of e
 //   forward  [g; u] = w_gate_up[e] x[t]     h = a(g) u     y[t] = sum_k weights[t,k] w_down[e] h
 //   backward c = w_down[e]^T dy[t]          dweights[t,k] = <c, h>
 //            dg = weights[t,k] c u a'(g)    du = weights[t,k] c a(g)
 //            dx[t] = sum_k w_gate_up[e]^T [dg; du]
-//            dw_gate_up[e] = sum_r [dg; du] x[t]^T       dw_down[e] = sum_r dy[t] (weights[t,k]
-//            h)^T
+//            dw_gate_up[e] = sum_r [dg; du] x[t]^T
+//            dw_down[e] = sum_r dy[t] (weights[t,k] h)^T
 //
 //   silu  a(g) u = g sigmoid(g) u            gelu  g Phi(g) u, Phi by erfc to 1.2e-7
 //   situ  4 tanh(g / 4) sigmoid(g) * 25 tanh(u / 25)
@@ -29,6 +28,7 @@
 #include <cstdint>
 
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
@@ -41,13 +41,12 @@ size_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardParams& 
                                               kimi_device device);
 Status fused_experts_backward(const FusedExpertsBackwardParams& p, kimi_device device,
                               void* stream);
+
 // fused_experts.cu. Arguments have been checked, the plan has not.
 size_t fused_experts_workspace_bytes_cuda(const FusedExpertsParams& p);
 Status fused_experts_cuda(const FusedExpertsParams& p, void* stream);
 size_t fused_experts_backward_workspace_bytes_cuda(const FusedExpertsBackwardParams& p);
 Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* stream);
-
-kimi_isa fused_experts_isa();  // of the engine that serves bf16 CPU tensors
 
 namespace experts {
 
@@ -93,7 +92,7 @@ struct CpuEngine {
   void (*activate_backward)(const ActivateBackwardArguments& arguments);
   void (*combine)(const CombineArguments& arguments, int64_t begin, int64_t end);  // tokens
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace experts
 }  // namespace kimi

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT
+#include "cpu/vec_avx2.h"
 #include "fused_experts/fused_experts_simd.h"
-#include "topk_gate/ops_avx2.h"
 
 namespace kimi::experts {
-
-extern const CpuEngine kAvx2Engine = engine_of<gate::Avx2>();
-
+extern const CpuEngine kAvx2Engine = kEngine<cpu::Avx2>;
 }  // namespace kimi::experts

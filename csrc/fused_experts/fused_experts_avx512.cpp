@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT
+#include "cpu/vec_avx512.h"
 #include "fused_experts/fused_experts_simd.h"
-#include "topk_gate/ops_avx512.h"
 
 namespace kimi::experts {
-
-extern const CpuEngine kAvx512Engine = engine_of<gate::Avx512>();
-
+extern const CpuEngine kAvx512Engine = kEngine<cpu::Avx512>;
 }  // namespace kimi::experts

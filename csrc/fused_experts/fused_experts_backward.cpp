@@ -1,30 +1,38 @@
 // SPDX-License-Identifier: MIT
 // fused_experts backward: argument checks; on the CPU five products (six where [g; u] is computed
 // again).
+#include "cpu/memory.h"
 #include "fused_experts/check.h"
 #include "fused_experts/layer.h"
 
 namespace kimi {
 namespace {
 
-using experts::round64;
+int64_t partials(const FusedExpertsBackwardParams& p) {
+  return ceil_div(p.width, experts::kPartial);
+}
 
-struct Layout {  // of the workspace
-  int64_t gate_up, grad_gate_up, hidden, partial, sums, groups;
+struct Memory {        // of the workspace
+  char* grad_gate_up;  // [R, 2F] dtype
+  char* hidden;        // [R, F] dtype: weight times h
+  float* partial;      // [R, partials]
+  float* sums;         // buffer of sum_of_products
+  char* gate_up;       // [R, 2F] dtype: [g; u], where the caller has none
+  void* groups;
+  int64_t bytes;
 
-  explicit Layout(const FusedExpertsBackwardParams& p) {
-    const int64_t rows = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
-    grad_gate_up = round64(rows * 2 * p.width * bytes);
-    gate_up = p.gate_up ? 0 : grad_gate_up;
-    hidden = round64(rows * p.width * bytes);
-    partial = round64(rows * partials(p) * 4);
-    sums = round64(rows * experts::sum_columns(rows, p.hidden) * 4);
-    groups = int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts));
+  Memory(const FusedExpertsBackwardParams& p, void* workspace) {
+    Pieces pieces(workspace);
+    const int64_t rows = p.num_tokens * p.top_k, size = size_of(p.dtype);
+    grad_gate_up = pieces.take(rows * 2 * p.width * size);
+    hidden = pieces.take(rows * p.width * size);
+    partial = pieces.take<float>(rows * partials(p));
+    sums = pieces.take<float>(rows * experts::sum_columns(rows, p.hidden));
+    gate_up = pieces.take(p.gate_up ? 0 : rows * 2 * p.width * size);
+    groups =
+        pieces.take(int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts)));
+    bytes = pieces.bytes();
   }
-  static int64_t partials(const FusedExpertsBackwardParams& p) {
-    return (p.width + experts::kPartial - 1) / experts::kPartial;
-  }
-  int64_t total() const { return gate_up + grad_gate_up + hidden + partial + sums + groups; }
 };
 
 Status check(const FusedExpertsBackwardParams& p, kimi_device device) {
@@ -40,21 +48,16 @@ Status check(const FusedExpertsBackwardParams& p, kimi_device device) {
 // The backward of one call; every method is one of its passes.
 class Backward {
  public:
-  Backward(const FusedExpertsBackwardParams& p, const Layout& layout)
+  explicit Backward(const FusedExpertsBackwardParams& p)
       : p_(p),
         bytes_(size_of(p.dtype)),
         rows_(p.num_tokens * p.top_k),
-        engine_(experts::cpu_engine()),
         blocks_(cpu::block_engine(p.dtype)),
-        grad_gate_up_(static_cast<char*>(p.workspace)),
-        hidden_(grad_gate_up_ + layout.grad_gate_up),
-        partial_(reinterpret_cast<float*>(hidden_ + layout.hidden)),
-        sums_(reinterpret_cast<float*>(hidden_ + layout.hidden + layout.partial)),
-        again_(hidden_ + layout.hidden + layout.partial + layout.sums),
-        workspace_(blocks_, again_ + layout.gate_up, p.num_experts) {}
+        memory_(p, p.workspace),
+        workspace_(blocks_, memory_.groups, p.num_experts) {}
 
   void run() {
-    if (!p_.gate_up) compute_gate_up();
+    if (!p_.gate_up) experts::compute_gate_up(p_, blocks_, workspace_, memory_.gate_up, nullptr);
     compute_grad_gate_up();
     if (p_.grad_weights) compute_grad_weights();
     if (p_.grad_w_down) compute_grad_w_down();
@@ -63,42 +66,33 @@ class Backward {
   }
 
  private:
-  void compute_gate_up() {
-    const auto group = [&](int32_t e) { return experts::gate_up_of(p_, e); };
-    grouped::run_groups(blocks_, workspace_, p_.num_experts, group, [&](const grouped::Block& b) {
-      const int64_t row = group(b.group).p_row + b.row;
-      engine_.activate({b.c, b.stride, b.part_stride, b.rows, b.cols, p_.activation, p_.dtype,
-                        again_ + (row * 2 * p_.width + b.col) * bytes_, nullptr, p_.width});
-    });
-  }
-
   void compute_grad_gate_up() {
-    const char* gate_up = p_.gate_up ? static_cast<const char*>(p_.gate_up) : again_;
+    const char* gate_up = p_.gate_up ? static_cast<const char*>(p_.gate_up) : memory_.gate_up;
     const auto group = [&](int32_t e) {
       grouped::Group g = experts::rows_of(p_.offsets, e);
       g.p = tokens(p_.dy, p_.dy_stride);
-      g.s = experts::weights_of(p_.w_down, e, p_.hidden, p_.width, true);
+      g.s = grouped::matrix_of(p_.w_down, e, p_.hidden, p_.width, true);
       g.cols = p_.width;
       g.depth = p_.hidden;
       return g;
     };
     grouped::run_groups(blocks_, workspace_, p_.num_experts, group, [&](const grouped::Block& b) {
       const int64_t row = group(b.group).p_row + b.row, at = row * 2 * p_.width + b.col;
-      engine_.activate_backward(
+      experts::kEngines.best().activate_backward(
           {b.c, b.stride, b.rows, b.cols, p_.activation, p_.dtype, gate_up + at * bytes_,
-           p_.source + row, p_.weights, grad_gate_up_ + at * bytes_,
-           hidden_ + (row * p_.width + b.col) * bytes_,
-           partial_ + row * Layout::partials(p_) + b.col / experts::kPartial, p_.width});
+           p_.source + row, p_.weights, memory_.grad_gate_up + at * bytes_,
+           memory_.hidden + (row * p_.width + b.col) * bytes_,
+           memory_.partial + row * partials(p_) + b.col / experts::kPartial, p_.width});
     });
   }
 
   void compute_grad_weights() {
-    const int64_t partials = Layout::partials(p_);
+    const int64_t count = partials(p_);
     cpu::parallel_for(rows_, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
         float sum = 0.0f;
         if (const int64_t row = p_.row_map[pair]; row >= 0)
-          for (int64_t i = 0; i < partials; ++i) sum += partial_[row * partials + i];
+          for (int64_t i = 0; i < count; ++i) sum += memory_.partial[row * count + i];
         p_.grad_weights[pair] = sum;
       }
     });
@@ -119,8 +113,9 @@ class Backward {
       g.over_rows = true;
       return g;
     };
-    const grouped::CpuEngine& store = grouped::cpu_engine();
-    const bool stream = double(p_.num_experts) * double(rows) * double(cols) * bytes_ > 32 << 20;
+    const grouped::CpuEngine& store = grouped::kEngines.best();
+    const bool stream =
+        double(p_.num_experts) * double(rows) * double(cols) * bytes_ > cpu::kStreamBytes;
     grouped::run_groups(blocks_, workspace_, p_.num_experts, group, [&](const grouped::Block& b) {
       char* to = static_cast<char*>(out) + ((b.group * rows + b.row) * cols + b.col) * bytes_;
       store.store(
@@ -129,30 +124,23 @@ class Backward {
   }
 
   void compute_grad_w_down() {
-    outer_products(gathered_columns(p_.dy, p_.dy_stride), p_.hidden, columns(hidden_, p_.width),
-                   p_.width, p_.grad_w_down);
+    outer_products(gathered_columns(p_.dy, p_.dy_stride), p_.hidden,
+                   columns(memory_.hidden, p_.width), p_.width, p_.grad_w_down);
   }
   void compute_grad_w_gate_up() {
-    outer_products(columns(grad_gate_up_, 2 * p_.width), 2 * p_.width,
+    outer_products(columns(memory_.grad_gate_up, 2 * p_.width), 2 * p_.width,
                    gathered_columns(p_.x, p_.x_stride), p_.hidden, p_.grad_w_gate_up);
   }
 
   void compute_dx() {
     const auto group = [&](int32_t e) {
       grouped::Group g = experts::rows_of(p_.offsets, e);
-      g.p = {grad_gate_up_, 2 * p_.width, 1, cpu::Storage(p_.dtype)};
-      g.s = experts::weights_of(p_.w_gate_up, e, 2 * p_.width, p_.hidden, true);
+      g.p = {memory_.grad_gate_up, 2 * p_.width, 1, cpu::Storage(p_.dtype)};
+      g.s = grouped::matrix_of(p_.w_gate_up, e, 2 * p_.width, p_.hidden, true);
       g.depth = 2 * p_.width;
       return g;
     };
-    experts::CombineArguments sum = {};
-    sum.row_map = p_.row_map;
-    sum.x = p_.dx;
-    sum.dtype = p_.dtype;
-    sum.hidden = p_.hidden;
-    sum.top_k = p_.top_k;
-    experts::sum_of_products(blocks_, workspace_, p_.num_experts, group, rows_, p_.num_tokens, sum,
-                             sums_);
+    experts::sum_of_products(p_, blocks_, workspace_, group, nullptr, p_.dx, memory_.sums);
   }
 
   cpu::Operand tokens(const void* x, int64_t stride) const {
@@ -169,13 +157,8 @@ class Backward {
 
   const FusedExpertsBackwardParams& p_;
   const int64_t bytes_, rows_;
-  const experts::CpuEngine& engine_;
   const cpu::BlockEngine& blocks_;
-  char* grad_gate_up_;  // [R, 2F] dtype
-  char* hidden_;        // [R, F] dtype: weight times h
-  float* partial_;      // [R, partials]
-  float* sums_;         // buffer of sum_of_products
-  char* again_;         // [R, 2F] dtype: [g; u], where the caller has none
+  const Memory memory_;
   grouped::Workspace workspace_;
 };
 
@@ -187,7 +170,7 @@ size_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardParams& 
 #if defined(KIMI_OPS_CUDA)
   if (device == KIMI_DEVICE_CUDA) return fused_experts_backward_workspace_bytes_cuda(p);
 #endif
-  return size_t(Layout(p).total());
+  return size_t(Memory(p, nullptr).bytes);
 }
 
 Status fused_experts_backward(const FusedExpertsBackwardParams& p, kimi_device device,
@@ -195,7 +178,7 @@ Status fused_experts_backward(const FusedExpertsBackwardParams& p, kimi_device d
   KIMI_RETURN_IF_ERROR(check(p, device));
   if (device == KIMI_DEVICE_CUDA)
     return KIMI_CUDA("fused_experts_backward", fused_experts_backward_cuda(p, stream));
-  Backward(p, Layout(p)).run();
+  Backward(p).run();
   return Status::ok();
 }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// The passes between the products for SIMD engines, a template over `O`: the operations of
-// topk_gate/score.h on O::kLanes floats, with loads and stores of the first lanes. Included by the
-// ISA files only.
+// The passes between the products for SIMD engines, a template over `O`, the vectors of
+// cpu/vec_*.h. Included by the engine files only.
 #pragma once
 
+#include "common/integer.h"
 #include "fused_experts/activation.h"
 
 namespace kimi::experts {
@@ -28,10 +28,10 @@ void activate(const ActivateArguments& s) {
         const int left = s.cols - j < O::kLanes ? int(s.cols - j) : O::kLanes;
         const auto g = O::load(gate + j, left), u = O::load(up + j, left);
         if (saved) {
-          O::store_as(saved + j, left, g);
-          O::store_as(saved + s.width + j, left, u);
+          O::store(saved + j, g, left);
+          O::store(saved + s.width + j, u, left);
         }
-        if (hidden) O::store_as(hidden + j, left, gated<O, kActivation, false>(g, u).value);
+        if (hidden) O::store(hidden + j, gated<O, kActivation, false>(g, u).value, left);
       }
     }
   });
@@ -41,7 +41,7 @@ template <class O>
 void activate_backward(const ActivateBackwardArguments& s) {
   dispatch_activation(s.dtype, s.activation, [&]<class T, kimi_activation kActivation>() {
     using F = typename O::F;
-    const int64_t partials = (s.width + kPartial - 1) / kPartial;
+    const int64_t partials = ceil_div(s.width, kPartial);
     for (int64_t i = 0; i < s.rows; ++i) {
       const float* c = s.c + i * s.stride;
       const T* gate_up = static_cast<const T*>(s.gate_up) + i * 2 * s.width;
@@ -57,9 +57,9 @@ void activate_backward(const ActivateBackwardArguments& s) {
           const auto h = gated<O, kActivation, true>(g, u);
           // Lanes past the end are zeros: g = u = 0 gives h = 0.
           sum = O::fma(dh, h.value, sum);
-          O::store_as(grad + j, left, O::mul(scaled, h.slope_gate));
-          O::store_as(grad + s.width + j, left, O::mul(scaled, h.slope_up));
-          O::store_as(hidden + j, left, O::mul(weight, h.value));
+          O::store(grad + j, O::mul(scaled, h.slope_gate), left);
+          O::store(grad + s.width + j, O::mul(scaled, h.slope_up), left);
+          O::store(hidden + j, O::mul(weight, h.value), left);
         }
         s.partial[i * partials + run / kPartial] = O::sum_lanes(sum);
       }
@@ -88,16 +88,14 @@ void combine(const CombineArguments& s, int64_t begin, int64_t end) {
             sum[v] = O::fma(w, O::load(from + v * O::kLanes, lanes<O>(left, v)), sum[v]);
         }
         for (int v = 0; v < kVectors && v * O::kLanes < left; ++v)
-          O::store_as(x + j + v * O::kLanes, lanes<O>(left, v), sum[v]);
+          O::store(x + j + v * O::kLanes, sum[v], lanes<O>(left, v));
       }
     }
   });
 }
 
 template <class O>
-constexpr CpuEngine engine_of() {
-  return {activate<O>, activate_backward<O>, combine<O>};
-}
+constexpr CpuEngine kEngine = {activate<O>, activate_backward<O>, combine<O>};
 
 }  // namespace
 }  // namespace kimi::experts

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "common/integer.h"
 #include "common/status.h"
 
 namespace kimi::gemm {
@@ -60,8 +61,6 @@ struct StoreParams {
 inline bool divides16(const void* address, int64_t stride, int64_t size) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * size % 16 == 0;
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Tiles of C's lower triangle: row tile r has r / ratio + 1, of which `ratio` are as high as a tile
 // is wide.

@@ -43,7 +43,7 @@ Status run(const gemm::Product& product, const GroupedGemmFp8Params& p,
 template <class X>
 int64_t computed(int64_t n) {
   constexpr int64_t kCols = X::kCluster * X::kTileCols;
-  return gemm::ceil_div(n, kCols) * kCols;
+  return round_up(n, kCols);
 }
 
 }  // namespace

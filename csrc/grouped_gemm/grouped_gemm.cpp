@@ -7,16 +7,13 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "cpu/memory.h"
 #include "gemm/cpu/groups.h"
+#include "gemm/cpu/weights.h"
 #include "grouped_gemm/check.h"
 
 namespace kimi {
 namespace {
-
-constexpr CpuEngines<grouped::CpuEngine> kEngines = {
-    {&grouped::kPortableEngine, KIMI_X86(grouped::kAvx2Engine), KIMI_X86(grouped::kAvx512Engine)}};
-// Output beyond this is written around the cache, as in permute.
-constexpr int64_t kStreamBytes = 32 << 20;
 
 template <class Params>
 Status check_common(const char* op, const Params& p, kimi_device device) {
@@ -95,20 +92,9 @@ struct Forward {
     g.depth = p.k;
     g.p_row = begin;
     g.p = {p.a, p.a_row_stride, p.k == 1 ? 1 : p.a_k_stride, cpu::Storage(p.dtype)};
-    g.s = {nullptr, p.b_n_stride, p.k == 1 ? 1 : p.b_k_stride, cpu::Storage(p.b_storage)};
-    const int64_t elements = e * p.b_expert_stride;
-    if (p.b_storage == KIMI_STORAGE_FP8_BLOCK) {
-      g.s.data = offset(p.b, elements);
-      g.s.scale_stride = (p.k + cpu::kFp8Block - 1) / cpu::kFp8Block;
-      g.s.scale = static_cast<const float*>(p.b_scale) +
-                  e * ((p.n + cpu::kFp8Block - 1) / cpu::kFp8Block) * g.s.scale_stride;
-    } else if (p.b_storage == KIMI_STORAGE_INT4_GROUP) {
-      g.s.data = offset(p.b, elements / 2);
-      g.s.scale_stride = (p.k + cpu::kInt4Group - 1) / cpu::kInt4Group;
-      g.s.scale = static_cast<const bf16*>(p.b_scale) + e * p.n * g.s.scale_stride;
-    } else {
-      g.s.data = offset(p.b, elements * size_of(p.dtype));
-    }
+    const kimi_expert_weights b = {p.b,          p.b_scale,    p.b_expert_stride,
+                                   p.b_n_stride, p.b_k_stride, p.b_storage};
+    g.s = grouped::matrix_of(b, e, p.n, p.k, false);
     return g;
   }
 };
@@ -145,12 +131,6 @@ void zero_rows(void* out, int64_t begin, int64_t end, int64_t row_bytes) {
 
 }  // namespace
 
-namespace grouped {
-const CpuEngine& cpu_engine() { return kEngines.best(); }
-}  // namespace grouped
-
-kimi_isa grouped_gemm_isa() { return cpu::block_engine_isa(); }
-
 size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device device) {
   if (device == KIMI_DEVICE_CUDA || p.num_experts < 1 || p.k < 0 || !is_dtype(p.dtype)) return 0;
   return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts);
@@ -160,11 +140,11 @@ Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, [[maybe_unus
   KIMI_RETURN_IF_ERROR(check(p, device));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("grouped_gemm", grouped_gemm_cuda(p, stream));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
-  const grouped::CpuEngine& output = grouped::cpu_engine();
+  const grouped::CpuEngine& output = grouped::kEngines.best();
   const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
   const Forward group{p};
   const int64_t out_bytes = size_of(p.out_dtype), bias_bytes = size_of(p.dtype);
-  const bool around_cache = p.num_rows * p.n * out_bytes > kStreamBytes;
+  const bool around_cache = p.num_rows * p.n * out_bytes > cpu::kStreamBytes;
   zero_rows(p.out, p.offsets[p.num_experts - 1], p.num_rows, p.n * out_bytes);
   grouped::run_groups(engine, workspace, p.num_experts, group, [&](const grouped::Block& b) {
     const int64_t row = group(b.group).p_row + b.row;
@@ -187,14 +167,15 @@ Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device,
   if (device == KIMI_DEVICE_CUDA)
     return KIMI_CUDA("grouped_gemm_wgrad", grouped_gemm_wgrad_cuda(p, stream));
   const cpu::BlockEngine& engine = cpu::block_engine(p.dtype);
-  const grouped::CpuEngine& output = grouped::cpu_engine();
+  const grouped::CpuEngine& output = grouped::kEngines.best();
   const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
   const bool n_contiguous = p.out_n_stride == 1 || p.n == 1;
   const Wgrad group{p, n_contiguous};
   const int64_t out_bytes = size_of(p.out_dtype);
   const int64_t row_stride = n_contiguous ? p.out_k_stride : p.out_n_stride;
   const bool around_cache =
-      !p.accumulate && double(p.num_experts) * double(p.k) * double(p.n) * out_bytes > kStreamBytes;
+      !p.accumulate &&
+      double(p.num_experts) * double(p.k) * double(p.n) * out_bytes > cpu::kStreamBytes;
   grouped::run_groups(engine, workspace, p.num_experts, group, [&](const grouped::Block& b) {
     if (p.accumulate && group(b.group).depth == 0) return;
     char* out = static_cast<char*>(p.out) +

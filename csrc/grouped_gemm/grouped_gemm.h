@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
@@ -32,7 +33,6 @@ size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device devi
 Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, void* stream);
 size_t grouped_gemm_wgrad_workspace_bytes(const GroupedGemmWgradParams& p, kimi_device device);
 Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device, void* stream);
-kimi_isa grouped_gemm_isa();  // of the engine that serves bf16 CPU tensors
 
 // grouped_gemm.cu. Arguments have been checked, offsets have not.
 Status grouped_gemm_cuda(const GroupedGemmParams& p, void* stream);
@@ -56,8 +56,7 @@ struct StoreArguments {
 struct CpuEngine {
   void (*store)(const StoreArguments& arguments);
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
-const CpuEngine& cpu_engine();
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace grouped
 }  // namespace kimi

@@ -3,7 +3,5 @@
 #include "grouped_gemm/store_simd.h"
 
 namespace kimi::grouped {
-
-extern const CpuEngine kAvx2Engine = {store<cpu::Avx2Vec>};
-
+extern const CpuEngine kAvx2Engine = kEngine<cpu::Avx2>;
 }  // namespace kimi::grouped

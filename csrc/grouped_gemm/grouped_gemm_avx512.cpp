@@ -3,7 +3,5 @@
 #include "grouped_gemm/store_simd.h"
 
 namespace kimi::grouped {
-
-extern const CpuEngine kAvx512Engine = {store<cpu::Avx512Vec>};
-
+extern const CpuEngine kAvx512Engine = kEngine<cpu::Avx512>;
 }  // namespace kimi::grouped

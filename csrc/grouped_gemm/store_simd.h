@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Sums become output, for SIMD engines; a template over `O`, vectors with loads and stores of every
-// dtype (cpu/vec_*.h). Included by the ISA files only.
+// Sums become output, a template over `O`, the vectors of cpu/vec_*.h (one lane on the portable
+// engine). Included by the engine files only.
 #pragma once
 
+#include "common/dtype.h"
+#include "cpu/vectors.h"
 #include "grouped_gemm/grouped_gemm.h"
 
 namespace kimi::grouped {
@@ -15,22 +17,15 @@ void store_rows(const StoreArguments& s) {
     const float* c = s.c + i * s.c_stride;
     T* out = static_cast<T*>(s.out) + i * s.out_stride;
     const bool around_cache = s.stream && O::aligned(out);
-    int64_t j = 0;
-    for (; j + O::kLanes <= s.cols; j += O::kLanes) {
-      auto sum = O::load(c + j);
-      if (bias) sum = O::add(sum, O::load(bias + j));
-      if (s.accumulate) sum = O::add(sum, O::load(out + j));
-      if (around_cache)
+    cpu::vectors<O>(s.cols, [&](int64_t j, int left) __attribute__((always_inline)) {
+      auto sum = O::load(c + j, left);
+      if (bias) sum = O::add(sum, O::load(bias + j, left));
+      if (s.accumulate) sum = O::add(sum, O::load(out + j, left));
+      if (around_cache && left == O::kLanes)
         O::stream(out + j, sum);
       else
-        O::store(out + j, sum);
-    }
-    for (; j < s.cols; ++j) {
-      float sum = c[j];
-      if (bias) sum += to_float(bias[j]);
-      if (s.accumulate) sum += to_float(out[j]);
-      out[j] = from_float<T>(sum);
-    }
+        O::store(out + j, sum, left);
+    });
   }
   if (s.stream) O::fence();
 }
@@ -40,6 +35,9 @@ void store(const StoreArguments& s) {
   dispatch(s.out_dtype,
            [&]<class T>() { dispatch(s.bias_dtype, [&]<class B>() { store_rows<O, T, B>(s); }); });
 }
+
+template <class O>
+constexpr CpuEngine kEngine = {store<O>};
 
 }  // namespace
 }  // namespace kimi::grouped

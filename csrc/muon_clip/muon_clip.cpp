@@ -8,6 +8,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/integer.h"
 #include "cpu/parallel.h"
 
 namespace kimi {
@@ -15,8 +16,6 @@ namespace {
 
 using namespace muon_clip_cpu;
 
-constexpr CpuEngines<CpuEngine> kEngines = {
-    {&kPortableEngine, KIMI_X86(kAvx2Engine), KIMI_X86(kAvx512Engine), nullptr, nullptr}};
 constexpr int64_t kBlock = 1 << 15;  // elements; sums of squares are cut here
 
 const void* at(const void* x, kimi_dtype dtype, int64_t i) {
@@ -34,7 +33,7 @@ class Blocks {
     for (int64_t t = 0; t < count; ++t) {
       const int64_t n = items(t), u = std::max<int64_t>(1, unit(t));
       tensors_.push_back({n, u, first_});
-      first_ += (n + u - 1) / u;
+      first_ += ceil_div(n, u);
     }
   }
   int64_t size() const { return first_; }
@@ -110,8 +109,6 @@ void sum_blocks(const Blocks& blocks, int64_t count, const std::vector<double>& 
 }
 
 }  // namespace
-
-kimi_isa muon_clip_isa() { return kEngines.isa(); }
 
 Status muon_momentum(const MuonMomentumParams& p, kimi_device device, void*) {
   const char* op = "muon_momentum";

@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
@@ -36,7 +37,6 @@ Status muon_momentum(const MuonMomentumParams& p, kimi_device device, void* stre
 Status muon_update(const MuonUpdateParams& p, kimi_device device, void* stream);
 Status adamw(const AdamwParams& p, kimi_device device, void* stream);
 Status squares(const SquaresParams& p, kimi_device device, void* stream);
-kimi_isa muon_clip_isa();  // of the engine that serves CPU tensors
 
 namespace muon_clip_cpu {
 
@@ -75,7 +75,7 @@ struct CpuEngine {
                 kimi_dtype grad_dtype, float* exp_avg, float* exp_avg_sq, int64_t n);
   double (*squares)(const void* x, kimi_dtype dtype, int64_t n);
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace muon_clip_cpu
 }  // namespace kimi

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT
 // The passes of muon_clip, a template over `O`: vectors of O::kLanes floats (1 on the portable
-// engine). Included by the engine files only. A run's last elements go through a vector of the
-// same operations in a padded buffer.
+// engine). Included by the engine files only.
 #pragma once
 
 #include <stdint.h>
-#include <string.h>
 
 #include "common/dtype.h"
+#include "cpu/vectors.h"
 #include "muon_clip/muon_clip.h"
 
 namespace kimi::muon_clip_cpu {
@@ -27,31 +26,7 @@ template <class O>
 typename O::F decayed(const Decay& d, typename O::F param, typename O::F direction) {
   const auto less = O::mul(param, O::set(d.keep));
   if (!d.cautious) return less;
-  return O::select(O::greater(O::mul(direction, param), O::set(0.0f)), less, param);
-}
-
-// n <= O::kLanes elements of x, the rest zeros; and n of a vector to x.
-template <class O, class T>
-typename O::F load_some(const T* x, int64_t n) {
-  if (n == O::kLanes) return O::load(x);
-  T padded[O::kLanes] = {};
-  memcpy(padded, x, size_t(n) * sizeof(T));
-  return O::load(padded);
-}
-template <class O, class T>
-void store_some(T* x, typename O::F value, int64_t n) {
-  if (n == O::kLanes) return O::store(x, value);
-  T padded[O::kLanes];
-  O::store(padded, value);
-  memcpy(x, padded, size_t(n) * sizeof(T));
-}
-
-// body(first, count): whole vectors with a constant count, then the rest.
-template <class O, class Body>
-void vectors(int64_t n, const Body& body) {
-  int64_t j = 0;
-  for (; j + O::kLanes <= n; j += O::kLanes) body(j, int64_t{O::kLanes});
-  if (j < n) body(j, n - j);
+  return O::select(O::less(O::set(0.0f), O::mul(direction, param)), less, param);
 }
 
 template <class O>
@@ -61,11 +36,11 @@ void momentum(const Momentum& m, const void* grad, kimi_dtype grad_dtype, void* 
     dispatch(buffer_dtype, [&]<class B>() {
       const G* from = static_cast<const G*>(grad);
       B* kept = static_cast<B*>(buffer);
-      vectors<O>(n, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-        const auto g = negated_if<O>(m.maximize, load_some<O>(from + j, count));
-        const auto moved = lerp<O>(m.move, load_some<O>(kept + j, count), g);
-        store_some<O>(kept + j, moved, count);
-        store_some<O>(update + j, m.nesterov ? lerp<O>(m.look_ahead, g, moved) : moved, count);
+      cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+        const auto g = negated_if<O>(m.maximize, O::load(from + j, left));
+        const auto moved = lerp<O>(m.move, O::load(kept + j, left), g);
+        O::store(kept + j, moved, left);
+        O::store(update + j, m.nesterov ? lerp<O>(m.look_ahead, g, moved) : moved, left);
       });
     });
   });
@@ -80,12 +55,12 @@ void update(const Decay& decay, float rate, void* param, kimi_dtype param_dtype,
       const D* from = static_cast<const D*>(direction);
       bf16* beside = static_cast<bf16*>(copy);
       const auto minus_rate = O::set(-rate);
-      vectors<O>(n, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-        const auto d = load_some<O>(from + j, count);
-        const auto old = decayed<O>(decay, load_some<O>(to + j, count), d);
+      cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+        const auto d = O::load(from + j, left);
+        const auto old = decayed<O>(decay, O::load(to + j, left), d);
         const auto next = O::fma(minus_rate, d, old);
-        store_some<O>(to + j, next, count);
-        if (beside) store_some<O>(beside + j, next, count);
+        O::store(to + j, next, left);
+        if (beside) O::store(beside + j, next, left);
       });
     });
   });
@@ -98,18 +73,18 @@ void adamw(const Moments& m, void* param, kimi_dtype param_dtype, const void* gr
     dispatch(grad_dtype, [&]<class G>() {
       P* to = static_cast<P*>(param);
       const G* from = static_cast<const G*>(grad);
-      vectors<O>(n, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-        const auto g = negated_if<O>(m.maximize, load_some<O>(from + j, count));
-        const auto first = lerp<O>(m.first, load_some<O>(exp_avg + j, count), g);
-        const auto kept = O::mul(load_some<O>(exp_avg_sq + j, count), O::set(m.beta2));
+      cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+        const auto g = negated_if<O>(m.maximize, O::load(from + j, left));
+        const auto first = lerp<O>(m.first, O::load(exp_avg + j, left), g);
+        const auto kept = O::mul(O::load(exp_avg_sq + j, left), O::set(m.beta2));
         const auto second = O::fma(O::mul(O::set(m.one_less_beta2), g), g, kept);
         const auto root = O::div(O::sqrt(second), O::set(m.root_of_correction));
         const auto denominator = O::add(root, O::set(m.eps));
-        const auto old = decayed<O>(m.decay, load_some<O>(to + j, count), first);
+        const auto old = decayed<O>(m.decay, O::load(to + j, left), first);
         const auto step = O::div(O::mul(O::set(m.step), first), denominator);
-        store_some<O>(to + j, O::add(old, step), count);
-        store_some<O>(exp_avg + j, first, count);
-        store_some<O>(exp_avg_sq + j, second, count);
+        O::store(to + j, O::add(old, step), left);
+        O::store(exp_avg + j, first, left);
+        O::store(exp_avg_sq + j, second, left);
       });
     });
   });
@@ -122,12 +97,10 @@ double squares(const void* x, kimi_dtype dtype, int64_t n) {
     const T* from = static_cast<const T*>(x);
     double lanes[16] = {};
     for (int64_t j = 0; j < n; j += 16) {
-      const int64_t count = n - j < 16 ? n - j : 16;
       float values[16] = {};
-      for (int v = 0; v < 16; v += O::kLanes) {
-        const int64_t left = count - v;
-        if (left > 0)
-          O::store(values + v, load_some<O>(from + j + v, left < O::kLanes ? left : O::kLanes));
+      for (int v = 0; v < 16 && j + v < n; v += O::kLanes) {
+        const int64_t left = n - j - v;
+        O::store(values + v, O::load(from + j + v, left < O::kLanes ? int(left) : O::kLanes));
       }
       for (int l = 0; l < 16; ++l) lanes[l] += double(values[l]) * double(values[l]);
     }

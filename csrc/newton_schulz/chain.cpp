@@ -9,6 +9,8 @@
 #include <cstring>
 
 #include "common/dtype.h"
+#include "common/workspace.h"
+#include "math/functions.h"
 #include "newton_schulz/product.h"
 
 namespace kimi::newton_schulz_cpu {
@@ -17,15 +19,11 @@ namespace {
 using cpu::Operand;
 using gemm::tasks;
 
-constexpr int64_t kAlign = 64;
 constexpr int64_t kRowsAcross = 256;     // rows whose sums a task takes where lines run across
 constexpr int64_t kElements = 32 << 10;  // of a task of an elementwise pass
-constexpr float kLargest = 3.4028234664e38f;
-
-int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 // A distance between lines that is no large power of two: they would share few sets of a cache.
-int64_t padded(int64_t length) { return (length + 31) / 32 * 32 + 32; }
+int64_t padded(int64_t length) { return round_up(length, 32) + 32; }
 
 int64_t squares_of(kimi_newton_schulz_method method) {
   return method == KIMI_NEWTON_SCHULZ_GRAM ? 3 : 1;
@@ -38,23 +36,39 @@ float tree(float* lanes, int64_t stride) {
   return lanes[0];
 }
 
+struct Memory {  // of the workspace
+  char* x;
+  char* squares[3] = {};  // [m, m] dtype
+  float *row_sums, *maxima;
+  char* scratch;  // of products
+  int64_t bytes;
+
+  Memory(const NewtonSchulzParams& p, const ChainShape& s, int threads, void* workspace) {
+    Pieces pieces(workspace);
+    x = pieces.take(s.lines * padded(s.length) * size_of(p.dtype));
+    for (int64_t i = 0; i < squares_of(p.method); ++i)
+      squares[i] = pieces.take(s.m * padded(s.m) * size_of(p.dtype));
+    row_sums = pieces.take<float>(s.m);
+    maxima = pieces.take<float>(s.lines);
+    const auto bytes_of = [&](int64_t rows, int64_t cols, int64_t depth) {
+      return int64_t(gemm::dense_scratch_bytes(rows, cols, depth, p.dtype, threads));
+    };
+    scratch = pieces.take(std::max(
+        {bytes_of(s.m, s.m, s.n), bytes_of(s.m, s.m, s.m), bytes_of(s.lines, s.length, s.m)}));
+    bytes = pieces.bytes();
+  }
+};
+
 class Chain {
  public:
   Chain(const NewtonSchulzParams& params, const ChainShape& chain_shape, char* workspace,
         int num_threads)
-      : p(params), shape(chain_shape), m(shape.m), n(shape.n), threads(num_threads) {
-    const auto take = [&](int64_t bytes) {
-      char* taken = workspace;
-      workspace += aligned(bytes);
-      return taken;
-    };
-    x_ = take(shape.lines * padded(shape.length) * size_of(p.dtype));
-    for (int64_t i = 0; i < squares_of(p.method); ++i)
-      squares_[i] = take(m * padded(m) * size_of(p.dtype));
-    row_sums_ = reinterpret_cast<float*>(take(m * 4));
-    maxima_ = reinterpret_cast<float*>(take(shape.lines * 4));
-    scratch_ = workspace;
-  }
+      : p(params),
+        shape(chain_shape),
+        m(shape.m),
+        n(shape.n),
+        threads(num_threads),
+        memory(p, shape, threads, workspace) {}
 
   void run(const void* g, void* out) {
     normalize(g);
@@ -70,46 +84,48 @@ class Chain {
   template <class Body>
   void each_line(const Body& body) const {
     const int64_t run = std::max<int64_t>(1, kElements / std::max<int64_t>(shape.length, 1));
-    tasks((shape.lines + run - 1) / run, threads, [&](int64_t task, int) {
+    tasks(ceil_div(shape.lines, run), threads, [&](int64_t task, int) {
       for (int64_t i = task * run; i < std::min(shape.lines, (task + 1) * run); ++i) body(i);
     });
   }
 
   void normalize(const void* g) {
-    const CpuEngine& passes = engine();
+    const CpuEngine& passes = kEngines.best();
     const auto line = [&](int64_t i) {
       return static_cast<const char*>(g) + i * shape.g_stride * size_of(p.g_dtype);
     };
-    each_line([&](int64_t i) { maxima_[i] = passes.largest(line(i), p.g_dtype, shape.length); });
-    const float most = *std::max_element(maxima_, maxima_ + shape.lines);
+    each_line(
+        [&](int64_t i) { memory.maxima[i] = passes.largest(line(i), p.g_dtype, shape.length); });
+    const float most = *std::max_element(memory.maxima, memory.maxima + shape.lines);
     int exponent = 0;
-    if (most <= kLargest) (void)std::frexp(most, &exponent);
+    if (most <= math::kMaxFloat) (void)std::frexp(most, &exponent);
     const float scale = std::ldexp(1.0f, -std::clamp(exponent, -126, 126));
 
     if (shape.across) {
-      tasks((m + kRowsAcross - 1) / kRowsAcross, threads, [&](int64_t task, int) {
+      tasks(ceil_div(m, kRowsAcross), threads, [&](int64_t task, int) {
         const int64_t first = task * kRowsAcross, rows = std::min(kRowsAcross, m - first);
         alignas(64) float lanes[16][kRowsAcross] = {};
         for (int64_t j = 0; j < n; ++j)
           passes.squares_across(line(j) + first * size_of(p.g_dtype), p.g_dtype, rows, scale,
                                 lanes[j % 16]);
-        for (int64_t i = 0; i < rows; ++i) row_sums_[first + i] = tree(&lanes[0][i], kRowsAcross);
+        for (int64_t i = 0; i < rows; ++i)
+          memory.row_sums[first + i] = tree(&lanes[0][i], kRowsAcross);
       });
     } else {
       each_line([&](int64_t i) {
         float lanes[16] = {};
         passes.squares_along(line(i), p.g_dtype, n, scale, lanes);
-        row_sums_[i] = tree(lanes, 1);
+        memory.row_sums[i] = tree(lanes, 1);
       });
     }
     double sum = 0;
-    for (int64_t i = 0; i < m; ++i) sum += double(row_sums_[i]);
+    for (int64_t i = 0; i < m; ++i) sum += double(memory.row_sums[i]);
     float norm = float(std::sqrt(sum));
     if (p.eps > 0 && norm < p.eps * scale) norm = p.eps * scale;
     const float divisor = (norm == 0 ? 1.0f : norm) * std::ldexp(1.0f, -shape.shift);
     each_line([&](int64_t i) {
       passes.divide(line(i), p.g_dtype, shape.length, scale, divisor,
-                    x_ + i * padded(shape.length) * size_of(p.dtype), p.dtype);
+                    memory.x + i * padded(shape.length) * size_of(p.dtype), p.dtype);
     });
   }
 
@@ -118,7 +134,7 @@ class Chain {
   Operand cols_of_x() const { return x_operand(!shape.across); }
   Operand x_operand(bool transposed) const {
     Operand x;
-    x.data = x_;
+    x.data = memory.x;
     x.row_stride = transposed ? 1 : padded(shape.length);
     x.depth_stride = transposed ? padded(shape.length) : 1;
     x.storage = cpu::Storage(p.dtype);
@@ -157,7 +173,7 @@ class Chain {
     q.d = d;
     q.c_stride = q.d_stride = padded(m);
     q.dtype = q.d_dtype = p.dtype;
-    multiply(q, scratch_, threads);
+    multiply(q, memory.scratch, threads);
   }
 
   // X = alpha W X + beta X, in place or, the last time, to the output.
@@ -170,18 +186,18 @@ class Chain {
     q.depth = m;
     q.alpha = alpha;
     q.beta = beta;
-    q.c = beta == 0 ? nullptr : x_;
+    q.c = beta == 0 ? nullptr : memory.x;
     q.c_stride = padded(shape.length);
-    q.d = last ? out_ : x_;
+    q.d = last ? out_ : memory.x;
     q.d_stride = last ? shape.x_stride : padded(shape.length);
     q.dtype = p.dtype;
     q.d_dtype = last ? p.x_dtype : p.dtype;
     q.unit = last ? std::ldexp(1.0f, -shape.shift) : 1.0f;
-    multiply(q, scratch_, threads);
+    multiply(q, memory.scratch, threads);
   }
 
   void iterate() const {
-    char* a = squares_[0];
+    char* a = memory.squares[0];
     for (int32_t k = 0; k < p.steps; ++k) {
       const float* row = p.coefficients + 3 * k;
       gram_matrix(a);
@@ -191,7 +207,7 @@ class Chain {
   }
 
   void gram() const {
-    char *r = squares_[0], *z = squares_[1], *q = squares_[2];
+    char *r = memory.squares[0], *z = memory.squares[1], *q = memory.squares[2];
     const int32_t* restart = p.restarts;
     const int32_t* end = p.restarts + p.num_restarts;
     gram_matrix(r);
@@ -221,7 +237,7 @@ class Chain {
   }
 
   void scaled(const char* from, float factor, char* to) const {
-    engine().divide(from, p.dtype, m * padded(m), factor, 1.0f, to, p.dtype);
+    kEngines.best().divide(from, p.dtype, m * padded(m), factor, 1.0f, to, p.dtype);
   }
   void plus_identity(const char* from, float a, char* to) const {
     std::memcpy(to, from, size_t(m * padded(m) * size_of(p.dtype)));
@@ -236,8 +252,7 @@ class Chain {
   const ChainShape& shape;
   const int64_t m, n;
   const int threads;
-  char *x_, *squares_[3] = {}, *scratch_;
-  float *row_sums_, *maxima_;
+  const Memory memory;
   void* out_ = nullptr;
 };
 
@@ -258,15 +273,7 @@ ChainShape::ChainShape(const NewtonSchulzParams& p) {
 }
 
 size_t ChainShape::bytes(const NewtonSchulzParams& p, int threads) const {
-  const int64_t size = size_of(p.dtype);
-  const size_t own = size_t(aligned(lines * padded(length) * size) +
-                            squares_of(p.method) * aligned(m * padded(m) * size) + aligned(m * 4) +
-                            aligned(lines * 4));
-  const auto scratch = [&](int64_t rows, int64_t cols, int64_t depth) {
-    return gemm::dense_scratch_bytes(rows, cols, depth, p.dtype, threads);
-  };
-  return size_t(aligned(
-      int64_t(own + std::max({scratch(m, m, n), scratch(m, m, m), scratch(lines, length, m)}))));
+  return size_t(Memory(p, *this, threads, nullptr).bytes);
 }
 
 void chain(const NewtonSchulzParams& p, const ChainShape& shape, const void* g, void* x,

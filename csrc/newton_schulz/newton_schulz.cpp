@@ -14,8 +14,6 @@ namespace {
 
 using namespace newton_schulz_cpu;
 
-constexpr CpuEngines<CpuEngine> kEngines = {
-    {&kPortableEngine, KIMI_X86(kAvx2Engine), KIMI_X86(kAvx512Engine), nullptr, nullptr}};
 // Matrices of fewer elements go to a thread each, where there are enough of them.
 constexpr int64_t kSmall = int64_t{1} << 20;
 
@@ -98,10 +96,7 @@ int threads_of_a_matrix(const NewtonSchulzParams& p) {
 
 }  // namespace
 
-const CpuEngine& newton_schulz_cpu::engine() { return kEngines.best(); }
-kimi_isa newton_schulz_isa() { return cpu::block_engine_isa(); }
-
-size_t matrix_product_workspace_bytes(const MatrixProductParams& p) {
+size_t matrix_product_workspace_bytes(const MatrixProductParams& p, kimi_device) {
   if (p.rows < 0 || p.cols < 0 || p.depth < 0 || !is_dtype(p.dtype)) return 0;
   return std::max<size_t>(
       64, gemm::dense_scratch_bytes(p.rows, p.cols, p.depth, p.dtype, cpu::num_threads()));
@@ -130,7 +125,7 @@ Status matrix_product(const MatrixProductParams& p, kimi_device device, void*) {
   return Status::ok();
 }
 
-size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p) {
+size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p, kimi_device) {
   if (p.num_matrices < 0 || p.rows < 0 || p.cols < 0 || !is_dtype(p.dtype)) return 0;
   if (p.num_matrices == 0 || p.rows == 0 || p.cols == 0) return 64;
   const int threads = threads_of_a_matrix(p);

@@ -28,17 +28,17 @@
 #include <cstdint>
 
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
 using MatrixProductParams = kimi_matrix_product_params;
 using NewtonSchulzParams = kimi_newton_schulz_params;
 
-size_t matrix_product_workspace_bytes(const MatrixProductParams& p);
+size_t matrix_product_workspace_bytes(const MatrixProductParams& p, kimi_device device);
 Status matrix_product(const MatrixProductParams& p, kimi_device device, void* stream);
-size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p);
+size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p, kimi_device device);
 Status newton_schulz(const NewtonSchulzParams& p, kimi_device device, void* stream);
-kimi_isa newton_schulz_isa();  // of the engine that serves CPU tensors
 
 namespace newton_schulz_cpu {
 
@@ -68,8 +68,7 @@ struct CpuEngine {
                  kimi_dtype y_dtype);
   void (*store)(const Tile& tile);
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
-const CpuEngine& engine();
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace newton_schulz_cpu
 }  // namespace kimi

@@ -4,5 +4,5 @@
 #include "newton_schulz/newton_schulz_simd.h"
 
 namespace kimi::newton_schulz_cpu {
-extern const CpuEngine kPortableEngine = kEngine<cpu::PortableVec>;
+extern const CpuEngine kPortableEngine = kEngine<cpu::Portable>;
 }  // namespace kimi::newton_schulz_cpu

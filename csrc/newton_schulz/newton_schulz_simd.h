@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 // The elementwise passes of newton_schulz, a template over `O`: vectors of O::kLanes floats (1 on
-// the portable engine). Elements past the last whole vector are done one by one, with the same
-// operations. Included by the engine files only.
+// the portable engine). Included by the engine files only.
 #pragma once
 
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "cpu/vectors.h"
 #include "newton_schulz/newton_schulz.h"
 
 namespace kimi::newton_schulz_cpu {
@@ -17,17 +17,10 @@ float largest(const void* x, kimi_dtype dtype, int64_t n) {
   return dispatch(dtype, [&]<class T>() {
     const T* from = static_cast<const T*>(x);
     auto most = O::set(0.0f);
-    int64_t j = 0;
-    for (; j + O::kLanes <= n; j += O::kLanes) most = O::max(O::abs(O::load(from + j)), most);
-    float lanes[O::kLanes];
-    O::store(lanes, most);
-    float result = 0.0f;
-    for (float lane : lanes) result = lane > result ? lane : result;
-    for (; j < n; ++j) {
-      const float magnitude = __builtin_fabsf(to_float(from[j]));
-      result = magnitude > result ? magnitude : result;
-    }
-    return result;
+    cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+      most = O::max(O::abs(O::load(from + j, left)), most);
+    });
+    return O::reduce_max(most);
   });
 }
 
@@ -56,15 +49,10 @@ template <class O>
 void squares_across(const void* x, kimi_dtype dtype, int64_t n, float scale, float* sums) {
   dispatch(dtype, [&]<class T>() {
     const T* from = static_cast<const T*>(x);
-    int64_t j = 0;
-    for (; j + O::kLanes <= n; j += O::kLanes) {
-      const auto value = O::mul(O::load(from + j), O::set(scale));
-      O::store(sums + j, O::fma(value, value, O::load(sums + j)));
-    }
-    for (; j < n; ++j) {
-      const float value = to_float(from[j]) * scale;
-      sums[j] = __builtin_fmaf(value, value, sums[j]);
-    }
+    cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+      const auto value = O::mul(O::load(from + j, left), O::set(scale));
+      O::store(sums + j, O::fma(value, value, O::load(sums + j, left)), left);
+    });
   });
 }
 
@@ -75,10 +63,10 @@ void divide(const void* x, kimi_dtype dtype, int64_t n, float scale, float divis
     dispatch(y_dtype, [&]<class Y>() {
       const T* from = static_cast<const T*>(x);
       Y* to = static_cast<Y*>(y);
-      int64_t j = 0;
-      for (; j + O::kLanes <= n; j += O::kLanes)
-        O::store(to + j, O::div(O::mul(O::load(from + j), O::set(scale)), O::set(divisor)));
-      for (; j < n; ++j) to[j] = from_float<Y>(to_float(from[j]) * scale / divisor);
+      cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+        const auto scaled = O::mul(O::load(from + j, left), O::set(scale));
+        O::store(to + j, O::div(scaled, O::set(divisor)), left);
+      });
     });
   });
 }
@@ -97,22 +85,16 @@ void store_row(const Tile& t, const float* sums, const T* c, D* d, int64_t n, in
     diagonal += t.delta;
   }
   const auto alpha = O::set(t.alpha), beta = O::set(t.beta);
-  int64_t j = 0;
-  for (; j + O::kLanes <= n; j += O::kLanes) {
-    auto value = O::mul(alpha, O::load(sums + j));
-    if (c) value = O::fma(beta, O::load(c + j), value);
+  cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+    auto value = O::mul(alpha, O::load(sums + j, left));
+    if (c) value = O::fma(beta, O::load(c + j, left), value);
     if constexpr (!kSame) {
       T rounded[O::kLanes];
       O::store(rounded, value);
       value = O::mul(O::load(rounded), O::set(t.unit));
     }
-    O::store(d + j, value);
-  }
-  for (; j < n; ++j) {
-    float value = t.alpha * sums[j];
-    if (c) value = __builtin_fmaf(t.beta, to_float(c[j]), value);
-    d[j] = finish(value);
-  }
+    O::store(d + j, value, left);
+  });
   if (add_delta) d[on_diagonal] = finish(diagonal);
 }
 

@@ -45,7 +45,7 @@ void store(const Product& p, const gemm::DenseBlock& b) {
   t.unit = p.unit;
   t.dtype = p.dtype;
   t.d_dtype = p.d_dtype;
-  engine().store(t);
+  kEngines.best().store(t);
   if (!p.symmetric) return;
   if (d_size == 2)
     mirror(static_cast<uint16_t*>(p.d), p.d_stride, b.row, b.rows, b.col, b.cols);

@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "permute/check.h"
 
@@ -19,12 +20,6 @@ Status permute_plan_cpu(const PermutePlanParams& p);
 
 namespace {
 
-constexpr CpuEngines<permutation::CpuEngine> kEngines = {
-    {&permutation::kPortableEngine, KIMI_X86(permutation::kAvx2Engine),
-     KIMI_X86(permutation::kAvx512Engine), nullptr}};
-// Output beyond this is written around the cache: it would be evicted before it is read, and the
-// processor need not fetch lines that are overwritten whole.
-constexpr int64_t kStreamBytes = 32 << 20;
 constexpr int64_t kBytesPerThread = 64 << 10;  // less work than this stays in one thread
 
 int64_t grain(int64_t bytes_of_one) {
@@ -108,8 +103,6 @@ Status check_chunks(const SortChunksParams& p) {
 
 }  // namespace
 
-kimi_isa permute_isa() { return kEngines.isa(); }
-
 size_t permute_plan_workspace_bytes(const PermutePlanParams& p, kimi_device device) {
 #if defined(KIMI_OPS_CUDA)
   if (device == KIMI_DEVICE_CUDA) return permute_plan_workspace_bytes_cuda(p);
@@ -135,8 +128,8 @@ Status permute(const PermuteParams& p, kimi_device device, [[maybe_unused]] void
   KIMI_RETURN_IF_ERROR(check_pointers("permute", p.num_tokens > 0 && p.row_bytes > 0, {p.x}));
   if (p.num_rows == 0 || p.row_bytes == 0) return Status::ok();
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("permute", permute_cuda(p, stream));
-  const bool around_cache = p.num_rows * p.row_bytes > kStreamBytes;
-  const auto& engine = kEngines.best();
+  const bool around_cache = p.num_rows * p.row_bytes > cpu::kStreamBytes;
+  const auto& engine = permutation::kEngines.best();
   cpu::parallel_for(p.num_tokens, grain(p.row_bytes * p.top_k), [&](int64_t begin, int64_t end) {
     engine.permute(p, begin, end, around_cache);
   });
@@ -151,7 +144,7 @@ Status unpermute(const UnpermuteParams& p, kimi_device device, [[maybe_unused]] 
   if (p.num_tokens == 0 || p.hidden == 0) return Status::ok();
   KIMI_RETURN_IF_ERROR(check_pointers("unpermute", true, {p.row_map, p.x}));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("unpermute", unpermute_cuda(p, stream));
-  const auto& engine = kEngines.best();
+  const auto& engine = permutation::kEngines.best();
   cpu::parallel_for(p.num_tokens, grain(p.hidden * p.top_k * 2),
                     [&](int64_t begin, int64_t end) { engine.unpermute(p, begin, end); });
   return Status::ok();
@@ -172,8 +165,8 @@ Status unpermute_backward(const UnpermuteBackwardParams& p, kimi_device device,
   KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_rows > 0 && p.hidden > 0, {p.grad_y}));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA(op, unpermute_backward_cuda(p, stream));
   const int64_t row_bytes = p.hidden * size_of(p.dtype);
-  const bool around_cache = p.num_rows * row_bytes > kStreamBytes;
-  const auto& engine = kEngines.best();
+  const bool around_cache = p.num_rows * row_bytes > cpu::kStreamBytes;
+  const auto& engine = permutation::kEngines.best();
   cpu::parallel_for(p.num_tokens, grain(row_bytes * p.top_k), [&](int64_t begin, int64_t end) {
     engine.unpermute_backward(p, begin, end, around_cache);
   });

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT
 // permute: token rows sorted by expert, and the weighted way back.
 //
-//   plan      pairs (t, k) with 0 <= id < E, in the order (expert, token, slot), are rows; the
-//   group
-//             of expert e starts at offsets[e-1] and is filled up with padding to a multiple of
-//             align:  offsets[e] = offsets[e-1] + ceil(n_e / align) * align
+//   plan      pairs (t, k) with 0 <= id < E are rows, in the order (expert, token, slot); the
+//             group of expert e starts at offsets[e-1] and is padded to a multiple of align:
+//             offsets[e] = offsets[e-1] + ceil(n_e / align) * align
 //             row_map[t,k] = row of the pair, -1 dropped;  source[row] = t*K + k, -1 padding
 //             Room for R = T*K + E*(align-1) rows: known without reading an id. The order is that
 //             of a stable argsort; no sort is made: it is counted.
@@ -29,6 +28,7 @@
 #include <cstdint>
 
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
@@ -44,7 +44,6 @@ Status permute(const PermuteParams& p, kimi_device device, void* stream);
 Status unpermute(const UnpermuteParams& p, kimi_device device, void* stream);
 Status unpermute_backward(const UnpermuteBackwardParams& p, kimi_device device, void* stream);
 Status sort_chunks(const SortChunksParams& p, kimi_device device, void* stream);
-kimi_isa permute_isa();  // of the engine that serves CPU tensors
 
 // permute*.cu. Arguments have been checked; every output is written whole, for T = 0 too.
 size_t permute_plan_workspace_bytes_cuda(const PermutePlanParams& p);
@@ -65,7 +64,7 @@ struct CpuEngine {
   void (*unpermute_backward)(const UnpermuteBackwardParams& p, int64_t begin, int64_t end,
                              bool stream);
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace permutation
 }  // namespace kimi

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "common/integer.h"
 #include "cpu/parallel.h"
 #include "permute/permute.h"
 
@@ -73,7 +74,7 @@ Status permute_plan_cpu(const PermutePlanParams& p) {
       int32_t& entry = next[run * (experts + 1) + e];
       count += std::exchange(entry, row + count);
     }
-    const int32_t end = row + (count + p.align - 1) / p.align * p.align;
+    const int32_t end = row + int32_t(round_up(count, p.align));
     std::fill(p.source + row + count, p.source + end, -1);
     p.tokens_per_expert[e] = count;
     p.offsets[e] = row = end;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
-// The permutation for SIMD engines, a template over `O`: vectors of O::kLanes floats with load and
-// store of every dtype, and stores around the cache. Included by the ISA files only; columns past
-// the last whole vector are done one by one.
+// The permutation, a template over `O`: vectors of O::kLanes floats (1 on the portable engine) with
+// load and store of every dtype, and stores around the cache. Included by the engine files only.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
 #include "common/dtype.h"
+#include "cpu/vectors.h"
 #include "permute/permute.h"
 
 namespace kimi::permutation {
@@ -37,39 +37,32 @@ void permute(const PermuteParams& p, int64_t begin, int64_t end, bool stream) {
 template <class O, class T>
 void unpermute_rows(const UnpermuteParams& p, int64_t begin, int64_t end) {
   using F = typename O::F;
-  constexpr int kVectors = 4, kStep = kVectors * O::kLanes;
+  constexpr int kStep = 4 * O::kLanes;
   const T* y = static_cast<const T*>(p.y);
   for (int64_t t = begin; t < end; ++t) {
     const int32_t* row = p.row_map + t * p.top_k;
     const float* weights = p.weights ? p.weights + t * p.top_k : nullptr;
     T* x = static_cast<T*>(p.x) + t * p.hidden;
-    int64_t h = 0;
-    for (; h + kStep <= p.hidden; h += kStep) {
+    const auto sum_rows = [&]<int kVectors>(int64_t h, int left) __attribute__((always_inline)) {
       F sum[kVectors];
       for (int v = 0; v < kVectors; ++v) sum[v] = O::set(0.0f);
       for (int k = 0; k < p.top_k; ++k) {
         if (row[k] < 0) continue;
         const T* from = y + row[k] * p.y_stride + h;
         O::prefetch(from + 8 * kStep);
-        if (weights) {
-          const F w = O::set(weights[k]);
-          for (int v = 0; v < kVectors; ++v)
-            sum[v] = O::fma(w, O::load(from + v * O::kLanes), sum[v]);
-        } else {
-          for (int v = 0; v < kVectors; ++v) sum[v] = O::add(sum[v], O::load(from + v * O::kLanes));
+        const F w = O::set(weights ? weights[k] : 1.0f);
+        for (int v = 0; v < kVectors; ++v) {
+          const F value = O::load(from + v * O::kLanes, left);
+          sum[v] = weights ? O::fma(w, value, sum[v]) : O::add(sum[v], value);
         }
       }
-      for (int v = 0; v < kVectors; ++v) O::store(x + h + v * O::kLanes, sum[v]);
-    }
-    for (; h < p.hidden; ++h) {
-      float sum = 0.0f;
-      for (int k = 0; k < p.top_k; ++k) {
-        if (row[k] < 0) continue;
-        const float value = to_float(y[row[k] * p.y_stride + h]);
-        sum = weights ? __builtin_fmaf(weights[k], value, sum) : sum + value;
-      }
-      x[h] = from_float<T>(sum);
-    }
+      for (int v = 0; v < kVectors; ++v) O::store(x + h + v * O::kLanes, sum[v], left);
+    };
+    int64_t h = 0;
+    for (; h + kStep <= p.hidden; h += kStep) sum_rows.template operator()<4>(h, O::kLanes);
+    cpu::vectors<O>(p.hidden - h, [&](int64_t i, int left) __attribute__((always_inline)) {
+      sum_rows.template operator()<1>(h + i, left);
+    });
   }
 }
 
@@ -84,8 +77,7 @@ void backward_rows(const UnpermuteBackwardParams& p, int64_t begin, int64_t end,
     const T* grad_x = static_cast<const T*>(p.grad_x) + pair / p.top_k * p.grad_x_stride;
     const T* y = static_cast<const T*>(p.y) + row * p.y_stride;
     T* grad_y = static_cast<T*>(p.grad_y) + row * p.hidden;
-    const float weight = p.weights[pair];
-    const F w = O::set(weight);
+    const F w = O::set(p.weights[pair]);
     const bool around_cache = stream && O::aligned(grad_y);
     F sum[kVectors];
     for (int v = 0; v < kVectors; ++v) sum[v] = O::set(0.0f);
@@ -102,11 +94,11 @@ void backward_rows(const UnpermuteBackwardParams& p, int64_t begin, int64_t end,
       }
     alignas(64) float partial[kPartials];
     for (int v = 0; v < kVectors; ++v) O::store(partial + v * O::kLanes, sum[v]);
-    for (; h < p.hidden; ++h) {
-      const float g = to_float(grad_x[h]);
-      partial[h % kPartials] = __builtin_fmaf(g, to_float(y[h]), partial[h % kPartials]);
-      grad_y[h] = from_float<T>(weight * g);
-    }
+    cpu::vectors<O>(p.hidden - h, [&](int64_t i, int left) __attribute__((always_inline)) {
+      const F g = O::load(grad_x + h + i, left);
+      O::store(partial + i, O::fma(g, O::load(y + h + i, left), O::load(partial + i)), left);
+      O::store(grad_y + h + i, O::mul(w, g), left);
+    });
     for (int half = kPartials / 2; half > 0; half /= 2)
       for (int l = 0; l < half; ++l) partial[l] += partial[l + half];
     p.grad_weights[pair] = partial[0];
@@ -123,6 +115,9 @@ template <class O>
 void unpermute_backward(const UnpermuteBackwardParams& p, int64_t begin, int64_t end, bool stream) {
   dispatch(p.dtype, [&]<class T>() { backward_rows<O, T>(p, begin, end, stream); });
 }
+
+template <class O>
+constexpr CpuEngine kEngine = {permute<O>, unpermute<O>, unpermute_backward<O>};
 
 }  // namespace
 }  // namespace kimi::permutation

@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/workspace.h"
 #include "cpu/parallel.h"
 #include "gemm/cpu/block.h"
 
@@ -16,35 +17,49 @@ namespace {
 using cpu::BlockEngine;
 using cpu::kStripRows;
 
-constexpr CpuEngines<qk_clip_cpu::CpuEngine> kEngines = {
-    {&qk_clip_cpu::kPortableEngine, KIMI_X86(qk_clip_cpu::kAvx2Engine),
-     KIMI_X86(qk_clip_cpu::kAvx512Engine), nullptr, nullptr}};
-
 // Queries of a block: a strip of keys is packed for each, and the block of 512 x 192 bf16 keeps to
 // a fifth of an L2 cache of 1 MiB.
 constexpr int64_t kBlockQueries = 512;
-constexpr int64_t kAlign = 64;
 
-int64_t aligned(int64_t bytes) { return BlockEngine::round_up(bytes, kAlign); }
-
-// Where things lie in the workspace: a maximum for each block, then the scratch of each thread.
-struct Layout {
+// How heads are cut.
+struct Cut {
   const BlockEngine& engine;
-  int64_t block_rows, blocks_of_head, tasks, depth_blocks;
-  int64_t panel_bytes, strip_bytes, thread_bytes, maxima_bytes;
+  int64_t block_rows, blocks_of_head, tasks;
 
-  explicit Layout(const AttentionMaxLogitsParams& p) : engine(cpu::block_engine(p.dtype)) {
+  explicit Cut(const AttentionMaxLogitsParams& p) : engine(cpu::block_engine(p.dtype)) {
     const int64_t group = engine.panel_rows;
     block_rows = std::max<int64_t>(1, kBlockQueries / group) * group;
-    blocks_of_head = (p.queries + block_rows - 1) / block_rows;
+    blocks_of_head = ceil_div(p.queries, block_rows);
     tasks = p.batch * p.heads * blocks_of_head;
-    depth_blocks = (p.dim + engine.depth_block - 1) / engine.depth_block;
-    panel_bytes = aligned(engine.panel_bytes(block_rows, p.dim));
-    strip_bytes = aligned(engine.strip_bytes());
-    thread_bytes = panel_bytes + strip_bytes + block_rows * kStripRows * 4;
-    maxima_bytes = aligned(tasks * 4);
   }
-  size_t bytes() const { return size_t(maxima_bytes + cpu::num_threads() * thread_bytes); }
+};
+
+struct Scratch {  // of a thread
+  char *panel, *strip;
+  float* sums;
+  int64_t bytes;
+
+  Scratch(const Cut& cut, int64_t dim, void* memory) {
+    Pieces pieces(memory);
+    panel = pieces.take(cut.engine.panel_bytes(cut.block_rows, dim));
+    strip = pieces.take(cut.engine.strip_bytes());
+    sums = pieces.take<float>(cut.block_rows * kStripRows);
+    bytes = pieces.bytes();
+  }
+};
+
+struct Memory {   // of the workspace
+  float* maxima;  // [heads, batch, blocks]
+  char* scratch;  // of all threads
+  int64_t scratch_bytes, bytes;
+
+  Memory(const Cut& cut, int64_t dim, void* workspace) {
+    Pieces pieces(workspace);
+    maxima = pieces.take<float>(cut.tasks);
+    scratch_bytes = Scratch(cut, dim, nullptr).bytes;
+    scratch = pieces.take(cpu::num_threads() * scratch_bytes);
+    bytes = pieces.bytes();
+  }
 };
 
 Status check(const AttentionMaxLogitsParams& p) {
@@ -69,10 +84,10 @@ Status check(const AttentionMaxLogitsParams& p) {
 }
 
 // The largest sum of block `block` of head `head` in batch `batch`, before the scale.
-float largest_of_block(const AttentionMaxLogitsParams& p, const Layout& layout, int64_t batch,
-                       int64_t head, int64_t block, char* scratch) {
-  const BlockEngine& engine = layout.engine;
-  const qk_clip_cpu::CpuEngine& passes = kEngines.best();
+float largest_of_block(const AttentionMaxLogitsParams& p, const Cut& cut, int64_t batch,
+                       int64_t head, int64_t block, const Scratch& scratch) {
+  const BlockEngine& engine = cut.engine;
+  const qk_clip_cpu::CpuEngine& passes = qk_clip_cpu::kEngines.best();
   const int64_t bytes = size_of(p.dtype), kv_head = head / (p.heads / p.kv_heads);
   const cpu::Operand q = {
       static_cast<const char*>(p.q) + (batch * p.q_batch_stride + head * p.q_head_stride) * bytes,
@@ -80,13 +95,11 @@ float largest_of_block(const AttentionMaxLogitsParams& p, const Layout& layout, 
   const cpu::Operand k = {static_cast<const char*>(p.k) +
                               (batch * p.k_batch_stride + kv_head * p.k_head_stride) * bytes,
                           p.k_row_stride, p.k_col_stride, cpu::Storage(p.dtype)};
-  char* panel = scratch;
-  char* strip = panel + layout.panel_bytes;
-  float* sums = reinterpret_cast<float*>(strip + layout.strip_bytes);
+  const auto& [panel, strip, sums, _] = scratch;
 
-  const int64_t first = block * layout.block_rows;
-  const int64_t rows = std::min(layout.block_rows, p.queries - first);
-  const int64_t padded = BlockEngine::round_up(rows, engine.panel_rows);
+  const int64_t first = block * cut.block_rows;
+  const int64_t rows = std::min(cut.block_rows, p.queries - first);
+  const int64_t padded = round_up(rows, engine.panel_rows);
   // Row i of the block sees keys 0 .. before + i.
   const int64_t before = p.causal ? first + p.keys - p.queries : p.keys;
   const int64_t keys = std::min(p.keys, before + rows);
@@ -115,11 +128,9 @@ float largest_of_block(const AttentionMaxLogitsParams& p, const Layout& layout, 
 
 }  // namespace
 
-kimi_isa qk_clip_isa() { return cpu::block_engine_isa(); }
-
-size_t attention_max_logits_workspace_bytes(const AttentionMaxLogitsParams& p) {
+size_t attention_max_logits_workspace_bytes(const AttentionMaxLogitsParams& p, kimi_device) {
   if (p.batch < 0 || p.heads < 0 || p.queries < 0 || p.dim < 0 || !is_dtype(p.dtype)) return 0;
-  return std::max<size_t>(kAlign, Layout(p).bytes());
+  return std::max<size_t>(64, size_t(Memory(Cut(p), p.dim, nullptr).bytes));
 }
 
 Status attention_max_logits(const AttentionMaxLogitsParams& p, kimi_device device, void*) {
@@ -132,17 +143,18 @@ Status attention_max_logits(const AttentionMaxLogitsParams& p, kimi_device devic
     std::fill(p.max_logits, p.max_logits + p.heads, 0.0f);
     return Status::ok();
   }
-  const Layout layout(p);
-  float* maxima = static_cast<float*>(p.workspace);
-  char* scratch = static_cast<char*>(p.workspace) + layout.maxima_bytes;
+  const Cut cut(p);
+  const Memory memory(cut, p.dim, p.workspace);
   // The last blocks of a causal head are its longest: they go first.
-  cpu::parallel_tasks(layout.tasks, [&](int64_t task, int thread) {
-    const int64_t pairs = p.batch * p.heads, block = layout.blocks_of_head - 1 - task / pairs;
+  cpu::parallel_tasks(cut.tasks, [&](int64_t task, int thread) {
+    const int64_t pairs = p.batch * p.heads, block = cut.blocks_of_head - 1 - task / pairs;
     const int64_t batch = task % pairs / p.heads, head = task % pairs % p.heads;
-    maxima[(head * p.batch + batch) * layout.blocks_of_head + block] = largest_of_block(
-        p, layout, batch, head, block, scratch + int64_t{thread} * layout.thread_bytes);
+    const Scratch scratch(cut, p.dim, memory.scratch + thread * memory.scratch_bytes);
+    memory.maxima[(head * p.batch + batch) * cut.blocks_of_head + block] =
+        largest_of_block(p, cut, batch, head, block, scratch);
   });
-  const int64_t blocks = p.batch * layout.blocks_of_head;
+  const float* maxima = memory.maxima;
+  const int64_t blocks = p.batch * cut.blocks_of_head;
   for (int64_t h = 0; h < p.heads; ++h) {
     float most = none;
     for (int64_t i = h * blocks; i < (h + 1) * blocks && most == most; ++i)
@@ -167,7 +179,7 @@ Status scale_rows(const ScaleRowsParams& p, kimi_device device, void*) {
   if (p.heads == 0 || rows == 0 || p.cols == 0) return Status::ok();
   if (!p.weight || !p.factors)
     return invalid(op, ": expected pointers for weight and factors, got NULL");
-  const auto& passes = kEngines.best();
+  const auto& passes = qk_clip_cpu::kEngines.best();
   const int64_t bytes = size_of(p.dtype);
   const int64_t grain = std::max<int64_t>(1, (32 << 10) / p.cols);
   cpu::parallel_for(p.heads * rows, grain, [&](int64_t begin, int64_t end) {

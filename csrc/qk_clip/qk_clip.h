@@ -21,16 +21,16 @@
 #include <cstdint>
 
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
 using AttentionMaxLogitsParams = kimi_attention_max_logits_params;
 using ScaleRowsParams = kimi_scale_rows_params;
 
-size_t attention_max_logits_workspace_bytes(const AttentionMaxLogitsParams& p);
+size_t attention_max_logits_workspace_bytes(const AttentionMaxLogitsParams& p, kimi_device device);
 Status attention_max_logits(const AttentionMaxLogitsParams& p, kimi_device device, void* stream);
 Status scale_rows(const ScaleRowsParams& p, kimi_device device, void* stream);
-kimi_isa qk_clip_isa();  // of the engine that serves CPU tensors
 
 namespace qk_clip_cpu {
 
@@ -40,7 +40,7 @@ struct CpuEngine {
   float (*largest)(const float* sums, int64_t rows, int64_t cols, int64_t visible);
   void (*scale)(void* x, kimi_dtype dtype, int64_t n, float factor);
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+KIMI_CPU_ENGINES(CpuEngine);
 
 }  // namespace qk_clip_cpu
 }  // namespace kimi

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "cpu/vectors.h"
 #include "qk_clip/qk_clip.h"
 
 namespace kimi::qk_clip_cpu {
@@ -17,7 +18,7 @@ float largest(const float* sums, int64_t rows, int64_t cols, int64_t visible) {
   const float none = -__builtin_inff();
   typename O::F most[kVectors];
   for (auto& vector : most) vector = O::set(none);
-  auto nan = O::none();
+  auto nan = O::is_nan(O::set(none));
   float rest = none;  // of rows that are cut
   bool nan_in_rest = false;
   for (int64_t i = 0; i < rows; ++i, sums += 32) {
@@ -35,7 +36,7 @@ float largest(const float* sums, int64_t rows, int64_t cols, int64_t visible) {
       nan_in_rest = nan_in_rest || sums[j] != sums[j];
     }
   }
-  if (nan_in_rest || O::any(nan)) return __builtin_nanf("");
+  if (nan_in_rest || O::bits(nan) != 0) return __builtin_nanf("");
   for (const auto& vector : most) {
     float lanes[O::kLanes];
     O::store(lanes, vector);
@@ -48,10 +49,9 @@ template <class O>
 void scale(void* x, kimi_dtype dtype, int64_t n, float factor) {
   dispatch(dtype, [&]<class T>() {
     T* to = static_cast<T*>(x);
-    int64_t j = 0;
-    for (; j + O::kLanes <= n; j += O::kLanes)
-      O::store(to + j, O::mul(O::load(to + j), O::set(factor)));
-    for (; j < n; ++j) to[j] = from_float<T>(to_float(to[j]) * factor);
+    cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+      O::store(to + j, O::mul(O::load(to + j, left), O::set(factor)), left);
+    });
   });
 }
 

@@ -4,11 +4,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
 #include <cstdint>
 
 #include "device/launch.cuh"
-#include "device/math.cuh"
+#include "device/ops.cuh"
 #include "device/warp.cuh"
 #include "topk_gate/score.h"
 #include "topk_gate/topk_gate.h"
@@ -16,40 +15,6 @@
 namespace kimi::gate {
 
 inline constexpr int kWarps = 8;  // of a block
-
-struct CudaOps {
-  using F = float;
-  static KIMI_HOST_DEVICE F set(float x) { return x; }
-  static KIMI_HOST_DEVICE F add(F a, F b) { return add_rn(a, b); }
-  static KIMI_HOST_DEVICE F sub(F a, F b) { return sub_rn(a, b); }
-  static KIMI_HOST_DEVICE F mul(F a, F b) { return mul_rn(a, b); }
-  static KIMI_HOST_DEVICE F div(F a, F b) { return div_rn(a, b); }
-  static KIMI_HOST_DEVICE F fma(F a, F b, F c) { return fma_rn(a, b, c); }
-  static KIMI_HOST_DEVICE F sqrt(F a) { return sqrt_rn(a); }
-  // Two Newton steps, without the slow path of a division; score.h says why the last d differs.
-  static KIMI_HOST_DEVICE F reciprocal(F d) {
-    F r = reciprocal_estimate(d);
-    r = fma_rn(r, fma_rn(-d, r, 1.0f), r);
-    r = fma_rn(r, fma_rn(-d, r, 1.0f), r);
-    return d > 0x1.fffffcp0f ? 0.5f : r;
-  }
-  static KIMI_HOST_DEVICE F neg_abs(F a) { return -fabsf(a); }
-  static KIMI_HOST_DEVICE F min_finite(F a) { return a < FLT_MAX ? a : FLT_MAX; }
-  static KIMI_HOST_DEVICE bool is_nan(F a) { return a != a; }
-  static KIMI_HOST_DEVICE bool less(F a, F b) { return a < b; }
-  static KIMI_HOST_DEVICE bool at_least(F a, F b) { return a >= b; }
-  static KIMI_HOST_DEVICE F select(bool condition, F a, F b) { return condition ? a : b; }
-  static KIMI_HOST_DEVICE F scale_by_exponent_or_zero(bool keep, F p, F shifted) {
-    return keep ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.0f;
-  }
-  // x = significand(x) * 2^exponent(x) for normal positive x, the significand in [1, 2).
-  static KIMI_HOST_DEVICE F exponent(F a) {
-    return static_cast<float>(static_cast<int>(bits_of(a) >> 23) - 127);
-  }
-  static KIMI_HOST_DEVICE F significand(F a) {
-    return float_of((bits_of(a) & 0x007fffffu) | 0x3f800000u);
-  }
-};
 
 // What softmax needs to know of the whole row; nothing for the other score functions.
 struct RowScale {
@@ -61,7 +26,7 @@ struct RowScale {
 template <class Visitor>
 __device__ inline void with_score(kimi_score_function function, RowScale row, Visitor visit) {
   if (function == KIMI_SCORE_SIGMOID)
-    visit([](float z) { return sigmoid<CudaOps>(z); });
+    visit([](float z) { return math::sigmoid<CudaOps>(z); });
   else if (function == KIMI_SCORE_SQRTSOFTPLUS)
     visit([](float z) { return sqrtsoftplus<CudaOps>(z); });
   else

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The scores of a row for SIMD engines, a template over `O`: the operations of score.h on O::kLanes
-// floats, plus loads and stores. Included by the ISA files only.
+// The scores of a row for SIMD engines, a template over `O`, the vectors of cpu/vec_*.h. Included
+// by the ISA files only.
 #pragma once
 
 #include <stdint.h>
@@ -12,11 +12,10 @@ namespace kimi::gate {
 namespace {  // every ISA file must have its own copy: nothing here may be merged by the linker
 
 constexpr int kMaxExperts = KIMI_TOPK_GATE_MAX_EXPERTS;
-constexpr float kMaxFloat = 3.40282346638528859811704183484516925e+38f;
 
 template <class O, kimi_score_function kFunction>
 typename O::F score_of(typename O::F z) {
-  if constexpr (kFunction == KIMI_SCORE_SIGMOID) return sigmoid<O>(z);
+  if constexpr (kFunction == KIMI_SCORE_SIGMOID) return math::sigmoid<O>(z);
   return sqrtsoftplus<O>(z);
 }
 
@@ -40,7 +39,7 @@ void score_row(const T* logits, int num_experts, float* s) {
   }
   peak = O::set(O::reduce_max(peak));
   for (int e = 0; e < num_experts; e += kLanes) {
-    const F numerator = softmax_numerator<O>(O::load_all(s + e), peak);
+    const F numerator = softmax_numerator<O>(O::load(s + e), peak);
     partial[e / kLanes % kParts] = O::add(partial[e / kLanes % kParts], numerator);
     O::store(s + e, numerator);
   }
@@ -49,7 +48,7 @@ void score_row(const T* logits, int num_experts, float* s) {
   for (int half = 16; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
   const F scale = O::set(sum[0] > 0.0f ? 1.0f / sum[0] : 0.0f);
-  for (int e = 0; e < num_experts; e += kLanes) O::store(s + e, O::mul(O::load_all(s + e), scale));
+  for (int e = 0; e < num_experts; e += kLanes) O::store(s + e, O::mul(O::load(s + e), scale));
 }
 
 // visit<T, kFunction>() for the runtime dtype and score function.

@@ -26,7 +26,7 @@ void select_vector_groups(const TopkGateParams& p, const float* choice, bool* ke
   for (int group = 0; group < p.num_groups; ++group) {
     F first = O::set(-__builtin_inff()), second = first;
     for (int e = group * size; e < (group + 1) * size; e += O::kLanes) {
-      const F c = O::load_all(choice + e);
+      const F c = O::load(choice + e);
       second = O::max(second, O::min(first, c));
       first = O::max(first, c);
     }
@@ -68,10 +68,9 @@ void apply_groups(const TopkGateParams& p, float* choice, float* lanes) {
   for (int v = 0; v < kVectors; ++v) top[v] = O::set(-__builtin_inff());
   int e = 0;
   for (; e + kBound <= p.num_experts; e += kBound)
-    for (int v = 0; v < kVectors; ++v)
-      top[v] = O::max(O::load_all(choice + e + v * O::kLanes), top[v]);
+    for (int v = 0; v < kVectors; ++v) top[v] = O::max(O::load(choice + e + v * O::kLanes), top[v]);
   for (int v = 0; e < p.num_experts; e += O::kLanes, ++v)
-    top[v] = O::max(O::load_all(choice + e), top[v]);
+    top[v] = O::max(O::load(choice + e), top[v]);
   for (int v = 0; v < kVectors; ++v) O::store(lanes + v * O::kLanes, top[v]);
 }
 
@@ -82,7 +81,7 @@ float kth_largest(const float* lanes, int k) {
   typename O::F value[kVectors], least = O::set(__builtin_inff());
   typename O::I above[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    value[v] = O::load_all(lanes + v * O::kLanes);
+    value[v] = O::load(lanes + v * O::kLanes);
     above[v] = O::zero_counts();
   }
   for (int l = 0; l < kBound; ++l) {
@@ -105,11 +104,11 @@ bool collect_from(const float* choice, int num_experts, float bound, int k, int3
     for (; lanes && count < k; lanes &= lanes - 1) out[count++] = e + __builtin_ctz(lanes);
   };
   for (int e = 0; e < num_experts; e += O::kLanes) {
-    append(e, O::bits(O::less(at, O::load_all(choice + e))));
+    append(e, O::bits(O::less(at, O::load(choice + e))));
     if (count == k) return false;
   }
   for (int e = 0; count < k; e += O::kLanes) {
-    const typename O::F c = O::load_all(choice + e);
+    const typename O::F c = O::load(choice + e);
     append(e, O::bits(O::at_least(c, at)) & ~O::bits(O::less(at, c)));
   }
   return true;
@@ -127,7 +126,7 @@ int collect_fewer(const float* choice, int num_experts, float bound, int k, int3
     const float raised = value_of_key(int32_t(middle));
     int reach = 0;
     for (int e = 0; e < num_experts; e += O::kLanes)
-      reach += __builtin_popcount(O::bits(O::at_least(O::load_all(choice + e), O::set(raised))));
+      reach += __builtin_popcount(O::bits(O::at_least(O::load(choice + e), O::set(raised))));
     (reach >= k ? low : high) = middle;
     if (reach >= k && reach <= kMaxCandidates)
       return O::collect(choice, num_experts, raised, kMaxCandidates, out);

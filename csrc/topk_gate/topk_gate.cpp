@@ -13,8 +13,6 @@
 namespace kimi {
 namespace {
 
-constexpr CpuEngines<gate::CpuEngine> kEngines = {
-    {&gate::kPortableEngine, KIMI_X86(gate::kAvx2Engine), KIMI_X86(gate::kAvx512Engine), nullptr}};
 constexpr int kTokensPerThread = 16;  // below about 3 us of work a second thread does not pay
 
 template <class Params>
@@ -45,7 +43,7 @@ Status check(const TopkGateBackwardParams& p) {
 }
 
 void forward_cpu(const TopkGateParams& p) {
-  const gate::CpuEngine& engine = kEngines.best();
+  const gate::CpuEngine& engine = gate::kEngines.best();
   std::fill_n(p.tokens_per_expert, p.num_experts, 0);
   cpu::parallel_for(p.num_tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
     int32_t counts[KIMI_TOPK_GATE_MAX_EXPERTS] = {};
@@ -56,8 +54,6 @@ void forward_cpu(const TopkGateParams& p) {
 }
 
 }  // namespace
-
-kimi_isa topk_gate_isa() { return kEngines.isa(); }
 
 Status topk_gate(const TopkGateParams& p, kimi_device device, [[maybe_unused]] void* stream) {
   KIMI_RETURN_IF_ERROR(check(p));
@@ -72,7 +68,7 @@ Status topk_gate_backward(const TopkGateBackwardParams& p, kimi_device device,
   if (p.num_tokens == 0) return Status::ok();
   if (device == KIMI_DEVICE_CUDA)
     return KIMI_CUDA("topk_gate_backward", topk_gate_backward_cuda(p, stream));
-  const gate::CpuEngine& engine = kEngines.best();
+  const gate::CpuEngine& engine = gate::kEngines.best();
   cpu::parallel_for(p.num_tokens, kTokensPerThread,
                     [&](int64_t begin, int64_t end) { engine.backward(p, begin, end); });
   return Status::ok();

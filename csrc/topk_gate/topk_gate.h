@@ -28,6 +28,7 @@
 #include <cstdint>
 
 #include "common/status.h"
+#include "cpu/engines.h"
 
 namespace kimi {
 
@@ -36,8 +37,6 @@ using TopkGateBackwardParams = kimi_topk_gate_backward_params;
 
 Status topk_gate(const TopkGateParams& p, kimi_device device, void* stream);
 Status topk_gate_backward(const TopkGateBackwardParams& p, kimi_device device, void* stream);
-
-kimi_isa topk_gate_isa();  // of the engine that serves CPU tensors
 
 // topk_gate.cu. Arguments have been checked; T > 0.
 Status topk_gate_cuda(const TopkGateParams& p, void* stream);
@@ -50,7 +49,7 @@ struct CpuEngine {
   void (*forward)(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* counts);
   void (*backward)(const TopkGateBackwardParams& p, int64_t begin, int64_t end);
 };
-extern const CpuEngine kPortableEngine, kAvx2Engine, kAvx512Engine;
+KIMI_CPU_ENGINES(CpuEngine);
 
 // kept [num_groups]: the groups whose experts take part, from the choice scores [E] of one row.
 void select_groups(const TopkGateParams& p, const float* choice, bool* kept);

@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: MIT
 // The gate on AVX2, FMA and F16C: 8 experts a step; division is the hardware's.
-#include "topk_gate/ops_avx2.h"
+#include "cpu/vec_avx2.h"
 #include "topk_gate/topk_gate_simd.h"
 
 namespace kimi::gate {
 namespace {
 
-struct Avx2Gate : Avx2 {
-  static F lowest_if(F mask, F a) {  // -inf where mask or where a is NaN
+struct Avx2Gate : cpu::Avx2 {
+  static F lowest_if(Mask mask, F a) {  // -inf where mask or where a is NaN
     const F lowest = set(-__builtin_inff());
     return select(mask, lowest, _mm256_max_ps(a, lowest));
   }
-  static F min(F a, F b) { return _mm256_min_ps(a, b); }
-  static float reduce_min(F a) { return -reduce_max(_mm256_xor_ps(a, set(-0.0f))); }
 
   // NaN from the lane `left` on.
   static F keep_first(F a, int left) {
@@ -24,11 +22,9 @@ struct Avx2Gate : Avx2 {
   static I count_greater(I count, F a, F b) {
     return _mm256_sub_epi32(count, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
   }
-  static F count_below(I count, int k) {
+  static Mask count_below(I count, int k) {
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(k), count));
   }
-
-  static unsigned bits(F mask) { return unsigned(_mm256_movemask_ps(mask)); }
 
   // Lane l takes the value of lane l ^ kHalf.
   template <int kHalf>
@@ -44,7 +40,7 @@ struct Avx2Gate : Avx2 {
     const F least = set(bound);
     int count = 0;
     for (int e = 0; e < num_experts && count <= most; e += kLanes) {
-      const F hit = _mm256_cmp_ps(load_all(choice + e), least, _CMP_GE_OQ);
+      const Mask hit = _mm256_cmp_ps(load(choice + e), least, _CMP_GE_OQ);
       for (unsigned lanes = bits(hit); lanes; lanes &= lanes - 1)
         out[count++] = e + __builtin_ctz(lanes);
     }
@@ -72,6 +68,6 @@ struct Avx2Gate : Avx2 {
 
 }  // namespace
 
-extern const CpuEngine kAvx2Engine = {forward<Avx2Gate>, backward<Avx2Gate>};
+extern const CpuEngine kAvx2Engine = kEngine<Avx2Gate>;
 
 }  // namespace kimi::gate

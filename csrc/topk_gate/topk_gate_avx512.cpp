@@ -4,19 +4,17 @@
 // Per token at E = 384, K = 8: 24 steps of about 30 instructions for the scores and keys, 24 x 3 to
 // collect the candidates, about 100 to bound and rank: near 250 cycles. Division would add 24 x 16
 // cycles, so the reciprocal is refined from VRCP14PS.
-#include "topk_gate/ops_avx512.h"
+#include "cpu/vec_avx512.h"
 #include "topk_gate/topk_gate_simd.h"
 
 namespace kimi::gate {
 namespace {
 
-struct Avx512Gate : Avx512 {
-  static F lowest_if(__mmask16 m, F a) {  // -inf where m or where a is NaN
+struct Avx512Gate : cpu::Avx512 {
+  static F lowest_if(Mask m, F a) {  // -inf where m or where a is NaN
     const F lowest = set(-__builtin_inff());
     return _mm512_mask_max_ps(lowest, _knot_mask16(m), a, lowest);
   }
-  static F min(F a, F b) { return _mm512_min_ps(a, b); }
-  static float reduce_min(F a) { return _mm512_reduce_min_ps(a); }
 
   // NaN from the lane `left` on.
   static F keep_first(F a, int left) {
@@ -25,14 +23,12 @@ struct Avx512Gate : Avx512 {
 
   static I zero_counts() { return _mm512_setzero_si512(); }
   static I count_greater(I count, F a, F b) {
-    const __mmask16 greater = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+    const Mask greater = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
     return _mm512_mask_add_epi32(count, greater, count, _mm512_set1_epi32(1));
   }
-  static __mmask16 count_below(I count, int k) {
+  static Mask count_below(I count, int k) {
     return _mm512_cmplt_epi32_mask(count, _mm512_set1_epi32(k));
   }
-
-  static unsigned bits(__mmask16 m) { return m; }
 
   // Lane l takes the value of lane l ^ kHalf.
   template <int kHalf>
@@ -50,7 +46,7 @@ struct Avx512Gate : Avx512 {
     const F least = set(bound);
     int count = 0;
     for (int e = 0; e < num_experts && count <= most; e += kLanes) {
-      const __mmask16 hit = _mm512_cmp_ps_mask(load_all(choice + e), least, _CMP_GE_OQ);
+      const Mask hit = _mm512_cmp_ps_mask(load(choice + e), least, _CMP_GE_OQ);
       _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(hit, ids));
       count += __builtin_popcount(hit);
       ids = _mm512_add_epi32(ids, _mm512_set1_epi32(kLanes));
@@ -91,6 +87,6 @@ struct Avx512Gate : Avx512 {
 
 }  // namespace
 
-extern const CpuEngine kAvx512Engine = {forward<Avx512Gate>, backward<Avx512Gate>};
+extern const CpuEngine kAvx512Engine = kEngine<Avx512Gate>;
 
 }  // namespace kimi::gate

@@ -90,10 +90,10 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
     }
     for (int j = 0; j < k; ++j) {
       const int e = id[j];
-      const float z = clean<ScalarOps>(to_float(logits[e]));
+      const float z = clean<Portable>(to_float(logits[e]));
       const float slope = p.score_function == KIMI_SCORE_SIGMOID
-                              ? sigmoid_slope<ScalarOps>(z, s[e])
-                              : sqrtsoftplus_slope<ScalarOps>(z, s[e]);
+                              ? sigmoid_slope<Portable>(z, s[e])
+                              : sqrtsoftplus_slope<Portable>(z, s[e]);
       grad[e] = from_float<T>(du[e] * slope);
     }
   }

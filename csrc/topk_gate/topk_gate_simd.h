@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The gate for SIMD engines, a template over `O`: the operations of score.h on O::kLanes floats,
-// plus loads, counts and the candidate scan. Included by the ISA files only.
+// The gate for SIMD engines, a template over `O`: the vectors of cpu/vec_*.h plus counts
+// and the candidate scan. Included by the ISA files only.
 //
 //   row --score--> s[E] --bias--> c[E]            one pass, kLanes experts a step; NaN: excluded
 //                                  |
@@ -56,7 +56,7 @@ void choose_row(const T* logits, int64_t ahead, const float* bias, int num_exper
     const auto nan = O::is_nan(z);
     F score;
     if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
-      score = O::load_all(s + e);
+      score = O::load(s + e);
     } else {  // a NaN scores 0
       score = score_of<O, kFunction>(kFunction == KIMI_SCORE_SIGMOID ? z : clean<O>(z));
       O::store(s + e, score);
@@ -146,7 +146,7 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
     } else {
       for (int j = 0; j < k; ++j) z[j] = to_float(logits[id[j]]);
       for (int j = 0; j < k; j += O::kLanes)
-        O::store(u + j, score_of<O, kFunction>(clean<O>(O::load_all(z + j))));
+        O::store(u + j, score_of<O, kFunction>(clean<O>(O::load(z + j))));
     }
     float total = 0.0f, dot = 0.0f, flow = 0.0f;
     for (int j = 0; j < k; ++j) {
@@ -163,16 +163,16 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
     if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
       for (int j = 0; j < k; ++j) du[id[j]] = d[j];
       for (int e = 0; e < experts; e += O::kLanes)
-        O::store_as(grad + e, experts - e,
-                    O::mul(O::load_all(s + e), O::sub(O::load_all(du + e), O::set(flow))));
+        O::store(grad + e, O::mul(O::load(s + e), O::sub(O::load(du + e), O::set(flow))),
+                 experts - e);
       for (int j = 0; j < k; ++j) du[id[j]] = 0.0f;
     } else {
       for (int j = 0; j < k; j += O::kLanes) {
-        const F uj = O::load_all(u + j);
-        const F zj = clean<O>(O::load_all(z + j));
+        const F uj = O::load(u + j);
+        const F zj = clean<O>(O::load(z + j));
         const F slope = kFunction == KIMI_SCORE_SIGMOID ? sigmoid_slope<O>(zj, uj)
                                                         : sqrtsoftplus_slope<O>(zj, uj);
-        O::store(u + j, O::mul(O::load_all(d + j), slope));
+        O::store(u + j, O::mul(O::load(d + j), slope));
       }
       for (int j = 0; j < k; ++j) grad[id[j]] = from_float<T>(u[j]);
     }
@@ -195,6 +195,9 @@ void backward(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
     backward_rows<O, T, kFunction>(p, begin, end);
   });
 }
+
+template <class O>
+constexpr CpuEngine kEngine = {forward<O>, backward<O>};
 
 }  // namespace
 }  // namespace kimi::gate

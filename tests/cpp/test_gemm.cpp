@@ -64,10 +64,10 @@ constexpr uint32_t kUntouched = 0xffffffff;  // of a new Buffer
 // What a caller does: the panel once, then strip by strip and block by block. [p.rows][stride]
 Buffer<float> product(const BlockEngine& e, const Part& p, const Part& s, int64_t depth,
                       int64_t count, int64_t stride) {
-  const auto up = BlockEngine::round_up;
   Bytes panel(e.panel_bytes(p.rows, count)), strip(e.strip_bytes());
   e.pack_panel(p.x, p.row, p.rows, depth, count, panel.data());
-  const int64_t padded_rows = up(p.rows, e.panel_rows), padded_columns = up(s.rows, kStripRows);
+  const int64_t padded_rows = round_up(p.rows, e.panel_rows),
+                padded_columns = round_up(s.rows, kStripRows);
   Buffer<float> c((padded_rows - 1) * stride + padded_columns);
   for (int64_t j = 0; j < s.rows; j += kStripRows)
     for (int64_t d = 0; d < count; d += e.depth_block) {
@@ -113,7 +113,7 @@ void expect_close(const std::string& what, const std::vector<double>& p, int64_t
 
 void expect_product(const Named& e, const std::string& what, const Part& p, const Part& s,
                     int64_t depth, int64_t count, int64_t gap) {
-  const int64_t stride = BlockEngine::round_up(s.rows, kStripRows) + gap;
+  const int64_t stride = round_up(s.rows, kStripRows) + gap;
   const std::string text = std::string(e.name) + ": " + what + ", " + std::to_string(p.rows) +
                            " x " + std::to_string(s.rows) + " x " + std::to_string(count);
   Buffer<float> c = product(*e.engine, p, s, depth, count, stride);

@@ -65,11 +65,11 @@ __global__ void math_kernel(Io io) {
 // 5 outputs: the gate's scores of every input, and its keys.
 __global__ void score_kernel(Io io) {
   if (thread() >= io.n) return;
-  const float z = gate::clean<gate::CudaOps>(float_of(io.in[thread()]));
+  const float z = gate::clean<CudaOps>(float_of(io.in[thread()]));
   uint32_t* out = io.out + 5 * thread();
-  out[0] = bits_of(gate::sigmoid<gate::CudaOps>(z));
-  out[1] = bits_of(gate::sqrtsoftplus<gate::CudaOps>(z));
-  out[2] = bits_of(gate::exp_nonpositive<gate::CudaOps>(-fabsf(z)));
+  out[0] = bits_of(math::sigmoid<CudaOps>(z));
+  out[1] = bits_of(gate::sqrtsoftplus<CudaOps>(z));
+  out[2] = bits_of(math::exp_nonpositive<CudaOps>(-fabsf(z)));
   out[3] = static_cast<uint32_t>(gate::sort_key(float_of(io.in[thread()])));
   out[4] = bits_of(gate::value_of_key(gate::sort_key(z)));
 }
@@ -80,8 +80,8 @@ __global__ void reciprocal_kernel(Io io) {
   const uint32_t stride = gridDim.x * blockDim.x;
   for (uint32_t i = static_cast<uint32_t>(thread()); i <= 1u << 23; i += stride) {
     const float d = float_of(bits_of(1.0f) + i);
-    const float want = gate::reciprocal_by_division<gate::CudaOps>(d);
-    if (bits_of(gate::CudaOps::reciprocal(d)) != bits_of(want)) atomic_add(&io.out[0], 1u);
+    const float want = math::reciprocal_by_division<CudaOps>(d);
+    if (bits_of(math::reciprocal<CudaOps>(d)) != bits_of(want)) atomic_add(&io.out[0], 1u);
     const int32_t error =
         static_cast<int32_t>(bits_of(reciprocal_estimate(d)) - bits_of(div_rn(1.0f, d)));
     atomic_max(reinterpret_cast<int32_t*>(&io.out[1]), error < 0 ? -error : error);

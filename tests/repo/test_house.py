@@ -19,7 +19,7 @@ _K2 = "kimi_ops.models.kimi_k2"
 KNOWN: dict[str, set[tuple[str, ...]]] = {
     # the parts of the C API: each can be included alone
     "files of csrc": {("kimi_ops.h", "kimi_ops_experts.h", "kimi_ops_optimizer.h")},
-    "folders of csrc": {("common", "cpu")},
+    "folders of csrc": set(),
     "modules": {
         (f"{_K2}.config", f"{_K2}.validation"),
         tuple(

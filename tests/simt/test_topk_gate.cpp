@@ -227,7 +227,7 @@ TEST(more_tokens_than_the_grid_holds_at_once) {
 }
 
 // Two Newton steps from an estimate within one ulp give 1/d for every d in [1, 2] but the one that
-// score.h defines.
+// math/functions.h defines.
 TEST(reciprocal_from_an_estimate) {
   for (uint32_t bits = bits_of(1.0f); bits <= bits_of(2.0f); ++bits) {
     const float d = float_of(bits), want = 1.0f / d;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "gemm/cpu/block.h"
 
-#include "common/engine.h"
+#include "cpu/engines.h"
 #include "gemm/cpu/block_element.h"
 
 namespace kimi::cpu {

@@ -22,7 +22,9 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/integer.h"
 #include "common/status.h"
+#include "common/storage.h"
 
 namespace kimi::cpu {
 
@@ -34,9 +36,6 @@ enum class Storage : int32_t {
   kFp8Block,   // e4m3, times the fp32 scale of its 128 x 128 block
   kInt4Group,  // nibble - 8, lower nibble first, times the bf16 scale of its 32 depths
 };
-
-constexpr int64_t kFp8Block = 128;
-constexpr int64_t kInt4Group = 32;
 
 // A matrix of `rows` x `depth` (sizes are arguments of what reads it). Element (r, d) lies at
 // data + row(r) * row_stride + depth(d) * depth_stride, in elements.
@@ -106,10 +105,6 @@ struct BlockEngine {
     return round_up(rows, panel_rows) * packed_depth(count) * element_bytes;
   }
   int64_t strip_bytes() const { return kStripRows * depth_block * element_bytes; }
-
-  static constexpr int64_t round_up(int64_t n, int64_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-  }
 };
 
 // The engine of the current instruction set that multiplies operands of this dtype.

@@ -2,39 +2,23 @@
 // Block products on AVX2 in fp32: tiles of 6 x 16, 12 of 16 registers hold sums. Packing moves
 // eight rows at a time: a transpose of 8 x 8 words where depth is contiguous, plain vectors where
 // rows are.
-#include <immintrin.h>
-
+#include "cpu/vec_avx2.h"
 #include "gemm/cpu/block_element.h"
 #include "gemm/cpu/block_simd.h"
 
 namespace kimi::cpu {
 namespace {
 
-struct Avx2 {
-  using V = __m256;
+struct Tile : Avx2 {
   using Pack = float;
-  static constexpr int64_t kRows = 6, kLanes = 8, kPair = 1;
+  static constexpr int64_t kRows = 6, kPair = 1;
 
-  static V zero() { return _mm256_setzero_ps(); }
-  static V load(const float* x) { return _mm256_loadu_ps(x); }
-  static V load_pack(const float* x) { return _mm256_loadu_ps(x); }
-  static V broadcast(const float* x) { return _mm256_broadcast_ss(x); }
-  static V multiply_add(V a, V b, V sum) { return _mm256_fmadd_ps(a, b, sum); }
-  static V add(V a, V b) { return _mm256_add_ps(a, b); }
-  static void store(float* x, V a) { _mm256_storeu_ps(x, a); }
-  static void prefetch(const char* x) { _mm_prefetch(x, _MM_HINT_T1); }
+  static F load_pack(const float* x) { return load(x); }
+  static F broadcast(const float* x) { return set(*x); }
+  static F multiply_add(F a, F b, F sum) { return fma(a, b, sum); }
 };
 
 constexpr int64_t kDepthBlock = 256;
-
-inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
-inline __m256 load8(const bf16* x) {
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-inline __m256 load8(const fp16* x) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-}
 
 inline void transpose8(__m256 r[8]) {
   __m256 t[8];
@@ -77,7 +61,8 @@ void pack_group(const Operand& x, int64_t row, int64_t rows, int64_t depth, int6
     }
     for (; d + 8 <= count; d += 8) {
       __m256 v[8];
-      for (int r = 0; r < 8; ++r) v[r] = source[r] ? load8(source[r] + d) : _mm256_setzero_ps();
+      for (int r = 0; r < 8; ++r)
+        v[r] = source[r] ? Avx2::load(source[r] + d) : _mm256_setzero_ps();
       transpose8(v);
       for (int i = 0; i < 8; ++i) {
         alignas(32) float words[8];
@@ -93,7 +78,7 @@ void pack_group(const Operand& x, int64_t row, int64_t rows, int64_t depth, int6
     for (; d < count; ++d) {
       const int64_t at = gathered(x.depth_index, x.index_divisor, depth + d);
       _mm256_storeu_ps(to + d * width,
-                       at < 0 ? _mm256_setzero_ps() : load8(data + row + at * x.depth_stride));
+                       at < 0 ? _mm256_setzero_ps() : Avx2::load(data + row + at * x.depth_stride));
     }
   }
   pack_elements(x, row, rows, depth, d, count, to, width, lanes);
@@ -123,7 +108,7 @@ void pack(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t co
 }  // namespace
 
 extern const BlockEngine kAvx2Blocks = {
-    Avx2::kRows,    kDepthBlock, 1, 4, pack<Avx2::kRows>, pack<kStripRows>,
-    multiply<Avx2>, nullptr,     0, 0, nullptr,           nullptr};
+    Tile::kRows,    kDepthBlock, 1, 4, pack<Tile::kRows>, pack<kStripRows>,
+    multiply<Tile>, nullptr,     0, 0, nullptr,           nullptr};
 
 }  // namespace kimi::cpu

@@ -25,7 +25,7 @@ template <class D, Storage S>
 void pack_dot_rows(const Operand& x, int64_t row, int64_t rows, int64_t count, void* tokens) {
   using Token = typename D::Token;
   Token* to = static_cast<Token*>(tokens);
-  const int64_t stride = BlockEngine::round_up(count, 64);
+  const int64_t stride = round_up(count, 64);
   for (int64_t r = 0; r < rows; ++r, to += stride) {
     const int64_t source = gathered(x.row_index, x.index_divisor, row + r);
     for (int64_t d = 0; d < stride; d += D::kSpan) {
@@ -112,7 +112,7 @@ template <class D, Storage S, int T>
 void dot_tokens(const typename D::Token* x, int64_t num_tokens, int64_t passes, const Operand& s,
                 int64_t row, int64_t rows, int64_t count, float* c, int64_t stride) {
   constexpr int kRows = dot_rows(T);
-  const int64_t x_stride = BlockEngine::round_up(count, 64);
+  const int64_t x_stride = round_up(count, 64);
   const int64_t smaller = passes * T - num_tokens;
   const int64_t row_bytes = s.row_stride * (S == Storage::kFloat32 ? 4 : 2);
   const int64_t each = passes > 1 ? (kRows + passes - 2) / (passes - 1) : 0;  // rows to fetch

@@ -204,7 +204,7 @@ void pack(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t co
     uint32_t* to = static_cast<uint32_t*>(packed);
     for (int64_t done = 0; done < count; done += kDepthBlock) {
       const int64_t block = count - done < kDepthBlock ? count - done : kDepthBlock;
-      const int64_t padded = BlockEngine::round_up(block, kMultiple);
+      const int64_t padded = round_up(block, kMultiple);
       for (int64_t group = 0; group < rows; group += kWidth, to += padded / C::kPair * kWidth)
         for (int64_t part = 0; part < kWidth; part += 16) {
           if (C::template pack_columns<S, kWidth>(x, row + group, rows - group, depth + done, block,

@@ -2,7 +2,7 @@
 // The register tile of the vector engines: M rows of the panel by two vectors of the strip, with
 // one broadcast of a panel element for each row and depth. Included by the ISA files only.
 //
-//            strip  s[d][0..kCols)          O::V        a vector of O::kLanes sums
+//            strip  s[d][0..kCols)          O::F        a vector of O::kLanes sums
 //   panel    [ v0 ][ v1 ]                   O::kRows    rows of a packed panel group, M at most
 //   p[d][0]  c00    c01    2 M sums in      O::Pack     a packed element: one depth (fp32) or two
 //   p[d][1]  c10    c11    registers
@@ -21,10 +21,9 @@ struct Ahead {
   Upcoming next;
   int steps = 0;
 
-  template <class O>
   void fetch() {
-    O::prefetch(next.data);
-    O::prefetch(next.data + next.second);
+    __builtin_prefetch(next.data, 0, 2);  // the L2 cache
+    __builtin_prefetch(next.data + next.second, 0, 2);
     next.data += next.advance;
     if (++steps == next.period) {
       steps = 0;
@@ -36,13 +35,13 @@ struct Ahead {
 template <class O, int M, bool kAhead>
 void tile(const typename O::Pack* p, const typename O::Pack* s, int64_t depth, const Upcoming& next,
           float* c, int64_t stride, bool accumulate) {
-  typename O::V sum[M][2];
+  typename O::F sum[M][2];
   Ahead ahead{next};
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = O::zero();
+  for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = O::set(0.0f);
   for (int64_t d = 0; d < depth; ++d, p += O::kRows, s += kStripRows) {
     const auto s0 = O::load_pack(s), s1 = O::load_pack(s + O::kLanes);
-    if constexpr (kAhead) ahead.template fetch<O>();
+    if constexpr (kAhead) ahead.fetch();
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       const auto x = O::broadcast(p + i);

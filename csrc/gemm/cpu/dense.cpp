@@ -12,9 +12,6 @@ using cpu::kStripRows;
 
 constexpr int64_t kPanelRows = 256, kLeastPanelRows = 64;
 constexpr int64_t kTaskStrips = 16;
-constexpr int64_t kAlign = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a product is cut, and where its packed operands lie in the scratch.
 struct Layout {
@@ -30,12 +27,12 @@ struct Layout {
     const int64_t wanted =
         threads == 1 ? kPanelRows : std::max(kLeastPanelRows, rows / (3 * int64_t{threads}));
     panel_rows = std::max<int64_t>(1, std::min(kPanelRows, wanted) / group) * group;
-    panel_rows = std::min(panel_rows, BlockEngine::round_up(std::max<int64_t>(rows, 1), group));
+    panel_rows = std::min(panel_rows, round_up(std::max<int64_t>(rows, 1), group));
     panels = ceil_div(rows, panel_rows);
     strips = ceil_div(cols, kStripRows);
     blocks = ceil_div(depth, engine.depth_block);
-    panel_bytes = BlockEngine::round_up(engine.panel_bytes(panel_rows, depth), kAlign);
-    strip_bytes = BlockEngine::round_up(engine.strip_bytes(), kAlign);
+    panel_bytes = round_up(engine.panel_bytes(panel_rows, depth), 64);
+    strip_bytes = round_up(engine.strip_bytes(), 64);
     sums_bytes = panel_rows * kTaskStrips * kStripRows * 4;
   }
   size_t bytes(int threads) const {
@@ -106,7 +103,7 @@ class Multiplication {
   void multiply(int64_t panel, int64_t first, int64_t last, float* sums) const {
     const auto& engine = layout.engine;
     const int64_t rows = rows_of(panel);
-    const int64_t padded = BlockEngine::round_up(rows, engine.panel_rows);
+    const int64_t padded = round_up(rows, engine.panel_rows);
     const auto sums_of = [&](int64_t s) {
       return sums + ((s - first) * layout.panel_rows + first_row(panel, s)) * kStripRows;
     };

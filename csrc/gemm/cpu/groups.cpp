@@ -55,7 +55,7 @@ void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block&
                  c + part * block.part_stride, block.stride);
     return;
   }
-  const int64_t rows = cpu::BlockEngine::round_up(block.rows, engine.panel_rows);
+  const int64_t rows = round_up(block.rows, engine.panel_rows);
   const int64_t fits = kPanelBytes / (rows * engine.element_bytes) / engine.depth_block;
   const int64_t panel_depth = std::max<int64_t>(1, fits) * engine.depth_block;
   for (int64_t d = 0; d < g.depth; d += panel_depth) {

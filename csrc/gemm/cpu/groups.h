@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/workspace.h"
 #include "cpu/parallel.h"
 #include "gemm/cpu/block.h"
 
@@ -44,43 +45,46 @@ struct Block {
   int thread;
 };
 
+struct ThreadMemory {
+  char *panel, *strip;
+  float* c;
+  int64_t bytes;
+
+  ThreadMemory(const cpu::BlockEngine& engine, void* memory) {
+    Pieces pieces(memory);
+    panel = pieces.take(
+        std::max({kPanelBytes, kDotBytes, engine.panel_bytes(kBlockRows, engine.depth_block)}));
+    strip = pieces.take(engine.strip_bytes());
+    c = pieces.take<float>(kBlockSums);
+    bytes = pieces.bytes();
+  }
+};
+
 class Workspace {
  public:
   static size_t bytes(const cpu::BlockEngine& engine, int32_t groups) {
-    return size_t(plan_bytes(groups) + cpu::num_threads() * thread_bytes(engine));
+    return size_t(Workspace(engine, nullptr, groups).pieces_.bytes());
   }
 
   Workspace(const cpu::BlockEngine& engine, void* memory, int32_t groups)
-      : engine_(engine), memory_(static_cast<char*>(memory)), groups_(groups) {}
+      : engine_(engine),
+        pieces_(memory),
+        order_(pieces_.take<int32_t>(groups)),
+        first_task_(pieces_.take<int64_t>(int64_t{groups} + 1)),
+        thread_bytes_(ThreadMemory(engine, nullptr).bytes),
+        threads_(pieces_.take(cpu::num_threads() * thread_bytes_)) {}
 
-  int32_t* order() const { return reinterpret_cast<int32_t*>(memory_); }
-  int64_t* first_task() const {  // [groups + 1]
-    return reinterpret_cast<int64_t*>(memory_ + round64(int64_t(groups_) * 4));
-  }
-  char* panel(int thread) const {
-    return memory_ + plan_bytes(groups_) + thread * thread_bytes(engine_);
-  }
-  char* strip(int thread) const { return panel(thread) + panel_capacity(engine_); }
-  float* c(int thread) const {
-    return reinterpret_cast<float*>(strip(thread) + round64(engine_.strip_bytes()));
-  }
+  int32_t* order() const { return order_; }
+  int64_t* first_task() const { return first_task_; }  // [groups + 1]
+  ThreadMemory of(int thread) const { return {engine_, threads_ + thread * thread_bytes_}; }
 
  private:
-  static int64_t round64(int64_t n) { return (n + 63) / 64 * 64; }
-  static int64_t plan_bytes(int32_t groups) {
-    return round64(int64_t(groups) * 4) + round64((int64_t(groups) + 1) * 8);
-  }
-  static int64_t panel_capacity(const cpu::BlockEngine& engine) {
-    return round64(
-        std::max({kPanelBytes, kDotBytes, engine.panel_bytes(kBlockRows, engine.depth_block)}));
-  }
-  static int64_t thread_bytes(const cpu::BlockEngine& engine) {
-    return panel_capacity(engine) + round64(engine.strip_bytes()) + kBlockSums * 4;
-  }
-
   const cpu::BlockEngine& engine_;
-  char* memory_;
-  int32_t groups_;
+  Pieces pieces_;
+  int32_t* order_;
+  int64_t* first_task_;
+  int64_t thread_bytes_;
+  char* threads_;
 };
 
 // The sums of one block into c; strips are fetched one ahead.
@@ -93,12 +97,12 @@ struct Cut {
 
   Cut(const cpu::BlockEngine& engine, const Group& g, int64_t narrower) {
     const int64_t most = kBlockRows / engine.panel_rows * engine.panel_rows;
-    const int64_t blocks = (g.rows + most - 1) / most;
-    rows = cpu::BlockEngine::round_up((g.rows + blocks - 1) / blocks, engine.panel_rows);
-    row_blocks = (g.rows + rows - 1) / rows;
+    const int64_t blocks = ceil_div(g.rows, most);
+    rows = round_up(ceil_div(g.rows, blocks), engine.panel_rows);
+    row_blocks = ceil_div(g.rows, rows);
     const int64_t strips = kBlockSums / rows / g.parts / narrower / cpu::kStripRows;
     cols = std::max<int64_t>(1, strips) * cpu::kStripRows;
-    tasks = row_blocks * ((g.cols + cols - 1) / cols);
+    tasks = row_blocks * ceil_div(g.cols, cols);
   }
 };
 
@@ -137,12 +141,12 @@ void run_groups(const cpu::BlockEngine& engine, const Workspace& workspace, int3
     block.rows = std::min(cut.rows, g.rows - block.row);
     block.col = index / cut.row_blocks * cut.cols;
     block.cols = std::min(cut.cols, g.cols - block.col);
-    block.part_stride = cpu::BlockEngine::round_up(block.cols, cpu::kStripRows);
+    block.part_stride = round_up(block.cols, cpu::kStripRows);
     block.stride = block.part_stride * g.parts;
     block.thread = thread;
-    float* c = workspace.c(thread);
-    block.c = c;
-    multiply_block(engine, g, block, workspace.panel(thread), workspace.strip(thread), c);
+    const ThreadMemory memory = workspace.of(thread);
+    block.c = memory.c;
+    multiply_block(engine, g, block, memory.panel, memory.strip, memory.c);
     sink(block);
   });
 }

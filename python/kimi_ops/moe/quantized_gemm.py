@@ -91,7 +91,11 @@ def quantized_gemm(
 
     Differentiable in a and bias. Only experts with rows are read.
     """
-    if a.device.type != "cpu" and a.device == weight.device:
+    if a.device != weight.device:
+        raise ValueError(
+            f"grouped_gemm: b: expected device {a.device}, got {weight.device}; move it"
+        )
+    if a.device.type != "cpu":
         raise ValueError(
             f"grouped_gemm: b: expected a Tensor on {a.device}, got {type(weight).__name__}, which "
             "is served on the CPU only; pass b.dequantize(a.dtype).transpose(1, 2)"
