@@ -5,10 +5,10 @@
 //   tile index     0 1 2 3 | 4 5 | 6 7 8 9 10 11 | ...     block b takes b, b + blocks, ...
 //   group             e0     e1        e2
 //
-// M-grouped: a group has ceil(rows / kRows) x column tiles; tiles begin at the group's own first
-// row; the rows after the last group are one more group, of depth 0, where the epilogue zeroes
-// them. Within a group kSwizzle row tiles share a column tile before the next one comes, so that
-// blocks that run together read few distinct tiles of A and of B.
+// M-grouped: a group has ceil(rows / kTileRows) x column tiles, which begin at its own first row;
+// the rows after the last group are one more group, of depth 0, where the epilogue zeroes them.
+// Within a group kSwizzle row tiles share a column tile before the next one comes, so that blocks
+// that run together read few distinct tiles of A and of B.
 // K-grouped, batch: every group has the same number of tiles. Of a lower triangle row after row:
 //
 //   tiles as high as wide   0             half as high   0

@@ -205,6 +205,24 @@ TEST(what_it_does_not_serve) {
   }
 }
 
+TEST(tiles_are_narrow_where_wide_ones_are_few_or_half_empty) {
+  const auto is_narrow = [](int32_t groups, int64_t rows, int64_t cols) {
+    Product p{};
+    p.groups = {nullptr, rows, groups};
+    p.cols = cols;
+    return sm90::is_narrow(p);
+  };
+  CHECK(is_narrow(4, 512, 4096));  // 4 x 16 wide tiles
+  CHECK(!is_narrow(4, 4 * 8192, 4096));
+  CHECK(!is_narrow(48, 48 * 4, 4096));  // 48 x 16, few rows each
+  CHECK(is_narrow(384, 8, 4096));       // 8 groups at most have rows
+  CHECK(is_narrow(48, 48 * 1024, 128));
+  Product depth{};
+  depth.grouping = Grouping::kK;
+  depth.cols = 64;
+  CHECK(!sm90::is_narrow(depth));
+}
+
 // Also that it serves what it should, and nothing else wrongly.
 TEST(products_drawn_at_random) {
   int served = 0;

@@ -13,7 +13,8 @@ bool serves(const Product& p);
 // How B lies in memory; its tiles lie the same way.
 Major b_major(const Product& p);
 
-// Tiles of 128 columns in place of 256, for a product that is stored as it is.
+// Tiles of 128 columns in place of 256, for a product that is stored as it is: where the wide ones
+// would be half empty, or too few for all multiprocessors.
 bool is_narrow(const Product& p);
 
 // Queues a product that serves() says yes to.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // What the Hopper kernels serve, and which of them.
+#include <algorithm>
 #include <climits>
 
 #include "common/dtype.h"
@@ -50,7 +51,9 @@ bool serves(const Product& p) {
 
 bool is_narrow(const Product& p) {
   if (p.grouping != Grouping::kM) return false;
-  return p.cols <= 128 || most_tiles(p, 128, 256) < kManyTiles;
+  const int64_t rows = p.groups.num_rows, groups = std::min<int64_t>(p.groups.count, rows);
+  const int64_t row_tiles = groups * ceil_div(rows, groups * 128);  // of groups that are alike
+  return p.cols <= 128 || row_tiles * ceil_div(p.cols, 256) < kManyTiles;
 }
 
 Status store(const Product& p, const StoreParams& out, bool narrow, void* stream) {
