@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: MIT
+"""What else comes to the native functions: NumPy's arrays, other objects, and arguments that are
+wrong. Faults that end the process are shown in one of their own."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import kimi_ops
+from kimi_ops import _native
+from tests.operators.calls import PLAN, f, i
+
+C = _native._C
+GATE = (2, "sigmoid", None, 1, 1, 2, True, 1.0, None)
+F32 = np.float32
+
+
+class Producer:
+    """An object that speaks DLPack by the answer of a function."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __dlpack__(self, **options):
+        return self.answer(**options)
+
+    def __array_namespace__(self):
+        return np
+
+
+def fails(error):
+    def answer(**_):
+        raise error
+
+    return Producer(answer)
+
+
+def product(a=(6, 8), b=(2, 8, 5), ends=(2, 6)):
+    return np.ones(a, F32), np.ones(b, F32), np.array(ends, np.int32)
+
+
+# ---- NumPy
+
+
+def test_arrays_give_arrays_with_the_same_bits():
+    x = f(4, 16)
+    for ours, theirs in zip(C.topk_gate(x.numpy(), *GATE), C.topk_gate(x, *GATE), strict=True):
+        assert type(ours) is np.ndarray and ours.flags.writeable
+        assert ours.ctypes.data % 64 == 0 and np.array_equal(ours, theirs.numpy())
+    out = np.full((6, 5), 9, F32)
+    assert C.grouped_gemm_out(*product(), None, out) is None and (out == 8).all()
+    (update,) = C.muon_momentum_([np.ones((2, 3), F32)], [np.zeros((2, 3), F32)], 0.5, False, False)
+    assert type(update) is np.ndarray and (update == update[0, 0]).all() and update[0, 0] > 0
+
+
+def test_arrays_and_tensors_mix():
+    x, bias = f(4, 16), np.zeros(16, F32)
+    first = C.topk_gate(x, 2, "sigmoid", bias, 1, 1, 2, True, 1.0, None)
+    second = C.topk_gate(x.numpy(), 2, "sigmoid", torch.zeros(16), 1, 1, 2, True, 1.0, None)
+    assert type(first[0]) is torch.Tensor and type(second[0]) is np.ndarray
+    assert np.array_equal(first[1].numpy(), second[1])
+
+
+def test_arrays_outlive_the_call_and_what_they_came_from():
+    x = f(64, 16)
+    arrays = [C.topk_gate(x.numpy(), *GATE)[0] for _ in range(50)]
+    junk = [np.full((64, 2), 7.0, F32) for _ in range(50)]
+    assert all(np.array_equal(a, arrays[0]) for a in arrays) and len(junk) == 50
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x[:, ::2], ValueError, r"got strides \(16, 2\); pass a contiguous copy"),
+        (np.asfortranarray, ValueError, r"got strides \(1, 4\); pass a contiguous copy"),
+        (lambda x: x[:, ::-1], ValueError, "pass a contiguous copy"),
+        (lambda x: x[::-1], ValueError, "logits_stride: expected 0 or more"),
+        (np.float64, TypeError, "expected float32, bfloat16, float16, got float64"),
+        (lambda x: x.astype(">f4"), TypeError, "expected an array that DLPack can describe"),
+        (lambda x: x.astype("S4"), TypeError, "expected an array that DLPack can describe"),
+        (lambda x: x[0], ValueError, r"expected shape \[T, E\], got \[16\]"),
+        (lambda x: x[0, 0], TypeError, "expected a torch.Tensor, got numpy.float32|expected shape"),
+    ],
+)
+def test_arrays_that_no_kernel_reads(change, error, message):
+    with pytest.raises(error, match=rf"^z_loss: .*({message})"):
+        C.z_loss(change(f(4, 16).numpy()), 1.0, None)
+
+
+def test_outputs_that_may_not_be_written_are_left_alone():
+    out = np.zeros((6, 5), F32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^grouped_gemm: out: .*read-only one; copy it"):
+        C.grouped_gemm_out(*product(), None, out)
+    assert not out.any()
+
+
+@pytest.mark.xfail(strict=True, reason="in-place ops do not ask whether they may write")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: C.update_expert_bias_(x[0], np.arange(4, dtype=np.int32), 0.1, False),
+        lambda x: C.scale_rows_(x, np.full(2, 2.0, F32), 0, 2),
+        lambda x: C.muon_momentum_([np.ones((4, 4), F32)], [x], 0.5, False, False),
+        lambda x: C.muon_update_([x], [np.ones((4, 4), F32)], [0.5], 0.0, False),
+    ],
+)
+def test_read_only_arrays_are_not_written(write):
+    x = np.ones((4, 4), F32)
+    x.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        write(x)
+    assert (x == 1).all()
+
+
+@pytest.mark.xfail(strict=True, reason="NumPy's export of an empty array has strides of zero")
+def test_empty_arrays_are_taken():
+    assert C.z_loss(np.zeros((0, 4), F32), 1.0, None)[0] == 0
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="torch's methods cast int64 ends")
+def test_ends_of_64_bits_in_an_array():
+    a, b, ends = product()
+    assert (C.grouped_gemm(a, b, ends.astype(np.int64), None, torch.float32) == 8).all()
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="results are copied back by copy_")
+def test_a_strided_output_array_is_refused_with_the_cure():
+    with pytest.raises(ValueError, match="grouped_gemm: out: .*contiguous"):
+        C.grouped_gemm_out(*product(), None, np.zeros((6, 5), F32)[:, ::-1])
+
+
+@pytest.mark.xfail(strict=True, reason="extents of negative strides end before they begin")
+def test_an_output_that_runs_backwards_over_its_input():
+    memory = np.ones((2, 8, 5), F32)
+    with pytest.raises(ValueError, match="expected memory of its own"):
+        C.grouped_gemm_wgrad_out(
+            memory[0], np.ones((8, 5), F32), np.array([2, 8], np.int32),
+            memory[::-1, :5], False,
+        )  # fmt: skip
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="NumPy says it, not the op")
+def test_results_that_numpy_lacks_are_refused_by_name():
+    with pytest.raises(TypeError, match="^fp8_rows: "):
+        C.fp8_rows(np.ones((2, 4), F32))
+
+
+# ---- objects that promise and break
+
+
+def test_broken_producers():
+    for answer, message in (
+        (fails(ValueError("cannot")), "one of which Producer says: cannot"),
+        (type("Number", (), {"__dlpack__": 5})(), "'int' object is not callable"),
+        (object(), "expected a torch.Tensor, got object"),
+        ("logits", "expected a torch.Tensor, got str"),
+        (None, "expected a torch.Tensor, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=rf"^z_loss: logits: .*{message}"):
+            C.z_loss(answer, 1.0, None)
+    old = Producer(lambda **o: fails(TypeError())() if o else torch.ones(2, 4).__dlpack__())
+    assert C.z_loss(torch.ones(2, 4), 1.0, None)[0] == C.z_loss(old, 1.0, None)[0]
+
+
+@pytest.mark.xfail(strict=True, reason="what is no capsule is refused by CPython's message")
+def test_an_answer_that_is_no_capsule():
+    with pytest.raises(TypeError, match="^z_loss: logits: "):
+        C.z_loss(Producer(lambda **_: None), 1.0, None)
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("k", "error", "message"),
+    [
+        (True, TypeError, r"k: expected an int, got bool; pass int\(k\)"),
+        (np.True_, TypeError, r"k: expected an int, got numpy.bool"),
+        (2.0, TypeError, "k: expected an int, got float"),
+        ("2", TypeError, "k: expected an int, got str"),
+        (None, TypeError, "k: expected an int, got NoneType"),
+        (10**30, ValueError, "k: expected an int of 64 bits"),
+        (2**40, ValueError, "k: expected an int of 32 bits"),
+        (-1, ValueError, r"k: expected 1\.\.16"),
+    ],
+)
+def test_whole_numbers(k, error, message):
+    with pytest.raises(error, match=f"^topk_gate: {message}"):
+        kimi_ops.topk_gate(f(4, 16), k)
+
+
+def test_numbers_of_numpy():
+    assert kimi_ops.topk_gate(f(4, 16), np.int64(2)).indices.shape == (4, 2)
+    one = kimi_ops.z_loss(f(4, 16), coefficient=1)
+    assert torch.equal(one, kimi_ops.z_loss(f(4, 16), coefficient=np.float64(1)))
+    for wrong in ("1", True, None, [1.0]):
+        with pytest.raises(TypeError, match="^z_loss: coefficient: expected a number"):
+            kimi_ops.z_loss(f(4, 16), coefficient=wrong)
+
+
+def test_names_and_dtypes():
+    for wrong in ("tanh", b"sigmoid", None, 1):
+        with pytest.raises(ValueError, match="^topk_gate: score_function: expected one of sigmoid"):
+            kimi_ops.topk_gate(f(4, 16), 2, score_function=wrong)
+    for wrong in ("float32", 1, None, np.float32):
+        with pytest.raises(TypeError, match="^grouped_gemm: out_dtype: expected a dtype"):
+            C.grouped_gemm(*product(), None, wrong)
+    with pytest.raises(TypeError, match=r"^z_loss: expected 3 arguments, got 1"):
+        C.z_loss(f(4, 16))
+    with pytest.raises(TypeError, match="no keyword arguments"):
+        C.z_loss(logits=f(4, 16))
+
+
+@pytest.mark.xfail(strict=True, reason="CPython's own message comes through")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: kimi_ops.z_loss(f(4, 16), coefficient=10**400),
+        lambda: C.grouped_gemm(*product(), None, []),
+        lambda: C.squares(3),
+        lambda: C.muon_update_([f(2, 2)], [f(2, 2)], ["x"], 0.1, False),
+        lambda: C.newton_schulz([f(4, 4)], [1.0, 1.0, 1.0], [1.5], 0, torch.float32, 1e-7),
+    ],
+)
+def test_every_message_names_the_op(call):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^(z_loss|grouped_gemm|squares|muon_update|newton_schulz): "
+    ):
+        call()
+
+
+@pytest.mark.xfail(strict=True, reason="restarts are cut to 32 bits")
+def test_restarts_beyond_32_bits():
+    with pytest.raises(ValueError, match="^newton_schulz: restarts"):
+        C.newton_schulz([f(4, 4)], [1.0, 1.0, 1.0] * 3, [2**32 + 1], 2, torch.float32, 1e-7)
+
+
+# ---- memory
+
+
+@pytest.mark.xfail(strict=True, reason="dense rows of a stride of zero are written in place")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: C.scale_rows_(x, torch.full((2,), 2.0), 0, 2),
+        lambda x: C.muon_update_([x], [torch.ones(4, 4)], [0.5], 0.0, False),
+    ],
+)
+def test_expanded_tensors_are_not_written(write):
+    x = torch.ones(1, 4).expand(4, 4)
+    with pytest.raises((ValueError, RuntimeError)):
+        write(x)
+    assert (x == 1).all()
+
+
+def _ends_well(code):
+    """Whether a process of its own runs the code to its end, or refuses an argument."""
+    prelude = "import numpy as np, tempfile, threading, torch, kimi_ops\nfrom kimi_ops import _C\n"
+    result = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True)
+    if result.returncode == 0:
+        return "wrong" not in result.stdout
+    last = result.stderr.splitlines()[-1:] or [""]  # a signal says nothing
+    return last[0].startswith(("TypeError: ", "ValueError: "))
+
+
+@pytest.mark.xfail(strict=True, reason="the sizes of an output are copied to an array of 8")
+def test_tensors_of_many_dimensions():
+    assert _ends_well("""
+x = torch.ones((1,) * 12)
+(update,) = torch.ops.kimi_ops.muon_momentum_([x], [x.clone()], 0.9, False, False)
+print("" if update.shape == x.shape else "wrong")
+""")
+
+
+@pytest.mark.xfail(strict=True, reason="tensors that only an iterator's list holds are freed")
+def test_lists_made_on_the_way():
+    code = "x = _C.squares(torch.full((1000,), float(n)) for n in range(50))\n"
+    code += "print('' if x.equal(torch.arange(50.0).double() ** 2 * 1000) else 'wrong')"
+    assert _ends_well(code)
+
+
+@pytest.mark.xfail(strict=True, reason="a list that changes during the call frees its tensors")
+def test_lists_that_change_during_the_call():
+    assert _ends_well("""
+class Changes:
+    def __dlpack__(self, **options):
+        tensors[0] = None
+        junk.extend(torch.full((1000,), 7.0) for _ in range(50))
+        return np.ones(1000, np.float32).__dlpack__(**options)
+junk, tensors = [], [torch.full((1000,), 2.0), Changes()]
+print("" if _C.squares(tensors).tolist() == [4000, 1000] else "wrong")
+""")
+
+
+@pytest.mark.xfail(strict=True, reason="a read-only mapping is written")
+def test_a_read_only_mapping_is_refused():
+    assert _ends_well("""
+with tempfile.NamedTemporaryFile() as file:
+    np.zeros(4, np.float32).tofile(file.name)
+    bias = np.memmap(file.name, np.float32, "r")
+    _C.update_expert_bias_(bias, np.arange(4, dtype=np.int32), 0.1, False)
+""")
+
+
+@pytest.mark.xfail(strict=True, reason="row_map leads where it likes; the kernels trust it")
+@pytest.mark.parametrize("op", ["permute", "unpermute"])
+def test_a_plan_that_leads_outside(op):
+    maps = "(torch.tensor(x, dtype=torch.int32) for x in ([[10**9]], [0], [1], [1]))"
+    plan = f"kimi_ops.PermutePlan(*{maps})"
+    assert _ends_well(f"kimi_ops.{op}(torch.ones(1, 4), {plan})")
+
+
+def test_sources_and_ids_that_lead_outside_are_not_followed():
+    rows = C.permute(f(4, 6), PLAN.row_map, torch.full_like(PLAN.source, 10**9))
+    assert rows.shape == (8, 6)
+    grad = C.topk_gate_backward(f(1, 2), f(1, 8), i([10**9, -(10**9)]), "sigmoid", True, 1.0)
+    assert not grad.any()
