@@ -6,7 +6,7 @@ namespace kimi::bindings {
 namespace {
 
 PyObject* update_expert_bias(Call& call) {
-  const Tensor bias = call.tensor("bias").of({kFloat32}).shape({"E"});
+  const Tensor bias = call.tensor("bias").of({kFloat32}).shape({"E"}).writable({});
   const Tensor counts = call.tensor("tokens_per_expert");
   const Tensor dense = bias.dense();
   kimi_update_expert_bias_params p = {};
@@ -47,6 +47,7 @@ PyObject* sequence_balance_loss(Call& call) {
 PyObject* sequence_balance_loss_backward(Call& call) {
   const Tensor grad_loss = call.tensor("grad_loss").of({kFloat32}).shape({});
   const Tensor logits = call.tensor("logits").of(kNatives).shape({"T", "E"}).dense_rows();
+  logits.beside(grad_loss);
   const Tensor counts = call.tensor("tokens_per_expert").of({kInt32}).shape({"N", logits.size(1)});
   kimi_sequence_balance_loss_backward_params p = {};
   p.grad_loss = grad_loss.data<float>();
@@ -84,6 +85,7 @@ PyObject* z_loss(Call& call) {
 PyObject* z_loss_backward(Call& call) {
   const Tensor grad_loss = call.tensor("grad_loss").of({kFloat32}).shape({});
   const Tensor logits = call.tensor("logits").of(kNatives).shape({"T", "E"}).dense_rows();
+  logits.beside(grad_loss);
   const Tensor log_sum_exp = call.tensor("log_sum_exp").of({kFloat32}).shape({logits.size(0)});
   const Tensor valid_tokens = call.tensor("valid_tokens").of({kInt32}).shape({1});
   kimi_z_loss_backward_params p = {};

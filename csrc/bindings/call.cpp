@@ -26,7 +26,9 @@ std::string caught() {
   PyObject *type, *value, *trace;
   PyErr_Fetch(&type, &value, &trace);
   const Object held[] = {Object(type), Object(value), Object(trace)};
-  return value ? shown(value) : "no reason";
+  if (!value) return "no reason";
+  const std::string text = shown(value);
+  return text.substr(0, text.find('\n'));  // what follows are frames of the framework
 }
 
 void refuse_allocation(void*, const char*, const char* message) {
@@ -99,6 +101,7 @@ Tensor Call::view_of(PyObject* object, std::string_view name) {
 Tensor Call::foreign(PyObject* object, std::string_view name) {
   const Object method(PyObject_GetAttrString(object, "__dlpack__"));
   if (!method.get()) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw Raised();
     PyErr_Clear();
     type_error(name, "expected a torch.Tensor, got ", Py_TYPE(object)->tp_name);
   }
@@ -124,7 +127,7 @@ Tensor Call::foreign(PyObject* object, std::string_view name) {
     view = &managed->tensor;
   } else {
     void* managed = PyCapsule_GetPointer(capsule, "dltensor");
-    if (!managed) throw Raised();
+    if (!managed) type_error(name, "expected a DLPack capsule of __dlpack__, got none: ", caught());
     view = &static_cast<dlpack::Managed*>(managed)->tensor;
   }
   if (view->device.type != dlpack::kCpu)
@@ -160,12 +163,10 @@ Tensor Call::optional(const char* name) {
 }
 
 std::vector<Tensor> Call::tensors(const char* name) {
-  const Object list = checked(PySequence_Fast(next(), name));
   std::vector<Tensor> tensors;
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.get());
-  for (Py_ssize_t i = 0; i < count; ++i)
-    tensors.push_back(view_of(PySequence_Fast_GET_ITEM(list.get(), i),
-                              keep(std::string(name) + "[" + std::to_string(i) + "]")));
+  for (PyObject* item : items(name, "tensors"))
+    tensors.push_back(
+        view_of(item, keep(std::string(name) + "[" + std::to_string(tensors.size()) + "]")));
   return tensors;
 }
 
@@ -196,7 +197,10 @@ double Call::number(const char* name) {
   if (!PyLong_Check(object) || PyBool_Check(object))
     type_error(name, "expected a number, got ", Py_TYPE(object)->tp_name);
   const double value = PyLong_AsDouble(object);
-  if (value == -1.0 && PyErr_Occurred()) throw Raised();
+  if (value == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    value_error(name, "expected a number of 64 bits, got a larger one");
+  }
   return value;
 }
 
@@ -211,30 +215,42 @@ Type Call::type(const char* name) {
   PyObject* found = torch.dtypes ? PyDict_GetItemWithError(torch.dtypes, object) : nullptr;
   int code, bits;
   if (!found || !PyArg_ParseTuple(found, "ii", &code, &bits)) {
-    if (PyErr_Occurred()) throw Raised();
+    PyErr_Clear();
     type_error(name, "expected a dtype that the kernels know, got ", shown(object));
   }
   return {uint8_t(code), uint8_t(bits), 1};
 }
 
+// The items of the next argument, which it owns; a list of the call's own, for another may change.
+std::vector<PyObject*> Call::items(const char* name, const char* what) {
+  PyObject* object = next();
+  PyObject* list = PySequence_Tuple(object);
+  if (!list) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw Raised();
+    PyErr_Clear();
+    type_error(name, "expected a list of ", what, ", got ", Py_TYPE(object)->tp_name);
+  }
+  kept_.push_back(list);
+  PyObject** first = PySequence_Fast_ITEMS(list);
+  return {first, first + PyTuple_GET_SIZE(list)};
+}
+
 std::vector<int64_t> Call::integers(const char* name) {
-  const Object list = checked(PySequence_Fast(next(), name));
   std::vector<int64_t> values;
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.get());
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    values.push_back(PyLong_AsLongLong(PySequence_Fast_GET_ITEM(list.get(), i)));
-    if (values.back() == -1 && PyErr_Occurred()) throw Raised();
+  for (PyObject* item : items(name, "ints")) {
+    values.push_back(PyLong_AsLongLong(item));
+    if (values.back() == -1 && PyErr_Occurred())
+      type_error(name, "expected a list of ints of 64 bits: ", caught());
   }
   return values;
 }
 
 std::vector<double> Call::numbers(const char* name) {
-  const Object list = checked(PySequence_Fast(next(), name));
   std::vector<double> values;
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.get());
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    values.push_back(PyFloat_AsDouble(PySequence_Fast_GET_ITEM(list.get(), i)));
-    if (values.back() == -1.0 && PyErr_Occurred()) throw Raised();
+  for (PyObject* item : items(name, "numbers")) {
+    values.push_back(PyFloat_AsDouble(item));
+    if (values.back() == -1.0 && PyErr_Occurred())
+      type_error(name, "expected a list of numbers: ", caught());
   }
   return values;
 }
@@ -271,7 +287,9 @@ dlpack::ManagedVersioned* allocate_in(const dlpack::Exchange* exchange, dlpack::
 
 Output Call::allocate(Type type, int ndim, const int64_t* sizes) {
   // A size that an option sets may be nonsense still: the op says so before it writes.
-  int64_t clean[8] = {};
+  constexpr int kMostDims = 64;  // as many as torch has
+  int64_t clean[kMostDims];
+  if (ndim > kMostDims) value_error("", "expected at most ", kMostDims, " dimensions, got ", ndim);
   for (int i = 0; i < ndim; ++i) clean[i] = std::max<int64_t>(sizes[i], 0);
   dlpack::ManagedVersioned* memory = exchange_ ? allocate_in(exchange_, device_, type, ndim, clean)
                                                : allocate_foreign(type, ndim, clean);
@@ -280,7 +298,12 @@ Output Call::allocate(Type type, int ndim, const int64_t* sizes) {
   if (exchange_) {
     if (exchange_->to_object(memory, &object) != 0) throw Raised();
   } else {
-    object = object_of_foreign(memory, origin_);
+    try {
+      object = object_of_foreign(memory, origin_);
+    } catch (const Raised&) {
+      type_error(origin_name_, "expected an array whose framework takes results of ", name_of(type),
+                 ", got ", Py_TYPE(origin_)->tp_name, ": ", caught(), "; pass a torch.Tensor");
+    }
   }
   outputs_.push_back(static_cast<PyObject*>(object));
   int64_t bytes = type.bits * type.lanes / 8;
@@ -380,6 +403,9 @@ Tensor Call::on_host(const Tensor& tensor) {
 }
 
 void Call::write_back(const Tensor& target, const Tensor& written) {
+  if (target.object != written.object && !PyObject_HasAttrString(target.object, "copy_"))
+    value_error(target.name, "expected contiguous memory, got strides ", target.strides_text(),
+                "; pass a contiguous array");
   if (target.object != written.object)
     checked(PyObject_CallMethod(target.object, "copy_", "O", written.object));
   else if (torch.increment_version && torch.is(Py_TYPE(target.object)))

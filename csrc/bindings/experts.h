@@ -20,9 +20,9 @@ inline void refuse_number(const Tensor& x) {
     x.call->value_error(x.name, "expected rows, got a single number; pass the shape of the docs");
 }
 
-// Inclusive end rows of the groups of `rows`; experts < 0: any number of them. int64 ones that do
-// not fit int32 stay too large, so that they are refused.
-inline Tensor offsets_of(const Tensor& offsets, int64_t experts, const Tensor& rows) {
+// Inclusive end rows of the groups of `rows`; experts < 0: any number of them. int64 ones become
+// int32: on a CPU they have been checked, elsewhere they stay too large where they do not fit.
+inline const int32_t* offsets_of(const Tensor& offsets, int64_t experts, const Tensor& rows) {
   Call& call = *offsets.call;
   refuse_number(offsets);
   offsets.of({kInt32, kInt64});
@@ -42,17 +42,24 @@ inline Tensor offsets_of(const Tensor& offsets, int64_t experts, const Tensor& r
     else
       call.check(check_offsets(op.c_str(), ends.data<int32_t>(), ends.size(0), rows.size(0)));
   }
-  if (!wide) return offsets.dense();
+  if (!wide) return offsets.dense().data<int32_t>();
+  if (!offsets.is_cuda()) {
+    const int64_t* ends = offsets.dense().data<int64_t>();
+    return call.keep(std::vector<int32_t>(ends, ends + offsets.size(0)));
+  }
   const Object clamped = checked(PyObject_CallMethod(offsets.object, "clamp", "ii", -1, INT32_MAX));
   return call.keep(checked(PyObject_CallMethod(clamped.get(), "int", nullptr)), offsets.name)
-      .dense();
+      .dense()
+      .data<int32_t>();
 }
 
 // The dtype of a result beside operands of `type`: the same, or the sums in float32.
 inline void check_result_type(Call& call, const char* name, Type type, Type operands) {
   if (type == operands || (type == kFloat32 && operands != kFloat64)) return;
-  const std::string allowed =
-      operands == kFloat64 ? "float64" : "torch." + name_of(operands) + " or torch.float32";
+  const std::string allowed = operands == kFloat64 ? "float64"
+                              : operands == kFloat32
+                                  ? "torch.float32"
+                                  : "torch." + name_of(operands) + " or torch.float32";
   call.type_error(name, "expected ", allowed, ", got torch.", name_of(type),
                   "; choose one of these");
 }

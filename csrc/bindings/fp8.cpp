@@ -61,7 +61,7 @@ struct Product {
     if (a.stride(1) != 1 && p.k > 1)
       call.value_error("a.data", "expected contiguous columns, got strides ", a.strides_text(),
                        "; call .contiguous()");
-    p.offsets = offsets_of(offsets, p.num_experts, a).data<int32_t>();
+    p.offsets = offsets_of(offsets, p.num_experts, a);
     if (!is_native(type))
       call.type_error(name,
                       "expected torch.bfloat16, torch.float16 or torch.float32 beside FP8 "

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/framework.h"
 
+#include <algorithm>
 #include <initializer_list>
+#include <utility>
 
 namespace kimi::bindings {
 
@@ -23,25 +25,34 @@ bool is_true(Object value) {
   return truth != 0;
 }
 
+bool lies_on_a_cpu_or_cuda(PyObject* tensor) {
+  const Object device = checked(PyObject_GetAttrString(tensor, "device"));
+  const Object type = checked(PyObject_GetAttrString(device.get(), "type"));
+  return PyUnicode_CompareWithASCIIString(type.get(), "cpu") == 0 ||
+         PyUnicode_CompareWithASCIIString(type.get(), "cuda") == 0;
+}
+
 // The first tensor decides on the device: what others are is for the checks to say.
 void look(PyObject* tensor, Seen& seen) {
   dlpack::Tensor view;
+  const bool first = !seen.any;
+  seen.any = true;
   if (torch.exchange->view(tensor, &view) != 0) {
     PyErr_Clear();
-    if (!seen.any) seen.watched = true;
-    seen.any = true;
+    if (first && !lies_on_a_cpu_or_cuda(tensor)) seen.watched = true;
     return;
   }
-  if (!seen.any && view.device.type != dlpack::kCpu && view.device.type != dlpack::kCuda)
+  if (first && view.device.type != dlpack::kCpu && view.device.type != dlpack::kCuda)
     seen.watched = true;
-  seen.any = true;
-  if (view.dtype.code != dlpack::kFloat && view.dtype.code != dlpack::kBfloat) {
-    if (view.dtype.code == dlpack::kComplex) seen.watched = true;  // may be lazily conjugated
-    return;
-  }
-  if (!seen.gradient && is_true(checked(PyObject_GetAttr(tensor, name_of_requires_grad))))
+  const uint8_t code = view.dtype.code;
+  const bool whole = code == dlpack::kInt || code == dlpack::kUInt || code == dlpack::kBool;
+  if (code == dlpack::kComplex) seen.watched = true;  // may be lazily conjugated
+  if (!whole && !seen.gradient && is_true(checked(PyObject_GetAttr(tensor, name_of_requires_grad))))
     seen.gradient = true;
   if (is_true(checked(PyObject_CallMethodNoArgs(tensor, name_of_is_neg)))) seen.watched = true;
+  // Elements without memory: zeros that torch computes with by rule.
+  if (!view.data && std::find(view.shape, view.shape + view.ndim, 0) == view.shape + view.ndim)
+    seen.watched = true;
 }
 
 void look_at_all(PyObject* const* items, Py_ssize_t count, Seen& seen) {

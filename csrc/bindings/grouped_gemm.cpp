@@ -27,7 +27,7 @@ struct Forward {
     if (b.size(1) != a.size(1))
       b.call->value_error("b", "expected shape [E, K=", a.size(1), ", N], got ", b.shape_text(),
                           "; for weights [E, N, K] pass w.transpose(1, 2)");
-    p.offsets = offsets_of(offsets, b.size(0), a).data<int32_t>();
+    p.offsets = offsets_of(offsets, b.size(0), a);
     p.b = b.data();
     p.b_expert_stride = b.stride(0);
     p.b_k_stride = b.stride(1);
@@ -91,7 +91,7 @@ struct Wgrad {
     if (a.size(0) != dc.size(0))
       a.call->value_error("dc", "expected ", a.size(0), " rows, got ", dc.size(0),
                           "; pass the gradient of a's rows");
-    p.offsets = offsets_of(offsets, -1, a).data<int32_t>();
+    p.offsets = offsets_of(offsets, -1, a);
     p.num_experts = int32_t(offsets.size(0));
     p.k = a.size(1);
     p.n = dc.size(1);
@@ -172,7 +172,7 @@ PyObject* quantized_gemm(Call& call) {
   if (!data.is_dense() || !scale.is_dense())
     call.value_error("data, scale", "expected contiguous tensors, got strides ",
                      data.strides_text(), " and ", scale.strides_text(), "; call .contiguous()");
-  p.offsets = offsets_of(offsets, data.size(0), a).data<int32_t>();
+  p.offsets = offsets_of(offsets, data.size(0), a);
   check_result_type(call, "out_dtype", type, a.dtype);
   p.bias = bias_of(bias, a.dtype, data.size(0), data.size(1), a);
   if (!is_native(a.dtype)) return call.not_implemented();

@@ -39,6 +39,11 @@ Tensors dense(const Tensors& tensors) {
   return copies;
 }
 
+void check_writable(std::initializer_list<const Tensors*> lists) {
+  for (const Tensors* tensors : lists)
+    for (const Tensor& tensor : *tensors) tensor.writable({});
+}
+
 template <class T>
 std::vector<T*> addresses(const Tensors& tensors) {
   std::vector<T*> list;
@@ -63,6 +68,7 @@ PyObject* muon_momentum(Call& call) {
   p.nesterov = call.truth();
   p.maximize = call.truth();
   check_lists(call, {{"grads", grads}, {"buffers", buffers}});
+  check_writable({&buffers});
   std::vector<Output> updates;
   for (const Tensor& grad : grads)
     updates.push_back(call.allocate(kFloat32, grad.ndim, grad.sizes));
@@ -91,6 +97,7 @@ PyObject* muon_update(Call& call) {
   p.decay = call.number("decay");
   p.cautious = call.truth();
   check_lists(call, {{"params", params}, {"directions", directions}});
+  check_writable({&params});
   check_numbers(call, "rates", rates, params.size());
   Tensors targets, sources;
   std::vector<int64_t> shapes;
@@ -130,6 +137,7 @@ PyObject* adamw(Call& call) {
   check_lists(
       call,
       {{"params", params}, {"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
+  check_writable({&params, &exp_avgs, &exp_avg_sqs});
   for (const Tensors* states : {&exp_avgs, &exp_avg_sqs})
     if (states->at(0).dtype != kFloat32)
       call.type_error("exp_avgs, exp_avg_sqs", "expected float32, got ",

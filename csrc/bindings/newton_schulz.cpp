@@ -82,6 +82,8 @@ PyObject* newton_schulz(Call& call) {
     targets.push_back(results.back().data());
   }
   const std::vector<float> coefficients(numbers.begin(), numbers.end());
+  for (int64_t step : steps)
+    if (step != int32_t(step)) call.value_error("restarts", "expected steps, got ", step);
   const std::vector<int32_t> restarts(steps.begin(), steps.end());
   p.g = sources.data();
   p.x = targets.data();

@@ -60,7 +60,13 @@ Maps maps(Call& call, const Tensor& x) {
     if (map->of({kInt32}).device != x.device)
       call.value_error(x.name, "expected on ", map->device_text(), " as the plan, got ",
                        x.device_text(), "; move it");
-  return {row_map.shape({"T", "K"}).dense(), source.shape({"cap"}).dense()};
+  const Maps plan = {row_map.shape({"T", "K"}).dense(), source.shape({"cap"}).dense()};
+  if (call.reads(row_map)) {
+    const Tensor rows = call.on_host(plan.row_map);
+    call.check(permutation::check_row_map(std::string(call.op).c_str(), rows.data<int32_t>(),
+                                          rows.count(), plan.rows()));
+  }
+  return plan;
 }
 
 // The weights [T, K] of a plan's pairs.
@@ -118,13 +124,13 @@ PyObject* unpermute_backward(Call& call) {
   const Tensor weights = call.tensor("weights");
   y = rows_of(y, plan.rows(), "cap").of(kNatives);
   const Tensor dx = grad_x.of({y.dtype}).shape({plan.tokens(), y.size(1)}).beside(y).dense_rows();
-  const Output grad_y = call.empty_like(y), grad_weights = call.empty_like(weights);
   kimi_unpermute_backward_params p = {};
+  p.weights = weights_of(weights, plan);
+  const Output grad_y = call.empty_like(y), grad_weights = call.empty_like(weights);
   p.grad_x = dx.data();
   p.y = y.data();
   p.row_map = plan.row_map.data<int32_t>();
   p.source = plan.source.data<int32_t>();
-  p.weights = weights_of(weights, plan);
   p.grad_y = grad_y.data();
   p.grad_weights = grad_weights.data<float>();
   p.num_tokens = plan.tokens();

@@ -43,6 +43,7 @@ PyObject* scale_rows(Call& call) {
   if (p.heads == 0 || weight.size(0) % p.heads)
     call.value_error("weight", "expected rows for ", p.heads, " heads, got ", weight.size(0),
                      "; check factors");
+  weight.writable({&factors});
   const Tensor rows = weight.dense_rows();
   p.weight = rows.data();
   p.factors = factors.dense().data<float>();

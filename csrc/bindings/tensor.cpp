@@ -136,9 +136,10 @@ const Tensor& Tensor::writable(std::initializer_list<const Tensor*> inputs) cons
   if (read_only)
     call->value_error(name, "expected an array that may be written, got a read-only one; copy it");
   const auto extent = [](const Tensor& x) {
-    int64_t elements = x.count() > 0;
-    for (int i = 0; elements && i < x.ndim; ++i) elements += (x.sizes[i] - 1) * x.strides[i];
-    return std::pair(x.address, x.address + elements * x.bytes());
+    int64_t first = 0, last = x.count() > 0;
+    for (int i = 0; last && i < x.ndim; ++i)
+      (x.strides[i] < 0 ? first : last) += (x.sizes[i] - 1) * x.strides[i];
+    return std::pair(x.address + first * x.bytes(), x.address + last * x.bytes());
   };
   const auto [begin, end] = extent(*this);
   for (const Tensor* input : inputs) {
@@ -162,7 +163,7 @@ Tensor Tensor::contiguous() const {
 Tensor Tensor::dense() const { return !object || is_dense() ? *this : contiguous(); }
 
 Tensor Tensor::dense_rows() const {
-  return sizes[ndim - 1] <= 1 || strides[ndim - 1] == 1 ? *this : contiguous();
+  return sizes[ndim - 1] <= 1 || count() == 0 || strides[ndim - 1] == 1 ? *this : contiguous();
 }
 
 Tensor Tensor::with_a_unit_stride() const {

@@ -187,6 +187,9 @@ class Call {
   Tensor view_of(PyObject* object, std::string_view name);
   Tensor keep(Object object, std::string_view name);  // a temporary of this call
   std::string_view keep(std::string name);
+  const int32_t* keep(std::vector<int32_t> numbers) {
+    return numbers_.emplace_back(std::move(numbers)).data();
+  }
 
  private:
   template <class... Parts>
@@ -198,6 +201,7 @@ class Call {
   [[noreturn]] void raise(PyObject* type, std::string_view name, const std::string& text) const;
   int choose(const char* name, std::initializer_list<const char*> expected);
   PyObject* next() { return arguments_[next_++]; }
+  std::vector<PyObject*> items(const char* name, const char* what);
   Tensor foreign(PyObject* object, std::string_view name);
   void run(kimi_status (*function)(const void*, kimi_device, void*), const void* arguments);
   PyObject* handed_over(const Output& output);
@@ -214,6 +218,7 @@ class Call {
   std::vector<dlpack::ManagedVersioned*> managed_;  // workspaces
   std::list<std::string> names_;
   std::list<std::vector<int64_t>> strides_;
+  std::list<std::vector<int32_t>> numbers_;
 };
 
 // A CPU tensor goes to this device of the C API: the host-run CUDA kernels of tests are one too.

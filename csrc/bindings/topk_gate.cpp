@@ -38,6 +38,8 @@ PyObject* topk_gate_backward(Call& call) {
   const Tensor grad_weights = call.tensor("grad_weights"), unread = call.tensor("logits");
   const Tensor logits = unread.of(kNatives).shape({"T", "E"}).dense_rows();
   const Tensor indices = call.tensor("indices").of({kInt32}).shape({logits.size(0), "K"}).dense();
+  logits.beside(grad_weights);
+  indices.beside(grad_weights);
   kimi_topk_gate_backward_params p = {};
   p.grad_weights = grad_weights.of({kFloat32}).shape_like(indices).dense().data<float>();
   p.indices = indices.data<int32_t>();

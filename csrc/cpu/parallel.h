@@ -35,8 +35,8 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
 // Calls body(task, thread) for every task in [0, n): whichever thread is free takes the next one,
 // in ascending order. thread < num_threads() tells apart what runs at the same time.
 template <class Body>
-void parallel_tasks(int64_t n, const Body& body) {
-  const int64_t threads = std::min<int64_t>(num_threads(), n);
+void parallel_tasks(int64_t n, int most_threads, const Body& body) {
+  const int64_t threads = std::min<int64_t>(most_threads, n);
   if (threads <= 1 || omp_in_parallel()) {
     for (int64_t task = 0; task < n; ++task) body(task, 0);
     return;
@@ -48,6 +48,11 @@ void parallel_tasks(int64_t n, const Body& body) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;)
       body(task, thread);
   }
+}
+
+template <class Body>
+void parallel_tasks(int64_t n, const Body& body) {
+  parallel_tasks(n, num_threads(), body);
 }
 
 }  // namespace kimi::cpu

@@ -37,4 +37,12 @@ inline Status check_ids(const char* op, const int32_t* ids, int64_t count, int32
                  "; mark dropped pairs with -1");
 }
 
+// Rows of pairs in -1 .. rows - 1: they are places in memory.
+inline Status check_row_map(const char* op, const int32_t* row_map, int64_t pairs, int64_t rows) {
+  const auto [low, high] = std::minmax_element(row_map, row_map + pairs);
+  if (pairs == 0 || (*low >= -1 && *high < rows)) return Status::ok();
+  return invalid(op, ": row_map: expected rows in -1 .. ", rows - 1, ", got ", *low, " .. ", *high,
+                 "; pass the plan of these rows");
+}
+
 }  // namespace kimi::permutation

@@ -80,7 +80,6 @@ def test_checkpoints_of_experts(reentrant):
         assert torch.equal(x.grad, other.grad)
 
 
-@pytest.mark.xfail(strict=True, reason="float8 is not asked whether it requires a gradient")
 def test_rows_of_float8_do_not_lose_a_gradient():
     x = messages.fp8(4, 6).requires_grad_()
     assert kimi_ops.permute(x, PLAN).requires_grad

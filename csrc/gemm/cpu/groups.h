@@ -21,6 +21,9 @@ namespace kimi::grouped {
 
 constexpr int64_t kBlockRows = 280, kBlockSums = kBlockRows * 256, kPanelBytes = 280 << 10;
 constexpr int64_t kDotBytes = 512 << 10;  // of the rows of P on the path of few rows
+// Products of fewer multiplications stay in one thread: waking another costs as much, and on a busy
+// machine a wait for it costs a slice of its time.
+constexpr double kAlone = 1 << 18;
 
 // One group: rows x depth of P by (parts x cols) x depth of S. With two parts a block holds the
 // same columns of both: part 1 of S begins part_rows rows after part 0.
@@ -115,22 +118,25 @@ void run_groups(const cpu::BlockEngine& engine, const Workspace& workspace, int3
   int64_t* first = workspace.first_task();
   int32_t used = 0;
   int64_t* work = first;  // of group i, until the tasks are counted
+  double total = 0;
   for (int32_t i = 0; i < num_groups; ++i) {
     const Group g = group(i);
     if (g.rows > 0 && g.cols > 0) order[used++] = i;
     work[i] = g.rows * g.cols * std::max<int64_t>(g.depth, 1);
+    total += double(work[i]) * g.parts;
   }
   std::sort(order, order + used,
             [&](int32_t a, int32_t b) { return work[a] != work[b] ? work[a] > work[b] : a < b; });
+  const int threads = total < kAlone ? 1 : cpu::num_threads();
   // Blocks are as wide as they can be unless that leaves threads idle; width changes no sum.
   int64_t narrower = 1;
   for (;; narrower *= 2) {
     first[0] = 0;
     for (int32_t i = 0; i < used; ++i)
       first[i + 1] = first[i] + Cut(engine, group(order[i]), narrower).tasks;
-    if (first[used] >= 8 * cpu::num_threads() || narrower >= 64) break;
+    if (threads == 1 || first[used] >= 8 * threads || narrower >= 64) break;
   }
-  cpu::parallel_tasks(first[used], [&](int64_t task, int thread) {
+  cpu::parallel_tasks(first[used], threads, [&](int64_t task, int thread) {
     const int32_t at = int32_t(std::upper_bound(first, first + used + 1, task) - first) - 1;
     const Group g = group(order[at]);
     const Cut cut(engine, g, narrower);
