@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.device_check.steps import Step
 
 TESTS = "tests/ops"  # those that run on the engines of a GPU
+DOOR = "tests/operators"  # streams and devices of a call
 MEMCHECK = ("topk_gate", "permute", "grouped_gemm_torch", "fused_experts_torch")
 MEMCHECK_NAMES = "groups or empty or ties or contract or valid or nan_stays or awkward_sizes"
 MEMCHECK_NAMES += " or no_rows"
@@ -53,7 +54,7 @@ def pytest_command(names: str, paths: list[str]) -> list[str]:
 
 
 def tests(logs: Path, names: str = ON_GPU, paths: list[str] | None = None) -> list[Step]:
-    command = pytest_command(names, paths or [TESTS])
+    command = pytest_command(names, paths or [TESTS, DOOR])
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--max-worker-restart", "120"]
     else:
