@@ -220,3 +220,10 @@ def test_transforms_are_right_or_refused():
         with pytest.raises(NotImplementedError, match=r"^z_loss: expected reverse-mode"):
             kimi_ops.z_loss(dual)
         assert same(kimi_ops.z_loss(x), functional(x))  # without a tangent: as ever
+
+
+def test_stored_weights_beside_float64_are_refused_by_name():
+    data, scale = torch.zeros(2, 5, 8).to(torch.float8_e4m3fn), torch.ones(2, 1, 1)
+    arguments = torch.zeros(6, 8).double(), data, scale, i(2, 6), None, torch.float64
+    with pytest.raises(TypeError, match="grouped_gemm: a: .*got float64"):
+        torch.ops.kimi_ops.quantized_gemm(*arguments)

@@ -99,8 +99,16 @@ def _quantized_output(
     return a.new_empty((a.shape[0], data.shape[1]), dtype=dtype)
 
 
+def _no_float64(*_: Any) -> Tensor:
+    raise TypeError(
+        "grouped_gemm: a: expected bfloat16, float16 or float32 beside stored tensors, got "
+        "float64; kimi_ops.grouped_gemm takes the quantised weight itself"
+    )
+
+
 quantized_gemm = Operator(
     "quantized_gemm(Tensor a, Tensor data, Tensor scale, Tensor offsets, Tensor? bias, "
     "ScalarType dtype) -> Tensor",
     _quantized_output,
+    otherwise=_no_float64,
 )
