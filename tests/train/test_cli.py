@@ -332,8 +332,10 @@ def both_ways(script: Path) -> list[list[str]]:
 def test_ctrl_c_while_torch_loads_is_quiet(script: Path):
     for words in both_ways(script):
         process = subprocess.Popen(
-            [*words, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [*words, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # a shell's background jobs ignore Ctrl-C, and so would what they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         maps = Path(f"/proc/{process.pid}/maps")
         limit = time.monotonic() + 60
         while "libtorch" not in maps.read_text():
