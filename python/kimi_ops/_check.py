@@ -45,34 +45,6 @@ def same_device(op: str, name: str, value: Tensor, like: str, other: Tensor) -> 
         )
 
 
-def writable(op: str, out: Tensor, **inputs: Tensor | None) -> None:
-    """Refuse an output whose elements share memory, with each other or with an input."""
-    if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError(
-            f"{op}: out: expected elements with memory of their own, got an expanded tensor of "
-            f"strides {out.stride()}; call .contiguous() on it"
-        )
-    begin, end = _extent(out)
-    for name, value in inputs.items():
-        if value is None or value.device != out.device:
-            continue
-        first, last = _extent(value)
-        if first < end and begin < last:
-            raise ValueError(
-                f"{op}: out: expected memory of its own, got some that {name} uses too; pass "
-                "another tensor"
-            )
-
-
-def _extent(x: Tensor) -> tuple[int, int]:
-    """The addresses from x's first byte to one past its last."""
-    if x.numel() == 0:
-        return 0, 0
-    steps = zip(x.shape, x.stride(), strict=True)
-    elements = 1 + sum((size - 1) * step for size, step in steps)
-    return x.data_ptr(), x.data_ptr() + elements * x.element_size()
-
-
 def choice(op: str, name: str, value: Any, expected: Sequence[str]) -> None:
     if value not in expected:
         raise ValueError(f"{op}: {name}: expected one of {', '.join(expected)}, got {value!r}")
