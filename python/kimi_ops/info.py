@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from kimi_ops import _native
+from kimi_ops._native import CUDA_OPS
 from kimi_ops.gpu import Fault, gpu_fault
 
-# with CUDA kernels of their own
-CUDA_OPS = ("topk_gate", "balance", "permute", "grouped_gemm", "fused_experts")
 OPS = (
     "topk_gate", "balance", "permute", "grouped_gemm", "fused_experts", "newton_schulz", "qk_clip",
     "muon_clip",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The seam below Newton-Schulz, QK-Clip and MuonClip: every product, every chain of products and
-every elementwise pass goes through one of these functions. Tensors on a CPU in fp32, bf16 and fp16
+every elementwise pass goes through one of these functions. Tensors in fp32, bf16 and fp16
 take the native kernels, all others the twins in `kimi_ops.reference`."""
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from kimi_ops.reference import qk_clip as twin_clip
 Triple = tuple[float, float, float]
 
 
-def served(*tensors: Tensor | None) -> bool:
-    """Whether the native kernels take these tensors."""
-    return all(t is None or (t.device.type == "cpu" and t.dtype in _native.DTYPES) for t in tensors)
+def served(op: str, *tensors: Tensor | None) -> bool:
+    """Whether the native kernels of `op` take these tensors."""
+    on_cuda = op in _native.CUDA_OPS and bool(_native._C.cuda_architectures())
+    devices = ("cpu", "cuda") if on_cuda else ("cpu",)
+    return all(
+        t is None or (t.device.type in devices and t.dtype in _native.DTYPES) for t in tensors
+    )
 
 
 # ---- products
@@ -30,7 +34,7 @@ def served(*tensors: Tensor | None) -> bool:
 
 def syrk(a: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """alpha a a^T + beta c, lower triangle computed and mirrored; a [m, k]."""
-    if served(a, c):
+    if served("newton_schulz", a, c):
         return newton_schulz.matrix_product(a, a.mT, c, alpha, beta, True)
     return twin.syrk(a, c, alpha, beta)
 
@@ -39,7 +43,7 @@ def symmetric_matmul(
     a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
     """alpha a b + beta c where that is symmetric, lower triangle computed and mirrored; [m, m]."""
-    if served(a, b, c):
+    if served("newton_schulz", a, b, c):
         return newton_schulz.matrix_product(a, b, c, alpha, beta, True)
     return twin.symmetric_matmul(a, b, c, alpha, beta)
 
@@ -48,7 +52,7 @@ def matmul(
     a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
     """alpha a b + beta c; a [m, k], b [k, n]."""
-    if served(a, b, c):
+    if served("newton_schulz", a, b, c):
         return newton_schulz.matrix_product(a, b, c, alpha, beta, False)
     return twin.matmul(a, b, c, alpha, beta)
 
@@ -66,7 +70,7 @@ def cheapest(g: Tensor, dtype: torch.dtype) -> str:
     """
     m, n = sorted(g.shape[-2:])
     exact = dtype in (torch.float32, torch.float16)
-    if served(g) and dtype in _native.DTYPES:
+    if served("newton_schulz", g) and dtype in _native.DTYPES:
         return "gram" if exact and 2 * n >= 3 * m else "symmetric"
     return "gram" if exact and m >= 192 and n >= 3 * m else "standard"
 
@@ -88,7 +92,7 @@ def orthogonalize(
     images: list[Tensor | None] = [None] * len(matrices)
     alike: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
-        if served(matrix) and dtype in _native.DTYPES:
+        if served("newton_schulz", matrix) and dtype in _native.DTYPES:
             alike.setdefault((matrix.shape, matrix.dtype, matrix.stride()), []).append(i)
             continue
         images[i] = twin.newton_schulz(
@@ -109,14 +113,14 @@ def orthogonalize(
 
 def attention_max_logits(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
     """Largest logit of each head; q [B, heads, Sq, D], k [B, kv_heads, Sk, D]."""
-    if served(q, k):
+    if served("qk_clip", q, k):
         return qk_clip.attention_max_logits(q, k, scale, causal)
     return twin_clip.attention_max_logits(q, k, scale, causal)
 
 
 def scale_rows_(weight: Tensor, heads: int, start: int, stop: int, factor: Tensor) -> None:
     """Rows start..stop of every head's block of weight [heads * rows, in] times factor [heads]."""
-    if served(weight) and factor.dtype == torch.float32:
+    if served("qk_clip", weight) and factor.dtype == torch.float32:
         qk_clip.scale_rows_(weight, factor, start, stop)
     else:
         twin_clip.scale_rows_(weight, heads, start, stop, factor)
@@ -236,7 +240,7 @@ def squares(tensors: Sequence[Tensor]) -> Tensor:
     for members in _alike([None] * len(tensors), tensors):
         sums[members] = muon_clip.squares([tensors[i] for i in members])
     for i, tensor in enumerate(tensors):
-        if not served(tensor):
+        if not served("muon_clip", tensor):
             norm = torch.linalg.vector_norm(tensor.contiguous(), dtype=torch.float64)
             sums[i] = norm.square()
     return sums
@@ -246,6 +250,6 @@ def _alike(alive: Sequence[Tensor | None], *lists: Sequence[Tensor]) -> Iterable
     """Numbers of the tensors that a native pass takes, those of equal dtypes together."""
     groups: dict[tuple[torch.dtype, ...], list[int]] = {}
     for i, tensors in enumerate(zip(*lists, strict=True)):
-        if alive[i] is None and served(*tensors):
+        if alive[i] is None and served("muon_clip", *tensors):
             groups.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(i)
     return groups.values()
