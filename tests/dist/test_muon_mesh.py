@@ -13,17 +13,33 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 
-from kimi_ops import MuonClip
+from kimi_ops import MuonClip, muon_param_groups
 from kimi_ops.optim import muon_routes
 from kimi_ops.optim.muon_mesh import circle_of, edges_of
+from tests.dist.world import launch
 
 PROCESSES = 4
-STEPS = 4
+STEPS = 3
 SHAPES = {
     "wide": (24, 40),
     "tall": (41, 12),  # uneven
@@ -169,15 +185,7 @@ def check_bits(mesh: DeviceMesh, placements: Placements) -> None:
         assert params["stack"] not in optimizer._shards.routes
 
 
-def start(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
-
-
 def bits_worker(rank: int, folder: str) -> None:
-    start(rank, folder)
     for world in (1, 2, 4):
         mesh = DeviceMesh("cpu", torch.arange(world))
         if rank < world:
@@ -187,10 +195,161 @@ def bits_worker(rank: int, folder: str) -> None:
     muon_routes._BUCKET = 1  # a turn of matrices in each bucket
     check_bits(grid["shard"], (Shard(0),))
     check_bits(grid["shard"], (Replicate(),))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_every_mesh_gives_the_bits_of_one_process(tmp_path: Path):
-    mp.spawn(bits_worker, (str(tmp_path),), nprocs=PROCESSES)
+    launch(bits_worker, tmp_path, PROCESSES)
+
+
+class Net(nn.Module):
+    """Odd sizes: shards of FSDP2 are uneven, and some are empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embed_tokens, self.up = nn.Embedding(11, 6), nn.Linear(6, 9)
+        self.down = nn.Linear(9, 5, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(6, 4, 5))
+        for param in self.parameters():
+            param.data.copy_(torch.randint(-8, 9, param.shape, generator=generator) / 8)
+
+    def forward(self, weights: list[Tensor]) -> Tensor:
+        """Its gradients are the weights."""
+        return sum((p * w).sum() for p, w in zip(self.parameters(), weights, strict=True))
+
+
+def net(mesh: DeviceMesh | None = None) -> tuple[Net, MuonClip]:
+    model = Net()
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
+    groups = muon_param_groups(model, adamw={"max_grad_norm": 1.0})
+    return model, MuonClip(groups, lr=0.05)
+
+
+def train(model: Net, optimizer: MuonClip, step: int, rank: int, world: int) -> None:
+    """A step on every world-th part of a batch of four, whose gradients are small integers."""
+    share = PROCESSES // world
+    generator = torch.Generator().manual_seed(step)
+    parts = []
+    for _ in range(PROCESSES):
+        shapes = [p.shape for p in Net().parameters()]
+        parts.append([torch.randint(-4, 5, s, generator=generator) / share for s in shapes])
+    for weights in parts[rank * share : (rank + 1) * share]:
+        model(weights).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def same_net(model: Net, single: Net) -> None:
+    for (name, param), twin in zip(model.named_parameters(), single.parameters(), strict=True):
+        full = param.full_tensor() if isinstance(param, DTensor) else param
+        assert torch.equal(full, twin), name
+
+
+def checkpoint_worker(rank: int, folder: str) -> None:
+    """2 ranks, then 4, then 1: each goes on from the checkpoint of the one before."""
+    single, lone = net()
+    saved = None
+    for step, world in enumerate((2, 4, 1)):
+        train(single, lone, step, 0, 1)
+        mesh = DeviceMesh("cpu", torch.arange(world))
+        if rank < world:
+            circle = mesh.get_group(0)
+            model, optimizer = net(mesh)
+            if saved is not None:
+                state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+                dcp.load(state, checkpoint_id=saved, process_group=circle)
+                set_state_dict(
+                    model,
+                    optimizer,
+                    model_state_dict=state["model"],
+                    optim_state_dict=state["optimizer"],
+                )
+            train(model, optimizer, step, rank, world)
+            same_net(model, single)
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+            dcp.save(state, checkpoint_id=f"{folder}/{world}", process_group=circle)
+        saved = f"{folder}/{world}"
+        dist.barrier()
+    # one rank's whole state, as a plain checkpoint holds it
+    model, optimizer = net(DeviceMesh("cpu", torch.arange(PROCESSES)))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    parts = copy.deepcopy(get_state_dict(single, lone)) if rank == 0 else ({}, {})
+    set_model_state_dict(model, parts[0], options=options)
+    set_optimizer_state_dict(model, optimizer, parts[1], options=options)
+    train(model, optimizer, 3, rank, PROCESSES)
+    train(single, lone, 3, 0, 1)
+    same_net(model, single)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_fsdp2_go_on_at_another_number_of_ranks(tmp_path: Path):
+    launch(checkpoint_worker, tmp_path, PROCESSES)
+
+
+def refused(expected: str, *params: Tensor, kind: type = ValueError, **options) -> None:
+    with pytest.raises(kind, match=expected):
+        MuonClip([{"params": [(f"w{i}", p) for i, p in enumerate(params)]}], **options)
+
+
+def error_worker(rank: int, folder: str) -> None:
+    mesh = DeviceMesh("cpu", torch.arange(PROCESSES))
+    full = torch.ones(8, 8)
+    row = nn.Parameter(spread(full, mesh, (Shard(0),)))
+    refused(r"parameter w1: expected placements .* got .*Shard\(dim=1\)", row,
+            nn.Parameter(spread(full, mesh, (Shard(1),))))  # fmt: skip
+    refused("Partial", nn.Parameter(DTensor.from_local(full, mesh, (Partial(),))))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    twice = nn.Parameter(spread(full, grid, (Shard(0), Shard(0))))
+    refused(r"on the mesh {'data': 2, 'tensor': 2}; shard rows with fully_shard", twice)
+    strided = nn.Linear(8, 8)
+    distribute_module(strided, grid["tensor"], lambda _, m, mesh: m.register_parameter(
+        "weight", nn.Parameter(spread(m.weight.data, mesh, (Shard(0),)))))  # fmt: skip
+    fully_shard(strided, mesh=grid["data"])
+    refused("_StridedShard", strided.weight)
+    elsewhere = DTensor.from_local(full.to("meta"), mesh, (Shard(0),), run_check=False)
+    refused("on the mesh's device 'cpu', got meta", nn.Parameter(elsewhere))
+    ragged = DTensor.from_local(
+        torch.ones((5, 3, 0, 0)[rank], 8), mesh, (Shard(0),), shape=(8, 8), stride=(8, 1)
+    )
+    refused("as torch.chunk cuts", nn.Parameter(ragged))
+    refused("leave process_group out", row, kind=TypeError, process_group=dist.group.WORLD)
+    optimizer = MuonClip([row])
+    for grad in (full, DTensor.from_local(full, mesh, (Partial(),))):
+        row.grad = grad
+        with pytest.raises(TypeError, match="gradient: expected the placements of its parameter"):
+            optimizer.step()
+    # groups that differ between ranks: all of them are told, and nothing moves
+    for count, decay, expected in (
+        (2, 0.1 * (rank == 1), "other ones from parameter 0 of 2 on"),
+        (1 + (rank == 2), 0.0, "from 1 to 2 parameters"),
+    ):
+        params = [nn.Parameter(spread(full, grid, (Replicate(), Shard(0)))) for _ in range(count)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        with pytest.raises(ValueError, match=expected):
+            MuonClip(params, weight_decay=decay).step()
+        assert all((param.to_local() == 1).all() for param in params)
+    # a rank that is gone: an error on all others, soon
+    circle = dist.new_group(list(range(PROCESSES)), timeout=timedelta(seconds=10))
+    mesh = DeviceMesh.from_group(circle, "cpu")
+    params = [nn.Parameter(spread(full, mesh, (Shard(0),))) for _ in range(4)]
+    optimizer = MuonClip(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    if rank == 2:
+        os._exit(0)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert time.monotonic() - began < 30
+    Path(folder, f"told {rank}").touch()
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_errors_reach_every_rank(tmp_path: Path):
+    launch(error_worker, tmp_path, PROCESSES)
+    assert len(list(tmp_path.glob("told *"))) == PROCESSES - 1
