@@ -54,6 +54,7 @@ SHAPES = {
     "fused": (6, 8, 10),
     "q": (12, 5),
     "kv": (14, 3),
+    "heads": (6, 3),  # three, of four ranks one each and none
     "qkv": (11, 4),
     "o": (9, 8),
     "columns": (7, 8),
@@ -66,6 +67,7 @@ GROUPS = [
     ({}, ("wide", "tall", "short", "single", "low", "double", "never", "lonely", "stack", "deep")),
     ({"split_sizes": (4, 4)}, ("fused",)),
     ({"num_heads": 2, "ns_method": "gram", "ns_dtype": "float32", "maximize": True}, ("q",)),
+    ({"num_heads": 3}, ("heads",)),
     ({"num_heads": 2, "split_sizes": (4, 3), "momentum_dtype": "bfloat16"}, ("kv",)),
     ({"split_sizes": (6, 4, 1), "foreach": False}, ("qkv",)),
     ({"num_heads": 2, "head_dim": 1, "cautious_weight_decay": True}, ("o",)),
@@ -202,7 +204,8 @@ def check_bits(mesh: DeviceMesh, placements: Placements) -> None:
         owners = [route.owner for route in optimizer._shards.routes.values()]
         assert set(owners) == set(range(ranks))
     # nothing travels but matrices in shards, there and back
-    local = ("never", "stack", "deep", "fused", "embedding", "bias", "gain")
+    local = {"never", "stack", "deep", "fused", "embedding", "bias", "gain"}
+    local |= {"q", "kv"} if ranks == 2 else {"heads"}  # whole ones on each rank
     there = sum(math.prod(s) for n, s in SHAPES.items() if n not in local) if ranks > 1 else 0
     assert travelled(params, optimizer, lonely, circle) == 2 * there
 

@@ -272,7 +272,8 @@ class MuonClip(torch.optim.Optimizer):
                 # local rows of sharded ones; zeros where only other ranks have a gradient
                 grad = local(param.grad) if param.grad is not None else gradients[numbers[0]]
                 mine = {key: local(value) for key, value in state.items()}
-                yield Work(local(param), grad, mine, mask, shards.routes.get(param))
+                route, heads = shards.routes.get(param), shards.heads.get(param)
+                yield Work(local(param), grad, mine, mask, route, heads)
                 continue
             offset = 0
             for i in numbers:

@@ -63,8 +63,23 @@ class Route:
 def travels(param: Tensor, group: dict[str, Any]) -> bool:
     """Whether matrices of the parameter lie on several ranks. AdamW is elementwise, and the
     shards of a stack hold whole matrices."""
-    stack = param.ndim > 2 and group["batch_dims"] == "leading"
-    return group["algorithm"] == "muon" and not stack and circle_of(param) is not None
+    if group["algorithm"] != "muon" or _is_stack(param, group) or circle_of(param) is None:
+        return False
+    return whole_heads(param, group) is None
+
+
+def whole_heads(param: Tensor, group: dict[str, Any]) -> int | None:
+    """How many heads this rank's rows are, where all ranks hold whole ones of a matrix."""
+    circle, heads = circle_of(param), group["num_heads"]
+    if circle is None or not heads or group["head_dim"] != 0 or _is_stack(param, group):
+        return None
+    edges, rank = edges_of(param, dist.get_world_size(circle)), dist.get_rank(circle)
+    rows = param.shape[0] // heads
+    return None if any(edge % rows for edge in edges) else (edges[rank + 1] - edges[rank]) // rows
+
+
+def _is_stack(param: Tensor, group: dict[str, Any]) -> bool:
+    return param.ndim > 2 and group["batch_dims"] == "leading"
 
 
 def route_of(param: Tensor, group: dict[str, Any], owner: int, turn: int) -> Route:

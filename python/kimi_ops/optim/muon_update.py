@@ -28,13 +28,17 @@ class Work:
     state: dict[str, Tensor]
     alive: Tensor | None  # on devices: whether the gradient is finite
     route: Route | None = None  # of rows of matrices that lie on several ranks
+    heads: int | None = None  # among these rows, where that is not the group's num_heads
 
 
 def muon_update(work: list[Work], group: dict[str, Any]) -> None:
     """Momentum, Newton-Schulz of many parameters at once, decay and step."""
-    for batch in _batches([item.param for item in work], group):
-        items = [work[i] for i in batch]
-        _apply(items, _orthogonal(_momenta(items, group), group), group)
+    for heads in dict.fromkeys(item.heads for item in work if item.heads != 0):
+        same = [item for item in work if item.heads == heads]
+        cut = group if heads is None else {**group, "num_heads": heads}
+        for batch in _batches([item.param for item in same], cut):
+            items = [same[i] for i in batch]
+            _apply(items, _orthogonal(_momenta(items, cut), cut), cut)
 
 
 def routed_update(work: list[tuple[Work, dict[str, Any]]]) -> None:
