@@ -11,16 +11,17 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/integer.h"
 #include "newton_schulz/shape.h"
 
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
-#error "newton_schulz: kernel parameters of 32 764 bytes need CUDA 12.1"
+#error "newton_schulz: kernel parameters of more than 4 KB need CUDA 12.1"
 #endif
 
 namespace kimi::newton_schulz_cuda {
 
 inline constexpr int kTileRows = 16, kTileCols = 32;     // of an elementwise pass, by a warp
-inline constexpr int kMostMatrices = 1800;               // of a launch: pointers are parameters
+inline constexpr int kMostMatrices = 512;                // of a launch: pointers are parameters
 inline constexpr int kMostSteps = 128;                   // of the kernel on chip
 inline constexpr int64_t kWorkspace = int64_t{1} << 30;  // bytes, or those of one matrix
 
@@ -59,7 +60,9 @@ bool on_chip_serves(const NewtonSchulzParams& p, const ChainShape& s);
 size_t on_chip_bytes(const NewtonSchulzParams& p, const ChainShape& s);
 Status on_chip(const NewtonSchulzParams& p, const ChainShape& s, void* stream);
 
-size_t stack_bytes(const NewtonSchulzParams& p, const ChainShape& s);
-Status stack(const NewtonSchulzParams& p, const ChainShape& s, void* stream);
+// `at_once` matrices go through together; the workspace is theirs.
+int64_t matrices_at_once(const NewtonSchulzParams& p, const ChainShape& s);
+size_t stack_bytes(const NewtonSchulzParams& p, const ChainShape& s, int64_t at_once);
+Status stack(const NewtonSchulzParams& p, const ChainShape& s, int64_t at_once, void* stream);
 
 }  // namespace kimi::newton_schulz_cuda

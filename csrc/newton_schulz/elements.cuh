@@ -123,6 +123,12 @@ __device__ inline void store_block(void* matrix, const Lines& at, const Block& b
   });
 }
 
+__device__ inline double warp_sum(double sum) {
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) sum += warp_exchange(sum, half);
+  return sum;
+}
+
 // Of a warp's tiles from `first` to `last`; every lane has it.
 __device__ inline double sum_of_squares(const void* g, const Lines& at, int64_t m, int64_t n,
                                         int64_t first, int64_t last, int warps) {
@@ -135,9 +141,19 @@ __device__ inline double sum_of_squares(const void* g, const Lines& at, int64_t 
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum += double{v[i][j]} * double{v[i][j]};  // exact: fma or not
   });
+  return warp_sum(sum);
+}
+
+__device__ inline float power_of_two(int exponent) {
+  return float_of(static_cast<uint32_t>(127 + exponent) << 23);
+}
+
+// What X is kept larger by, taken back.
+__device__ inline void undo_shift(Values& v, int shift) {
 #pragma unroll
-  for (int half = 16; half > 0; half /= 2) sum += warp_exchange(sum, half);
-  return sum;
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[i][j] = mul_rn(v[i][j], power_of_two(-shift));
 }
 
 // x = (g scale) / divisor, 2^shift times the quotient of g and its norm. `scale` is a power of two
@@ -151,10 +167,9 @@ struct Unit {
     int exponent = 0;
     if (norm > 0.0 && norm <= 0x1p200) exponent = ilogb(norm) + 1;
     exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
-    scale = float_of(static_cast<uint32_t>(127 - exponent) << 23);
+    scale = power_of_two(-exponent);
     if (norm == 0.0) norm = 1.0;
-    const float undo = float_of(static_cast<uint32_t>(127 - shift) << 23);
-    divisor = mul_rn(static_cast<float>(norm * double{scale}), undo);
+    divisor = mul_rn(static_cast<float>(norm * double{scale}), power_of_two(-shift));
   }
   __device__ void apply(Values& v) const {
 #pragma unroll

@@ -6,8 +6,7 @@
 #include "newton_schulz/cuda.h"
 #include "newton_schulz/newton_schulz.h"
 
-namespace kimi {
-namespace newton_schulz_cuda {
+namespace kimi::newton_schulz_cuda {
 namespace {
 
 template <class Pointer>
@@ -35,18 +34,14 @@ Lines lines_of_x(const NewtonSchulzParams& p, const ChainShape& s, int64_t first
   return lines_of(s, s.x_stride, p.x_dtype, p.x + first, count);
 }
 
-}  // namespace newton_schulz_cuda
-
-using namespace newton_schulz_cuda;
-
-size_t newton_schulz_cuda_workspace_bytes(const NewtonSchulzParams& p) {
+size_t workspace_bytes(const NewtonSchulzParams& p) {
   const ChainShape s(p);
-  return on_chip_serves(p, s) ? on_chip_bytes(p, s) : stack_bytes(p, s);
+  return on_chip_serves(p, s) ? on_chip_bytes(p, s) : stack_bytes(p, s, matrices_at_once(p, s));
 }
 
-Status newton_schulz_cuda(const NewtonSchulzParams& p, void* stream) {
+Status run(const NewtonSchulzParams& p, void* stream) {
   const ChainShape s(p);
-  return on_chip_serves(p, s) ? on_chip(p, s, stream) : stack(p, s, stream);
+  return on_chip_serves(p, s) ? on_chip(p, s, stream) : stack(p, s, matrices_at_once(p, s), stream);
 }
 
-}  // namespace kimi
+}  // namespace kimi::newton_schulz_cuda

@@ -127,14 +127,10 @@ struct OnChip {
   }
 
   __device__ void finish(void* out) const {
-    const float unit = float_of(static_cast<uint32_t>(127 - job_.shift) << 23);
     each_block([&](const Block& b) {
       Values v;
       load_block(x_, lines_of_x(), b, v);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) v[i][j] = mul_rn(v[i][j], unit);
+      undo_shift(v, job_.shift);
       store_block(out, job_.x, b, v);
     });
   }
@@ -203,7 +199,7 @@ struct OnChip {
         if (Tile t; lower_tile(i, t))
           accumulate(Warp<ByDepth, ByDepth>(t.row, t.col), chunk, chunk, kCols, sums[i]);
     });
-    const float alpha = float_of(static_cast<uint32_t>(127 - 2 * job_.shift) << 23);
+    const float alpha = power_of_two(-2 * job_.shift);
     store_squares(sums, alpha, 0.0f, r(), 0.0f, r());
   }
 
