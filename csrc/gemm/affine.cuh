@@ -16,6 +16,18 @@ struct AffineWork : AffineParams {
   bool wide_c, wide_d;  // 16 bytes divide every address
 };
 
+inline AffineWork work_of(const Product& p, const AffineParams& params) {
+  const auto is_wide = [&](const void* data, int64_t row, int64_t group, kimi_dtype dtype) {
+    const int64_t size = size_of(dtype);
+    return divides16(data, row, size) && (p.groups.count == 1 || divides16(data, group, size));
+  };
+  AffineWork out{params, false, false};
+  if (out.beta == 0.0f) out.c = nullptr;
+  out.wide_c = is_wide(out.c, out.c_row_stride, out.c_group_stride, p.dtype);
+  out.wide_d = is_wide(out.d, out.d_row_stride, out.d_group_stride, out.d_dtype);
+  return out;
+}
+
 template <class T>
 struct Affine {
   using Params = AffineWork;

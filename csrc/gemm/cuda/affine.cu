@@ -3,21 +3,20 @@
 #include "common/dtype.h"
 #include "gemm/affine.cuh"
 #include "gemm/sm80/product_sm80.h"
+#include "gemm/sm90/job.h"
 
 namespace kimi::gemm {
 
 Status affine_cuda(const Product& p, const AffineParams& params, void* stream) {
   if (is_empty(p)) return Status::ok();
-  const auto is_wide = [&](const void* data, int64_t row, int64_t group, kimi_dtype dtype) {
-    const int64_t size = size_of(dtype);
-    return divides16(data, row, size) && (p.groups.count == 1 || divides16(data, group, size));
-  };
-  AffineWork out{params, false, false};
-  if (out.beta == 0.0f) out.c = nullptr;
-  out.wide_c = is_wide(out.c, out.c_row_stride, out.c_group_stride, p.dtype);
-  out.wide_d = is_wide(out.d, out.d_row_stride, out.d_group_stride, out.d_dtype);
+  const AffineWork out = work_of(p, params);
   bool hopper = false;
   KIMI_RETURN_IF_ERROR(is_hopper(&hopper));
+  if (hopper && sm90::serves(p)) {
+    const bool narrow = sm90::is_narrow(p);
+    return p.dtype == KIMI_BFLOAT16 ? sm90::affine<bf16>(p, out, narrow, stream)
+                                    : sm90::affine<fp16>(p, out, narrow, stream);
+  }
   sm80::Job job;
   KIMI_RETURN_IF_ERROR(sm80::make_job(p, std::nullopt, &job));
   return dispatch(p.dtype, [&]<class T>() { return sm80::affine<T>(job, out, stream); });

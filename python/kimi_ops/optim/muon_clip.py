@@ -17,8 +17,9 @@ from kimi_ops.optim.group_checks import check_group
 from kimi_ops.optim.learning_rate import AdjustLr
 from kimi_ops.optim.muon_blocks import names, state_dtype
 from kimi_ops.optim.muon_groups import muon_param_groups
+from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, whole_state
 from kimi_ops.optim.muon_shards import Shards
-from kimi_ops.optim.muon_update import Work, adamw_update, muon_update
+from kimi_ops.optim.muon_update import Work, adamw_update, muon_update, routed_update
 from kimi_ops.optim.ns_schedule import Coefficients
 from kimi_ops.optim.qk_clip_layers import QKClip
 
@@ -210,6 +211,7 @@ class MuonClip(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
+            check_sharded(self.param_groups[-1], self._shards.process_group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -227,17 +229,21 @@ class MuonClip(torch.optim.Optimizer):
                 raise TypeError(
                     "MuonClip: gradient: expected a dense one, got a sparse one; use sparse=False"
                 )
+            check_gradient(param)
         shards = self._shards
         shards.update(self.param_groups)
         present = shards.present()
         gradients = shards.gradients(present)
         squares = shards.squares(gradients)
+        routed: list[tuple[Work, dict[str, Any]]] = []
         for group in self.param_groups:
             work = list(self._work(group, gradients, squares))
             if group["algorithm"] == "muon":
-                muon_update(work, group)
+                routed += [(item, group) for item in work if item.route is not None]
+                muon_update([item for item in work if item.route is None], group)
             else:
                 adamw_update(work, group, self._clip_factor(group, squares))
+        routed_update(routed)
         shards.publish(present)
         self._report(squares)
         if self.qk_clip is not None:
@@ -263,8 +269,10 @@ class MuonClip(torch.optim.Optimizer):
             mask = None if alive.device.type == "cpu" else alive
             state = self._state_of(param, group)
             if shards.process_group is None:
-                assert param.grad is not None  # it has gradients of its pieces
-                yield Work(param, param.grad, state, mask)
+                # local rows of sharded ones; zeros where only other ranks have a gradient
+                grad = local(param.grad) if param.grad is not None else gradients[numbers[0]]
+                mine = {key: local(value) for key, value in state.items()}
+                yield Work(local(param), grad, mine, mask, shards.routes.get(param))
                 continue
             offset = 0
             for i in numbers:
@@ -353,7 +361,7 @@ class MuonClip(torch.optim.Optimizer):
         shards = self._shards
         own = self.state_dict()
         if shards.process_group is None:
-            return own
+            return whole_state(own, dst)
         parts: list[Any] | None = [None] * shards.world if shards.rank == dst else None
         root = dist.get_global_rank(shards.process_group, dst)
         dist.gather_object(own["state"], parts, root, group=shards.process_group)
