@@ -150,6 +150,25 @@ def same_state(one: dict, other: dict) -> None:
             assert value.dtype == twin.dtype and torch.equal(value, twin), (number, key)
 
 
+def travelled(
+    params: dict, optimizer: MuonClip, lonely: int, circle: dist.ProcessGroup | None
+) -> int:
+    """Elements that a step's all-to-alls carry between the ranks of a circle, their own share too."""
+    sent = torch.zeros((), dtype=torch.int64)
+    send = dist.all_to_all_single
+
+    def count(received: Tensor, outgoing: Tensor, *arguments, **options) -> dist.Work:
+        sent.add_(outgoing.numel())
+        return send(received, outgoing, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", count)
+        take_step(params, optimizer, STEPS, lonely)
+    if circle is not None:
+        dist.all_reduce(sent, group=circle)
+    return int(sent)
+
+
 def check_bits(mesh: DeviceMesh, placements: Placements) -> None:
     """All of a run on this mesh against one process."""
     params, optimizer = build(mesh, placements)
@@ -179,10 +198,13 @@ def check_bits(mesh: DeviceMesh, placements: Placements) -> None:
             again[name].data.copy_(params[name].data)
         take_step(again, fresh, STEPS, lonely)
         same_params(again, single, mesh)
-    if ranks > 1:  # owners, by cost
+    if circle is not None:
         owners = [route.owner for route in optimizer._shards.routes.values()]
         assert set(owners) == set(range(ranks))
-        assert params["stack"] not in optimizer._shards.routes
+    # nothing travels but matrices in shards, there and back
+    local = ("never", "stack", "deep", "fused", "embedding", "bias", "gain")
+    there = sum(math.prod(s) for n, s in SHAPES.items() if n not in local) if ranks > 1 else 0
+    assert travelled(params, optimizer, lonely, circle) == 2 * there
 
 
 def bits_worker(rank: int, folder: str) -> None:
@@ -310,6 +332,8 @@ def error_worker(rank: int, folder: str) -> None:
     refused("_StridedShard", strided.weight)
     elsewhere = DTensor.from_local(full.to("meta"), mesh, (Shard(0),), run_check=False)
     refused("on the mesh's device 'cpu', got meta", nn.Parameter(elsewhere))
+    turned = DTensor.from_local(torch.ones(8, 2).mT, mesh, (Shard(0),))
+    refused("contiguous shard, got strides", nn.Parameter(turned))
     ragged = DTensor.from_local(
         torch.ones((5, 3, 0, 0)[rank], 8), mesh, (Shard(0),), shape=(8, 8), stride=(8, 1)
     )

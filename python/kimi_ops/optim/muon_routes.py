@@ -6,16 +6,17 @@
     rank 2   u[4:5] --'                      '-- o[4:5]   in the dtype of one process
 
 Every rank owns some of the matrices, by the cost of their updates. A bucket of them is one
-all-to-all there and one back, 2 * 4 bytes an element in fp32, sent and received once by each rank
-for its share; no rank ever holds more whole matrices than it owns of two buckets. While a bucket
-is orthogonalised the next one is on its way there and the last one on its way back:
+all-to-all there and one back: a rank sends and receives 4 bytes of fp32 twice for each element of
+its rows and of the matrices that it owns. While a bucket is orthogonalised the next one is on its
+way there and the last one on its way back:
 
     messages   there 0   there 1   back 0   there 2   back 1 ...
     arithmetic momenta 0   1     NS 0   2     NS 1    apply 0
 
 A circle of ranks is one dimension of a mesh. Replicas of it (HSDP) each do their own exchange and
-have equal bits: their gradients are equal, and the largest products cost less time than sending
-their results between replicas, which are the ranks that are far apart.
+have equal bits, as their gradients do: to split the matrices between them, too, would send every
+update once more, between the ranks that are the farthest apart, and a replica could not go on
+without the others.
 """
 
 from __future__ import annotations
