@@ -68,7 +68,7 @@ void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) 
   body_ = body;
   argument_ = argument;
   random_.seed(settings.seed);
-  statistics = {};
+  statistics = {.launches = statistics.launches + 1};
   progress_ = progress_at_wake_ = 0;
   fruitless_wakes_ = 0;
   giving_up_ = false;
