@@ -164,6 +164,7 @@ class Runner {
 
   Settings settings;
   Statistics statistics;
+  uint64_t launches = 0;
 
  private:
   friend struct Thread;
