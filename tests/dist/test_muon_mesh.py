@@ -185,6 +185,8 @@ def check_bits(mesh: DeviceMesh, placements: Placements) -> None:
     moments = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
     assert all(isinstance(v, DTensor) and v.placements == placements for v in moments)
     assert optimizer.state[params["kv"]]["momentum_buffer"].dtype == torch.bfloat16
+    for name in ("bias", "gain"):  # ranks without rows count steps, too
+        assert optimizer.state[params[name]]["step"] == lone.state[single[name]]["step"]
 
     full = optimizer.gather_state_dict()
     assert (full is None) == (dist.get_rank() != 0)

@@ -261,7 +261,9 @@ def test_without_host_reads_a_dead_gradient_changes_nothing():
         assert torch.equal(target, param) == torch.equal(buffer, before[0]) == (not alive)
         target, buffer = param.clone(), before[0].clone()
         options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-        adamw_(target, clean, buffer, square, 1, **options, alive=alive)
+        step = torch.tensor(3.0)
+        adamw_(target, clean, buffer, square, step, **options, alive=alive)
+        assert step == 3 + int(alive)
         assert torch.equal(target, param) == torch.equal(square, before[1]) == (not alive)
 
 

@@ -19,6 +19,7 @@ ALGORITHMS = ("muon", "adamw")
 def check_group(group: dict[str, Any]) -> None:
     """Raise for a group that ``step`` could not serve."""
     _check.choice("MuonClip", "algorithm", group["algorithm"], ALGORITHMS)
+    _check_tensors(group)
     for key in ("lr", "weight_decay", "momentum", "eps", "adamw_eps"):
         if not float(group[key]) >= 0:
             raise ValueError(f"MuonClip: {key}: expected a number >= 0, got {group[key]}; raise it")
@@ -40,6 +41,22 @@ def check_group(group: dict[str, Any]) -> None:
             )
     if group["algorithm"] == "muon":
         _check_muon(group)
+
+
+def _check_tensors(group: dict[str, Any]) -> None:
+    """Numbers that lie on a device are for graphs, whose kernels read them there."""
+    for key in ("lr", "weight_decay"):
+        value = group[key]
+        if isinstance(value, Tensor) and value.device.type != "cpu" and not group["capturable"]:
+            raise ValueError(
+                f"MuonClip: {key}: expected a number or a tensor on a CPU, got one on "
+                f"{value.device}; pass capturable=True"
+            )
+    if group["capturable"] and isinstance(group["lr"], Tensor) and callable(group["adjust_lr_fn"]):
+        raise ValueError(
+            "MuonClip: adjust_lr_fn: expected a name beside capturable=True and a tensor as lr, "
+            "got a callable, which would read it; use 'match_rms_adamw' or 'original'"
+        )
 
 
 def _check_muon(group: dict[str, Any]) -> None:
