@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kimi_ops.optim import engine
 from kimi_ops.optim.learning_rate import adjusted_lr
-from kimi_ops.optim.muon_blocks import blocks, ns_options
+from kimi_ops.optim.muon_blocks import aligned, blocks, ns_options
 from kimi_ops.optim.newton_schulz import as_matrices, newton_schulz
 
 _BATCH_ELEMENTS = 1 << 26  # of the updates that go through Newton-Schulz at once
@@ -72,7 +72,7 @@ def _batches(work: list[Work], group: dict[str, Any]) -> Iterator[list[Work]]:
 
 
 def _step(work: list[Work], group: dict[str, Any]) -> None:
-    updates = engine.momenta_(
+    momenta = engine.momenta_(
         [item.grad for item in work],
         [item.state["momentum_buffer"] for item in work],
         momentum=group["momentum"],
@@ -80,6 +80,7 @@ def _step(work: list[Work], group: dict[str, Any]) -> None:
         maximize=group["maximize"],
         alive=[item.alive for item in work],
     )
+    updates = aligned(momenta, [item.param for item in work])
     cut = [x for update in updates for part in blocks(update, group) for x in as_matrices(part)]
     images = newton_schulz(cut, **ns_options(group))
     lr = float(group["lr"])

@@ -180,7 +180,8 @@ def tune_ns_restarts(
             f"tune_ns_restarts: num_restarts: expected 0 to {len(rows) - 1} for {len(rows)} steps, "
             f"got {num_restarts}; lower it"
         )
-    return _tuned(rows, num_restarts, float(perturbation))[0]
+    shift = float(_check.number("tune_ns_restarts", "perturbation", perturbation))
+    return _tuned(rows, num_restarts, shift)[0]
 
 
 # Measured: the fewest restarts that keep fp16 within 0.05 of the exact image for singular values
