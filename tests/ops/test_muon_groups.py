@@ -126,6 +126,9 @@ def test_two_heads_end_a_model_and_attention_heads_do_not():
             super().__init__()
             self.key, self.query = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
 
+    bare = nn.Module()
+    bare.q_proj, bare.kv_b_proj = nn.Linear(8, 24), nn.Linear(4, 28)
+    assert all(routes(bare).values())
     attention = nn.Module()
     attention.heads = nn.ModuleList([Head(), Head()])
     attention.proj = nn.Linear(8, 8)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.optim.muon_blocks import is_flat, names, ns_options
+from kimi_ops.optim.learning_rate import adjusted_lr
+from kimi_ops.optim.muon_blocks import blocks, is_flat, names, ns_options
 from kimi_ops.optim.newton_schulz import check_options
 
 _ADJUST = (None, "original", "match_rms_adamw")
@@ -34,6 +35,13 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
     """What a caller may have changed since the last step, before anything moves."""
     for group in groups:
         check_group(group)
+        adjust, lr = group["adjust_lr_fn"], group["lr"]
+        unread = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        if group["algorithm"] == "muon" and callable(adjust) and not unread:
+            examples = [torch.empty(p.shape, device="meta") for p in group["params"]]
+            shapes = [block.shape[-2:] for x in examples for block in blocks(x, group)]
+            for rows, columns in dict.fromkeys(shapes):
+                adjusted_lr(float(lr), adjust, (rows, columns))
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -129,7 +137,7 @@ def _check_matrices(name: str, param: Tensor, group: dict[str, Any]) -> None:
     if param.ndim < 2:
         raise ValueError(
             f"MuonClip: parameter {name}: expected a matrix [..., rows, in], got shape "
-            f'{tuple(param.shape)}; give it algorithm="adamw"'
+            f'{tuple(param.shape)}; give it algorithm="adamw", as muon_param_groups(model) does'
         )
     shape = param.shape[-2:]
     if group["batch_dims"] == "flatten":

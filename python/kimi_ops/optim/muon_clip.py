@@ -226,9 +226,11 @@ class MuonClip(torch.optim.Optimizer):
         it was."""
         if isinstance(param_group, dict):
             check_keys(param_group, self.defaults)
-            if param_group.get("algorithm") == "adamw" and "eps" in param_group:
-                # torch.optim.AdamW's name; adamw_eps comes before it
-                param_group = {"adamw_eps": param_group["eps"], **param_group}
+            if param_group.get("algorithm") == "adamw":
+                # eps is torch.optim.AdamW's name; adamw_eps comes before it, both are saved
+                eps = param_group.get("eps", self.defaults["adamw_eps"])
+                eps = param_group.get("adamw_eps", eps)
+                param_group = {**param_group, "adamw_eps": eps, "eps": eps}
         super().add_param_group(param_group)
         group = Group(self.param_groups.pop())
         check_group(group)

@@ -32,6 +32,7 @@ _HIDDEN = _names(
     "c_fc wq wk wv wo w1 w2 w3 w12 w13 wi wi_0 wi_1 fc_in fc_out proj dense_h_to_4h "
     "dense_4h_to_h"
 )
+_INWARDS = re.compile(r"(q|k|v|kv|qkv|gate|up|gate_up|in)(_[ab])?_proj(_with_mqa)?")  # never heads
 _MAYBE_HIDDEN = re.compile(r"(fc|linear|lin|dense|layer)\d*")
 _POSITIONS = re.compile(r"pos|wpe|type|segment|time")
 
@@ -159,7 +160,7 @@ class Survey:
             return ADAMW if vocabulary or (unnamed and self._is_last(name)) else MUON
         if vocabulary and not hidden:
             return ADAMW
-        if self._ends_the_model(name):
+        if self._ends_the_model(name) and not _INWARDS.fullmatch(last_part):
             if repeated or not hidden:
                 return MUON if repeated else ADAMW
             return Role(False, "nothing takes its outputs, but it is called like a hidden layer")
