@@ -8,7 +8,8 @@ import torch
 from optimizers import make, rand, same, train, values
 from torch import nn
 
-from kimi_ops import MuonClip, newton_schulz, update_expert_bias_
+import kimi_ops
+from kimi_ops import MuonClip
 
 INF, NAN = math.inf, math.nan
 
@@ -61,14 +62,25 @@ def test_options_changed_between_steps_are_checked_before_anything_moves(key: st
     assert same(before, values(params, optimizer))
 
 
-def test_other_numbers_that_are_not_finite():
-    bias, loads = torch.zeros(3), torch.tensor([1, 2, 3])
-    for bad in (INF, NAN):
-        with pytest.raises(ValueError, match="rate: expected a finite number"):
-            update_expert_bias_(bias, loads, bad)
-        with pytest.raises(ValueError, match="eps: expected a finite number"):
-            newton_schulz(torch.ones(2, 2), eps=bad)
-    assert not bias.any()
+LOGITS = torch.ones(2, 4)
+
+
+@pytest.mark.parametrize("bad", [INF, NAN])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("rate", lambda x: kimi_ops.update_expert_bias_(LOGITS[0], torch.arange(4), x)),
+        ("coefficient", lambda x: kimi_ops.z_loss(LOGITS, coefficient=x)),
+        ("scaling_factor", lambda x: kimi_ops.topk_gate(LOGITS, 2, scaling_factor=x)),
+        ("eps", lambda x: kimi_ops.newton_schulz(LOGITS, eps=x)),
+        ("alpha", lambda x: kimi_ops.syrk(LOGITS, alpha=x)),
+        ("perturbation", lambda x: kimi_ops.tune_ns_restarts([(3.0, -4.0, 2.0)] * 3, 1, x)),
+    ],
+)
+def test_no_op_takes_a_number_that_is_not_finite(name: str, call, bad: float):
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number, got {bad}"):
+        call(bad)
+    assert (LOGITS == 1).all()
 
 
 def test_a_tensor_as_rate():
