@@ -63,8 +63,6 @@ def _stack_cut(module: nn.Module, leaf: str, stack: Tensor, layout: str | None) 
     if fused is None:
         return Cut(transposed=layout is not None and layout.startswith("columns"))
     columns = _columns(fused, down, layout)
-    if columns is None:
-        return "gate and up in one stack, no down stack tells how: give expert_layout"
     if stack is not fused:
         return Cut(transposed=columns)
     # what transformers' experts say of themselves; rows are halves everywhere else
@@ -80,15 +78,15 @@ def _stack_cut(module: nn.Module, leaf: str, stack: Tensor, layout: str | None) 
     return Cut(head_dim=axis, interleave=2, transposed=columns)
 
 
-def _columns(fused: Tensor, down: Tensor | None, layout: str | None) -> bool | None:
+def _columns(fused: Tensor, down: Tensor | None, layout: str | None) -> bool:
     """Whether gate and up are columns, [E, H, 2F] beside [E, F, H], or rows, [E, 2F, H] beside
-    [E, H, F]: no pair of shapes is both."""
+    [E, H, F]: no pair of shapes is both. Rows, the layout of this package, where neither the caller
+    nor a down stack tells."""
     asked = None if layout is None else layout.startswith("columns")
     _, rows, columns = fused.shape
     if down is None:
         fits = {False: rows % 2 == 0, True: columns % 2 == 0}
-        if asked is None:
-            return None
+        asked = bool(asked)
     else:
         inner, outer = down.shape[1:]
         fits = {False: (rows, columns) == (2 * outer, inner)}

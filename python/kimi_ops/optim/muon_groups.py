@@ -53,8 +53,8 @@ def muon_param_groups(
     expert_layout : str, optional
         Of fused stacks: ``"rows"`` [E, 2F, H], gate rows first (Kimi K2); ``"columns"`` [E, H, 2F];
         ``"rows_interleaved"``, ``"columns_interleaved"``: gate and up alternate, as in gpt-oss.
-        None: told by the shape of the down stack; columns also need the module to say whether they
-        alternate, as transformers' do.
+        None: told by the shape of the down stack, rows where there is none; columns also need the
+        module to say whether they alternate, as transformers' do.
     adjust_lr_fn
         Of the Muon groups; the default lets both algorithms share one lr and one weight decay.
     per_head : bool
