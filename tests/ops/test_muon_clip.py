@@ -128,7 +128,7 @@ def test_callable_adjustment_and_maximize():
         adjust_lr_fn=lambda lr, shape: shape_seen.append(shape) or lr * 2,
     )
     optimizer.step()
-    assert shape_seen == [(3, 5)]
+    assert set(shape_seen) == {(3, 5)}
     expected = newton_schulz(grad * (0.05 * (1 + 0.95)))
     torch.testing.assert_close(param.detach(), expected, rtol=0.02, atol=0.02)
     assert torch.equal(param.grad, grad)  # a gradient is never written

@@ -15,13 +15,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kimi_ops.optim import engine
-from kimi_ops.optim.group_checks import check_group
+from kimi_ops.optim.group_checks import check_group, check_groups
+from kimi_ops.optim.group_keys import Group, check_keys
 from kimi_ops.optim.learning_rate import AdjustLr
 from kimi_ops.optim.muon_blocks import names, state_dtype
 from kimi_ops.optim.muon_groups import muon_param_groups
 from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, whole_state
 from kimi_ops.optim.muon_routed import routed_update
 from kimi_ops.optim.muon_shards import Shards
+from kimi_ops.optim.muon_state import (
+    FUNCTION,
+    loaded_group,
+    loaded_state,
+    pack_function,
+    unpack_function,
+    wrap_state,
+)
 from kimi_ops.optim.muon_update import Work, adamw_update, measured, muon_update
 from kimi_ops.optim.ns_schedule import Coefficients
 from kimi_ops.optim.qk_clip_layers import QKClip
@@ -47,11 +56,13 @@ class MuonClip(torch.optim.Optimizer):
     ----------
     params : iterable of Tensor, of (name, Tensor) or of groups
         A Muon parameter is a matrix [rows, in] or a stack [..., rows, in] whose matrices are taken
-        one by one. Group keys: all arguments below up to `max_grad_norm`, ``algorithm``, and three
+        one by one. Group keys: all arguments below up to `max_grad_norm`, ``algorithm``, and those
         that cut a parameter into matrices of their own: ``num_heads`` along the axis ``head_dim``
         (0: heads are rows, as in q and kv projections; 1: columns, as in output projections), and
-        ``split_sizes``, sizes along that axis (in a head): for a gate-up stack [E, 2F, H]
-        ``(F, F)``. :func:`muon_param_groups` writes them for a model.
+        along that axis (in a head) ``split_sizes``, for a gate-up stack [E, 2F, H] ``(F, F)``, or
+        ``interleave``, 2 where gate and up alternate. ``transposed`` says that the parameter is
+        stored as [in, rows]. :func:`muon_param_groups` writes them for a model. Any other key
+        raises, but for those of schedulers and of your own, which start with "_".
     lr, weight_decay : float
         Both algorithms; the decay is decoupled and multiplies the plain lr.
     momentum, nesterov, ns_coefficients, eps, ns_steps
@@ -169,6 +180,8 @@ class MuonClip(torch.optim.Optimizer):
             "num_heads": None,
             "head_dim": 0,
             "split_sizes": None,
+            "interleave": None,
+            "transposed": False,
         }
         if qk_clip is not None and not isinstance(qk_clip, QKClip):
             raise TypeError(
@@ -192,37 +205,46 @@ class MuonClip(torch.optim.Optimizer):
                 "MuonClip: copy: expected an optimizer of one process, got one that shares its "
                 "state over a process group; copy gather_state_dict()"
             )
-        return {**super().__getstate__(), "qk_clip": self.qk_clip}
+        state = {**super().__getstate__(), "qk_clip": self.qk_clip}
+        state["param_groups"] = [pack_function(group) for group in self.param_groups]
+        state["defaults"] = pack_function(self.defaults)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        current = list(self.__dict__.get("param_groups", []))
-        super().__setstate__(state)
-        self.__dict__.setdefault("qk_clip", None)
+        current = self.__dict__.get("param_groups", [])
         if "_shards" not in self.__dict__:  # a copy or an unpickled one
+            self.qk_clip = None
             self._shards = Shards(None, True)
             self._squares, self._warned = None, False
-        # a checkpoint of torch.optim.Muon or AdamW has only torch's keys: the others stay
-        current += [self.defaults] * (len(self.param_groups) - len(current))
-        for group, old in zip(self.param_groups, current, strict=True):
-            algorithm = group.get("algorithm", old["algorithm"])
-            if algorithm == "adamw" and "adamw_eps" not in group and "eps" in group:
-                group["adamw_eps"] = group["eps"]
-            for key in self.defaults:
-                group.setdefault(key, old.get(key, self.defaults[key]))
+            self.defaults = unpack_function(state["defaults"])
+            state = {**state, "defaults": self.defaults}
+        olds = current or [self.defaults] * len(state["param_groups"])
+        groups = [
+            loaded_group(unpack_function(group), old, self.defaults)
+            for group, old in zip(state["param_groups"], olds, strict=True)
+        ]
+        for group in groups:
+            check_group(group)
+        self._shards.update(groups)
+        loaded = loaded_state(state["state"], groups, self._shards)
+        super().__setstate__({**state, "param_groups": groups, "state": loaded})
+        self.defaults.pop("differentiable", None)  # torch's addition, which no group has
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it is checked as a whole first, and a refused group leaves the optimizer as
         it was."""
-        adamw = isinstance(param_group, dict) and param_group.get("algorithm") == "adamw"
-        if adamw and "eps" in param_group:  # torch.optim.AdamW's name; adamw_eps comes before it
-            param_group = {"adamw_eps": param_group["eps"], **param_group}
+        if isinstance(param_group, dict):
+            check_keys(param_group, self.defaults)
+            if param_group.get("algorithm") == "adamw":
+                # eps is torch.optim.AdamW's name; adamw_eps comes before it, both are saved
+                eps = param_group.get("eps", self.defaults["adamw_eps"])
+                eps = param_group.get("adamw_eps", eps)
+                param_group = {**param_group, "adamw_eps": eps, "eps": eps}
         super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1])
-            check_sharded(self.param_groups[-1], self._shards.process_group)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+        group = Group(self.param_groups.pop())
+        check_group(group)
+        check_sharded(group, self._shards.process_group)
+        self.param_groups.append(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -232,6 +254,7 @@ class MuonClip(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_groups(self.param_groups)
         for param in self._params():
             if param.grad is not None and param.grad.layout != torch.strided:
                 raise TypeError(
@@ -342,19 +365,22 @@ class MuonClip(torch.optim.Optimizer):
         parameter). With a process group, a state from :meth:`gather_state_dict` or of a single
         process, given to every rank; each keeps what it owns.
         """
-        super().load_state_dict(state_dict)
-        self._shards.update(self.param_groups)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        for number, param, group in zip(saved, self._params(), groups, strict=True):
-            if not self._shards.mine(param):
-                self.state.pop(param, None)
-                continue
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    value = value.to(param.device, state_dtype(param, group), copy=True)
-                    whole = value.shape == param.shape
-                    self.state[param][key] = self._shards.local(param, value) if whole else value
+        # torch would round the tensors to the dtype of their parameters: they travel wrapped, from
+        # after the caller's hooks to __setstate__
+        handle = self.register_load_state_dict_pre_hook(wrap_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. A function as ``adjust_lr_fn`` is not saved: the optimizer that loads the
+        state must have one."""
+        state = super().state_dict()
+        for group in state.get("param_groups", ()):
+            if callable(group.get("adjust_lr_fn")):
+                group["adjust_lr_fn"] = FUNCTION
+        return state
 
     def gather_state_dict(self, dst: int = 0) -> dict[str, Any] | None:
         """The whole state on rank `dst` of the process group, None on the others.
@@ -396,6 +422,8 @@ class MuonClip(torch.optim.Optimizer):
             side = ("rows", "columns")[group["head_dim"]]
             how = f", {side} of {group['num_heads']} heads" if group["num_heads"] else ""
             how += f", {side} split {tuple(group['split_sizes'])}" if group["split_sizes"] else ""
+            how += f", {side} dealt out to {group['interleave']}" if group["interleave"] else ""
+            how += ", transposed" if group["transposed"] else ""
             count = sum(p.numel() for p in params)
             lines.append(f"{group['algorithm']:<6} {len(params)} tensors, {count} parameters{how}")
             lines += [f"  {name} {list(p.shape)}" for name, p in names(group)]

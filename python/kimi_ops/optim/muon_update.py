@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kimi_ops.optim import engine
 from kimi_ops.optim.learning_rate import adjusted_lr
-from kimi_ops.optim.muon_blocks import blocks, ns_options
+from kimi_ops.optim.muon_blocks import aligned, blocks, ns_options
 from kimi_ops.optim.muon_routes import Route
 from kimi_ops.optim.muon_shards import Shards
 from kimi_ops.optim.newton_schulz import as_matrices, newton_schulz
@@ -69,7 +69,8 @@ def muon_update(work: list[Work], group: dict[str, Any], squares: Tensor) -> Non
         cut = group if heads is None else {**group, "num_heads": heads}
         for batch in batches([item.param for item in same], cut):
             items = [same[i] for i in batch]
-            images = orthogonal(momenta(items, cut, squares), cut)
+            updates = aligned(momenta(items, cut, squares), [item.param for item in items])
+            images = orthogonal(updates, cut)
             apply(items, images, cut, squares)
 
 
