@@ -207,3 +207,17 @@ def test_work_is_shared_by_its_cost():
     optimizer.add_param_group({"params": [("new", nn.Parameter(torch.ones(4, 4)))]})
     shards.update(optimizer.param_groups)
     assert shards.owners[: len(before)] == before and len(shards.owners) == len(before) + 1
+
+
+def test_a_parameter_of_another_shape_is_refused():
+    """Its pieces, owners and state are those of the old one."""
+    params, optimizer, _ = build(None)
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = params["tall"].clone()
+    params["wide"].grad = None
+    params["wide"].data = torch.ones(3, 40)
+    with pytest.raises(ValueError, match=r"shape \(24, 40\) .* got \(3, 40\); make a new optimizer"):
+        optimizer.step()
+    assert torch.equal(params["tall"], before)

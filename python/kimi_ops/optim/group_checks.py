@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.optim import engine
 from kimi_ops.optim.learning_rate import adjusted_lr
 from kimi_ops.optim.muon_blocks import blocks, is_flat, names, ns_options
 from kimi_ops.optim.newton_schulz import check_options
@@ -27,7 +28,7 @@ _NUMBERS = (
     ("eps", 0, math.inf, "1e-7 is usual"),
     ("adamw_eps", 0, math.inf, "1e-8 is usual"),
 )
-_SWITCHES = ("nesterov", "maximize", "cautious_weight_decay", "transposed", "capturable")
+_SWITCHES = ("nesterov", "maximize", "capturable", "cautious_weight_decay", "transposed")
 _TENSORS = ("lr", "weight_decay")  # may be tensors of one element
 
 
@@ -36,7 +37,7 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
     for group in groups:
         check_group(group)
         adjust, lr = group["adjust_lr_fn"], group["lr"]
-        unread = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        unread = isinstance(lr, Tensor) and not engine.on_host(lr)
         if group["algorithm"] == "muon" and callable(adjust) and not unread:
             examples = [torch.empty(p.shape, device="meta") for p in group["params"]]
             shapes = [block.shape[-2:] for x in examples for block in blocks(x, group)]
@@ -104,7 +105,7 @@ def _check_number(key: str, value: Any, low: float, high: float, mend: str) -> N
                 f"MuonClip: {key}: expected {wanted}, or a tensor that holds one, got a tensor of "
                 f"shape {tuple(value.shape)}, {value.dtype}; give each group one number"
             )
-        if value.device.type != "cpu":
+        if not engine.on_host(value):
             return
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
