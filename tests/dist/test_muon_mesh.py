@@ -54,6 +54,7 @@ SHAPES = {
     "fused": (6, 8, 10),
     "q": (12, 5),
     "kv": (14, 3),
+    "heads": (6, 3),  # three, of four ranks one each and none
     "qkv": (11, 4),
     "o": (9, 8),
     "columns": (7, 8),
@@ -66,6 +67,7 @@ GROUPS = [
     ({}, ("wide", "tall", "short", "single", "low", "double", "never", "lonely", "stack", "deep")),
     ({"split_sizes": (4, 4)}, ("fused",)),
     ({"num_heads": 2, "ns_method": "gram", "ns_dtype": "float32", "maximize": True}, ("q",)),
+    ({"num_heads": 3}, ("heads",)),
     ({"num_heads": 2, "split_sizes": (4, 3), "momentum_dtype": "bfloat16"}, ("kv",)),
     ({"split_sizes": (6, 4, 1), "foreach": False}, ("qkv",)),
     ({"num_heads": 2, "head_dim": 1, "cautious_weight_decay": True}, ("o",)),
@@ -150,6 +152,25 @@ def same_state(one: dict, other: dict) -> None:
             assert value.dtype == twin.dtype and torch.equal(value, twin), (number, key)
 
 
+def travelled(
+    params: dict, optimizer: MuonClip, lonely: int, circle: dist.ProcessGroup | None
+) -> int:
+    """Elements that a step's all-to-alls carry between the ranks of a circle, their own share too."""
+    sent = torch.zeros((), dtype=torch.int64)
+    send = dist.all_to_all_single
+
+    def count(received: Tensor, outgoing: Tensor, *arguments, **options) -> dist.Work:
+        sent.add_(outgoing.numel())
+        return send(received, outgoing, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", count)
+        take_step(params, optimizer, STEPS, lonely)
+    if circle is not None:
+        dist.all_reduce(sent, group=circle)
+    return int(sent)
+
+
 def check_bits(mesh: DeviceMesh, placements: Placements) -> None:
     """All of a run on this mesh against one process."""
     params, optimizer = build(mesh, placements)
@@ -164,6 +185,8 @@ def check_bits(mesh: DeviceMesh, placements: Placements) -> None:
     moments = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
     assert all(isinstance(v, DTensor) and v.placements == placements for v in moments)
     assert optimizer.state[params["kv"]]["momentum_buffer"].dtype == torch.bfloat16
+    for name in ("bias", "gain"):  # ranks without rows count steps, too
+        assert optimizer.state[params[name]]["step"] == lone.state[single[name]]["step"]
 
     full = optimizer.gather_state_dict()
     assert (full is None) == (dist.get_rank() != 0)
@@ -179,10 +202,14 @@ def check_bits(mesh: DeviceMesh, placements: Placements) -> None:
             again[name].data.copy_(params[name].data)
         take_step(again, fresh, STEPS, lonely)
         same_params(again, single, mesh)
-    if ranks > 1:  # owners, by cost
+    if circle is not None:
         owners = [route.owner for route in optimizer._shards.routes.values()]
         assert set(owners) == set(range(ranks))
-        assert params["stack"] not in optimizer._shards.routes
+    # nothing travels but matrices in shards, there and back
+    local = {"never", "stack", "deep", "fused", "embedding", "bias", "gain"}
+    local |= {"q", "kv"} if ranks == 2 else {"heads"}  # whole ones on each rank
+    there = sum(math.prod(s) for n, s in SHAPES.items() if n not in local) if ranks > 1 else 0
+    assert travelled(params, optimizer, lonely, circle) == 2 * there
 
 
 def bits_worker(rank: int, folder: str) -> None:
@@ -310,6 +337,8 @@ def error_worker(rank: int, folder: str) -> None:
     refused("_StridedShard", strided.weight)
     elsewhere = DTensor.from_local(full.to("meta"), mesh, (Shard(0),), run_check=False)
     refused("on the mesh's device 'cpu', got meta", nn.Parameter(elsewhere))
+    turned = DTensor.from_local(torch.ones(8, 2).mT, mesh, (Shard(0),))
+    refused("contiguous shard, got strides", nn.Parameter(turned))
     ragged = DTensor.from_local(
         torch.ones((5, 3, 0, 0)[rank], 8), mesh, (Shard(0),), shape=(8, 8), stride=(8, 1)
     )

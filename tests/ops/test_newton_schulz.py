@@ -324,9 +324,8 @@ def test_auto_is_one_of_the_methods_and_never_gram_in_bf16():
         assert torch.equal(out, newton_schulz(g, method=method, dtype=dtype)), method
 
 
-def test_auto_of_a_gpu():
-    if not seam._native._C.cuda_architectures():
-        pytest.skip("a build without CUDA kernels")
+def test_auto_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(seam, "_BUILT_FOR_CUDA", True)
 
     def means(m: int, n: int, dtype: torch.dtype) -> str:
         g = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, m, n))
@@ -459,9 +458,22 @@ def test_operations():
 
 
 @pytest.mark.parametrize(
+    ("steps", "low", "high"),
+    [(3, 0.137, 1.86), (5, 0.866, 1.114), (6, 0.998, 1.002), (9, 1.0, 1.0)],
+)
+def test_cans_goes_on_where_five_steps_end(steps: int, low: float, high: float):
+    x = torch.logspace(-2.5, 0, 2000, dtype=torch.float64)
+    for a, b, c in schedule("cans", steps):
+        x = a * x + b * x**3 + c * x**5
+    assert low - 1e-5 <= x.min() and x.max() <= high + 1e-5
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"coefficients": "septic"}, "coefficients: expected one of"),
+        ({"coefficients": "simple"}, "the triple that is 'quintic' here"),
+        ({"coefficients": "aol"}, "not served here"),
         ({"coefficients": [(1.0, 2.0)]}, "triple"),
         ({"coefficients": [(1.0, 2.0, 3.0)] * 2}, "pass steps=2"),
         ({"coefficients": (1.0, float("nan"), 3.0)}, "finite"),

@@ -351,6 +351,7 @@ void park_spinning(std::string (*describe)(const void*), const void* context,
 
 Settings& settings() { return detail::Runner::instance().settings; }
 Statistics last_statistics() { return detail::Runner::instance().statistics; }
+uint64_t launches() { return detail::Runner::instance().statistics.launches; }
 
 void notify_spinners() {
   const InsideModel inside;

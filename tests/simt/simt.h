@@ -73,6 +73,9 @@ struct Statistics {
 };
 Statistics last_statistics();
 
+/// Launches of the calling OS thread so far.
+uint64_t launches();
+
 namespace detail {
 
 /// Per-lane inputs of one warp operation, and what it does with them: the value that `lane` gets.

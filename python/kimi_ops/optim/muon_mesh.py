@@ -79,6 +79,11 @@ def _check_placements(where: str, param: Any) -> None:
             f"{where}: expected its shard on the mesh's device {mesh.device_type!r}, got "
             f"{rows.device}; CPU offload is not served, leave offload_policy out"
         )
+    if not rows.is_contiguous():
+        raise ValueError(
+            f"{where}: expected a contiguous shard, got strides {rows.stride()}; make the "
+            "parameter contiguous before it is sharded"
+        )
     circle = circle_of(param)
     if circle is not None:
         rank = mesh.get_coordinate()[placements.index(Shard(0))]

@@ -6,16 +6,17 @@
     rank 2   u[4:5] --'                      '-- o[4:5]   in the dtype of one process
 
 Every rank owns some of the matrices, by the cost of their updates. A bucket of them is one
-all-to-all there and one back, 2 * 4 bytes an element in fp32, sent and received once by each rank
-for its share; no rank ever holds more whole matrices than it owns of two buckets. While a bucket
-is orthogonalised the next one is on its way there and the last one on its way back:
+all-to-all there and one back: a rank sends and receives 4 bytes of fp32 twice for each element of
+its rows and of the matrices that it owns. While a bucket is orthogonalised the next one is on its
+way there and the last one on its way back:
 
     messages   there 0   there 1   back 0   there 2   back 1 ...
     arithmetic momenta 0   1     NS 0   2     NS 1    apply 0
 
 A circle of ranks is one dimension of a mesh. Replicas of it (HSDP) each do their own exchange and
-have equal bits: their gradients are equal, and the largest products cost less time than sending
-their results between replicas, which are the ranks that are far apart.
+have equal bits, as their gradients do: to split the matrices between them, too, would send every
+update once more, between the ranks that are the farthest apart, and a replica could not go on
+without the others.
 """
 
 from __future__ import annotations
@@ -62,8 +63,23 @@ class Route:
 def travels(param: Tensor, group: dict[str, Any]) -> bool:
     """Whether matrices of the parameter lie on several ranks. AdamW is elementwise, and the
     shards of a stack hold whole matrices."""
-    stack = param.ndim > 2 and group["batch_dims"] == "leading"
-    return group["algorithm"] == "muon" and not stack and circle_of(param) is not None
+    if group["algorithm"] != "muon" or _is_stack(param, group) or circle_of(param) is None:
+        return False
+    return whole_heads(param, group) is None
+
+
+def whole_heads(param: Tensor, group: dict[str, Any]) -> int | None:
+    """How many heads this rank's rows are, where all ranks hold whole ones of a matrix."""
+    circle, heads = circle_of(param), group["num_heads"]
+    if circle is None or not heads or group["head_dim"] != 0 or _is_stack(param, group):
+        return None
+    edges, rank = edges_of(param, dist.get_world_size(circle)), dist.get_rank(circle)
+    rows = param.shape[0] // heads
+    return None if any(edge % rows for edge in edges) else (edges[rank + 1] - edges[rank]) // rows
+
+
+def _is_stack(param: Tensor, group: dict[str, Any]) -> bool:
+    return param.ndim > 2 and group["batch_dims"] == "leading"
 
 
 def route_of(param: Tensor, group: dict[str, Any], owner: int, turn: int) -> Route:

@@ -30,7 +30,7 @@ from kimi_ops.optim import engine
 from kimi_ops.optim.muon_agreement import agree
 from kimi_ops.optim.muon_blocks import cost
 from kimi_ops.optim.muon_mesh import circle_of, local, meeting_place, meshes_of, placed, sharded
-from kimi_ops.optim.muon_routes import Route, route_of, travels
+from kimi_ops.optim.muon_routes import Route, route_of, travels, whole_heads
 
 _CUTS = 8  # pieces of a parameter whose leading rows are independent
 _BUCKET = 1 << 25  # elements that travel at once
@@ -89,6 +89,7 @@ class Shards:
         self.numbers: dict[Tensor, range] = {}  # the pieces of each parameter
         self.shapes: dict[Tensor, torch.Size] = {}
         self.routes: dict[Tensor, Route] = {}
+        self.heads: dict[Tensor, int] = {}  # on this rank, where shards end between heads
         self.journeys: dict[dist.ProcessGroup, list[int]] = {}  # the loads of such ranks
         self.circles: dict[dist.ProcessGroup, list[int]] = {}  # the pieces that ranks share
 
@@ -114,6 +115,8 @@ class Shards:
             self.shapes[param] = param.shape
             self.pieces += pieces
             costs += [cost(piece.shape, group) for piece in pieces]
+            if group["algorithm"] == "muon" and (heads := whole_heads(param, group)) is not None:
+                self.heads[param] = heads
             circle = self.process_group if not sharded(param) else circle_of(param)
             if circle is not None:
                 self.circles.setdefault(circle, []).extend(self.numbers[param])
