@@ -13,9 +13,9 @@ extern "C" {
 
 /* ---- newton_schulz: matrices with singular values near 1 ------------------------------------- */
 
-/* csrc/newton_schulz/newton_schulz.h defines the mathematics and the order of the sums. On a CPU;
- * workspaces are 64-byte aligned and hold for the number of threads that was set when their size
- * was asked for. */
+/* csrc/newton_schulz/newton_schulz.h defines the mathematics and the order of the sums. Workspaces
+ * are 64-byte aligned and hold for the number of threads that was set when their size
+ * was asked for, or for the device that was current then. */
 
 /* D = alpha A B + beta C + delta I, summed in fp32 and rounded once. D may lie on A, B or C. */
 typedef struct kimi_matrix_product_params {
@@ -47,7 +47,8 @@ typedef struct kimi_newton_schulz_params {
   void* const* x;       /* out [E] pointers, x_dtype; may be g where strides and dtypes agree */
   const float* coefficients; /* [steps, 3]: a, b, c of each step */
   const int32_t* restarts;   /* [num_restarts] ascending, 1..steps-1; gram only */
-  void* workspace;           /* kimi_newton_schulz_workspace_bytes() */
+  void* workspace;           /* kimi_newton_schulz_workspace_bytes(); CUDA: 1 GiB at most, or what
+                                one matrix takes: two X and four [m, m] in dtype */
   int64_t num_matrices;      /* E */
   int64_t rows, cols;
   int64_t g_row_stride, g_col_stride, x_row_stride, x_col_stride;

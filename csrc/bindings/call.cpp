@@ -427,7 +427,10 @@ PyObject* Call::handed_over(const Output& output) {
   return object;
 }
 
-PyObject* Call::result(const Output& output) { return handed_over(output); }
+PyObject* Call::result(const Output& output, bool transposed) {
+  if (transposed) return checked(PyObject_GetAttrString(output.object, "mT")).release();
+  return handed_over(output);
+}
 
 PyObject* Call::result(std::initializer_list<Output> outputs) {
   Object tuple = checked(PyTuple_New(Py_ssize_t(outputs.size())));
@@ -436,13 +439,10 @@ PyObject* Call::result(std::initializer_list<Output> outputs) {
   return tuple.release();
 }
 
-PyObject* Call::list(const std::vector<Output>& outputs, bool transposed) {
+PyObject* Call::list(const std::vector<Output>& outputs) {
   Object list = checked(PyList_New(Py_ssize_t(outputs.size())));
   Py_ssize_t i = 0;
-  for (const Output& output : outputs)
-    PyList_SET_ITEM(list.get(), i++,
-                    transposed ? checked(PyObject_GetAttrString(output.object, "mT")).release()
-                               : handed_over(output));
+  for (const Output& output : outputs) PyList_SET_ITEM(list.get(), i++, handed_over(output));
   return list.release();
 }
 

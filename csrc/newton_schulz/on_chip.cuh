@@ -19,7 +19,8 @@
 // an H100 at 1.75 GHz, not measured, n = 512: polynomials 14 x 2000 clocks (1280 of reading, 500 of
 // storing, two barriers), R 2 x 5100, Q X 2 x 12 300 with its stores, norm and X 17 000 (256 KB
 // twice, 25 bytes a clock): 80 000 clocks, 46 us for as many matrices as the GPU has
-// multiprocessors. A block takes 144 KB there; at m = 64 60 KB, and three share a multiprocessor.
+// multiprocessors. A block takes 144 KB of shared memory there; up to m = 64 two share a
+// multiprocessor.
 #pragma once
 
 #include "device/cp_async.cuh"
@@ -173,7 +174,7 @@ struct OnChip {
   __device__ static void accumulate(const Warp<A, B>& warp, const char* a, const char* b, int depth,
                                     float (&sums)[kSums]) {
     typename Warp<A, B>::Fragment f;
-#pragma unroll 1
+#pragma unroll 2
     for (int step = 0; step < depth / Warp<A, B>::kStepDepth; ++step) {
       warp.load(f, a, b, step);
       Warp<A, B>::multiply(f, sums);

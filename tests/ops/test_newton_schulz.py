@@ -2,14 +2,16 @@
 """newton_schulz against exact mathematics: singular vectors stay, singular values go through the
 polynomials."""
 
-import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import known_matrix, randn, relative, through_polynomials
 
 from kimi_ops import newton_schulz, symmetric_matmul, syrk
+from kimi_ops.optim import engine as seam
 from kimi_ops.optim.ns_schedule import (
     FIXED_SCHEDULES,
     METHODS,
@@ -47,33 +49,6 @@ SLACK = {torch.float64: 0.0, torch.float32: 1e-5, torch.float16: 0.01, torch.bfl
 
 def steps_of(name: str) -> int:
     return len(FIXED_SCHEDULES.get(name, range(5)))
-
-
-@functools.cache
-def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator))[0]
-
-
-def known_matrix(m: int, n: int, spectrum: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
-    """G = U diag(s) V^T in fp64, with its factors."""
-    u, v = orthonormal(m, min(m, n), seed), orthonormal(n, min(m, n), seed + 1)
-    return u @ torch.diag(spectrum) @ v.T, u, v
-
-
-def through_polynomials(s: torch.Tensor, rows: tuple, scale: float = 1.0) -> torch.Tensor:
-    s = scale * s / s.norm()
-    for a, b, c in rows:
-        s = a * s + b * s**3 + c * s**5
-    return s
-
-
-def relative(out: torch.Tensor, ref: torch.Tensor) -> float:
-    return float((out.double() - ref).norm() / ref.norm())
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -315,6 +290,17 @@ def test_auto_is_one_of_the_methods_and_never_gram_in_bf16():
     for method, dtype in (("standard", torch.bfloat16), ("gram", torch.float32)):
         out = newton_schulz(g, method=method)
         assert torch.equal(out, newton_schulz(g, method=method, dtype=dtype)), method
+
+
+def test_auto_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(seam, "_BUILT_FOR_CUDA", True)
+
+    def means(m: int, n: int, dtype: torch.dtype) -> str:
+        g = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, m, n))
+        return seam.cheapest(g, dtype)
+
+    assert means(6, 5, torch.float16) == means(500, 600, torch.float32) == "gram"
+    assert means(600, 501, torch.float16) == means(20, 900, torch.bfloat16) == "symmetric"
 
 
 def test_restarts_of_the_gram_form():
