@@ -7,6 +7,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -29,6 +30,7 @@ struct Case {
   bool causal;
   Order order = Order::kRows;
   float special = 0.0f;  // in the last key of head 0, batch 0
+  bool edge = false;     // logits are negative but for the first key that a query does not see
 };
 
 // A tensor [B, H, S, D] in some order of memory; what lies beside its elements is NaN.
@@ -61,6 +63,17 @@ void compare(const Case& c, int sm, uint64_t seed) {
   std::mt19937 random(static_cast<unsigned>(seed));
   Operand<T> q(c.batch, c.heads, c.queries, c.dim, c.order, random);
   Operand<T> k(c.batch, c.kv_heads, c.keys, c.dim, c.order, random);
+  if (c.edge)  // query i is 1 in column i, key j is 4 in that of the query before its first one
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t h = 0; h < c.heads; ++h)
+        for (int64_t s = 0; s < c.keys; ++s)
+          for (int64_t d = 0, last = c.dim - 1; d <= last; ++d) {
+            const int64_t before = s - 1 - (c.keys - c.queries);
+            if (s < c.queries) q.at(b, h, s, d) = from_float<T>(d == s || d == last ? 1.0f : 0.0f);
+            k.at(b, h / (c.heads / c.kv_heads), s, d) = from_float<T>(d == last     ? -1.0f
+                                                                      : d == before ? 4.0f
+                                                                                    : 0.0f);
+          }
   if (c.special != 0.0f) k.at(0, 0, c.keys - 1, 0) = from_float<T>(c.special);
   AttentionMaxLogitsParams p{};
   p.q = q.data();
@@ -117,6 +130,8 @@ const Case kCases[] = {
     {1, 2, 1, 140, 140, 24, true, Order::kHeads, kNaN},
     {1, 2, 1, 9, 17, 8, false, Order::kRows, kInf},
     {2, 2, 2, 19, 23, 13, true, Order::kColumns},
+    {2, 2, 1, 150, 170, 192, true, Order::kRows, 0.0f, true},
+    {2, 2, 2, 60, 60, 72, true, Order::kHeads, 0.0f, true},
 };
 
 TEST(maxima_sm80) {
@@ -206,28 +221,26 @@ TEST(gamma_and_its_powers) {
   CHECK(power_of(0.0f, 0.0f) == 1.0f && power_of(1.0f, 0.3f) == 1.0f);
 }
 
-// More layers and weights than one table holds: several launches.
+// More layers, or weights, than one table holds: several launches.
 TEST(many_layers) {
-  for (int of_layer : {1, 3}) {
-    constexpr int kLayers = 300;
-    std::vector<kimi_clip_layer> layers(kLayers, {1, 1});
-    std::vector<float> values(static_cast<size_t>(kLayers * of_layer), 1.0f), gamma(kLayers);
-    std::vector<float> maxima(kLayers);
+  for (const auto& [count, of_layer] : {std::pair{70, 1}, {30, 3}, {2, 70}}) {
+    const size_t weights_count = static_cast<size_t>(count * of_layer);
+    std::vector<kimi_clip_layer> layers(static_cast<size_t>(count), {1, 1});
+    std::vector<float> values(weights_count, 1.0f), maxima, gamma(layers.size());
     std::vector<kimi_clip_weight> weights;
-    for (int i = 0; i < kLayers; ++i) {
-      maxima[size_t(i)] = static_cast<float>(i + 1);
-      for (int n = 0; n < of_layer; ++n)
-        weights.push_back(
-            {&values[size_t(i * of_layer + n)], 0, 1, 1, 1, i, 1, 1, 0, 1, 1.0f, KIMI_FLOAT32});
+    for (size_t i = 0; i < weights_count; ++i) {
+      const int layer = static_cast<int>(i) / of_layer;
+      if (static_cast<int>(i) % of_layer == 0) maxima.push_back(static_cast<float>(9 + layer));
+      weights.push_back({&values[i], 0, 1, 1, 1, layer, 1, 1, 0, 1, 1.0f, KIMI_FLOAT32});
     }
-    const ClipRowsParams p{layers.data(), weights.data(),     maxima.data(), gamma.data(),
-                           kLayers,       kLayers * of_layer, 10.0f};
+    const ClipRowsParams p{layers.data(), weights.data(),   maxima.data(), gamma.data(),
+                           count,         count * of_layer, 9.5f};
     simt::settings().seed = 1;
     CHECK(clip_rows_cuda(p, nullptr).is_ok());
-    for (int i = 0; i < kLayers * of_layer; ++i) {
-      const float s = static_cast<float>(i / of_layer + 1);
-      CHECK(values[size_t(i)] == (s > 10.0f ? 10.0f / s : 1.0f));
-      CHECK(gamma[size_t(i / of_layer)] == values[size_t(i)]);
+    for (size_t i = 0; i < weights_count; ++i) {
+      const size_t layer = i / static_cast<size_t>(of_layer);
+      CHECK(values[i] == (layer > 0 ? 9.5f / maxima[layer] : 1.0f));
+      CHECK(gamma[layer] == values[i]);
     }
   }
 }
