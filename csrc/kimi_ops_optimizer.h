@@ -65,12 +65,12 @@ KIMI_API kimi_status kimi_newton_schulz(const kimi_newton_schulz_params* params,
 
 /* ---- qk_clip: the largest attention logits, and the scaling that bounds them ----------------- */
 
-/* csrc/qk_clip/qk_clip.h defines the mathematics. On a CPU. */
+/* csrc/qk_clip/qk_clip.h defines the mathematics. */
 typedef struct kimi_attention_max_logits_params {
   const void* q;     /* [B, heads, queries, dim] dtype, any strides, in elements */
   const void* k;     /* [B, kv_heads, keys, dim] dtype, any strides */
   float* max_logits; /* out [heads] */
-  void* workspace;   /* kimi_attention_max_logits_workspace_bytes(), 64-byte aligned */
+  void* workspace;   /* kimi_attention_max_logits_workspace_bytes(), 64-byte aligned; a CPU's */
   int64_t batch, heads, kv_heads, queries, keys, dim; /* kv_heads divides heads */
   int64_t q_batch_stride, q_head_stride, q_row_stride, q_col_stride;
   int64_t k_batch_stride, k_head_stride, k_row_stride, k_col_stride;
@@ -85,16 +85,36 @@ KIMI_API size_t kimi_attention_max_logits_workspace_bytes(
 KIMI_API kimi_status kimi_attention_max_logits(const kimi_attention_max_logits_params* params,
                                                kimi_device device, void* stream);
 
-/* Rows first..last-1 of every head's rows of the weight, times the factor of the head. */
-typedef struct kimi_scale_rows_params {
-  void* weight;         /* in, out [heads, rows_of_head, cols] dtype, row_stride between rows */
-  const float* factors; /* [heads]; rows with a factor of 1 are not written */
-  int64_t heads, rows_of_head, first, last, cols, row_stride;
-  kimi_dtype dtype;
-} kimi_scale_rows_params;
+/* The heads of one layer, which follow those of the layer before. Of `members` neighbouring heads,
+ * which divide `heads`, the smallest gamma counts for all. */
+typedef struct kimi_clip_layer {
+  int32_t heads, members;
+} kimi_clip_layer;
 
-KIMI_API kimi_status kimi_scale_rows(const kimi_scale_rows_params* params, kimi_device device,
-                                     void* stream);
+/* Rows first_row .. of a projection [blocks, block_rows, cols]: of each head's block the first
+ * `shared` rows take gamma^power and the `whole` next ones gamma. A bias has one column. */
+typedef struct kimi_clip_weight {
+  void* weight; /* in, out [rows, cols] dtype, row_stride between rows */
+  int64_t first_row, rows, cols, row_stride;
+  int32_t layer;              /* its number */
+  int32_t blocks, block_rows; /* blocks divide the layer's heads: of queries or of keys */
+  int32_t shared, whole;
+  float power; /* 0..1 */
+  kimi_dtype dtype;
+} kimi_clip_weight;
+
+/* Layers and weights are read on the host. */
+typedef struct kimi_clip_rows_params {
+  const kimi_clip_layer* layers;   /* [num_layers] */
+  const kimi_clip_weight* weights; /* [num_weights], in the order of the layers */
+  const float* max_logits;         /* [H] of all layers */
+  float* gamma;                    /* out [H] */
+  int64_t num_layers, num_weights;
+  float tau; /* positive */
+} kimi_clip_rows_params;
+
+KIMI_API kimi_status kimi_clip_rows(const kimi_clip_rows_params* params, kimi_device device,
+                                    void* stream);
 
 /* ---- muon_clip: the elementwise passes of the optimizer -------------------------------------- */
 

@@ -50,6 +50,16 @@ KIMI_HOST_DEVICE float reciprocal_estimate(float a) {
   return float_of(bits_of(1.0f / a) + bits_of(a) % 3 - 1);
 #endif
 }
+/// max.NaN.f32: NaN if either is.
+KIMI_HOST_DEVICE float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
 /// sqrt.rn.f32
 KIMI_HOST_DEVICE float sqrt_rn(float a) { KIMI_DEVICE_OR_HOST(__fsqrt_rn(a), std::sqrt(a)); }
 

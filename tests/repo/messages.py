@@ -194,7 +194,10 @@ def good() -> dict[str, dict[str, Any]]:
         },
         "ops.newton_schulz": {"g": [f(4, 6)], **chain, "dtype": torch.float32, "eps": 0.0},
         "ops.attention_max_logits": {**attention, "causal": True},
-        "ops.scale_rows_": {"weight": f(12, 3), "factors": f(2), "first": 0, "last": 6},
+        "ops.clip_rows_": {
+            "weights": [f(12, 3)], "max_logits": f(2), "layers": [2, 1],
+            "geometry": [0, 2, 6, 0, 4, 2], "powers": [0.5], "tau": 100.0,
+        },
         "ops.muon_momentum_": {
             "grads": [f(4, 6)], "buffers": [f(4, 6)], "momentum": 0.9, "nesterov": True,
             "maximize": False, **flags,

@@ -76,7 +76,8 @@ def test_optimizer_passes(cpu_engine):
     muon_clip.adamw_(param, [torch.ones(1, n)], moments, squares, steps, *rates, *options)
     assert_one_form(param[0])
     weight = nans(4, n)
-    qk_clip.scale_rows_(weight, torch.tensor([0.5, 2.0]), 0, 2)
+    clip = [2, 1], [0, 2, 2, 0, 2, 0], [0.5], 100.0
+    qk_clip.clip_rows_([weight], torch.tensor([150.0, 400.0]), *clip)
     assert_one_form(weight)
 
 

@@ -119,12 +119,19 @@ def attention_max_logits(q: Tensor, k: Tensor, scale: float, causal: bool) -> Te
     return twin_clip.attention_max_logits(q, k, scale, causal)
 
 
-def scale_rows_(weight: Tensor, heads: int, start: int, stop: int, factor: Tensor) -> None:
-    """Rows start..stop of every head's block of weight [heads * rows, in] times factor [heads]."""
-    if served("qk_clip", weight) and factor.dtype == torch.float32:
-        qk_clip.scale_rows_(weight, factor, start, stop)
-    else:
-        twin_clip.scale_rows_(weight, heads, start, stop, factor)
+def clip_rows_(
+    weights: Sequence[Tensor],
+    max_logits: Tensor,
+    layers: Sequence[twin_clip.Layer],
+    rows: Sequence[twin_clip.Rows],
+    powers: Sequence[float],
+    tau: float,
+) -> Tensor:
+    """Clip the weights of all layers as the twin does, in one pass; gamma [H]."""
+    if served("qk_clip", *weights) and max_logits.dtype == torch.float32:
+        numbers = [[number for entry in entries for number in entry] for entries in (layers, rows)]
+        return qk_clip.clip_rows_(weights, max_logits, *numbers, powers, tau)
+    return twin_clip.clip_rows_(weights, max_logits, layers, rows, powers, tau)
 
 
 # ---- passes of the optimizer over lists of tensors; a tensor is left alone where one of its
