@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Replica placement: DeepSeek's published example, one worked by hand, what always holds."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_ops.moe.eplb import eplb
+from kimi_ops import eplb
 
 # The example of DeepSeek's EPLB: two layers of 12 experts in 4 groups, 16 replicas on 2 nodes of 4.
 LOADS = [
@@ -97,36 +96,8 @@ def test_a_skewed_load_becomes_even():
     assert float(after.max() / after.mean()) < 1.05
 
 
-def test_errors_say_what_would_fit():
-    with pytest.raises(ValueError, match="got 8; take 16 replicas$"):
-        eplb(torch.ones(2, 12), 14, 4, 2, 8)
-    with pytest.raises(ValueError, match="got 3; take 2$"):
-        eplb(torch.ones(2, 12), 16, 4, 3, 8)
-
-
 def test_nothing_to_place():
     placement = eplb(torch.empty(0, 4), 4, 1, 1, 2)
     assert [list(t.shape) for t in placement] == [[0, 4], [0, 4, 0], [0, 4]]
     even = eplb(torch.zeros(1, 3), 3, 1, 1, 3)
     assert even.phy2log.tolist() == [[0, 1, 2]]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.ones(2, 12), 14, 4, 2, 8), "num_gpus: expected a divisor of 14 replicas, got 8"),
-        ((torch.ones(2, 12), 16, 5, 1, 8), "num_groups: expected a divisor of 12 experts, got 5"),
-        ((torch.ones(2, 12), 16, 4, 3, 8), "num_nodes: expected a divisor of 8 GPUs, got 3"),
-        ((torch.ones(2, 12), 8, 4, 2, 8), "num_replicas: expected at least one for each of 12 exp"),
-        ((torch.ones(12), 16, 4, 2, 8), r"weights: expected shape \[L, E\], got \[12\]"),
-        ((torch.full((1, 12), torch.nan), 16, 4, 2, 8), "weights: expected finite loads"),
-        ((-torch.ones(1, 12), 16, 4, 2, 8), "weights: expected finite loads of at least 0"),
-        ((torch.ones(1, 12), 16, 0, 2, 8), "num_groups: expected at least 1, got 0"),
-        ((torch.ones(1, 12), 16.0, 4, 2, 8), "num_replicas: expected an int, got float"),
-        (([[1.0]], 1, 1, 1, 1), "weights: expected a torch.Tensor, got list"),
-        ((torch.ones(1, 12, dtype=torch.cfloat), 16, 4, 2, 8), "weights: expected real loads"),
-    ],
-)  # fmt: skip
-def test_sizes_that_do_not_fit(arguments, message):
-    with pytest.raises((TypeError, ValueError), match=f"^eplb: {message}"):
-        eplb(*arguments)

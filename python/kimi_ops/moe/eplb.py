@@ -73,7 +73,7 @@ def eplb(
     Examples
     --------
     >>> import torch
-    >>> from kimi_ops.moe.eplb import eplb
+    >>> from kimi_ops import eplb
     >>> placement = eplb(torch.tensor([[6, 1, 1, 2]]), 6, 1, 1, 2)
     >>> placement.phy2log.tolist(), placement.counts.tolist()
     ([[0, 0, 1, 3, 0, 2]], [[3, 1, 1, 1]])
@@ -99,6 +99,8 @@ def _checked(weights: Tensor, replicas: int, groups: int, nodes: int, gpus: int)
     for name, value in sizes.items():
         if _check.integer(_OP, name, value) < 1:
             raise ValueError(f"{_OP}: {name}: expected at least 1, got {value}; count from 1")
+    if weights.is_meta:
+        raise TypeError(f"{_OP}: weights: expected loads, got a meta tensor; pass token counts")
     if weights.is_complex():
         raise TypeError(f"{_OP}: weights: expected real loads, got {weights.dtype}; pass counts")
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
