@@ -99,5 +99,5 @@ def test_a_skewed_load_becomes_even():
 def test_nothing_to_place():
     placement = eplb(torch.empty(0, 4), 4, 1, 1, 2)
     assert [list(t.shape) for t in placement] == [[0, 4], [0, 4, 0], [0, 4]]
-    even = eplb(torch.zeros(1, 3), 3, 1, 1, 3)
-    assert even.phy2log.tolist() == [[0, 1, 2]]
+    alone = eplb(torch.tensor([[1, 5, 3]]), 3, 1, 1, 3)  # nothing to gain by moving
+    assert alone.phy2log.tolist() == [[0, 1, 2]]

@@ -13,7 +13,7 @@ from kimi_ops.models.kimi_k2 import KimiK2Config
 from kimi_ops.plan import HARDWARE, plan
 from kimi_ops.plan.counts import count
 from kimi_ops.plan.estimate import estimate
-from kimi_ops.plan.layer import moe_layer
+from kimi_ops.plan.layer import again, moe_layer
 from kimi_ops.plan.memory import activation_bytes, memory
 from kimi_ops.plan.report import as_text
 from kimi_ops.plan.work import Layout, Work
@@ -46,6 +46,16 @@ def test_activations_by_hand():
     assert skewed == 2 * (kept + 8 * (7168 + 2 * 2048))
 
 
+def test_activations_of_a_rank_by_hand():
+    """One stage, one micro-batch: 61 inputs, one layer computed again, fp32 logits twice."""
+    parts = memory(K2, TRAIN, Layout(1, 1, 1, "full")).parts
+    layer = activation_bytes(K2, TRAIN, "none", sparse=True)
+    assert parts["activations"] == 4096 * (60 * 14336 + layer + 8 * 163840)
+    third = memory(K2, TRAIN, Layout(8, 4, 8, "selective")).parts  # has 16 layers, the most
+    sparse = activation_bytes(K2, TRAIN, "selective", sparse=True)
+    assert third["activations"] == 4096 * (2 * 16 * sparse + layer - sparse)
+
+
 def test_optimizer_state_by_hand():
     """Two replicas of everything in one stage: half of 8 bytes for Muon, of 12 for AdamW."""
     tiny = count(KimiK2Config.tiny())
@@ -71,6 +81,66 @@ def test_a_step_is_its_pieces():
     assert found.micro_batches == 2**26 // (16 * 4096)
     assert found.seconds == pytest.approx(slots * found.stage_seconds + sum(found.outside.values()))
     assert found.bubble == 15 / slots and found.overlapped < found.seconds
+
+
+def test_the_backward_and_what_is_repeated():
+    wire = replace(TRAIN, wire="fp8")
+    forward, backward = (
+        {p.name: p for p in moe_layer(H200, K2, wire, 16, backward=b)} for b in (False, True)
+    )
+    ratios = {n: backward[n].seconds / p.seconds for n, p in forward.items()}
+    assert ratios["attention"] == 2.5 and ratios["projections"] == ratios["experts"] == 2
+    assert ratios["permute"] == ratios["combine"] == 1
+    assert backward["dispatch"].nvlink_bytes == backward["combine"].nvlink_bytes  # bf16 gradients
+    share = forward["dispatch"].nvlink_bytes / forward["combine"].nvlink_bytes
+    assert share == pytest.approx(7392 / 14336)
+    pieces = list(forward.values())
+    assert again(H200, K2, wire, pieces, "none") == []
+    assert again(H200, K2, wire, pieces, "full") == pieces
+    expand, down = again(H200, K2, wire, pieces, "selective")
+    assert down.seconds == forward["experts"].seconds / 3
+    up = 1536 * 64 * 192 + 512 * 64 * 256
+    assert expand.seconds == pytest.approx(2 * 4096 * up / (H200.bf16 * H200.gemm))
+
+
+def test_few_tokens_read_few_experts():
+    """One token, eight experts: 0.7 GB of bf16 at the rate that few rows reach."""
+    experts = moe_layer(H200, K2, replace(TRAIN, tokens=1), 1)[5]
+    assert experts.name == "experts" and experts.bound == "memory"
+    read = 8 * 3 * 7168 * 2048 * 2
+    assert experts.seconds == pytest.approx(read / (H200.hbm * H200.stream), rel=1e-3)
+
+
+def test_outside_of_the_micro_batches():
+    """Newton-Schulz of owned matrices, gradients to owners and weights back, state on the host."""
+    work = replace(TRAIN, offload=True)
+    layout = Layout(16, 16, 64)  # four replicas of each expert, 64 of the rest
+    found = estimate(H200, K2, work, layout)
+    stages = [K2.stage(s, 16) for s in layout.stages(61)]
+    experts, matrices, rest = max(stages, key=sum)
+    moved = (experts * 3 / 4 + (matrices + rest) * 63 / 64) * 6
+    assert found.outside["gradients and weights"] == pytest.approx(moved / H200.network)
+    assert found.outside["state from and to the host"] == 2 * found.memory.host / 50e9
+    flops = 3 * 5 * (3 * 2048**2 * 7168 + 2048**3)  # symmetric form, five steps, three matrices
+    owned = (experts / 4 + matrices / 64) / (3 * 2048 * 7168)
+    passes = (experts / 4 + (matrices + rest) / 64) * 22 / (H200.hbm * H200.copy)
+    assert found.outside["optimizer"] == pytest.approx(
+        owned * flops / (H200.bf16 * H200.gemm) + passes
+    )
+
+
+def test_the_host_may_be_full_too():
+    """64 H200 with the optimizer on hosts of 50 GB a GPU: that is what is missing."""
+    small = replace(H200, host_memory=50e9)
+    work = replace(TRAIN, offload=True, momentum_bytes=2)
+    found = estimate(small, K2, work, Layout(8, 8, 8, "full"))
+    assert found.memory.total < found.capacity and not found.fits
+    assert found.missing == found.memory.host - 50e9
+
+
+def test_a_tied_table_is_there_once():
+    tied = count(replace(KimiK2Config.tiny(), tie_word_embeddings=True))
+    assert tied.stage(range(3), 1)[2] == count(KimiK2Config.tiny()).stage(range(3), 1)[2] - 64 * 32
 
 
 def test_bytes_by_link():
