@@ -133,6 +133,10 @@ def good() -> dict[str, dict[str, Any]]:
         "newton_schulz": {"g": f(4, 6)},
         "syrk": {"a": f(4, 6)},
         "symmetric_matmul": {"a": f(4, 4), "b": f(4, 4)},
+        "eplb": {
+            **{"weights": f(2, 12).abs(), "num_replicas": 16, "num_groups": 4},
+            **{"num_nodes": 2, "num_gpus": 8},
+        },
         "ns_flops": {"shape": (4, 6)},
         "tune_ns_restarts": {"coefficients": [(3.4445, -4.775, 2.0315)] * 5},
         "attention_max_logits": attention,
