@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""Which ranks are there: through the store of their group, which outlives a broken connection, and
+through /proc for the processes of this host."""
+
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+
+from kimi_ops.parallel.errors import EPError, EPRankLost, EPTimeout, named
+from kimi_ops.parallel.messages import agree
+
+_ENDED = "ZXx"  # states of a process in /proc that runs no more: zombie, dead
+_NOTICE = 1.0  # seconds until the end of a process whose connection broke shows in /proc
+
+
+class Roll:
+    """The ranks of a group, each with its process.
+
+    All ranks are asked to come when it is made: `EPTimeout` names those that do not, `EPMismatch`
+    says that their `facts` differ.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float, facts: dict[str, Any]) -> None:
+        self.rank, self.world = group.rank(), group.size()
+        self._timeout = timeout
+        # a connection of its own: a store that hangs must not take the group's with it
+        store = group.get_group_store().clone()  # type: ignore[attr-defined]
+        number = store.add(f"kimi_ops/{self.rank}", 1)
+        self._store = dist.PrefixStore(f"kimi_ops/{number}", store)
+        mine = {"process": [*_host(), os.getpid(), _start_of(os.getpid())], "facts": facts}
+        if silent := self._call("here", json.dumps(mine), timeout):
+            raise EPTimeout(
+                f"ExpertParallel: {named(silent)} did not come within {timeout:g} s; make it on "
+                "every rank of the group",
+                silent,
+            )
+        found = [json.loads(self._store.get(f"here/{rank}")) for rank in range(self.world)]
+        for name in facts:
+            agree("ExpertParallel", name, [entry["facts"][name] for entry in found])
+        self._processes = [entry["process"] for entry in found]
+
+    def error(self, op: str, error: Exception) -> EPError:
+        """What the failure of an exchange means: who is not there any more."""
+        text = str(error).split(". This")[0]
+        late = "imed out" in text or "imeout" in text
+        grace = min(2.0, max(0.2, 0.1 * self._timeout))
+        if lost := self._ended(0.0 if late else _NOTICE):
+            return EPRankLost(f"{op}: the process of {named(lost)} has ended ({text})", lost)
+        silent = self._call("failed", "", grace)
+        whom = named(silent) if silent else "an unknown rank"
+        if late:
+            told = f"{op}: {whom} did not come within {self._timeout:g} s ({text})"
+            return EPTimeout(told, silent)
+        if "onnection" in text or "ipe" in text:
+            return EPRankLost(f"{op}: the connection to {whom} broke ({text})", silent)
+        return EPError(f"{op}: the exchange failed: {text}")
+
+    def _ended(self, patience: float) -> list[int]:
+        """The ranks whose processes on this host have ended, once there are any."""
+        here, deadline = _host(), time.monotonic() + patience
+        while True:
+            lost = [
+                rank
+                for rank, (*host, pid, start) in enumerate(self._processes)
+                if tuple(host) == here and _start_of(pid) != start
+            ]
+            if lost or time.monotonic() >= deadline:
+                return lost
+            time.sleep(0.01)
+
+    def _call(self, word: str, answer: str, patience: float) -> list[int]:
+        """Say that this rank is here, and which ranks have not said so in time.
+
+        The store of a rank that hangs hangs with it: it is asked by a thread that may stay behind.
+        """
+        missing = set(range(self.world)) - {self.rank}
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the store went down with a rank
+                self._store.set(f"{word}/{self.rank}", answer)
+                while missing and time.monotonic() < deadline:
+                    for rank in sorted(missing):
+                        if self._store.check([f"{word}/{rank}"]):
+                            missing.remove(rank)
+                    time.sleep(0.005)
+
+        deadline = time.monotonic() + patience
+        thread = threading.Thread(target=ask, name="kimi_ops store", daemon=True)
+        thread.start()
+        thread.join(patience + 0.5)
+        return sorted(missing)
+
+
+def _host() -> tuple[str, str]:
+    """This machine since it was started, and this container of it."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip(), os.readlink("/proc/self/ns/pid")
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process began, in ticks; None once it has ended. A number alone may be used again."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, *fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in _ENDED else fields[18]

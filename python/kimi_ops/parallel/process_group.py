@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""The `gloo` and `nccl` backends: `all_to_all_single` of torch.distributed, on any number of hosts.
+
+The ranks of the caller's group get a communicator of their own, so that nothing else runs between
+their exchanges and that the deadline is theirs.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kimi_ops.parallel.errors import EPError
+from kimi_ops.parallel.liveness import Roll
+
+BACKENDS = ("gloo", "nccl")
+
+
+class GroupTransport:
+    """One rank's connection to the ranks of a process group."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, name: str, timeout: float, device: torch.device
+    ) -> None:
+        self.name, self.device = name, device
+        self.rank, self.world = group.rank(), group.size()
+        self._roll = Roll(group, timeout, {"backend": name})
+        self._group: Any = self._told(
+            "ExpertParallel",
+            lambda: dist.new_group(
+                dist.get_process_group_ranks(group),
+                timeout=timedelta(seconds=timeout),
+                backend=name,
+                use_local_synchronization=True,
+                group_desc="kimi_ops expert parallelism",
+            ),
+        )
+
+    def gather(self, message: Tensor) -> Tensor:
+        whole = message.new_empty(self.world * message.numel())
+        self._told("counts", lambda: dist.all_gather_into_tensor(whole, message, group=self._group))
+        return whole.view(self.world, -1).cpu()
+
+    def start(
+        self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        arrived = buffer.new_empty(sum(received))
+        work = self._told(
+            "rows",
+            lambda: dist.all_to_all_single(
+                arrived, buffer, list(received), list(sent), group=self._group, async_op=True
+            ),
+        )
+
+        def wait() -> Tensor:
+            self._told("rows", work.wait)
+            return arrived
+
+        return wait
+
+    def close(self) -> None:
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+    def _told(self, op: str, call: Callable[[], Any]) -> Any:
+        """The result of a call, its failure as an error that names ranks."""
+        try:
+            return call()
+        except EPError:
+            raise
+        except RuntimeError as error:
+            raise self._roll.error(op, error) from error
+
+
+def choose(
+    group: dist.ProcessGroup, device: torch.device | None, backend: str
+) -> tuple[str, torch.device, str]:
+    """(backend, device, why) for the ranks of `group`; None and "auto" leave a choice."""
+    configured = str(dist.get_backend_config(group))  # "cpu:gloo,cuda:nccl"
+    offered = dict(part.split(":") for part in configured.split(","))
+    if device is None:
+        with_gpu = torch.cuda.is_available() and "nccl" in (offered.get("cuda"), backend)
+        device = torch.device("cuda" if with_gpu and backend != "gloo" else "cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if backend != "auto":
+        return backend, device, "it was asked for"
+    name = offered.get(device.type)
+    if name not in BACKENDS:
+        raise ValueError(
+            f"ExpertParallel: group: expected a backend of {', '.join(BACKENDS)} for {device.type} "
+            f"tensors, got {configured}; backend='gloo' makes one beside it"
+        )
+    return name, device, f"the group has {configured}, tensors are on {device.type}"
