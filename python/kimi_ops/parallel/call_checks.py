@@ -117,8 +117,8 @@ def dispatch(limits: Limits, x: Any, indices: Any, weights: Any) -> list[int]:
         low, high = (int(edge) for edge in indices.aminmax())
         if low < -1 or high > limits.num_experts:
             raise ValueError(
-                f"dispatch: indices: expected ids in -1 .. {limits.num_experts}, got {low} .. {high}; "
-                "mark dropped pairs with -1"
+                f"dispatch: indices: expected ids in -1 .. {limits.num_experts}, got {low} .. "
+                f"{high}; mark dropped pairs with -1"
             )
     _weights(limits, x, weights, tuple(indices.shape))
     kind = len(_FLOATS) if isinstance(x, Fp8Rows) else _FLOATS.index(x.dtype)
@@ -211,5 +211,6 @@ def _weights(limits: Limits, x: Any, weights: Any, pairs: tuple[int, ...]) -> No
 def _on_device(limits: Limits, name: str, value: torch.Tensor, op: str = "dispatch") -> None:
     if value.device != limits.device:
         raise ValueError(
-            f"{op}: {name}: expected on {limits.device}, got {value.device}; move it, or pass device="
+            f"{op}: {name}: expected on {limits.device}, got {value.device}; "
+            "move it, or pass device="
         )
