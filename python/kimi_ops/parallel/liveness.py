@@ -31,7 +31,7 @@ class Roll:
         # a connection of its own: a store that hangs must not take the group's with it
         store = group.get_group_store().clone()  # type: ignore[attr-defined]
         number = store.add(f"kimi_ops/{self.rank}", 1)
-        self._store = dist.PrefixStore(f"kimi_ops/{number}", store)
+        self.store = dist.PrefixStore(f"kimi_ops/{number}", store)
         mine = {"process": [*_host(), os.getpid(), _start_of(os.getpid())], "facts": facts}
         if silent := self._call("here", json.dumps(mine), timeout):
             raise EPTimeout(
@@ -39,7 +39,7 @@ class Roll:
                 "every rank of the group",
                 silent,
             )
-        found = [json.loads(self._store.get(f"here/{rank}")) for rank in range(self.world)]
+        found = [json.loads(self.store.get(f"here/{rank}")) for rank in range(self.world)]
         for name in facts:
             agree("ExpertParallel", name, [entry["facts"][name] for entry in found])
         self._processes = [entry["process"] for entry in found]
@@ -82,10 +82,10 @@ class Roll:
 
         def ask() -> None:
             with suppress(RuntimeError):  # the store went down with a rank
-                self._store.set(f"{word}/{self.rank}", answer)
+                self.store.set(f"{word}/{self.rank}", answer)
                 while missing and time.monotonic() < deadline:
                     for rank in sorted(missing):
-                        if self._store.check([f"{word}/{rank}"]):
+                        if self.store.check([f"{word}/{rank}"]):
                             missing.remove(rank)
                     time.sleep(0.005)
 

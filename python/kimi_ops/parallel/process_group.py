@@ -2,7 +2,8 @@
 """The `gloo` and `nccl` backends: `all_to_all_single` of torch.distributed, on any number of hosts.
 
 The ranks of the caller's group get a communicator of their own, so that nothing else runs between
-their exchanges and that the deadline is theirs.
+their exchanges and that the deadline is theirs. NCCL has not run yet; there rows that do not come
+end by its watchdog, not by an `EPTimeout`.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,31 +29,32 @@ class GroupTransport:
         self.name, self.device = name, device
         self.rank, self.world = group.rank(), group.size()
         self._roll = Roll(group, timeout, {"backend": name})
-        self._group: Any = self._told(
-            "ExpertParallel",
-            lambda: dist.new_group(
-                dist.get_process_group_ranks(group),
-                timeout=timedelta(seconds=timeout),
-                backend=name,
-                use_local_synchronization=True,
-                group_desc="kimi_ops expert parallelism",
-            ),
-        )
+        self._peers: Any = self._told("ExpertParallel", lambda: self._connect(timeout))
+        # NCCL makes only the stream wait, unless it is given a time
+        self._patience = [timedelta(seconds=timeout)] if name == "nccl" else []
+
+    def _connect(self, timeout: float) -> Any:
+        """Not by new_group, whose names depend on what other groups every rank has made."""
+        ranks, deadline = (self._roll.store, self.rank, self.world), timedelta(seconds=timeout)
+        if self.name == "gloo":
+            return dist.ProcessGroupGloo(*ranks, deadline)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = deadline
+        return dist.ProcessGroupNCCL(*ranks, options)
 
     def gather(self, message: Tensor) -> Tensor:
-        whole = message.new_empty(self.world * message.numel())
-        self._told("counts", lambda: dist.all_gather_into_tensor(whole, message, group=self._group))
-        return whole.view(self.world, -1).cpu()
+        found = [torch.empty_like(message) for _ in range(self.world)]
+        self._told(
+            "counts", lambda: self._peers.allgather([found], [message]).wait(*self._patience)
+        )
+        return torch.stack(found).cpu()
 
     def start(
         self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
     ) -> Callable[[], Tensor]:
         arrived = buffer.new_empty(sum(received))
         work = self._told(
-            "rows",
-            lambda: dist.all_to_all_single(
-                arrived, buffer, list(received), list(sent), group=self._group, async_op=True
-            ),
+            "rows", lambda: self._peers.alltoall_base(arrived, buffer, list(received), list(sent))
         )
 
         def wait() -> Tensor:
@@ -62,9 +64,9 @@ class GroupTransport:
         return wait
 
     def close(self) -> None:
-        if self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-        self._group = None
+        if self._peers is not None:
+            self._peers.shutdown()
+        self._peers = None
 
     def _told(self, op: str, call: Callable[[], Any]) -> Any:
         """The result of a call, its failure as an error that names ranks."""
@@ -80,6 +82,8 @@ def choose(
     group: dist.ProcessGroup, device: torch.device | None, backend: str
 ) -> tuple[str, torch.device, str]:
     """(backend, device, why) for the ranks of `group`; None and "auto" leave a choice."""
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise ValueError("ExpertParallel: backend: expected one of this torch, got nccl; use gloo")
     configured = str(dist.get_backend_config(group))  # "cpu:gloo,cuda:nccl"
     offered = dict(part.split(":") for part in configured.split(","))
     if device is None:
