@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +25,8 @@ from kimi_ops.parallel import (
 from tests.dist.all_to_all_cases import check, random_case, triple
 
 PROCESSES = 4
-DEADLINE = 1.0
-SMALL = {"num_experts": 4, "hidden": 2, "max_tokens_per_rank": 8, "timeout": DEADLINE}
+DEADLINE = 2.0
+SMALL = {"num_experts": 4, "hidden": 2, "max_tokens_per_rank": 8}
 ID = torch.zeros(1, 1, dtype=torch.int32)
 
 
@@ -37,7 +36,7 @@ Groups = dict[int, dist.ProcessGroup]  # of the first so many ranks
 def same_bits(groups: Groups, rank: int) -> None:
     for world in (1, 2, 4):
         if rank < world:
-            for seed in range(12):
+            for seed in range(8):
                 check(random_case(1000 * world + seed, world), groups[world], rank, triple)
 
 
@@ -82,7 +81,7 @@ def ranks_go(groups: Groups, rank: int, told: Connection) -> None:
 
     def failure(world: int, kind: type, op: str, end) -> None:
         group = groups[world]
-        ep = ExpertParallel(group, **SMALL)
+        ep = ExpertParallel(group, timeout=DEADLINE, **SMALL)
         rows = ep.dispatch(torch.ones(1, 2), ID) if op == "combine" else None
         dist.barrier(group)
         if rank == world - 1:
@@ -96,7 +95,7 @@ def ranks_go(groups: Groups, rank: int, told: Connection) -> None:
         took = time.monotonic() - start
         assert world - 1 in caught.value.ranks, str(caught.value)
         assert f"rank {world - 1}" in str(caught.value)
-        assert took < 2 * DEADLINE + 1 and (kind is EPRankLost or took > 0.8 * DEADLINE)
+        assert took < DEADLINE + 5 and (kind is EPRankLost or took > 0.8 * DEADLINE)
         with pytest.raises(EPMisuse, match="out of use"):
             ep.dispatch(torch.ones(1, 2), ID)
         ep.close()
@@ -109,19 +108,19 @@ def ranks_go(groups: Groups, rank: int, told: Connection) -> None:
     failure(4, EPTimeout, "combine", refuses)
     dist.barrier()
     failure(4, EPTimeout, "dispatch", lambda _: os.kill(os.getpid(), signal.SIGSTOP))
-    with pytest.raises(EPTimeout, match="rank 3 did not come within 1 s") as caught:
-        ExpertParallel(groups[4], **SMALL)
+    with pytest.raises(EPTimeout, match="rank 3 did not come within 2 s") as caught:
+        ExpertParallel(groups[4], timeout=DEADLINE, **SMALL)
     assert caught.value.ranks == (3,)
     failure(3, EPRankLost, "combine", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     check(random_case(7, 2), groups[2], rank, triple)
     told.send("done")
 
 
-def worker(rank: int, folder: str, told: Connection) -> None:
+def worker(rank: int, port: int, told: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
+    store = dist.TCPStore("127.0.0.1", port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
     groups = {world: dist.new_group(list(range(world))) for world in range(1, PROCESSES + 1)}
     same_bits(groups, rank)
     dist.barrier()
@@ -132,11 +131,12 @@ def worker(rank: int, folder: str, told: Connection) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_over_gloo(tmp_path: Path):
+def test_four_processes_over_gloo():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe(duplex=False) for _ in range(PROCESSES)]
     processes = [
-        spawn.Process(target=worker, args=(rank, str(tmp_path), pipes[rank][1]))
+        spawn.Process(target=worker, args=(rank, store.port, pipes[rank][1]))
         for rank in range(PROCESSES)
     ]
     try:

@@ -187,7 +187,7 @@ def _tokens(limits: Limits, x: Any) -> int:
             f"dispatch: x: expected a tensor for a wire of {limits.wire_dtype}, got Fp8Rows; pass "
             "wire_dtype=None"
         )
-    _check.shape("dispatch", "x", values, ("T", limits.hidden))
+    _check.shape("dispatch", "x", values, ("T", limits.hidden), "pass tokens of the hidden size")
     _on_device(limits, "x", values)
     if len(values) > limits.max_tokens:
         raise ValueError(

@@ -33,30 +33,36 @@ class Roll:
         number = store.add(f"kimi_ops/{self.rank}", 1)
         self.store = dist.PrefixStore(f"kimi_ops/{number}", store)
         mine = {"process": [*_host(), os.getpid(), _start_of(os.getpid())], "facts": facts}
-        if silent := self._call("here", json.dumps(mine), timeout):
+        answers = self._call("here", json.dumps(mine), timeout)
+        if silent := self._missing(answers):
             raise EPTimeout(
                 f"ExpertParallel: {named(silent)} did not come within {timeout:g} s; make it on "
                 "every rank of the group",
                 silent,
             )
-        found = [json.loads(self.store.get(f"here/{rank}")) for rank in range(self.world)]
+        found = [json.loads(answers[rank]) for rank in range(self.world)]
         for name in facts:
             agree("ExpertParallel", name, [entry["facts"][name] for entry in found])
         self._processes = [entry["process"] for entry in found]
 
     def error(self, op: str, error: Exception) -> EPError:
-        """What the failure of an exchange means: who is not there any more."""
+        """What the failure of an exchange means: who is not there any more.
+
+        A rank that gives up closes its connections, which others see: where one was late, all are.
+        """
         text = str(error).split(". This")[0]
-        late = "imed out" in text or "imeout" in text
-        grace = min(2.0, max(0.2, 0.1 * self._timeout))
-        if lost := self._ended(0.0 if late else _NOTICE):
+        seen = "late" if "imed out" in text or "imeout" in text else "failed"
+        if "onnection" in text or "ipe" in text:
+            seen = "broken"
+        if lost := self._ended(_NOTICE if seen == "broken" else 0.0):
             return EPRankLost(f"{op}: the process of {named(lost)} has ended ({text})", lost)
-        silent = self._call("failed", "", grace)
+        answers = self._call("failed", seen, min(2.0, max(0.2, 0.1 * self._timeout)))
+        silent = self._missing(answers)
         whom = named(silent) if silent else "an unknown rank"
-        if late:
+        if "late" in answers.values():
             told = f"{op}: {whom} did not come within {self._timeout:g} s ({text})"
             return EPTimeout(told, silent)
-        if "onnection" in text or "ipe" in text:
+        if seen == "broken":
             return EPRankLost(f"{op}: the connection to {whom} broke ({text})", silent)
         return EPError(f"{op}: the exchange failed: {text}")
 
@@ -73,27 +79,30 @@ class Roll:
                 return lost
             time.sleep(0.01)
 
-    def _call(self, word: str, answer: str, patience: float) -> list[int]:
-        """Say that this rank is here, and which ranks have not said so in time.
+    def _missing(self, answers: dict[int, str]) -> list[int]:
+        return [rank for rank in range(self.world) if rank not in answers]
+
+    def _call(self, word: str, answer: str, patience: float) -> dict[int, str]:
+        """Say that this rank is here; what the ranks that say so in time answer.
 
         The store of a rank that hangs hangs with it: it is asked by a thread that may stay behind.
         """
-        missing = set(range(self.world)) - {self.rank}
+        answers = {self.rank: answer}
 
         def ask() -> None:
             with suppress(RuntimeError):  # the store went down with a rank
                 self.store.set(f"{word}/{self.rank}", answer)
-                while missing and time.monotonic() < deadline:
-                    for rank in sorted(missing):
+                while len(answers) < self.world and time.monotonic() < deadline:
+                    for rank in self._missing(answers):
                         if self.store.check([f"{word}/{rank}"]):
-                            missing.remove(rank)
+                            answers[rank] = self.store.get(f"{word}/{rank}").decode()
                     time.sleep(0.005)
 
         deadline = time.monotonic() + patience
         thread = threading.Thread(target=ask, name="kimi_ops store", daemon=True)
         thread.start()
         thread.join(patience + 0.5)
-        return sorted(missing)
+        return dict(answers)
 
 
 def _host() -> tuple[str, str]:
