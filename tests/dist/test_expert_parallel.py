@@ -351,6 +351,20 @@ def test_a_capacity_that_grew_stays():
     assert LocalWorld(2).run(work) == [([3, 6, 6], 6)] * 2
 
 
+def test_ranks_that_call_something_else_are_named():
+    def work(group):
+        ep = ExpertParallel(group, **SMALL)
+        rows = ep.dispatch(torch.ones(1, 2), ids([0]))
+        with pytest.raises(EPMismatch, match="made another call than rank") as caught:
+            if group.rank == 1:
+                ep.combine(rows.x, rows.handle)
+            else:
+                ep.dispatch(torch.ones(1, 2), ids([0]))
+        return caught.value.ranks
+
+    assert LocalWorld(2).run(work) == [(1,), (0,)]
+
+
 def test_ranks_that_do_not_come_are_named():
     def work(group):
         ep = ExpertParallel(group, timeout=0.3, **SMALL)

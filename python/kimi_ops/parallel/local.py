@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.parallel.errors import EPRankLost, EPTimeout, named
+from kimi_ops.parallel.errors import EPMismatch, EPRankLost, EPTimeout, named
 
 Result = TypeVar("Result")
 
@@ -142,21 +142,31 @@ class LocalTransport:
     def gather(self, message: Tensor) -> Tensor:
         whole = message.cpu()
         sizes = [whole.numel()] * self.world
-        parts = self._exchange(whole.repeat(self.world), sizes)
+        parts = self._exchange(whole.repeat(self.world), sizes, sizes)
         return torch.stack(parts())
 
     def start(
         self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
     ) -> Callable[[], Tensor]:
-        parts = self._exchange(buffer, sent)
+        parts = self._exchange(buffer, sent, received)
         return lambda: torch.cat(parts())
 
     def close(self) -> None:
         pass
 
-    def _exchange(self, buffer: Tensor, sent: Sequence[int]) -> Callable[[], list[Tensor]]:
+    def _exchange(
+        self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> Callable[[], list[Tensor]]:
         call = (self._connection, next(self._calls))
         for rank, part in enumerate(buffer.split(list(sent))):
             self._mailbox._post((*call, self.rank, rank), part)
         keys = {rank: (*call, rank, self.rank) for rank in range(self.world)}
-        return lambda: self._mailbox._take(keys, self._timeout)
+
+        def arrived() -> list[Tensor]:
+            parts = self._mailbox._take(keys, self._timeout)
+            found = [part.numel() if part.dtype == buffer.dtype else -1 for part in parts]
+            if others := [r for r, n in enumerate(found) if n != received[r]]:
+                raise EPMismatch(f"{named(others)} made another call than rank {self.rank}", others)
+            return parts
+
+        return arrived
