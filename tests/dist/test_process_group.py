@@ -25,7 +25,7 @@ from kimi_ops.parallel import (
 from tests.dist.all_to_all_cases import check, random_case, triple
 
 PROCESSES = 4
-DEADLINE = 2.0
+DEADLINE = 3.0
 SMALL = {"num_experts": 4, "hidden": 2, "max_tokens_per_rank": 8}
 ID = torch.zeros(1, 1, dtype=torch.int32)
 
@@ -76,6 +76,18 @@ def errors_of_all(group: dist.ProcessGroup, rank: int) -> None:
         assert torch.equal(ep.combine(rows.x, rows.handle), torch.ones(1, 2))
 
 
+def different_calls(group: dist.ProcessGroup, rank: int) -> None:
+    ep = ExpertParallel(group, timeout=DEADLINE, **SMALL)
+    rows = ep.dispatch(torch.ones(1, 2), ID)
+    told = "different calls: rank 0 at the counts, rank 1 at the rows, rank 2 at the counts"
+    with pytest.raises(EPMismatch, match=told):
+        if rank == 1:
+            ep.combine(rows.x, rows.handle)
+        else:
+            ep.dispatch(torch.ones(1, 2), ID)
+    ep.close()
+
+
 def ranks_go(groups: Groups, rank: int, told: Connection) -> None:
     """Rank 3 raises, then stops, rank 2 is killed; the others say so in time and go on."""
 
@@ -108,7 +120,7 @@ def ranks_go(groups: Groups, rank: int, told: Connection) -> None:
     failure(4, EPTimeout, "combine", refuses)
     dist.barrier()
     failure(4, EPTimeout, "dispatch", lambda _: os.kill(os.getpid(), signal.SIGSTOP))
-    with pytest.raises(EPTimeout, match="rank 3 did not come within 2 s") as caught:
+    with pytest.raises(EPTimeout, match="rank 3 did not come within 3 s") as caught:
         ExpertParallel(groups[4], timeout=DEADLINE, **SMALL)
     assert caught.value.ranks == (3,)
     failure(3, EPRankLost, "combine", lambda _: os.kill(os.getpid(), signal.SIGKILL))
@@ -126,6 +138,9 @@ def worker(rank: int, port: int, told: Connection) -> None:
     dist.barrier()
     gradients(groups[4], rank)
     errors_of_all(groups[4], rank)
+    if rank < 3:
+        different_calls(groups[3], rank)
+    dist.barrier()
     ranks_go(groups, rank, told)
     dist.destroy_process_group()
 

@@ -6,12 +6,13 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
-from kimi_ops.parallel.errors import EPError, EPRankLost, EPTimeout, named
+from kimi_ops.parallel.errors import EPError, EPMismatch, EPRankLost, EPTimeout, named
 from kimi_ops.parallel.messages import agree
 
 _ENDED = "ZXx"  # states of a process in /proc that runs no more: zombie, dead
@@ -33,7 +34,7 @@ class Roll:
         number = store.add(f"kimi_ops/{self.rank}", 1)
         self.store = dist.PrefixStore(f"kimi_ops/{number}", store)
         mine = {"process": [*_host(), os.getpid(), _start_of(os.getpid())], "facts": facts}
-        answers = self._call("here", json.dumps(mine), timeout)
+        answers = self._call("here", json.dumps(mine))(timeout)
         if silent := self._missing(answers):
             raise EPTimeout(
                 f"ExpertParallel: {named(silent)} did not come within {timeout:g} s; make it on "
@@ -54,12 +55,19 @@ class Roll:
         seen = "late" if "imed out" in text or "imeout" in text else "failed"
         if "onnection" in text or "ipe" in text:
             seen = "broken"
+        grace = min(2.0, max(1.0, 0.1 * self._timeout))
+        calling = self._call("failed", f"{seen} {op}")  # at once: the others wait for it
         if lost := self._ended(_NOTICE if seen == "broken" else 0.0):
+            calling(0.0)
             return EPRankLost(f"{op}: the process of {named(lost)} has ended ({text})", lost)
-        answers = self._call("failed", seen, min(2.0, max(0.2, 0.1 * self._timeout)))
+        answers = calling(grace)
         silent = self._missing(answers)
-        whom = named(silent) if silent else "an unknown rank"
-        if "late" in answers.values():
+        whom = named(silent) if silent else "no rank is silent; the exchange"
+        came = {rank: answer.partition(" ")[2] for rank, answer in answers.items()}
+        if not silent and len(set(came.values())) > 1:
+            calls = ", ".join(f"rank {rank} at {what}" for rank, what in sorted(came.items()))
+            return EPMismatch(f"{op}: the ranks made different calls: {calls} ({text})", came)
+        if any(answer.startswith("late") for answer in answers.values()):
             told = f"{op}: {whom} did not come within {self._timeout:g} s ({text})"
             return EPTimeout(told, silent)
         if seen == "broken":
@@ -82,27 +90,34 @@ class Roll:
     def _missing(self, answers: dict[int, str]) -> list[int]:
         return [rank for rank in range(self.world) if rank not in answers]
 
-    def _call(self, word: str, answer: str, patience: float) -> dict[int, str]:
-        """Say that this rank is here; what the ranks that say so in time answer.
+    def _call(self, word: str, answer: str) -> Callable[[float], dict[int, str]]:
+        """Say that this rank is here; the result gives what all answer that say so in some seconds.
 
-        The store of a rank that hangs hangs with it: it is asked by a thread that may stay behind.
+        The store of a rank that hangs hangs with it: it is asked by a thread, which then stays
+        behind. It never does otherwise: one that comes back to Python at its exit aborts it.
         """
-        answers = {self.rank: answer}
+        answers, over = {self.rank: answer}, threading.Event()
 
         def ask() -> None:
             with suppress(RuntimeError):  # the store went down with a rank
                 self.store.set(f"{word}/{self.rank}", answer)
-                while len(answers) < self.world and time.monotonic() < deadline:
+                while len(answers) < self.world and not over.wait(0.005):
                     for rank in self._missing(answers):
                         if self.store.check([f"{word}/{rank}"]):
                             answers[rank] = self.store.get(f"{word}/{rank}").decode()
-                    time.sleep(0.005)
 
-        deadline = time.monotonic() + patience
         thread = threading.Thread(target=ask, name="kimi_ops store", daemon=True)
         thread.start()
-        thread.join(patience + 0.5)
-        return dict(answers)
+
+        def answered(seconds: float) -> dict[int, str]:
+            try:
+                thread.join(seconds)
+            finally:
+                over.set()
+            thread.join(1.0)
+            return dict(answers)
+
+        return answered
 
 
 def _host() -> tuple[str, str]:

@@ -45,7 +45,7 @@ class GroupTransport:
     def gather(self, message: Tensor) -> Tensor:
         found = [torch.empty_like(message) for _ in range(self.world)]
         self._told(
-            "counts", lambda: self._peers.allgather([found], [message]).wait(*self._patience)
+            "the counts", lambda: self._peers.allgather([found], [message]).wait(*self._patience)
         )
         return torch.stack(found).cpu()
 
@@ -53,12 +53,11 @@ class GroupTransport:
         self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
     ) -> Callable[[], Tensor]:
         arrived = buffer.new_empty(sum(received))
-        work = self._told(
-            "rows", lambda: self._peers.alltoall_base(arrived, buffer, list(received), list(sent))
-        )
+        sizes = list(received), list(sent)
+        work = self._told("the rows", lambda: self._peers.alltoall_base(arrived, buffer, *sizes))
 
         def wait() -> Tensor:
-            self._told("rows", work.wait)
+            self._told("the rows", work.wait)
             return arrived
 
         return wait
