@@ -28,14 +28,18 @@ from kimi_ops.optim.muon_groups import muon_param_groups
 from kimi_ops.optim.newton_schulz import newton_schulz, symmetric_matmul, syrk
 from kimi_ops.optim.ns_schedule import ns_flops, tune_ns_restarts
 from kimi_ops.optim.qk_clip import attention_max_logits, qk_clip_
+from kimi_ops.parallel.expert_parallel import ExpertParallel
+from kimi_ops.parallel.local import LocalWorld
 
 del _program
 __version__ = _native._C.version()
 __all__ = [
+    "ExpertParallel",
     "ExpertPlacement",
     "Fp8BlockWeight",
     "Fp8Rows",
     "Int4GroupWeight",
+    "LocalWorld",
     "MuonClip",
     "PermutePlan",
     "QKClip",

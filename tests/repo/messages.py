@@ -70,6 +70,11 @@ def across(x: Tensor) -> Tensor:
     return x.mT.contiguous().mT
 
 
+def group() -> Any:
+    """The only rank of a world of one."""
+    return kimi_ops.LocalWorld(1).run(lambda group: group)[0]
+
+
 def layer(**changes: Any) -> nn.Module:
     """An attention layer as QKClip and muon_param_groups know them."""
     module = nn.Module()
@@ -115,6 +120,9 @@ def good() -> dict[str, dict[str, Any]]:
     rates = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     bias = {"bias": f(16), "tokens_per_expert": i(*range(16)), "rate": 0.1}
     none = {"expert_bias": None, "valid": None}
+    ranks = {"group": group(), "num_experts": 4, "hidden": 6, "max_tokens_per_rank": 8}
+    parallel = kimi_ops.ExpertParallel(**ranks)
+    sent = parallel.dispatch(f(4, 6), ids())
     floats = {"bias": None, "dtype": torch.float32}
     chain = {"coefficients": [3.4445, -4.775, 2.0315] * 5, "restarts": [3], "method": 2}
     return {
@@ -143,6 +151,10 @@ def good() -> dict[str, dict[str, Any]]:
         "qk_clip_": clip,
         "QKClip": {"layers": [layer()]},
         "MuonClip": {"params": [g(4, 6)]},
+        "LocalWorld": {"size": 2},
+        "ExpertParallel": ranks,
+        "ExpertParallel.dispatch": {"self": parallel, "x": f(4, 6), "indices": ids()},
+        "ExpertParallel.combine": {"self": parallel, "out": f(7, 6), "handle": sent.handle},
         "models.kimi_k2.KimiK2Config": {},
         "models.kimi_k2.KimiK2Config.from_dict": {"values": {}},
         "models.kimi_k2.RopeScaling": {"factor": 4.0},

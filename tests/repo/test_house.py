@@ -31,6 +31,7 @@ kimi_ops.models.kimi_k2 kimi_ops.models
 kimi_ops
 kimi_ops.info
 kimi_ops.gpu
+kimi_ops.parallel
 kimi_ops.moe kimi_ops.optim
 kimi_ops.operators
 kimi_ops.reference

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: MIT
+"""Experts spread over ranks: tokens go to the ranks of their experts, results come home."""
+
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kimi_ops.moe import permute as native
+from kimi_ops.moe.quantized import Fp8Rows
+from kimi_ops.parallel import call_checks
+from kimi_ops.parallel.connection import Connection
+from kimi_ops.parallel.layout import Placement, Rules
+from kimi_ops.parallel.local import LocalGroup
+from kimi_ops.parallel.results import Dispatched, Handle, Pending
+from kimi_ops.parallel.router import Router
+from kimi_ops.parallel.wire import FP8, Crossing, Form, finish
+from kimi_ops.reference import permute as twin
+
+__all__ = ["ExpertParallel"]
+
+
+class ExpertParallel:
+    """Dispatch and combine of tokens between ranks that own neighbouring experts each.
+
+    ``dispatch`` brings every token to the ranks of its experts, in expert order; ``combine`` adds
+    the experts' results up: ``y[t] = sum_k weights[t, k] * out[row of (t, k)]``. Each is the
+    other's gradient. With ``grouped_gemm`` between them they are `fused_experts`
+    over any number of ranks.
+
+    Parameters
+    ----------
+    group : ProcessGroup, a rank of a `LocalWorld`, or None
+        The ranks; None is torch's default group. All of them make the object, with the same
+        arguments, and call it in the same order.
+    num_experts : int
+        E, from P to 1024. Rank r owns E // P experts, one more where r < E % P: `experts`.
+    hidden : int
+        H, columns of a token.
+    max_tokens_per_rank : int
+        The most tokens of a dispatch.
+    backend : {"auto", "gloo", "nccl", "reference"}
+        What moves the bytes. "auto" takes nccl for a GPU where the group has it, else gloo;
+        "reference" is a `LocalWorld`. `backend` and `backend_reason` say what was taken, and
+        so does the log ``kimi_ops.parallel``.
+    layout : {"rank_dedup", "expert_direct"}
+        A token travels once to a rank, and the rank adds up its experts' results; or once to every
+        expert, and all results come home, where they are added up: more bytes, and bits that do not
+        depend on the number of ranks.
+    wire_dtype : torch.dtype, optional
+        bfloat16, float32 or float8_e4m3fn: what tokens travel in, their own dtype by default. FP8
+        has a scale for each 128 columns, and is for dispatch alone: results and gradients travel in
+        the dtype of the tokens then.
+    expert_alignment : int
+        Every expert's rows are padded to a multiple of it.
+    capacity : int, optional
+        The number of rows that a dispatch gives, on every rank; None gives as many as there are.
+    overflow : {"raise", "drop", "grow"}
+        What more rows than `capacity` do: an `EPOverflow` on every rank; are left out (of every
+        expert the last beyond a level that is the highest to fit); raise `capacity` for good.
+    num_buffers : int
+        How many operations may be under way at once.
+    timeout : float
+        Seconds until a rank that does not come is an `EPTimeout`.
+    device : torch.device or str, optional
+        Of all tensors; by default the GPU with nccl, the CPU otherwise.
+
+    Attributes
+    ----------
+    rank, world : int
+    experts : range
+        Those of this rank.
+    capacity : int or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument that no rank could take; it is raised where it was given, and the other ranks
+        raise `EPPeerError`.
+    EPMismatch, EPTimeout, EPRankLost
+        Ranks with other arguments, or without any. See `kimi_ops.parallel`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kimi_ops import ExpertParallel, LocalWorld
+    >>> def work(group):
+    ...     ep = ExpertParallel(group, num_experts=4, hidden=2, max_tokens_per_rank=8)
+    ...     x = torch.full((1, 2), group.rank + 1.0)
+    ...     rows = ep.dispatch(x, torch.tensor([[0, 3]], dtype=torch.int32), torch.ones(1, 2))
+    ...     y = ep.combine(rows.x * (ep.rank + 1), rows.handle)
+    ...     return rows.offsets.tolist(), y.tolist()
+    >>> LocalWorld(2).run(work)
+    [([2, 2], [[3.0, 3.0]]), ([0, 2], [[6.0, 6.0]])]
+
+    Notes
+    -----
+    Names are those of DeepEP (dispatch, combine, handle). Order and rounding are specified, see
+    docs/ops/all_to_all.md: every backend gives the same bits.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | LocalGroup | None = None,
+        *,
+        num_experts: int,
+        hidden: int,
+        max_tokens_per_rank: int,
+        backend: str = "auto",
+        layout: str = "rank_dedup",
+        wire_dtype: torch.dtype | None = None,
+        expert_alignment: int = 1,
+        capacity: int | None = None,
+        overflow: str = "raise",
+        num_buffers: int = 1,
+        timeout: float = 30.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        where = None if device is None else torch.device(device)
+        call_checks.connection(group, backend, timeout, where)
+        self._connection = Connection(group, backend, timeout, where, num_buffers)
+        self.rank, self.world = self._connection.rank, self._connection.world
+        self.device, self.backend_reason = self._connection.device, self._connection.reason
+        self.backend = self._connection.transport.name
+        options = {
+            "num_experts": num_experts,
+            "hidden": hidden,
+            "max_tokens_per_rank": max_tokens_per_rank,
+            "layout": layout,
+            "wire_dtype": wire_dtype,
+            "expert_alignment": expert_alignment,
+            "capacity": capacity,
+            "overflow": overflow,
+            "num_buffers": num_buffers,
+            "timeout": timeout,
+        }
+        try:
+            self._connection.agree(options, call_checks.fault_of(self.world, options))
+        except BaseException:
+            self.close()
+            raise
+        self._limits = call_checks.Limits(
+            num_experts, hidden, max_tokens_per_rank, wire_dtype, self.device
+        )
+        self._direct = layout == "expert_direct"
+        placement = Placement(num_experts, self.world)
+        rules = Rules(placement, self._direct, expert_alignment, overflow)
+        self._router = Router(self._connection, rules, capacity)
+        self.experts = self._router.experts
+
+    @property
+    def capacity(self) -> int | None:
+        """The rows of a dispatch on every rank, None for as many as there are."""
+        return self._router.capacity
+
+    def close(self) -> None:
+        """Give back the communicator. The object is of no use afterwards."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @overload
+    def dispatch(
+        self, x: Tensor | Fp8Rows, indices: Tensor | None = None, weights: Tensor | None = None, *,
+        handle: Handle | None = None, async_op: Literal[False] = False,
+    ) -> Dispatched: ...  # fmt: skip
+    @overload
+    def dispatch(
+        self, x: Tensor | Fp8Rows, indices: Tensor | None = None, weights: Tensor | None = None, *,
+        handle: Handle | None = None, async_op: Literal[True],
+    ) -> Pending[Dispatched]: ...  # fmt: skip
+
+    def dispatch(
+        self,
+        x: Tensor | Fp8Rows,
+        indices: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        handle: Handle | None = None,
+        async_op: bool = False,
+    ) -> Dispatched | Pending[Dispatched]:
+        """Bring tokens to their experts.
+
+        Parameters
+        ----------
+        x : Tensor [T, H] bfloat16, float16, float32 or float64, or Fp8Rows
+            T may be 0 and differ between ranks. Values of `Fp8Rows` travel as they are.
+        indices : Tensor [T, K] int32 or int64
+            Experts of each token; -1 and E are dropped pairs. K is the same on every rank.
+        weights : Tensor [T, K] float32 or 16 bits (float64 beside float64 tokens), optional
+            What `combine` multiplies with; 1 where absent.
+        handle : Handle, optional
+            Of an earlier dispatch, in place of `indices`: its layout again, without counts.
+        async_op : bool
+            Give a `Pending` once the rows are on their way; `wait()` gives the result.
+
+        Returns
+        -------
+        Dispatched
+            ``x`` [R, H], ``offsets``, ``tokens_per_expert``, ``handle``.
+
+        Raises
+        ------
+        TypeError, ValueError, EPPeerError
+            Arguments that this rank or another one refuses, before a row moves.
+        EPMismatch, EPOverflow, EPMisuse, EPTimeout, EPRankLost
+
+        Notes
+        -----
+        Differentiable in x and the weights; the gradient passes FP8 as if it did not round.
+        """
+        self._connection.ready("dispatch")
+        if handle is None:
+            route, departure = self._router.meet(self._limits, x, indices, weights)
+        else:
+            call_checks.again(self._limits, self._router, x, indices, weights, handle)
+            route, departure = handle.route, None
+        given = isinstance(x, Fp8Rows)
+        dtype = torch.bfloat16 if isinstance(x, Fp8Rows) else x.dtype
+        moves = _moves(dtype)
+        if weights is not None:
+            weights = weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        there = route.there
+        parts = (x.data, x.scale) if isinstance(x, Fp8Rows) else (x,)
+        tokens = [moves.permute(part, there) for part in parts]
+        carried = None
+        if weights is not None and not self._direct:
+            carried = weights = moves.permute(weights, there)
+        beside = [] if carried is None else [carried]
+        if departure is not None and departure.ids is not None:
+            beside.append(departure.ids(there.source))
+        wire = FP8 if given else self._limits.wire_dtype or dtype
+        back = Form(0, torch.float32, torch.float32) if given else self._home(dtype, dtype)
+        form = Form(self._limits.hidden, None if given else dtype, wire)
+        crossing = Crossing(self._connection.start, route.sent, route.received, form, back)
+        with torch.no_grad():
+            arrival = crossing.start(tokens, beside)
+
+        def result() -> Dispatched:
+            tie = torch.empty(0, device=self.device)
+            tie, arrived, ids, values = finish(crossing, arrival, tie, carried, *tokens)
+            whole = route if departure is None else self._router.arrived(route, ids)
+            rows = [moves.permute(value, whole.here) for value in values]
+            kept = weights if self._direct else arrived
+            return Dispatched(
+                Fp8Rows(*rows) if given else rows[0],
+                whole.here.offsets,
+                whole.here.tokens_per_expert,
+                Handle(whole, dtype, kept, tie),
+            )
+
+        pending = Pending(result)
+        return pending if async_op else pending.wait()
+
+    @overload
+    def combine(
+        self, out: Tensor, handle: Handle, *, async_op: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def combine(
+        self, out: Tensor, handle: Handle, *, async_op: Literal[True]
+    ) -> Pending[Tensor]: ...
+
+    def combine(
+        self, out: Tensor, handle: Handle, *, async_op: bool = False
+    ) -> Tensor | Pending[Tensor]:
+        """Bring the experts' results home and add them up.
+
+        Parameters
+        ----------
+        out : Tensor [R, H], the dtype of the tokens (bfloat16 after `Fp8Rows`)
+            A row for each row of the dispatch.
+        handle : Handle
+            Of that dispatch; each is combined once.
+        async_op : bool
+            As in `dispatch`.
+
+        Returns
+        -------
+        Tensor [T, H], the dtype of `out`
+            Added up in fp32 in a fixed order; rows of padding and dropped pairs add nothing.
+
+        Raises
+        ------
+        TypeError, ValueError, EPMisuse, EPTimeout, EPRankLost
+
+        Notes
+        -----
+        Differentiable in `out` and the weights of the dispatch.
+        """
+        self._connection.ready("combine")
+        call_checks.combine(self._limits, self._router, out, handle)
+        handle.combined = True
+        route, direct = handle.route, self._direct
+        summed = out
+        form = self._home(out.dtype, out.dtype)
+        if form.wire != out.dtype and out.dtype != torch.float64:
+            form, summed = self._home(torch.float32, out.dtype), out.float()
+        moves = _moves(summed.dtype)
+        records = moves.unpermute(summed, route.here, None if direct else handle.weights)
+        crossing = Crossing(self._connection.start, route.received, route.sent, form, form)
+        with torch.no_grad():
+            arrival = crossing.start([records])
+
+        def result() -> Tensor:
+            values = finish(crossing, arrival, handle.tie, None, records)[3]
+            y = moves.unpermute(values[0], route.there, handle.weights if direct else None)
+            return y.to(out.dtype)
+
+        pending = Pending(result)
+        return pending if async_op else pending.wait()
+
+    def _home(self, dtype: torch.dtype, own: torch.dtype) -> Form:
+        """How sums of `dtype` of tokens of dtype `own` travel: results, and all gradients."""
+        wire = self._limits.wire_dtype if self._limits.wire_dtype not in (None, FP8) else own
+        return Form(self._limits.hidden, dtype, wire or own)
+
+
+def _moves(dtype: torch.dtype) -> Any:
+    """What sorts rows of a dtype: the twin, where there are no kernels."""
+    return twin if dtype == torch.float64 else native

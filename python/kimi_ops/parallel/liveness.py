@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""Which ranks are there: through the store of their group, which outlives a broken connection, and
+through /proc for the processes of this host."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+
+from kimi_ops.parallel.errors import EPError, EPMismatch, EPRankLost, EPTimeout, named
+from kimi_ops.parallel.messages import agree
+
+_ENDED = "ZXx"  # states of a process in /proc that runs no more: zombie, dead
+_NOTICE = 1.0  # seconds until the end of a process whose connection broke shows in /proc
+
+
+class Roll:
+    """The ranks of a group, each with its process.
+
+    All ranks are asked to come when it is made: `EPTimeout` names those that do not, `EPMismatch`
+    says that their `facts` differ.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float, facts: dict[str, Any]) -> None:
+        self.rank, self.world = group.rank(), group.size()
+        self._timeout = timeout
+        # a connection of its own: a store that hangs must not take the group's with it
+        store = group.get_group_store().clone()  # type: ignore[attr-defined]
+        number = store.add(f"kimi_ops/{self.rank}", 1)
+        self.store = dist.PrefixStore(f"kimi_ops/{number}", store)
+        mine = {"process": [*_host(), os.getpid(), _start_of(os.getpid())], "facts": facts}
+        answers = self._call("here", json.dumps(mine))(timeout)
+        if silent := self._missing(answers):
+            raise EPTimeout(
+                f"ExpertParallel: {named(silent)} did not come within {timeout:g} s; make it on "
+                "every rank of the group",
+                silent,
+            )
+        found = [json.loads(answers[rank]) for rank in range(self.world)]
+        for name in facts:
+            agree("ExpertParallel", name, [entry["facts"][name] for entry in found])
+        self._processes = [entry["process"] for entry in found]
+
+    def error(self, op: str, error: Exception) -> EPError:
+        """What the failure of an exchange means: who is not there any more.
+
+        A rank that gives up closes its connections, which others see: where one was late, all are.
+        """
+        text = str(error).split(". This")[0]
+        seen = "late" if "imed out" in text or "imeout" in text else "failed"
+        if "onnection" in text or "ipe" in text:
+            seen = "broken"
+        grace = min(2.0, max(1.0, 0.1 * self._timeout))
+        calling = self._call("failed", f"{seen} {op}")  # at once: the others wait for it
+        if lost := self._ended(_NOTICE if seen == "broken" else 0.0):
+            calling(0.0)
+            return EPRankLost(f"{op}: the process of {named(lost)} has ended ({text})", lost)
+        answers = calling(grace)
+        silent = self._missing(answers)
+        whom = named(silent) if silent else "no rank is silent; the exchange"
+        came = {rank: answer.partition(" ")[2] for rank, answer in answers.items()}
+        if not silent and len(set(came.values())) > 1:
+            calls = ", ".join(f"rank {rank} at {what}" for rank, what in sorted(came.items()))
+            return EPMismatch(f"{op}: the ranks made different calls: {calls} ({text})", came)
+        if any(answer.startswith("late") for answer in answers.values()):
+            told = f"{op}: {whom} did not come within {self._timeout:g} s ({text})"
+            return EPTimeout(told, silent)
+        if seen == "broken":
+            return EPRankLost(f"{op}: the connection to {whom} broke ({text})", silent)
+        return EPError(f"{op}: the exchange failed: {text}")
+
+    def _ended(self, patience: float) -> list[int]:
+        """The ranks whose processes on this host have ended, once there are any."""
+        here, deadline = _host(), time.monotonic() + patience
+        while True:
+            lost = [
+                rank
+                for rank, (*host, pid, start) in enumerate(self._processes)
+                if tuple(host) == here and _start_of(pid) != start
+            ]
+            if lost or time.monotonic() >= deadline:
+                return lost
+            time.sleep(0.01)
+
+    def _missing(self, answers: dict[int, str]) -> list[int]:
+        return [rank for rank in range(self.world) if rank not in answers]
+
+    def _call(self, word: str, answer: str) -> Callable[[float], dict[int, str]]:
+        """Say that this rank is here; the result gives what all answer that say so in some seconds.
+
+        The store of a rank that hangs hangs with it: it is asked by a thread, which then stays
+        behind. It never does otherwise: one that comes back to Python at its exit aborts it.
+        """
+        answers, over = {self.rank: answer}, threading.Event()
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the store went down with a rank
+                self.store.set(f"{word}/{self.rank}", answer)
+                while len(answers) < self.world and not over.wait(0.005):
+                    for rank in self._missing(answers):
+                        if self.store.check([f"{word}/{rank}"]):
+                            answers[rank] = self.store.get(f"{word}/{rank}").decode()
+
+        thread = threading.Thread(target=ask, name="kimi_ops store", daemon=True)
+        thread.start()
+
+        def answered(seconds: float) -> dict[int, str]:
+            try:
+                thread.join(seconds)
+            finally:
+                over.set()
+            thread.join(1.0)
+            return dict(answers)
+
+        return answered
+
+
+def _host() -> tuple[str, str]:
+    """This machine since it was started, and this container of it."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip(), os.readlink("/proc/self/ns/pid")
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process began, in ticks; None once it has ended. A number alone may be used again."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, *fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in _ENDED else fields[18]

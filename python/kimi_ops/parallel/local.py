@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Any number of ranks in one process: the `reference` backend, a thread for each rank."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kimi_ops import _check
+from kimi_ops.parallel.errors import EPMismatch, EPRankLost, EPTimeout, named
+
+Result = TypeVar("Result")
+
+
+class LocalWorld:
+    """Ranks that are threads of this process, to test and to debug expert parallelism with.
+
+    ``world.run(function)`` calls ``function(group)`` once a rank; `ExpertParallel` takes the group
+    in place of a process group, on whatever device the tensors are.
+
+    Parameters
+    ----------
+    size : int
+        P, the number of ranks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not a number of ranks.
+
+    Examples
+    --------
+    >>> from kimi_ops import LocalWorld
+    >>> LocalWorld(3).run(lambda group: group.rank)
+    [0, 1, 2]
+    """
+
+    def __init__(self, size: int) -> None:
+        _check.between("LocalWorld", "size", size, 1, 1024)
+        self.size = size
+        self._mail: dict[tuple[Any, ...], Tensor] = {}
+        self._changed = threading.Condition()
+        self._gone: set[int] = set()
+
+    def run(self, function: Callable[["LocalGroup"], Result]) -> list[Result]:
+        """Call ``function(group)`` on every rank at once.
+
+        Returns
+        -------
+        list
+            What the ranks returned.
+
+        Raises
+        ------
+        Exception
+            That of the lowest rank which failed by itself: ranks that waited for it in vain come
+            second.
+
+        Notes
+        -----
+        The caller's gradient mode holds in all ranks. A rank that returns or raises is gone:
+        whoever waits for it gets `EPRankLost` at once.
+        """
+        results: dict[int, Result] = {}
+        errors: dict[int, BaseException] = {}
+        self._gone, self._mail = set(), {}
+        graded = torch.is_grad_enabled()
+
+        def work(rank: int) -> None:
+            try:
+                with torch.set_grad_enabled(graded):
+                    results[rank] = function(LocalGroup(self, rank))
+            except BaseException as error:
+                errors[rank] = error
+            with self._changed:
+                self._gone.add(rank)
+                self._changed.notify_all()
+
+        names = [f"rank {rank} of {self.size}" for rank in range(self.size)]
+        threads = [
+            threading.Thread(target=work, args=(rank,), name=name, daemon=True)
+            for rank, name in enumerate(names)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            waited = (EPRankLost, EPTimeout)
+            first = min(errors, key=lambda rank: (isinstance(errors[rank], waited), rank))
+            errors[first].add_note(f"on rank {first} of a LocalWorld of {self.size}")
+            raise errors[first]
+        return [results[rank] for rank in range(self.size)]
+
+    def _post(self, key: tuple[Any, ...], message: Tensor) -> None:
+        with self._changed:
+            self._mail[key] = message
+            self._changed.notify_all()
+
+    def _take(self, keys: dict[int, tuple[Any, ...]], timeout: float) -> list[Tensor]:
+        """The messages of ranks, by the ranks' keys."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while missing := [rank for rank, key in keys.items() if key not in self._mail]:
+                if lost := sorted(self._gone.intersection(missing)):
+                    raise EPRankLost(f"{named(lost)} ended before its part of the exchange", lost)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise EPTimeout(f"{named(missing)} did not come within {timeout:g} s", missing)
+                self._changed.wait(left)
+            return [self._mail.pop(key) for key in keys.values()]
+
+
+@dataclass
+class LocalGroup:
+    """One rank of a `LocalWorld`, for the thread that is this rank."""
+
+    world: LocalWorld
+    rank: int
+    _numbers: Any = field(default_factory=itertools.count)
+
+    @property
+    def size(self) -> int:
+        return self.world.size
+
+
+class LocalTransport:
+    name = "reference"
+
+    def __init__(self, group: LocalGroup, timeout: float, device: torch.device) -> None:
+        self.rank, self.world, self.device = group.rank, group.size, device
+        self._mailbox, self._timeout = group.world, timeout
+        # each rank makes its transports, and a transport its exchanges, in the same order
+        self._connection = next(group._numbers)
+        self._calls = itertools.count()
+
+    def gather(self, message: Tensor) -> Tensor:
+        whole = message.cpu()
+        sizes = [whole.numel()] * self.world
+        parts = self._exchange(whole.repeat(self.world), sizes, sizes)
+        return torch.stack(parts())
+
+    def start(
+        self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        parts = self._exchange(buffer, sent, received)
+        return lambda: torch.cat(parts())
+
+    def close(self) -> None:
+        pass
+
+    def _exchange(
+        self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> Callable[[], list[Tensor]]:
+        call = (self._connection, next(self._calls))
+        for rank, part in enumerate(buffer.split(list(sent))):
+            self._mailbox._post((*call, self.rank, rank), part)
+        keys = {rank: (*call, rank, self.rank) for rank in range(self.world)}
+
+        def arrived() -> list[Tensor]:
+            parts = self._mailbox._take(keys, self._timeout)
+            found = [part.numel() if part.dtype == buffer.dtype else -1 for part in parts]
+            if others := [r for r, n in enumerate(found) if n != received[r]]:
+                raise EPMismatch(f"{named(others)} made another call than rank {self.rank}", others)
+            return parts
+
+        return arrived

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""The route of a dispatch: what leaves for which rank, what arrives, and whether it fits."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_ops.parallel import call_checks, messages
+from kimi_ops.parallel.connection import Connection
+from kimi_ops.parallel.errors import EPOverflow, named
+from kimi_ops.parallel.layout import Departure, Rules, arrive, depart, direct_ids, shortened
+from kimi_ops.parallel.results import Route
+
+
+@dataclass
+class Router:
+    """Plans routes; `capacity` may grow."""
+
+    connection: Connection
+    rules: Rules
+    capacity: int | None
+
+    def __post_init__(self) -> None:
+        self.owners = self.rules.placement.owners(self.connection.device)
+        self.experts = self.rules.placement.ranges[self.connection.rank]
+
+    def meet(
+        self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any
+    ) -> tuple[Route, Departure]:
+        """Check the arguments, plan what leaves, tell everybody, and hear what will arrive."""
+        experts, world = len(self.owners) - 1, self.connection.world
+        outcome: Departure | Exception
+        head = [0] * len(call_checks.AGREED)
+        counts = torch.zeros(experts + world, dtype=torch.int64)
+        try:
+            head = call_checks.dispatch(limits, x, indices, weights)
+            outcome = depart(self.rules, indices.int(), self.owners)
+            counts = torch.cat([outcome.counts, outcome.records]).long()
+        except (TypeError, ValueError) as error:
+            outcome = error
+        fault = outcome if isinstance(outcome, Exception) else None
+        told = [torch.tensor(head), counts, messages.text(messages.short(fault))]
+        agreed, loads, faults = self.connection.gather(told)
+        if isinstance(outcome, Exception):
+            raise outcome
+        messages.raise_faults("dispatch", messages.texts(faults))
+        for name, values in zip(call_checks.AGREED, agreed.t().tolist(), strict=True):
+            messages.agree("dispatch", name, call_checks.readable(name, values))
+        loads, records = loads.split([experts, world], 1)
+        dropped, rank = self._fit(loads), self.connection.rank
+        sent, received = records[rank].tolist(), records[:, rank].tolist()
+        there = shortened(outcome.there, sum(sent))
+        pairs = (len(indices), indices.shape[1])
+        return Route(self, pairs, there, there, sent, received, loads.int(), dropped), outcome
+
+    def arrived(self, route: Route, ids: Tensor | None) -> Route:
+        """The route with the plan of the rows that came."""
+        mine = route.loads[:, self.experts.start : self.experts.stop]
+        if ids is None:
+            ids = direct_ids(mine, self.connection.device)
+        here = arrive(self.rules, ids, mine.sum(0).tolist(), self.capacity)
+        return replace(route, here=here)
+
+    def _fit(self, loads: Tensor) -> int:
+        """Compare all ranks' rows with the capacity; the pairs that this rank drops."""
+        if self.capacity is None:
+            return 0
+        sums, rules = loads.sum(0), self.rules
+        counts = [sums[owned.start : owned.stop].tolist() for owned in rules.placement.ranges]
+        rows = [rules.rows(each) for each in counts]
+        over = [rank for rank, count in enumerate(rows) if count > self.capacity]
+        if over and rules.overflow == "raise":
+            raise EPOverflow(
+                f"dispatch: capacity: expected at most {self.capacity} rows a rank, "
+                f"{named(over)} would get {', '.join(str(rows[rank]) for rank in over)}; raise it, "
+                "or pass overflow='drop' or 'grow'",
+                over,
+                max(rows),
+            )
+        if over and rules.overflow == "grow":
+            self.capacity *= -(-max(rows) // self.capacity)
+        mine = counts[self.connection.rank]
+        level = rules.level(mine, self.capacity)
+        return sum(max(0, count - level) for count in mine)
