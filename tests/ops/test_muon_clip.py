@@ -427,7 +427,7 @@ class Watch(TorchDispatchMode):
         assert "_local_scalar_dense" not in name and "is_nonzero" not in name, "a read of the host"
         returns = func._schema.returns
         view = returns and returns[0].alias_info and not returns[0].alias_info.is_write
-        if not view and not name.startswith("kimi_ops::") and "detach" not in name:
+        if not view and not name.startswith(("kimi_ops::", "profiler::")):
             self.ops.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -464,11 +464,10 @@ def test_a_step_reads_nothing_and_launches_little(device_engine, monkeypatch, ca
     with Watch() as watch:
         optimizer.step()
     ops = [op for op in watch.ops if op != "aten::clone"]
-    assert len(ops) <= 8 + 2 * capturable * len(optimizer.param_groups), ops
+    assert len(ops) <= 1 + capturable * len(optimizer.param_groups), ops
     if device_engine.name == "simt":
-        assert _native.engine.launches() - before <= 20
+        assert _native.engine.launches() - before <= 9
     assert watch.ops.count("aten::clone") > 30  # matrices
-    print(ops, _native.engine.launches() - before, watch.ops.count("aten::clone"))
 
 
 def test_a_step_writes_where_the_step_before_did(engine, monkeypatch):

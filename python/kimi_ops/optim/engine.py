@@ -19,13 +19,14 @@ from kimi_ops.reference import qk_clip as twin_clip
 
 Triple = tuple[float, float, float]
 
+_CUDA = bool(_native._C.cuda_architectures())  # in this build
+
 
 def served(
     op: str, *tensors: Tensor | None, dtypes: Sequence[torch.dtype] = _native.DTYPES
 ) -> bool:
     """Whether the native kernels of `op` take these tensors."""
-    on_cuda = op in _native.CUDA_OPS and bool(_native._C.cuda_architectures())
-    devices = ("cpu", "cuda") if on_cuda else ("cpu",)
+    devices = ("cpu", "cuda") if _CUDA and op in _native.CUDA_OPS else ("cpu",)
     return all(t is None or (t.device.type in devices and t.dtype in dtypes) for t in tensors)
 
 
@@ -155,7 +156,7 @@ def momenta_(
             chosen = [[x[i] for i in members] for x in (grads, buffers)]
             flags = _flags(squares, pieces, members, chosen[0][0])
             done = muon_clip.muon_momentum_(*chosen, momentum, nesterov, maximize, *flags)
-            updates.update(zip(members, done, strict=True))
+            updates.update(zip(members, muon_clip.unpacked(done, chosen[0]), strict=True))
             continue
         for i in members:
             alive = _alive(squares, pieces, i, grads[i])
@@ -216,7 +217,8 @@ def adamw_(
     scale: Tensor | None = None,
 ) -> None:
     """One AdamW update of each parameter, with `scale` times the gradients; `steps` count them.
-    `measure` writes the sum of squares of each gradient to the first of its pieces before."""
+    `measure` finds out before which gradients are finite, and the first of their pieces of
+    `squares` becomes so or not."""
     for members, native in _alike(params, grads, exp_avgs, exp_avg_sqs, steps):
         lists = [[x[i] for i in members] for x in (params, grads, exp_avgs, exp_avg_sqs, steps)]
         device = lists[0][0].device
