@@ -2,7 +2,8 @@
 """MuonClip.step against torch.optim.Muon and AdamW on the same parameters and gradients.
 
 Cases: 64 matrices of mixed shapes (Kimi K2's, an eighth of its hidden size), the parameters of
-`mini` with their own groups, and AdamW alone on 16 M parameters in 64 tensors. Peers: "torch" is
+`mini` with their own groups, and AdamW alone on 16 M parameters in 64 tensors, on many short ones
+and on a long one. Peers: "torch" is
 torch.optim.Muon on the 2-D matrices (3-D stacks as lists of their matrices, which it cannot take
 otherwise) beside torch.optim.AdamW with its default foreach; "fused" the same with AdamW's fused
 kernel. The rate of "AdamW" is bytes of the parameters' 28 an element against the read bandwidth;
@@ -42,8 +43,8 @@ def mini() -> Groups:
     return [group | {"params": [param for _, param in group["params"]]} for group in groups]
 
 
-def adamw(count: int) -> Groups:
-    params = [Parameter(torch.randn(500, 500)) for _ in range(count)]
+def adamw(count: int, size: int = 250_000) -> Groups:
+    params = [Parameter(torch.randn(size)) for _ in range(count)]
     return [{"params": params, "algorithm": "adamw"}]
 
 
@@ -101,6 +102,8 @@ def compare(session: Session) -> None:
         "8 matrices" if quick else "64 matrices": lambda: mixed(8 if quick else 64),
         "mini": mini,
         "AdamW, 16 tensors" if quick else "AdamW, 64 tensors": lambda: adamw(16 if quick else 64),
+        "AdamW, 200 short tensors": lambda: adamw(200, 1000),
+        "AdamW, a long tensor": lambda: adamw(1, 10**6 if quick else 10**7),
     }
     products, passes = session.table("muon_clip"), session.table("muon_clip (AdamW)")
     for name in session.select(list(makers)):

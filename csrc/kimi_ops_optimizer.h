@@ -175,7 +175,7 @@ typedef struct kimi_adamw_params {
   int64_t count;
   double lr, beta1, beta2, eps, weight_decay;
   int32_t maximize, cautious; /* 0 or 1 */
-  int32_t measure; /* 1: squares of each gradient, as a whole, are written to its first piece */
+  int32_t measure; /* 1: before, the first piece of each tensor is set: 0, or NaN if not finite */
   kimi_dtype param_dtype, grad_dtype;
 } kimi_adamw_params;
 

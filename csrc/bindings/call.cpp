@@ -409,14 +409,25 @@ Tensor Call::on_host(const Tensor& tensor) {
   return keep(checked(PyObject_CallMethod(tensor.object, "cpu", nullptr)), tensor.name);
 }
 
-void Call::write_back(const Tensor& target, const Tensor& written) {
-  if (target.object != written.object && !PyObject_HasAttrString(target.object, "copy_"))
-    value_error(target.name, "expected contiguous memory, got strides ", target.strides_text(),
-                "; pass a contiguous array");
-  if (target.object != written.object)
-    checked(PyObject_CallMethod(target.object, "copy_", "O", written.object));
-  else if (torch.increment_version && torch.is(Py_TYPE(target.object)))
-    checked(PyObject_CallOneArg(torch.increment_version, target.object));
+void Call::write_back(const std::vector<Tensor>& targets, const std::vector<Tensor>& written) {
+  std::vector<PyObject*> in_place;  // one call of torch for all
+  for (size_t i = 0; i < targets.size(); ++i) {
+    const Tensor& target = targets[i];
+    if (target.object == written[i].object) {
+      if (torch.increment_version && torch.is(Py_TYPE(target.object)))
+        in_place.push_back(target.object);
+      continue;
+    }
+    if (!PyObject_HasAttrString(target.object, "copy_"))
+      value_error(target.name, "expected contiguous memory, got strides ", target.strides_text(),
+                  "; pass a contiguous array");
+    checked(PyObject_CallMethod(target.object, "copy_", "O", written[i].object));
+  }
+  if (in_place.empty()) return;
+  const Object list = checked(PyList_New(Py_ssize_t(in_place.size())));
+  for (size_t i = 0; i < in_place.size(); ++i)
+    PyList_SET_ITEM(list.get(), Py_ssize_t(i), Py_NewRef(in_place[i]));
+  checked(PyObject_CallOneArg(torch.increment_version, list.get()));
 }
 
 PyObject* Call::handed_over(const Output& output) {

@@ -57,10 +57,6 @@ std::vector<int64_t> sizes(const Tensors& tensors) {
   return list;
 }
 
-void write_back(Call& call, const Tensors& targets, const Tensors& written) {
-  for (size_t i = 0; i < targets.size(); ++i) call.write_back(targets[i], written[i]);
-}
-
 // Sums of squares, or None, and which of them are those of each tensor.
 struct Flags {
   Tensor squares;
@@ -100,11 +96,12 @@ PyObject* muon_momentum(Call& call) {
   check_lists(call, {{"grads", grads}, {"buffers", buffers}});
   flags.check(call, grads, false);
   check_writable({&buffers});
-  std::vector<Output> updates;
-  for (const Tensor& grad : grads)
-    updates.push_back(call.allocate(kFloat32, grad.ndim, grad.sizes));
+  // One tensor without gaps: a list of results is more than torch functionalises.
+  std::vector<int64_t> starts = {0};
+  for (const Tensor& grad : grads) starts.push_back(starts.back() + grad.count());
+  const Output updates = call.empty(kFloat32, {starts.back()});
   std::vector<float*> targets;
-  for (const Output& update : updates) targets.push_back(update.data<float>());
+  for (size_t i = 0; i < grads.size(); ++i) targets.push_back(updates.data<float>() + starts[i]);
   const Tensors from = dense(grads), moved = dense(buffers);
   const auto sources = addresses<const void>(from);
   const auto states = addresses<void>(moved);
@@ -119,8 +116,8 @@ PyObject* muon_momentum(Call& call) {
   p.grad_dtype = native(grads[0].dtype);
   p.buffer_dtype = native(buffers[0].dtype);
   call.run(kimi_muon_momentum, p);
-  write_back(call, buffers, moved);
-  return call.list(updates);
+  call.write_back(buffers, moved);
+  return call.result(updates);
 }
 
 PyObject* muon_update(Call& call) {
@@ -158,7 +155,7 @@ PyObject* muon_update(Call& call) {
   p.param_dtype = native(params[0].dtype);
   p.direction_dtype = native(directions[0].dtype);
   call.run(kimi_muon_update, p);
-  write_back(call, params, targets);
+  call.write_back(params, targets);
   return call.none();
 }
 
@@ -217,10 +214,10 @@ PyObject* adamw(Call& call) {
   p.grad_dtype = native(grads[0].dtype);
   p.workspace = call.workspace(kimi_adamw_workspace_bytes(&p, call.device()));
   call.run(kimi_adamw, p);
-  write_back(call, params, moved[0]);
-  write_back(call, exp_avgs, moved[1]);
-  write_back(call, exp_avg_sqs, moved[2]);
-  write_back(call, steps, steps);
+  call.write_back(params, moved[0]);
+  call.write_back(exp_avgs, moved[1]);
+  call.write_back(exp_avg_sqs, moved[2]);
+  call.write_back(steps, steps);
   if (p.measure) call.write_back(flags.squares, flags.squares);
   return call.none();
 }
@@ -268,6 +265,9 @@ PyObject* clip_factor(Call& call) {
   kimi_clip_factor_params p = {};
   p.max_norm = call.number("max_norm");
   if (!flags.squares) call.type_error("squares", "expected a torch.Tensor, got None");
+  if (flags.pieces.empty() || flags.pieces.size() % 2)
+    call.value_error("pieces", "expected two numbers for each of 1 tensor or more, got ",
+                     flags.pieces.size());
   const Tensors every(flags.pieces.size() / 2, flags.squares);
   flags.check(call, every, false);
   const Output factor = call.empty(kFloat32, {});

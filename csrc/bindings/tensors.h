@@ -174,7 +174,10 @@ class Call {
   bool reads(const Tensor& tensor) const;
   Tensor on_host(const Tensor& tensor);
   // After `run` wrote to `written`: the target itself, or a copy whose values it takes.
-  void write_back(const Tensor& target, const Tensor& written);
+  void write_back(const Tensor& target, const Tensor& written) {
+    write_back(std::vector<Tensor>{target}, std::vector<Tensor>{written});
+  }
+  void write_back(const std::vector<Tensor>& targets, const std::vector<Tensor>& written);
 
   PyObject* result(const Output& output, bool transposed = false);  // .mT of it
   PyObject* result(std::initializer_list<Output> outputs);          // a tuple

@@ -27,7 +27,7 @@ struct Decay {
 };
 struct Moments {
   Lerp first;
-  float beta2, one_less_beta2, root_of_correction, eps, step;
+  float beta2, one_less_beta2, inverse_root, eps, step;
   float scale;  // of the gradient; negative: maximize
   Decay decay;
 };
@@ -63,7 +63,7 @@ KIMI_HOST_DEVICE F adamw_of(const Moments& m, F param, F grad, F& first, F& seco
   const F g = O::mul(O::set(m.scale), grad);
   first = lerp<O>(m.first, first, g);
   second = O::fma(O::mul(O::set(m.one_less_beta2), g), g, O::mul(second, O::set(m.beta2)));
-  const F root = O::div(O::sqrt(second), O::set(m.root_of_correction));
+  const F root = O::mul(O::sqrt(second), O::set(m.inverse_root));
   const F step = O::div(O::mul(O::set(m.step), first), O::add(root, O::set(m.eps)));
   return O::add(decayed<O>(m.decay, param, first), step);
 }

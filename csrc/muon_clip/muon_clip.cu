@@ -205,7 +205,7 @@ Status adamw_cuda(const AdamwParams& p, void* stream) {
     for (int64_t t = 0; t < p.count; ++t) places[static_cast<size_t>(t)] = p.pieces[2 * t];
     const SquaresParams measured{p.grads,     p.sizes, places.data(), p.squares,
                                  p.workspace, p.count, p.grad_dtype};
-    KIMI_RETURN_IF_ERROR(squares_cuda(measured, stream));
+    KIMI_RETURN_IF_ERROR(sum_squares(measured, true, stream));
   }
   AdamwTable table{p, {}, 0};
   const auto fill = [&](AdamwEntry& e, int64_t t) {

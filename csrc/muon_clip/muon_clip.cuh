@@ -93,6 +93,9 @@ __device__ inline void store8(void* x, kimi_dtype dtype, int64_t i, const float 
     kimi::store8(static_cast<fp16*>(x) + i, v, count, wide);
 }
 
+// squares_cuda; `flags`: 0 for a sum, or NaN for one that is not finite.
+Status sum_squares(const SquaresParams& p, bool flags, void* stream);
+
 // Sums by halves over the block's threads; every one gets the sum.
 template <int kThreads>
 __device__ double block_tree(double mine, double (&sums)[kThreads]) {

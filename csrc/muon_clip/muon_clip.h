@@ -12,7 +12,8 @@
 // maximize: -g for g; scale: scale g for g, one product. cautious: the decay acts only where
 // d p > 0 (m p > 0). Everything is fp32 in registers, whatever the dtypes, and rounded once where it
 // is written. a + w (b - a) is fma(w, b - a, a) for w < 0.5, else fma(w - 1, b - a, b); p - rate d
-// is fma(-rate, d, p); v is fma((1 - b2) g, g, v b2); the quotient is added by one addition.
+// is fma(-rate, d, p); v is fma((1 - b2) g, g, v b2); sqrt(v) is multiplied by the inverse of
+// sqrt(1 - b2^t); the quotient is added by one addition.
 //
 // Nothing waits for a gradient's flag: tensors with a sum of squares that is not finite are left
 // alone by the passes themselves, and t counts what moved.
@@ -23,8 +24,8 @@
 //
 // Cost an element (fp32): momentum 12 bytes read and written beside the update's 4, update 12,
 // adamw 28, squares 4. Blocks of all tensors are shared out as one list: threads show in no bit.
-// adamw that measures goes over runs of tensors twice, the second time while their gradients are in
-// a cache.
+// adamw that measures looks for what is not finite in runs of tensors whose gradients stay in a
+// cache until it updates them.
 // Source: torch.optim.Muon, torch.optim.AdamW; cautious decay: arXiv 2411.16085.
 #pragma once
 
@@ -86,6 +87,7 @@ struct CpuEngine {
   void (*adamw)(const Moments& m, void* param, kimi_dtype param_dtype, const void* grad,
                 kimi_dtype grad_dtype, float* exp_avg, float* exp_avg_sq, int64_t n);
   double (*squares)(const void* x, kimi_dtype dtype, int64_t n);  // n <= kBlock
+  bool (*finite)(const void* x, kimi_dtype dtype, int64_t n);
 };
 KIMI_CPU_ENGINES(CpuEngine);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // muon_clip on a CPU: threads over blocks of all tensors.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "common/dtype.h"
@@ -41,23 +42,27 @@ class Blocks {
   int64_t first(int64_t tensor) const { return tensors_[size_t(tensor)].first; }
   int64_t end(int64_t tensor) const { return tensors_[size_t(tensor)].end; }
 
-  // body(tensor, begin, end, block) for the blocks of tensors [from, to); each thread takes those
-  // that it takes in every call with these numbers, backwards if asked to.
-  template <class Body>
-  void run(int64_t from, int64_t to, bool backwards, const Body& body) const {
-    const int64_t base = first(from);
-    cpu::parallel_for(end(to - 1) - base, kGrain, [&](int64_t begin, int64_t end) {
-      int64_t t = from;
+  // body(tensor, begin, end, block) for the blocks of tensors [from, to), and after each its share
+  // of beside(...) for those of [next_from, next_to). A thread takes the same share of a run of
+  // tensors in every call, in ascending or descending order.
+  template <class Body, class Beside>
+  void run(int64_t from, int64_t to, bool backwards, const Body& body, int64_t next_from,
+           int64_t next_to, const Beside& beside) const {
+    const int64_t first = first_of(from), count = first_of(to) - first;
+    const int64_t next = first_of(next_from), more = first_of(next_to) - next;
+    cpu::parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = base + (backwards ? begin + end - 1 - i : i);
-        if (i == begin) t = tensor_of(block);
-        while (block >= tensors_[size_t(t)].end) ++t;
-        while (block < tensors_[size_t(t)].first) --t;
-        const Tensor& tensor = tensors_[size_t(t)];
-        const int64_t item = (block - tensor.first) * tensor.unit;
-        body(t, item, std::min(tensor.items, item + tensor.unit), block);
+        const int64_t block = backwards ? begin + end - 1 - i : i;
+        call(first + block, body);
+        const int64_t low = more * block / count, high = more * (block + 1) / count;
+        for (int64_t j = low; j < high; ++j)
+          call(next + (backwards ? low + high - 1 - j : j), beside);
       }
     });
+  }
+  template <class Body>
+  void run(int64_t from, int64_t to, bool backwards, const Body& body) const {
+    run(from, to, backwards, body, to, to, body);
   }
   template <class Body>
   void run(const Body& body) const {
@@ -68,10 +73,17 @@ class Blocks {
   struct Tensor {
     int64_t items, unit, first, end;
   };
-  int64_t tensor_of(int64_t block) const {
-    const auto next = std::upper_bound(tensors_.begin(), tensors_.end(), block,
-                                       [](int64_t b, const Tensor& t) { return b < t.first; });
-    return next - tensors_.begin() - 1;
+  int64_t first_of(int64_t tensor) const {
+    if (tensor < int64_t(tensors_.size())) return first(tensor);
+    return tensors_.empty() ? 0 : tensors_.back().end;
+  }
+  template <class Body>
+  void call(int64_t block, const Body& body) const {
+    const auto after = std::upper_bound(tensors_.begin(), tensors_.end(), block,
+                                        [](int64_t b, const Tensor& t) { return b < t.first; });
+    const Tensor& tensor = *(after - 1);
+    const int64_t item = (block - tensor.first) * tensor.unit;
+    body(after - 1 - tensors_.begin(), item, std::min(tensor.items, item + tensor.unit), block);
   }
   std::vector<Tensor> tensors_;
 };
@@ -134,27 +146,38 @@ void adamw_cpu(const AdamwParams& p) {
   double* sums = static_cast<double*>(p.workspace);
   std::vector<Moments> moments(size_t(p.count));
   std::vector<char> alive(size_t(p.count));
+  const auto check = [&](int64_t t, int64_t begin, int64_t end, int64_t block) {
+    const void* grad = at(p.grads[t], p.grad_dtype, begin);
+    sums[block] = engine.finite(grad, p.grad_dtype, end - begin) ? 0.0 : std::nan("");
+  };
+  const auto update = [&](int64_t t, int64_t begin, int64_t end, int64_t) {
+    if (alive[size_t(t)])
+      engine.adamw(moments[size_t(t)], at(p.params[t], p.param_dtype, begin), p.param_dtype,
+                   at(p.grads[t], p.grad_dtype, begin), p.grad_dtype, p.exp_avgs[t] + begin,
+                   p.exp_avg_sqs[t] + begin, end - begin);
+  };
+  // One run of tensors is updated while the next one's gradients are looked at: each thread finds
+  // what it looked at in its cache, the last first.
   const int64_t cached = p.measure ? kCached * cpu::num_threads() : INT64_MAX;
-  for (int64_t from = 0, to; from < p.count; from = to) {
-    to = from;
-    for (int64_t elements = 0; to < p.count && elements < cached; ++to) elements += p.sizes[to];
-    if (p.measure)
-      blocks.run(from, to, false, [&](int64_t t, int64_t begin, int64_t end, int64_t block) {
-        sums[block] =
-            engine.squares(at(p.grads[t], p.grad_dtype, begin), p.grad_dtype, end - begin);
-      });
+  const auto end_of_run = [&](int64_t t) {
+    for (int64_t elements = 0; t < p.count && elements < cached; ++t) elements += p.sizes[t];
+    return t;
+  };
+  bool backwards = false;
+  int64_t from = 0, to = end_of_run(0);
+  if (p.measure) blocks.run(from, to, backwards, check);
+  while (from < p.count) {
     for (int64_t t = from; t < to; ++t) {
       if (p.measure)
         p.squares[p.pieces[2 * t]] = sum_of_blocks(sums, blocks.first(t), blocks.end(t));
       alive[size_t(t)] = moves(p.squares, p.pieces, t);
       if (alive[size_t(t)]) moments[size_t(t)] = moments_of(p, *p.steps[t] += 1);
     }
-    blocks.run(from, to, p.measure != 0, [&](int64_t t, int64_t begin, int64_t end, int64_t) {
-      if (alive[size_t(t)])
-        engine.adamw(moments[size_t(t)], at(p.params[t], p.param_dtype, begin), p.param_dtype,
-                     at(p.grads[t], p.grad_dtype, begin), p.grad_dtype, p.exp_avgs[t] + begin,
-                     p.exp_avg_sqs[t] + begin, end - begin);
-    });
+    backwards = !backwards && p.measure;
+    const int64_t next = end_of_run(to);
+    blocks.run(from, to, backwards, update, to, p.measure ? next : to, check);
+    from = to;
+    to = next;
   }
 }
 

@@ -89,7 +89,19 @@ double squares(const void* x, kimi_dtype dtype, int64_t n) {
 }
 
 template <class O>
-constexpr CpuEngine kEngine = {momentum<O>, update<O>, adamw<O>, squares<O>};
+bool finite(const void* x, kimi_dtype dtype, int64_t n) {
+  return dispatch(dtype, [&]<class T>() {
+    const T* from = static_cast<const T*>(x);
+    auto zeros = O::set(0.0f);  // times anything finite they stay
+    cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
+      zeros = O::fma(O::load(from + j, left), O::set(0.0f), zeros);
+    });
+    return O::bits(O::is_nan(zeros)) == 0;
+  });
+}
+
+template <class O>
+constexpr CpuEngine kEngine = {momentum<O>, update<O>, adamw<O>, squares<O>, finite<O>};
 
 }  // namespace
 }  // namespace kimi::muon_clip_cpu

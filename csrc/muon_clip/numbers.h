@@ -54,7 +54,7 @@ KIMI_HOST_DEVICE Moments moments_of(const AdamwParams& p, float step) {
   return {lerp_by(1 - p.beta1),
           float(p.beta2),
           float(1 - p.beta2),
-          float(sqrt(second)),
+          float(1 / sqrt(second)),
           float(p.eps),
           float(-lr / first),
           p.maximize ? -scale : scale,

@@ -22,6 +22,7 @@ constexpr int kThreads = kPartials / kRun;
 struct SquaresNumbers {
   double *sums, *squares;  // of blocks and of tensors
   kimi_dtype dtype;
+  bool flags;
 };
 struct SquaresEntry {
   const void* x;
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kBlockLanes)
 #pragma unroll 8
   for (int64_t b = threadIdx.x; b < blocks; b += kBlockLanes) mine += sums[b];
   const double sum = block_tree(mine, shared);
-  if (threadIdx.x == 0) table.numbers.squares[e.place] = sum;
+  if (threadIdx.x == 0) table.numbers.squares[e.place] = table.numbers.flags ? sum - sum : sum;
 }
 
 struct ClipNumbers {
@@ -93,8 +94,8 @@ __global__ void __launch_bounds__(kTensorLanes)
 
 }  // namespace
 
-Status squares_cuda(const SquaresParams& p, void* stream) {
-  SquaresTable table{{static_cast<double*>(p.workspace), p.squares, p.dtype}, {}, 0};
+Status muon_clip_cuda::sum_squares(const SquaresParams& p, bool flags, void* stream) {
+  SquaresTable table{{static_cast<double*>(p.workspace), p.squares, p.dtype, flags}, {}, 0};
   const auto fill = [&](SquaresEntry& e, int64_t t) {
     e = {p.x[t], p.sizes[t], p.places[t], 0};
     return blocks_of(e.size);
@@ -106,6 +107,10 @@ Status squares_cuda(const SquaresParams& p, void* stream) {
     full.numbers.sums += blocks;
     return Status::ok();
   });
+}
+
+Status squares_cuda(const SquaresParams& p, void* stream) {
+  return muon_clip_cuda::sum_squares(p, false, stream);
 }
 
 Status clip_factor_cuda(const ClipFactorParams& p, void* stream) {

@@ -34,7 +34,7 @@ struct List {
 
 struct Results {
   List param, grad, buffer, update, exp_avg, exp_avg_sq, copy;
-  double squares[kCount] = {}, measured[2 * kCount] = {};
+  double squares[kCount] = {}, plain_squares[kCount] = {}, measured[2 * kCount] = {-1};
   float steps[kCount] = {0, 1, 2, 3, 4}, factor = 0;
 
   Results(kimi_dtype param_dtype, kimi_dtype grad_dtype, kimi_dtype buffer_dtype)
@@ -51,6 +51,7 @@ struct Results {
     const List* others[] = {&other.param,   &other.buffer,     &other.update,
                             &other.exp_avg, &other.exp_avg_sq, &other.copy};
     bool same = std::memcmp(squares, other.squares, sizeof squares) == 0 &&
+                std::memcmp(plain_squares, other.plain_squares, sizeof squares) == 0 &&
                 std::memcmp(measured, other.measured, sizeof measured) == 0 &&
                 std::memcmp(steps, other.steps, sizeof steps) == 0 && factor == other.factor;
     for (int l = 0; l < 6; ++l)
@@ -83,7 +84,7 @@ bool run(Results& r, bool nesterov, bool maximize, bool cautious) {
   update.param_dtype = r.param.tensors[0].dtype, update.direction_dtype = KIMI_FLOAT32;
   if (kimi_muon_update(&update, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
 
-  // Measured at the first of two places each.
+  // Flags are written to the first of two places each.
   const int64_t pieces[] = {0, 2, 2, 4, 4, 6, 6, 8, 8, 10}, places[] = {0, 1, 2, 3, 4};
   std::vector<float*> steps;
   for (float& step : r.steps) steps.push_back(&step);
@@ -107,9 +108,13 @@ bool run(Results& r, bool nesterov, bool maximize, bool cautious) {
   squares.places = places, squares.squares = r.squares, squares.dtype = KIMI_FLOAT32;
   squares.workspace = workspace.data();
   if (kimi_squares(&squares, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
+  squares.x = r.grad.list<const void>(), squares.dtype = r.grad.tensors[0].dtype;
+  squares.squares = r.plain_squares;
+  if (kimi_squares(&squares, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
 
   kimi_clip_factor_params clip = {};
-  clip.squares = r.measured, clip.pieces = pieces, clip.count = kCount, clip.factor = &r.factor;
+  const int64_t whole[] = {0, 1, 1, 2, 2, 3, 3, 4, 4, 5};
+  clip.squares = r.plain_squares, clip.pieces = whole, clip.count = kCount, clip.factor = &r.factor;
   clip.max_norm = 1.0, clip.workspace = workspace.data();
   return kimi_clip_factor(&clip, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
 }
@@ -150,8 +155,8 @@ void test_formulas(Results& r, const Results& start, bool nesterov, bool maximiz
       plain += r.grad.tensors[t].get(i) * r.grad.tensors[t].get(i);
     }
     all += plain;
-    ok = ok && close(r.squares[t], sum, 1e-12) && close(r.measured[2 * t], plain, 1e-12) &&
-         r.measured[2 * t + 1] == 0 && r.steps[t] == float(t + 1);
+    ok = ok && close(r.squares[t], sum, 1e-12) && close(r.plain_squares[t], plain, 1e-12) &&
+         r.measured[2 * t] == 0 && r.steps[t] == float(t + 1);
   }
   ok = ok && close(r.factor, 1 / std::sqrt(all), 1e-6);
   // Elements between the rows of a strided parameter stay as they were, but for AdamW's pass.

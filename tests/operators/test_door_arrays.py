@@ -15,6 +15,7 @@ from tests.operators.calls import PLAN, f, i
 
 C = _native._C
 GATE = (2, "sigmoid", None, 1, 1, 2, True, 1.0, None)
+NO_FLAGS = None, [], None, None  # of muon_update_
 F32 = np.float32
 
 
@@ -52,8 +53,9 @@ def test_arrays_give_arrays_with_the_same_bits():
         assert ours.ctypes.data % 64 == 0 and np.array_equal(ours, theirs.numpy())
     out = np.full((6, 5), 9, F32)
     assert C.grouped_gemm_out(*product(), None, out) is None and (out == 8).all()
-    (update,) = C.muon_momentum_([np.ones((2, 3), F32)], [np.zeros((2, 3), F32)], 0.5, False, False)
-    assert type(update) is np.ndarray and (update == update[0, 0]).all() and update[0, 0] > 0
+    arrays = [np.ones((2, 3), F32)], [np.zeros((2, 3), F32)]
+    update = C.muon_momentum_(*arrays, 0.5, False, False, None, [])
+    assert type(update) is np.ndarray and (update == update[0]).all() and update[0] > 0
 
 
 def test_arrays_and_tensors_mix():
@@ -103,8 +105,8 @@ def test_outputs_that_may_not_be_written_are_left_alone():
     [
         lambda x: C.update_expert_bias_(x[0], np.arange(4, dtype=np.int32), 0.1, False),
         lambda x: C.clip_rows_([x], np.full(2, 9, F32), [2, 1], [0, 2, 2, 0, 2, 0], [0.5], 1.0),
-        lambda x: C.muon_momentum_([np.ones((4, 4), F32)], [x], 0.5, False, False),
-        lambda x: C.muon_update_([x], [np.ones((4, 4), F32)], [0.5], 0.0, False),
+        lambda x: C.muon_momentum_([np.ones((4, 4), F32)], [x], 0.5, False, False, None, []),
+        lambda x: C.muon_update_([x], [np.ones((4, 4), F32)], [0.5], 0.0, False, *NO_FLAGS),
     ],
 )
 def test_read_only_arrays_are_not_written(write):
@@ -213,8 +215,8 @@ def test_names_and_dtypes():
     [
         lambda: kimi_ops.z_loss(f(4, 16), coefficient=10**400),
         lambda: C.grouped_gemm(*product(), None, []),
-        lambda: C.squares(3),
-        lambda: C.muon_update_([f(2, 2)], [f(2, 2)], ["x"], 0.1, False),
+        lambda: C.squares_(f(1).double(), 3, [0, 1], [1]),
+        lambda: C.muon_update_([f(2, 2)], [f(2, 2)], ["x"], 0.1, False, *NO_FLAGS),
         lambda: C.newton_schulz([f(4, 4)], [1.0, 1.0, 1.0], [1.5], 0, torch.float32, 1e-7),
     ],
 )
@@ -237,7 +239,7 @@ def test_restarts_beyond_32_bits():
     "write",
     [
         lambda x: C.clip_rows_([x], f(2) + 9, [2, 1], [0, 2, 2, 0, 2, 0], [0.5], 1.0),
-        lambda x: C.muon_update_([x], [torch.ones(4, 4)], [0.5], 0.0, False),
+        lambda x: C.muon_update_([x], [torch.ones(4, 4)], [0.5], 0.0, False, *NO_FLAGS),
     ],
 )
 def test_expanded_tensors_are_not_written(write):
@@ -260,13 +262,15 @@ def _ends_well(code):
 def test_tensors_of_many_dimensions():
     assert _ends_well("""
 x = torch.ones((1,) * 12)
-(update,) = torch.ops.kimi_ops.muon_momentum_([x], [x.clone()], 0.9, False, False)
-print("" if update.shape == x.shape else "wrong")
+update = torch.ops.kimi_ops.muon_momentum_([x], [x.clone()], 0.9, False, False, None, [])
+print("" if update.shape == (1,) else "wrong")
 """)
 
 
 def test_lists_made_on_the_way():
-    code = "x = _C.squares(torch.full((1000,), float(n)) for n in range(50))\n"
+    code = "x, edges = torch.zeros(50).double(), [n // 2 for n in range(1, 101)]\n"
+    code += "made = (torch.full((1000,), float(n)) for n in range(50))\n"
+    code += "_C.squares_(x, made, edges, [1000] * 50)\n"
     code += "print('' if x.equal(torch.arange(50.0).double() ** 2 * 1000) else 'wrong')"
     assert _ends_well(code)
 
@@ -279,7 +283,9 @@ class Changes:
         junk.extend(torch.full((1000,), 7.0) for _ in range(50))
         return np.ones(1000, np.float32).__dlpack__(**options)
 junk, tensors = [], [torch.full((1000,), 2.0), Changes()]
-print("" if _C.squares(tensors).tolist() == [4000, 1000] else "wrong")
+sums = torch.zeros(2).double()
+_C.squares_(sums, tensors, [0, 1, 1, 2], [1000, 1000])
+print("" if sums.tolist() == [4000, 1000] else "wrong")
 """)
 
 

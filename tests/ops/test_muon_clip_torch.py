@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kimi_ops import MuonClip
 from kimi_ops.optim import engine as passes
 from kimi_ops.reference import muon_clip as twin
 
@@ -195,12 +196,13 @@ def test_adamw_measures_before_it_moves(engine, dtype):
         "cautious": True,
     }  # fmt: skip
     pieces = [range(i, i + 1) for i in range(6)]
-    squares = torch.zeros(6).double()
+    squares = torch.ones(6).double()
     alone = {"squares": passes.squares(grads), "pieces": pieces}
     passes.adamw_(theirs[0], grads, *theirs[1:], **keys, **alone)
     alone = {"squares": squares, "pieces": pieces}
     passes.adamw_(ours[0], grads, *ours[1:], **keys, **alone, measure=True)
-    assert torch.equal(squares.nan_to_num(), passes.squares(grads).nan_to_num())
+    assert torch.isfinite(squares).tolist() == [True, False, True, True, True, False]
+    assert torch.equal(squares.nan_to_num(), torch.zeros_like(squares))
     assert all(equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert torch.equal(ours[0][1], params[1]) and not torch.equal(ours[0][3], params[3])
 
@@ -244,7 +246,6 @@ def test_the_factor_that_clips_counts_no_tensor_that_is_left_alone(engine):
 
 
 def test_opcheck():
-    checks = ("test_schema", "test_faketensor")
     x, y = [torch.randn(3, 4), torch.randn(5, 6)], [torch.randn(3, 4), torch.randn(5, 6)]
     z = [torch.rand(3, 4), torch.rand(5, 6)]
     squares, pieces = torch.tensor([1.0, 2.0]).double(), [0, 1, 1, 2]
@@ -257,7 +258,25 @@ def test_opcheck():
         (ops.squares_.default, (squares, x, pieces, [12, 30])),
         (ops.clip_factor.default, (squares, pieces, 0.5)),
     ):  # fmt: skip
-        torch.library.opcheck(op, arguments, test_utils=checks)
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, on what it leaves out of its graphs
+def test_a_compiled_step_is_the_step():
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        params = [torch.nn.Parameter(torch.randn(s)) for s in ((6, 8), (2, 4, 6), (9,))]
+        groups = [{"params": params[:2]}, {"params": params[2:], "algorithm": "adamw"}]
+        optimizer = MuonClip(groups, lr=0.1, ns_dtype="float32")
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            step()
+        state = optimizer.state
+        results.append([*params, *(x for p in params for x in state[p].values())])
+    assert equal(*results)
 
 
 X = [torch.ones(2, 3)]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import kimi_ops
 from kimi_ops import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
+from kimi_ops.operators.muon_clip import unpacked
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
@@ -366,6 +367,7 @@ def optimizer_passes(dtype, grad, cautious):
     sums[1] = torch.inf if cautious else 4.0
     flags, scale = (sums, edges), ops.clip_factor(sums, edges, 3.0)
     updates = ops.muon_momentum_(grads, buffers, 0.95, cautious, not cautious, *flags)
+    updates = unpacked(updates, grads)
     ops.muon_update_(params, updates, [0.1, 0.02, 0.3], 0.01, cautious, *flags, None, None)
     options = 0.01, 0.9, 0.95, 1e-8, 0.1, not cautious, cautious
     moments = grads, buffers, squares, steps

@@ -201,7 +201,10 @@ def test_written_tensors_tell_their_version():
         (lambda x: kimi_ops.grouped_gemm(a, b, offsets, out=x), messages.f(6, 5)),
         (lambda x: kimi_ops.grouped_gemm_wgrad(a, dc, offsets, out=x), messages.f(2, 8, 5)),
         (lambda x: torch.ops.kimi_ops.clip_rows_([x], **clip), messages.f(12, 3)),
-        (lambda x: torch.ops.kimi_ops.muon_momentum_([x], [x], 0.9, True, False), messages.f(4, 6)),
+        (
+            lambda x: torch.ops.kimi_ops.muon_momentum_([x], [x], 0.9, True, False, None, []),
+            messages.f(4, 6),
+        ),
     ):
         before = target._version
         write(target)

@@ -207,6 +207,7 @@ TEST(adamw) {
           });
       Flags flags(count);
       if (measure) flags.squares.assign(2 * count, 0.0);
+      for (size_t t = 0; measure && t < count; ++t) flags.squares[2 * t] = -1.0;
       std::vector<float> steps(count);
       std::vector<float*> counters;
       for (size_t t = 0; t < count; ++t) {
@@ -231,8 +232,8 @@ TEST(adamw) {
       for (size_t t = 0; t < count; ++t) {
         const float before = static_cast<float>(t == 3 ? 100000 : t);
         if (measure) {
-          const double sum = expected_sum(grads.at[t], grad, kSizes[t]);
-          require(std::memcmp(&sum, &flags.squares[2 * t], sizeof sum) == 0, "squares");
+          const double flag = flags.squares[2 * t];
+          require(Flags::moves(t) ? flag == 0.0 : std::isnan(flag), "flags");
         }
         require(steps[t] == before + (Flags::moves(t) ? 1.0f : 0.0f), "steps");
         if (Flags::moves(t))

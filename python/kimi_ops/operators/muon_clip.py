@@ -10,8 +10,14 @@ from torch import Tensor
 from kimi_ops.operators.registry import Operator
 
 
-def _updates(grads: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    return [grad.new_empty(grad.shape, dtype=torch.float32) for grad in grads]
+def _updates(grads: Sequence[Tensor], *_: Any) -> Tensor:
+    return grads[0].new_empty((sum(grad.numel() for grad in grads),), dtype=torch.float32)
+
+
+def unpacked(updates: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
+    """The updates that `muon_momentum_` gives as one tensor, as views in the gradients' shapes."""
+    parts = updates.split([grad.numel() for grad in grads])
+    return [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)]
 
 
 def _nothing(*_: Any) -> None:
@@ -24,7 +30,7 @@ def _factor(squares: Tensor, *_: Any) -> Tensor:
 
 muon_momentum_ = Operator(
     "muon_momentum_(Tensor[] grads, Tensor(a!)[] buffers, float momentum, bool nesterov, "
-    "bool maximize, Tensor? squares, int[] pieces) -> Tensor[]",
+    "bool maximize, Tensor? squares, int[] pieces) -> Tensor",
     _updates,
 )
 muon_update_ = Operator(

@@ -163,7 +163,7 @@ def momenta_(
             chosen = [[x[i] for i in members] for x in (grads, buffers)]
             flags = _flags(squares, pieces, members, chosen[0][0])
             done = muon_clip.muon_momentum_(*chosen, momentum, nesterov, maximize, *flags)
-            updates.update(zip(members, done, strict=True))
+            updates.update(zip(members, muon_clip.unpacked(done, chosen[0]), strict=True))
             continue
         for i in members:
             alive = _alive(squares, pieces, i, grads[i])
@@ -224,7 +224,8 @@ def adamw_(
     scale: Tensor | None = None,
 ) -> None:
     """One AdamW update of each parameter, with `scale` times the gradients; `steps` count them.
-    `measure` writes the sum of squares of each gradient to the first of its pieces before."""
+    `measure` finds out before which gradients are finite, and the first of their pieces of
+    `squares` becomes so or not."""
     for members, native in _alike(params, grads, exp_avgs, exp_avg_sqs, steps):
         lists = [[x[i] for i in members] for x in (params, grads, exp_avgs, exp_avg_sqs, steps)]
         device = lists[0][0].device

@@ -264,7 +264,7 @@ class MuonClip(torch.optim.Optimizer):
         shards = self._shards
         shards.update(self.param_groups)
         alone = not shards.circles
-        present = shards.present()
+        present = [] if alone else shards.present()
         gradients = {} if alone else shards.gradients(present)
         work = [(list(self._work(group, gradients)), group) for group in self.param_groups]
         squares = measured(work, shards) if alone else shards.squares(gradients)

@@ -35,9 +35,9 @@ class Work:
 def measured(work: list[tuple[list[Work], dict[str, Any]]], shards: Shards) -> Tensor:
     """The squared norms of the gradients of one process, [pieces], zeros where there is none.
 
-    Those of AdamW groups come from the update itself, which meets the gradients in a cache, unless
-    their norm clips. Elsewhere only finite or not is asked, so a whole gradient counts as one
-    piece.
+    AdamW groups whose norm does not clip are left to the update itself, which looks for what is
+    not finite while gradients are in a cache. Of Muon groups, too, only that is asked: a whole
+    gradient counts as one piece.
     """
     device = shards.pieces[0].param.device if shards.pieces else torch.device("cpu")
     squares = torch.zeros(len(shards.pieces), dtype=torch.float64, device=device)
