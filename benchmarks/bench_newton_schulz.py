@@ -2,10 +2,10 @@
 """newton_schulz against torch.optim.Muon's, and the same iteration in eager and compiled torch.
 
 Peers: "torch" is what torch.optim.Muon runs on a matrix, one matrix after the other; "batched" the
-same quintic on the stack, "compiled" that through torch.compile. All in bf16, five steps of the
-quintic from an fp32 matrix. TFLOP/s counts the operations that the standard form needs (20 m^2 n +
-10 m^3), whatever a method saves; "real" counts what it does. Roof: torch's large
-dense bf16 product in the same run.
+same quintic on the stack, "compiled" that through torch.compile. Peers in bf16, kimi_ops in what
+the case says; five steps of the quintic from an fp32 matrix. TFLOP/s counts the operations that the
+standard form needs (20 m^2 n + 10 m^3), whatever a method saves; "real" counts what it does. Roof:
+torch's large dense bf16 product in the same run.
 
     python -m benchmarks.bench_newton_schulz [--help]
 """
@@ -43,7 +43,7 @@ def quintic(g: Tensor) -> Tensor:
 def ways(case: MatrixCase, device: str, compiled: bool) -> Functions:
     g = torch.randn(case.count, case.rows, case.cols, device=device)
     named: Functions = {
-        "kimi_ops": lambda: newton_schulz(g, method=case.method, dtype=torch.bfloat16)
+        "kimi_ops": lambda: newton_schulz(g, method=case.method, dtype=getattr(torch, case.dtype))
     }
     named["torch"] = lambda: torch_muon(g)
     named["batched"] = lambda: quintic(g)
@@ -56,7 +56,7 @@ def ways(case: MatrixCase, device: str, compiled: bool) -> Functions:
 def compare(session: Session) -> None:
     table, real = session.table("newton_schulz"), []
     roof = session.peak(torch.bfloat16)
-    for case in session.select(matrix_cases(session.quick)):
+    for case in session.select(matrix_cases(session.quick, session.device)):
         shape = (case.count, case.rows, case.cols)
         work = ns_flops(shape, 5, "standard")
         named = ways(case, session.device, session.compiled)

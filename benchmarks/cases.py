@@ -268,14 +268,22 @@ class MatrixCase:
     cols: int
     count: int = 1
     method: str = "symmetric"  # | "gram" | "standard"
+    dtype: str = "bfloat16"
 
     def __str__(self) -> str:
         times = f" x {self.count}" if self.count > 1 else ""
-        return f"{self.rows} x {self.cols}{times}, {self.method}"
+        kind = "" if self.dtype == "bfloat16" else f" {self.dtype}"
+        return f"{self.rows} x {self.cols}{times}, {self.method}{kind}"
 
 
-def matrix_cases(quick: bool) -> list[MatrixCase]:
+def matrix_cases(quick: bool, device: str = "cpu") -> list[MatrixCase]:
     """Kimi K2's experts, attention projections, and single heads of them."""
+    if device == "cuda":
+        shapes = [(2048, 7168, 48), (576, 7168, 1), (128, 512, 128), (192, 1536, 64)]
+        if not quick:
+            shapes += [(2048, 7168, 1), (1536, 7168, 1), (128, 512, 1), (64, 512, 1024)]
+        ways = [("gram", "float16"), ("standard", "bfloat16")]
+        return [MatrixCase(*shape, *way) for shape in shapes for way in ways]
     if quick:
         return [
             MatrixCase(576, 1536), MatrixCase(192, 1536, 8), MatrixCase(576, 1536, 1, "gram")

@@ -13,9 +13,9 @@ extern "C" {
 
 /* ---- newton_schulz: matrices with singular values near 1 ------------------------------------- */
 
-/* csrc/newton_schulz/newton_schulz.h defines the mathematics and the order of the sums. On a CPU;
- * workspaces are 64-byte aligned and hold for the number of threads that was set when their size
- * was asked for. */
+/* csrc/newton_schulz/newton_schulz.h defines the mathematics and the order of the sums. Workspaces
+ * are 64-byte aligned and hold for the number of threads that was set when their size
+ * was asked for, or for the device that was current then. */
 
 /* D = alpha A B + beta C + delta I, summed in fp32 and rounded once. D may lie on A, B or C; on a
  * GPU on C alone. */
@@ -48,7 +48,8 @@ typedef struct kimi_newton_schulz_params {
   void* const* x;       /* out [E] pointers, x_dtype; may be g where strides and dtypes agree */
   const float* coefficients; /* [steps, 3]: a, b, c of each step */
   const int32_t* restarts;   /* [num_restarts] ascending, 1..steps-1; gram only */
-  void* workspace;           /* kimi_newton_schulz_workspace_bytes() */
+  void* workspace;           /* kimi_newton_schulz_workspace_bytes(); CUDA: 1 GiB at most, or what
+                                one matrix takes: two X and four [m, m] in dtype */
   int64_t num_matrices;      /* E */
   int64_t rows, cols;
   int64_t g_row_stride, g_col_stride, x_row_stride, x_col_stride;
@@ -65,12 +66,12 @@ KIMI_API kimi_status kimi_newton_schulz(const kimi_newton_schulz_params* params,
 
 /* ---- qk_clip: the largest attention logits, and the scaling that bounds them ----------------- */
 
-/* csrc/qk_clip/qk_clip.h defines the mathematics. On a CPU. */
+/* csrc/qk_clip/qk_clip.h defines the mathematics. */
 typedef struct kimi_attention_max_logits_params {
   const void* q;     /* [B, heads, queries, dim] dtype, any strides, in elements */
   const void* k;     /* [B, kv_heads, keys, dim] dtype, any strides */
   float* max_logits; /* out [heads] */
-  void* workspace;   /* kimi_attention_max_logits_workspace_bytes(), 64-byte aligned */
+  void* workspace;   /* kimi_attention_max_logits_workspace_bytes(), 64-byte aligned; a CPU's */
   int64_t batch, heads, kv_heads, queries, keys, dim; /* kv_heads divides heads */
   int64_t q_batch_stride, q_head_stride, q_row_stride, q_col_stride;
   int64_t k_batch_stride, k_head_stride, k_row_stride, k_col_stride;
@@ -85,27 +86,52 @@ KIMI_API size_t kimi_attention_max_logits_workspace_bytes(
 KIMI_API kimi_status kimi_attention_max_logits(const kimi_attention_max_logits_params* params,
                                                kimi_device device, void* stream);
 
-/* Rows first..last-1 of every head's rows of the weight, times the factor of the head. */
-typedef struct kimi_scale_rows_params {
-  void* weight;         /* in, out [heads, rows_of_head, cols] dtype, row_stride between rows */
-  const float* factors; /* [heads]; rows with a factor of 1 are not written */
-  int64_t heads, rows_of_head, first, last, cols, row_stride;
-  kimi_dtype dtype;
-} kimi_scale_rows_params;
+/* The heads of one layer, which follow those of the layer before. Of `members` neighbouring heads,
+ * which divide `heads`, the smallest gamma counts for all. */
+typedef struct kimi_clip_layer {
+  int32_t heads, members;
+} kimi_clip_layer;
 
-KIMI_API kimi_status kimi_scale_rows(const kimi_scale_rows_params* params, kimi_device device,
-                                     void* stream);
+/* Rows first_row .. of a projection [blocks, block_rows, cols]: of each head's block the first
+ * `shared` rows take gamma^power and the `whole` next ones gamma. A bias has one column. */
+typedef struct kimi_clip_weight {
+  void* weight; /* in, out [rows, cols] dtype, row_stride between rows */
+  int64_t first_row, rows, cols, row_stride;
+  int32_t layer;              /* its number */
+  int32_t blocks, block_rows; /* blocks divide the layer's heads: of queries or of keys */
+  int32_t shared, whole;
+  float power; /* 0..1 */
+  kimi_dtype dtype;
+} kimi_clip_weight;
+
+/* Layers and weights are read on the host. */
+typedef struct kimi_clip_rows_params {
+  const kimi_clip_layer* layers;   /* [num_layers] */
+  const kimi_clip_weight* weights; /* [num_weights], in the order of the layers */
+  const float* max_logits;         /* [H] of all layers */
+  float* gamma;                    /* out [H] */
+  int64_t num_layers, num_weights;
+  float tau; /* positive */
+} kimi_clip_rows_params;
+
+KIMI_API kimi_status kimi_clip_rows(const kimi_clip_rows_params* params, kimi_device device,
+                                    void* stream);
 
 /* ---- muon_clip: the elementwise passes of the optimizer -------------------------------------- */
 
-/* csrc/muon_clip/muon_clip.h defines the mathematics. On a CPU. Tensors come as lists of `count`
- * pointers, each tensor dense with `sizes` elements. */
+/* csrc/muon_clip/muon_clip.h defines the mathematics. Tensors come as lists of `count` pointers,
+ * each tensor dense with `sizes` elements; the lists themselves lie on the host.
+ *
+ * `squares` (on the device, as all tensors) are sums of squares of pieces of gradients, and those
+ * of tensor t are pieces[2 t] .. pieces[2 t + 1] - 1. A tensor with one that is not finite is left
+ * alone, its state too. squares NULL: none is. */
 typedef struct kimi_muon_momentum_params {
   const void* const* grads; /* grad_dtype */
   void* const* buffers;     /* in, out buffer_dtype */
-  float* const* updates;    /* out: what Newton-Schulz takes */
+  float* const* updates;    /* out: what Newton-Schulz takes; zeros of a tensor left alone */
   const int64_t* sizes;     /* [count] */
-  double* squares;          /* out [count] sums of the updates' squares, or NULL */
+  const double* squares;    /* or NULL */
+  const int64_t* pieces;    /* [count, 2] */
   int64_t count;
   double momentum;
   int32_t nesterov, maximize; /* 0 or 1 */
@@ -121,6 +147,10 @@ typedef struct kimi_muon_update_params {
   void* const* copies;           /* out bf16, laid out as the parameters, or NULL */
   const int64_t* shapes;         /* [count, 4]: rows, columns, row stride of param and direction */
   const double* rates;           /* [count] */
+  const double* lr;              /* on the device, a factor of rates and decay; NULL: 1 */
+  const double* weight_decay;    /* on the device, a factor of decay; NULL: 1 */
+  const double* squares;         /* or NULL */
+  const int64_t* pieces;         /* [count, 2] */
   int64_t count;
   double decay;     /* lr times weight decay */
   int32_t cautious; /* 0 or 1 */
@@ -131,31 +161,57 @@ KIMI_API kimi_status kimi_muon_update(const kimi_muon_update_params* params, kim
                                       void* stream);
 
 typedef struct kimi_adamw_params {
-  void* const* params;       /* in, out param_dtype */
-  const void* const* grads;  /* grad_dtype */
-  float* const* exp_avgs;    /* in, out */
-  float* const* exp_avg_sqs; /* in, out */
-  const int64_t* sizes;      /* [count] */
-  const int64_t* steps;      /* [count], from 1 */
+  void* const* params;               /* in, out param_dtype */
+  const void* const* grads;          /* grad_dtype */
+  float* const* exp_avgs;            /* in, out */
+  float* const* exp_avg_sqs;         /* in, out */
+  float* const* steps;               /* in, out: updates so far, a number each, on the device */
+  const int64_t* sizes;              /* [count] */
+  const double* lr_factor;           /* on the device; NULL: 1 */
+  const double* weight_decay_factor; /* on the device; NULL: 1 */
+  const float* scale;                /* on the device: a factor of the gradients; NULL: 1 */
+  double* squares;                   /* or NULL */
+  const int64_t* pieces;             /* [count, 2] */
+  void* workspace; /* kimi_adamw_workspace_bytes(), 8-byte aligned; measure alone */
   int64_t count;
   double lr, beta1, beta2, eps, weight_decay;
   int32_t maximize, cautious; /* 0 or 1 */
+  int32_t measure; /* 1: squares of each gradient, as a whole, are written to its first piece */
   kimi_dtype param_dtype, grad_dtype;
 } kimi_adamw_params;
 
+KIMI_API size_t kimi_adamw_workspace_bytes(const kimi_adamw_params* params, kimi_device device);
 KIMI_API kimi_status kimi_adamw(const kimi_adamw_params* params, kimi_device device, void* stream);
 
-/* squares[t] = the sum of x[t]^2, in fp64. */
+/* squares[places[t]] = the sum of x[t]^2, in fp64. */
 typedef struct kimi_squares_params {
-  const void* const* x; /* dtype */
-  const int64_t* sizes; /* [count] */
-  double* squares;      /* out [count] */
+  const void* const* x;  /* dtype */
+  const int64_t* sizes;  /* [count] */
+  const int64_t* places; /* [count] */
+  double* squares;       /* out */
+  void* workspace;       /* kimi_squares_workspace_bytes(), 8-byte aligned */
   int64_t count;
   kimi_dtype dtype;
 } kimi_squares_params;
 
+KIMI_API size_t kimi_squares_workspace_bytes(const kimi_squares_params* params, kimi_device device);
 KIMI_API kimi_status kimi_squares(const kimi_squares_params* params, kimi_device device,
                                   void* stream);
+
+/* min(1, max_norm / norm): what bounds the norm of gradients, those left alone not counted. */
+typedef struct kimi_clip_factor_params {
+  const double* squares;
+  const int64_t* pieces; /* [count, 2] */
+  float* factor;         /* out, one */
+  void* workspace;       /* kimi_clip_factor_workspace_bytes(), 8-byte aligned */
+  int64_t count;
+  double max_norm;
+} kimi_clip_factor_params;
+
+KIMI_API size_t kimi_clip_factor_workspace_bytes(const kimi_clip_factor_params* params,
+                                                 kimi_device device);
+KIMI_API kimi_status kimi_clip_factor(const kimi_clip_factor_params* params, kimi_device device,
+                                      void* stream);
 
 #ifdef __cplusplus
 }

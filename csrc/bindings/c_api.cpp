@@ -157,11 +157,12 @@ KIMI_OP_WITH_WORKSPACE(matrix_product)
 KIMI_OP_WITH_WORKSPACE(newton_schulz)
 
 KIMI_OP_WITH_WORKSPACE(attention_max_logits)
-KIMI_OP(scale_rows)
+KIMI_OP(clip_rows)
 
 KIMI_OP(muon_momentum)
 KIMI_OP(muon_update)
-KIMI_OP(adamw)
-KIMI_OP(squares)
+KIMI_OP_WITH_WORKSPACE(adamw)
+KIMI_OP_WITH_WORKSPACE(squares)
+KIMI_OP_WITH_WORKSPACE(clip_factor)
 
 }  // extern "C"

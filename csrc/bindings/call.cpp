@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // A call: its arguments, its memory, and the one call of the C API.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 
 #include "bindings/foreign.h"
@@ -193,7 +194,13 @@ int32_t Call::int32(const char* name) {
 
 double Call::number(const char* name) {
   PyObject* object = next();
-  if (PyFloat_Check(object)) return PyFloat_AS_DOUBLE(object);
+  if (PyFloat_Check(object)) {
+    const double value = PyFloat_AS_DOUBLE(object);
+    if (!std::isfinite(value))
+      value_error(name, "expected a finite number, got ", shown(object),
+                  "; check where it comes from");
+    return value;
+  }
   if (!PyLong_Check(object) || PyBool_Check(object))
     type_error(name, "expected a number, got ", Py_TYPE(object)->tp_name);
   const double value = PyLong_AsDouble(object);
@@ -420,7 +427,10 @@ PyObject* Call::handed_over(const Output& output) {
   return object;
 }
 
-PyObject* Call::result(const Output& output) { return handed_over(output); }
+PyObject* Call::result(const Output& output, bool transposed) {
+  if (transposed) return checked(PyObject_GetAttrString(output.object, "mT")).release();
+  return handed_over(output);
+}
 
 PyObject* Call::result(std::initializer_list<Output> outputs) {
   Object tuple = checked(PyTuple_New(Py_ssize_t(outputs.size())));
@@ -429,13 +439,10 @@ PyObject* Call::result(std::initializer_list<Output> outputs) {
   return tuple.release();
 }
 
-PyObject* Call::list(const std::vector<Output>& outputs, bool transposed) {
+PyObject* Call::list(const std::vector<Output>& outputs) {
   Object list = checked(PyList_New(Py_ssize_t(outputs.size())));
   Py_ssize_t i = 0;
-  for (const Output& output : outputs)
-    PyList_SET_ITEM(list.get(), i++,
-                    transposed ? checked(PyObject_GetAttrString(output.object, "mT")).release()
-                               : handed_over(output));
+  for (const Output& output : outputs) PyList_SET_ITEM(list.get(), i++, handed_over(output));
   return list.release();
 }
 

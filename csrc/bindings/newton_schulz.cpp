@@ -68,18 +68,17 @@ PyObject* newton_schulz(Call& call) {
   if (std::any_of(g.begin(), g.end(), [&](const Tensor& x) { return Strides(x) != Strides(g[0]); }))
     for (Tensor& matrix : g) matrix = matrix.dense();
 
-  // Results are dense, in the orientation of g.
+  // Results are one stack, each dense in the orientation of g.
   const int64_t rows = g[0].size(0), cols = g[0].size(1);
   const Strides strides(g[0]);
   const bool across = strides.col != 1 && strides.row == 1;
-  std::vector<Output> results;
+  const int64_t count = int64_t(g.size()), lines = across ? cols : rows;
+  const Output stack = call.empty(g[0].dtype, {count, lines, across ? rows : cols});
   std::vector<const void*> sources;
   std::vector<void*> targets;
   for (const Tensor& matrix : g) {
-    results.push_back(across ? call.empty(g[0].dtype, {cols, rows})
-                             : call.empty(g[0].dtype, {rows, cols}));
+    targets.push_back(stack.address + int64_t(sources.size()) * rows * cols * matrix.bytes());
     sources.push_back(matrix.data());
-    targets.push_back(results.back().data());
   }
   const std::vector<float> coefficients(numbers.begin(), numbers.end());
   for (int64_t step : steps)
@@ -89,7 +88,7 @@ PyObject* newton_schulz(Call& call) {
   p.x = targets.data();
   p.coefficients = coefficients.data();
   p.restarts = restarts.data();
-  p.num_matrices = int64_t(g.size());
+  p.num_matrices = count;
   p.rows = rows;
   p.cols = cols;
   p.g_row_stride = strides.row;
@@ -102,7 +101,7 @@ PyObject* newton_schulz(Call& call) {
   p.dtype = native(type);
   p.workspace = call.workspace(kimi_newton_schulz_workspace_bytes(&p, call.device()));
   call.run(kimi_newton_schulz, p);
-  return call.list(results, across);
+  return call.result(stack, across);
 }
 
 }  // namespace

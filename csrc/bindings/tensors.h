@@ -176,10 +176,9 @@ class Call {
   // After `run` wrote to `written`: the target itself, or a copy whose values it takes.
   void write_back(const Tensor& target, const Tensor& written);
 
-  PyObject* result(const Output& output);
-  PyObject* result(std::initializer_list<Output> outputs);  // a tuple
-  // A list; `transposed`: of their transposes (.mT).
-  PyObject* list(const std::vector<Output>& outputs, bool transposed = false);
+  PyObject* result(const Output& output, bool transposed = false);  // .mT of it
+  PyObject* result(std::initializer_list<Output> outputs);          // a tuple
+  PyObject* list(const std::vector<Output>& outputs);
   PyObject* none();
   // The caller computes it by other means; everything has been checked.
   PyObject* not_implemented();

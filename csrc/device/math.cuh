@@ -28,6 +28,8 @@ KIMI_HOST_DEVICE float add_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fadd_rn(
 KIMI_HOST_DEVICE float sub_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fsub_rn(a, b), a - b); }
 /// mul.rn.f32
 KIMI_HOST_DEVICE float mul_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fmul_rn(a, b), a * b); }
+/// mul.rn.f64
+KIMI_HOST_DEVICE double mul_rn(double a, double b) { KIMI_DEVICE_OR_HOST(__dmul_rn(a, b), a * b); }
 /// fma.rn.f32: a * b + c, rounded once
 KIMI_HOST_DEVICE float fma_rn(float a, float b, float c) {
   KIMI_DEVICE_OR_HOST(__fmaf_rn(a, b, c), std::fma(a, b, c));
@@ -46,6 +48,16 @@ KIMI_HOST_DEVICE float reciprocal_estimate(float a) {
   return r;
 #else
   return float_of(bits_of(1.0f / a) + bits_of(a) % 3 - 1);
+#endif
+}
+/// max.NaN.f32: NaN if either is.
+KIMI_HOST_DEVICE float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  return a > b || a != a ? a : b;
 #endif
 }
 /// sqrt.rn.f32

@@ -16,6 +16,9 @@
 //   sums    16 partial sums of (g 2^-e)^2 a row of the m x n form, by column % 16, fma, ascending;
 //           a tree of halves over the 16, rows added in fp64 in ascending order
 //   x       (g 2^-e) / max(norm, eps 2^-e), and 0 for a norm of 0; so 2^k g gives the bits of g
+// On CUDA the norm is the root of a sum in fp64, e its exponent; Q begins as Z + a I rounded once, and
+// R <- Q (R Q) where it does; standard is symmetric; a product's sums are the tensor cores' (elements.cuh,
+// on_chip.cuh, stack.cu).
 // fp16 ends at 6e-5 and an entry is about 1 / sqrt(m n): there x is kept 2^s times as large, which
 // the first product of each Gram matrix and the output undo exactly.
 //
@@ -40,6 +43,14 @@ Status matrix_product(const MatrixProductParams& p, kimi_device device, void* st
 Status matrix_product_cuda(const MatrixProductParams& p, void* stream);
 size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p, kimi_device device);
 Status newton_schulz(const NewtonSchulzParams& p, kimi_device device, void* stream);
+
+namespace newton_schulz_cuda {
+
+// p has been checked and is not empty.
+size_t workspace_bytes(const NewtonSchulzParams& p);
+Status run(const NewtonSchulzParams& p, void* stream);
+
+}  // namespace newton_schulz_cuda
 
 namespace newton_schulz_cpu {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// qk_clip: argument checks, choice of the engine, threads over blocks of queries or rows.
+// attention_max_logits: argument checks, choice of the engine, threads over blocks of queries.
 #include "qk_clip/qk_clip.h"
 
 #include <algorithm>
@@ -62,7 +62,7 @@ struct Memory {   // of the workspace
   }
 };
 
-Status check(const AttentionMaxLogitsParams& p) {
+Status check(const AttentionMaxLogitsParams& p, kimi_device device) {
   const char* op = "attention_max_logits";
   if (p.batch < 0 || p.heads < 0 || p.queries < 0 || p.keys < 0 || p.dim < 0)
     return invalid(op, ": sizes: expected 0 or more, got batch ", p.batch, ", heads ", p.heads,
@@ -76,7 +76,7 @@ Status check(const AttentionMaxLogitsParams& p) {
   if (p.causal && p.queries > p.keys)
     return invalid(op, ": queries: expected at most as many as keys with causal, got ", p.queries,
                    " and ", p.keys);
-  if (p.heads > 0 && (!p.max_logits || !p.workspace))
+  if (p.heads > 0 && (!p.max_logits || (device == KIMI_DEVICE_CPU && !p.workspace)))
     return invalid(op, ": expected pointers for max_logits and workspace, got NULL");
   if (p.batch * p.heads * p.queries * p.keys * p.dim > 0 && (!p.q || !p.k))
     return invalid(op, ": expected pointers for q and k, got NULL");
@@ -128,14 +128,17 @@ float largest_of_block(const AttentionMaxLogitsParams& p, const Cut& cut, int64_
 
 }  // namespace
 
-size_t attention_max_logits_workspace_bytes(const AttentionMaxLogitsParams& p, kimi_device) {
+size_t attention_max_logits_workspace_bytes(const AttentionMaxLogitsParams& p, kimi_device device) {
   if (p.batch < 0 || p.heads < 0 || p.queries < 0 || p.dim < 0 || !is_dtype(p.dtype)) return 0;
+  if (device == KIMI_DEVICE_CUDA) return 64;  // it needs none
   return std::max<size_t>(64, size_t(Memory(Cut(p), p.dim, nullptr).bytes));
 }
 
-Status attention_max_logits(const AttentionMaxLogitsParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(cpu_only("attention_max_logits", device));
-  KIMI_RETURN_IF_ERROR(check(p));
+Status attention_max_logits(const AttentionMaxLogitsParams& p, kimi_device device,
+                            [[maybe_unused]] void* stream) {
+  KIMI_RETURN_IF_ERROR(check(p, device));
+  if (device == KIMI_DEVICE_CUDA)
+    return KIMI_CUDA("attention_max_logits", attention_max_logits_cuda(p, stream));
   const float none = -std::numeric_limits<float>::infinity();
   std::fill(p.max_logits, p.max_logits + p.heads, none);
   if (p.batch == 0 || p.heads == 0 || p.queries == 0 || p.keys == 0) return Status::ok();
@@ -161,36 +164,6 @@ Status attention_max_logits(const AttentionMaxLogitsParams& p, kimi_device devic
       most = maxima[i] != maxima[i] ? maxima[i] : std::max(most, maxima[i]);
     p.max_logits[h] = most * p.scale;
   }
-  return Status::ok();
-}
-
-Status scale_rows(const ScaleRowsParams& p, kimi_device device, void*) {
-  const char* op = "scale_rows";
-  KIMI_RETURN_IF_ERROR(cpu_only(op, device));
-  if (p.heads < 0 || p.cols < 0 || p.rows_of_head < 0)
-    return invalid(op, ": heads, rows_of_head, cols: expected 0 or more, got ", p.heads, ", ",
-                   p.rows_of_head, ", ", p.cols);
-  if (p.first < 0 || p.last < p.first || p.last > p.rows_of_head)
-    return invalid(op, ": first, last: expected rows within 0..", p.rows_of_head, ", got ", p.first,
-                   " and ", p.last);
-  if (!is_dtype(p.dtype))
-    return invalid(op, ": dtype: expected a kimi_dtype (0..2), got ", int(p.dtype));
-  const int64_t rows = p.last - p.first;
-  if (p.heads == 0 || rows == 0 || p.cols == 0) return Status::ok();
-  if (!p.weight || !p.factors)
-    return invalid(op, ": expected pointers for weight and factors, got NULL");
-  const auto& passes = qk_clip_cpu::kEngines.best();
-  const int64_t bytes = size_of(p.dtype);
-  const int64_t grain = std::max<int64_t>(1, (32 << 10) / p.cols);
-  cpu::parallel_for(p.heads * rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float factor = p.factors[i / rows];
-      const int64_t row = i / rows * p.rows_of_head + p.first + i % rows;
-      if (factor != 1.0f)
-        passes.scale(static_cast<char*>(p.weight) + row * p.row_stride * bytes, p.dtype, p.cols,
-                     factor);
-    }
-  });
   return Status::ok();
 }
 

@@ -10,6 +10,7 @@ from kimi_ops import _program  # isort: skip  (before torch is loaded)
 from kimi_ops import _native
 from kimi_ops.info import info
 from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
+from kimi_ops.moe.eplb import ExpertPlacement, eplb
 from kimi_ops.moe.fused_experts import fused_experts
 from kimi_ops.moe.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from kimi_ops.moe.permute import (
@@ -31,6 +32,7 @@ from kimi_ops.optim.qk_clip import attention_max_logits, qk_clip_
 del _program
 __version__ = _native._C.version()
 __all__ = [
+    "ExpertPlacement",
     "Fp8BlockWeight",
     "Fp8Rows",
     "Int4GroupWeight",
@@ -39,6 +41,7 @@ __all__ = [
     "QKClip",
     "TopkGate",
     "attention_max_logits",
+    "eplb",
     "fused_experts",
     "grouped_gemm",
     "grouped_gemm_wgrad",

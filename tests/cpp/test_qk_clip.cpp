@@ -54,29 +54,37 @@ void test_maxima(const Case& c, kimi_dtype dtype, bool causal, bool with_nan) {
         with_nan);
 }
 
-void test_scaling(kimi_dtype dtype) {
-  constexpr int64_t kHeads = 3, kRows = 5, kCols = 37, kStride = 40;
+void test_clip(kimi_dtype dtype) {
+  constexpr int64_t kHeads = 3, kRows = 5, kCols = 37, kStride = 40, kFirst = 2;
   Tensor weight(kHeads * kRows * kStride, dtype), before(kHeads * kRows * kStride, dtype);
   Random random(6);
   for (int64_t i = 0; i < kHeads * kRows * kStride; ++i) {
     weight.set(i, random.unit());
     before.set(i, weight.get(i));
   }
-  before.set(2 * kRows * kStride + kStride, std::nan(""));  // a head whose factor is 1
-  weight.set(2 * kRows * kStride + kStride, std::nan(""));
-  const float factors[kHeads] = {0.3f, 0.7f, 1.0f};
-  kimi_scale_rows_params p = {};
-  p.weight = weight.data.get(), p.factors = factors, p.heads = kHeads, p.rows_of_head = kRows;
-  p.first = 1, p.last = 4, p.cols = kCols, p.row_stride = kStride, p.dtype = dtype;
-  bool ok = kimi_scale_rows(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
-  for (int64_t i = 0; i < kHeads * kRows * kStride; ++i) {
-    const int64_t head = i / (kRows * kStride), row = i / kStride % kRows, col = i % kStride;
-    if (head < 2 && row >= 1 && row < 4 && col < kCols)
-      before.set(i, double(float(before.get(i)) * factors[head]));
+  before.set(2 * kRows * kStride, std::nan(""));  // a head whose gamma is 1
+  weight.set(2 * kRows * kStride, std::nan(""));
+  const float maxima[kHeads] = {40.0f, 160.0f, -INFINITY};
+  float gamma[kHeads] = {};
+  const kimi_clip_layer layer = {kHeads, 1};
+  kimi_clip_weight w = {};
+  w.weight = weight.at(kFirst * kStride), w.first_row = kFirst, w.rows = kHeads * kRows - kFirst;
+  w.cols = kCols, w.row_stride = kStride, w.blocks = kHeads, w.block_rows = kRows;
+  w.shared = 3, w.whole = 1, w.power = 0.5f, w.dtype = dtype;
+  kimi_clip_rows_params p = {};
+  p.layers = &layer, p.weights = &w, p.max_logits = maxima, p.gamma = gamma;
+  p.num_layers = p.num_weights = 1, p.tau = 10.0f;
+  bool ok = kimi_clip_rows(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
+  ok = ok && gamma[0] == 0.25f && gamma[1] == 0.0625f && gamma[2] == 1.0f;
+  for (int64_t i = kFirst * kStride; i < 2 * kRows * kStride; ++i) {
+    const int64_t in = i / kStride % kRows, col = i % kStride;
+    const float factor = gamma[i / (kRows * kStride)];
+    if (in < 4 && col < kCols)
+      before.set(i, double(float(before.get(i)) * (in < 3 ? std::sqrt(factor) : factor)));
   }
-  check(ok && weight.same_bits(before), "scale_rows, dtype %d", int(dtype));
-  p.last = 6;
-  check(kimi_scale_rows(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT, "rows past a head");
+  check(ok && weight.same_bits(before), "clip_rows, dtype %d", int(dtype));
+  w.rows = kHeads * kRows;
+  check(kimi_clip_rows(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT, "rows past a head");
 }
 
 }  // namespace
@@ -90,7 +98,7 @@ int main() {
                {Case{1, 1, 1, 1, 1, 1}, Case{2, 4, 2, 33, 33, 5}, Case{1, 2, 1, 40, 170, 24},
                 Case{1, 1, 1, 520, 520, 1}, Case{1, 1, 1, 3, 5, 530}})
             test_maxima(c, dtype, causal, with_nan);
-      test_scaling(dtype);
+      test_clip(dtype);
     }
   });
   return report("qk_clip");

@@ -51,16 +51,20 @@ CALLS = {
         lambda: [f(4, 6), f(4, 6) + 1],
     ),
     "muon_momentum": (
-        lambda buffer, grad: muon_clip.muon_momentum_([grad], [buffer], 0.9, True, False),
+        lambda buffer, grad: muon_clip.muon_momentum_(
+            [grad], [buffer], 0.9, True, False, None, []
+        ),
         lambda: [f(4, 6), f(4, 6) + 1],
     ),
     "muon_update": (
-        lambda p, d: _written(muon_clip.muon_update_, p, [p], [d], [0.1], 0.1, True),
+        lambda p, d: _written(
+            muon_clip.muon_update_, p, [p], [d], [0.1], 0.1, True, None, [], None, None
+        ),
         lambda: [f(4, 6), f(4, 6) + 1],
     ),
-    "scale_rows": (
-        lambda w, s: _written(qk_clip.scale_rows_, w, w, s, 0, 6),
-        lambda: [f(12, 3), f(2)],
+    "clip_rows": (
+        lambda w, s: (qk_clip.clip_rows_([w], s, [2, 1], [0, 2, 6, 0, 4, 2], [0.5], 0.01), w),
+        lambda: [f(12, 3), f(2) + 1],
     ),
     "update_expert_bias": (
         lambda b, n: kimi_ops.update_expert_bias_(b, n, 0.1),

@@ -102,7 +102,7 @@ def test_outputs_that_may_not_be_written_are_left_alone():
     "write",
     [
         lambda x: C.update_expert_bias_(x[0], np.arange(4, dtype=np.int32), 0.1, False),
-        lambda x: C.scale_rows_(x, np.full(2, 2.0, F32), 0, 2),
+        lambda x: C.clip_rows_([x], np.full(2, 9, F32), [2, 1], [0, 2, 2, 0, 2, 0], [0.5], 1.0),
         lambda x: C.muon_momentum_([np.ones((4, 4), F32)], [x], 0.5, False, False),
         lambda x: C.muon_update_([x], [np.ones((4, 4), F32)], [0.5], 0.0, False),
     ],
@@ -236,7 +236,7 @@ def test_restarts_beyond_32_bits():
 @pytest.mark.parametrize(
     "write",
     [
-        lambda x: C.scale_rows_(x, torch.full((2,), 2.0), 0, 2),
+        lambda x: C.clip_rows_([x], f(2) + 9, [2, 1], [0, 2, 2, 0, 2, 0], [0.5], 1.0),
         lambda x: C.muon_update_([x], [torch.ones(4, 4)], [0.5], 0.0, False),
     ],
 )

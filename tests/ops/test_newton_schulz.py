@@ -2,14 +2,16 @@
 """newton_schulz against exact mathematics: singular vectors stay, singular values go through the
 polynomials."""
 
-import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import known_matrix, randn, relative, through_polynomials
 
 from kimi_ops import newton_schulz, symmetric_matmul, syrk
+from kimi_ops.optim import engine as seam
 from kimi_ops.optim.ns_schedule import (
     FIXED_SCHEDULES,
     METHODS,
@@ -47,33 +49,6 @@ SLACK = {torch.float64: 0.0, torch.float32: 1e-5, torch.float16: 0.01, torch.bfl
 
 def steps_of(name: str) -> int:
     return len(FIXED_SCHEDULES.get(name, range(5)))
-
-
-@functools.cache
-def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator))[0]
-
-
-def known_matrix(m: int, n: int, spectrum: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
-    """G = U diag(s) V^T in fp64, with its factors."""
-    u, v = orthonormal(m, min(m, n), seed), orthonormal(n, min(m, n), seed + 1)
-    return u @ torch.diag(spectrum) @ v.T, u, v
-
-
-def through_polynomials(s: torch.Tensor, rows: tuple, scale: float = 1.0) -> torch.Tensor:
-    s = scale * s / s.norm()
-    for a, b, c in rows:
-        s = a * s + b * s**3 + c * s**5
-    return s
-
-
-def relative(out: torch.Tensor, ref: torch.Tensor) -> float:
-    return float((out.double() - ref).norm() / ref.norm())
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -317,6 +292,17 @@ def test_auto_is_one_of_the_methods_and_never_gram_in_bf16():
         assert torch.equal(out, newton_schulz(g, method=method, dtype=dtype)), method
 
 
+def test_auto_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(seam, "_BUILT_FOR_CUDA", True)
+
+    def means(m: int, n: int, dtype: torch.dtype) -> str:
+        g = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, m, n))
+        return seam.cheapest(g, dtype)
+
+    assert means(6, 5, torch.float16) == means(500, 600, torch.float32) == "gram"
+    assert means(600, 501, torch.float16) == means(20, 900, torch.bfloat16) == "symmetric"
+
+
 def test_restarts_of_the_gram_form():
     tuned = {name: tune_ns_restarts(schedule(name, 5)) for name in ("quintic", "you")}
     assert tuned == {"quintic": (3,), "you": (2,)}
@@ -353,9 +339,22 @@ def test_operations():
 
 
 @pytest.mark.parametrize(
+    ("steps", "low", "high"),
+    [(3, 0.137, 1.86), (5, 0.866, 1.114), (6, 0.998, 1.002), (9, 1.0, 1.0)],
+)
+def test_cans_goes_on_where_five_steps_end(steps: int, low: float, high: float):
+    x = torch.logspace(-2.5, 0, 2000, dtype=torch.float64)
+    for a, b, c in schedule("cans", steps):
+        x = a * x + b * x**3 + c * x**5
+    assert low - 1e-5 <= x.min() and x.max() <= high + 1e-5
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"coefficients": "septic"}, "coefficients: expected one of"),
+        ({"coefficients": "simple"}, "the triple that is 'quintic' here"),
+        ({"coefficients": "aol"}, "not served here"),
         ({"coefficients": [(1.0, 2.0)]}, "triple"),
         ({"coefficients": [(1.0, 2.0, 3.0)] * 2}, "pass steps=2"),
         ({"coefficients": (1.0, float("nan"), 3.0)}, "finite"),

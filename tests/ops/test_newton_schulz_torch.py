@@ -4,8 +4,9 @@ twin, the bits of a matrix alone and in company, and the operators as citizens o
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from spectra import known_matrix, randn, relative, through_polynomials
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
@@ -133,7 +134,7 @@ def test_shapes(m: int, n: int, dtype: torch.dtype, method: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_edges(cpu_engine, dtype):
+def test_edges(gemm_engine, dtype):
     assert newton_schulz(torch.zeros(3, 5), dtype=dtype).count_nonzero() == 0
     assert newton_schulz(torch.zeros(0, 5), dtype=dtype).shape == (0, 5)
     assert newton_schulz([], dtype=dtype) == []
@@ -178,13 +179,101 @@ def test_compile_full_graph_with_dynamic_sizes():
     torch._dynamo.reset()
 
     def both(g: Tensor) -> Tensor:
-        (x,) = operators.newton_schulz([g], QUINTIC, [], 1, torch.bfloat16, 0.0)
-        return syrk(x) * 2
+        x = operators.newton_schulz([g], QUINTIC, [], 1, torch.bfloat16, 0.0)
+        return syrk(x[0]) * 2
 
     compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
     for m, n in ((3, 9), (17, 5), (40, 41)):
         g = torch.randn(m, n)
         assert torch.equal(compiled(g), both(g))
+
+
+# ---- CUDA kernels too: m x n on chip, and in stacks of whole products
+
+cuda_kernels = pytest.mark.parametrize(
+    "gemm_engine", ["simt", "simt_sm80", "cuda", "cuda_sm80"], indirect=True
+)
+ON_CHIP = [(1, 1), (2, 9), (33, 7), (20, 64)]
+STACKS = [(129, 136)]
+ONLY_ON_A_GPU = [(128, 512), (129, 40), (576, 1100), (1100, 600), (128, 129)]
+# of the exact image of a Gaussian matrix
+NEAR = {
+    ("standard", torch.float32): 1e-5,
+    ("gram", torch.float32): 1e-3,
+    ("standard", torch.float16): 0.015,
+    ("gram", torch.float16): 0.05,
+    ("standard", torch.bfloat16): 0.1,
+    ("gram", torch.bfloat16): 0.2,
+}
+SPECTRA = {
+    "1 / i": 1.0 / torch.arange(1, 14, dtype=torch.float64),
+    "logarithmic": torch.logspace(0, -4, 13, dtype=torch.float64),
+    "rank 1": torch.cat([torch.ones(1), torch.zeros(12)]).double(),
+    "equal": torch.ones(13, dtype=torch.float64),
+}
+
+
+@cuda_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_kernels_against_the_scalar_polynomial(gemm_engine, dtype: torch.dtype, method: str):
+    shapes = ON_CHIP + (STACKS if dtype == torch.float16 else [])
+    rows = schedule("quintic", 5)
+    for m, n in shapes + ([] if gemm_engine.slow else ONLY_ON_A_GPU):
+        g = randn(m, n, seed=m + n)
+        u, s, v = torch.linalg.svd(g.cpu().double(), full_matrices=False)
+        image = u @ torch.diag(through_polynomials(s, rows)) @ v
+        out = newton_schulz(g.to(gemm_engine.device), method=method, dtype=dtype).cpu()
+        slack = 8 if min(m, n) == 1 else 1  # a rounding above 1 costs the slope there
+        assert relative(out, image) < slack * NEAR[method, dtype], (m, n)
+
+
+@cuda_kernels
+@pytest.mark.parametrize("spectrum", sorted(SPECTRA))
+def test_kernels_are_as_exact_as_the_twin(gemm_engine, spectrum: str):
+    s = SPECTRA[spectrum]
+    for name, restarts in (("quintic", (3,)), ("polar_express", (2,))):
+        rows = schedule(name, 5)
+        g, u, v = known_matrix(13, 30, s, seed=2)
+        image = u @ torch.diag(through_polynomials(s, rows)) @ v.T
+        for method in METHODS:
+            options = {"method": method, "dtype": torch.float16}
+            options["restarts"] = restarts if method == "gram" else ()
+            emulated = relative(twin(g.float(), rows, **options), image)
+            on_device = g.float().to(gemm_engine.device)
+            out = newton_schulz(on_device, coefficients=name, **options).cpu()
+            assert relative(out, image) <= 1.25 * emulated + 0.01, (name, method)
+
+
+@cuda_kernels
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    steps=st.integers(1, 4),
+    power=st.integers(-30, 30),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    method=st.sampled_from(METHODS),
+)
+def test_kernels_keep_bits(gemm_engine, m, n, steps, power, dtype, method):
+    g = randn(2, m, n, seed=m * n).to(gemm_engine.device)
+    options = {"dtype": dtype, "method": method, "steps": steps}
+    out = newton_schulz(g, **options)
+    assert torch.equal(newton_schulz(g.flip(0) * 2.0**power, **options), out.flip(0))
+    if m != n:  # a square matrix is its own m x n form, and not its transpose's
+        assert torch.equal(newton_schulz(g[1].T.contiguous(), **options), out[1].T)
+    apart = torch.nn.functional.pad(g[0].T, (0, 3))[:, :m].T  # columns contiguous, and apart
+    assert torch.equal(newton_schulz(apart, **options), out[0])
+
+
+@cuda_kernels
+def test_twenty_repeats(gemm_engine):
+    g = randn(3, 5, 8).to(gemm_engine.device)
+    out = newton_schulz(g, method="gram", dtype=torch.float16)
+    for _ in range(20):
+        assert torch.equal(newton_schulz(g, method="gram", dtype=torch.float16), out)
 
 
 CHAIN = operators.newton_schulz

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command ``kimi-ops``: info, train, generate, demo, bench."""
+"""The command ``kimi-ops``: info, plan, train, generate, demo, bench."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kimi_ops import _program
 from kimi_ops.cli.bench import bench
 from kimi_ops.cli.generating import generate
 from kimi_ops.cli.options import NAME, fail
+from kimi_ops.cli.plan import plan
 from kimi_ops.cli.training import demo, train
 
 app = typer.Typer(
@@ -72,6 +73,7 @@ def info(
         typer.echo(f"\nmodel {model}\n{report}")
 
 
+app.command()(plan)
 app.command()(train)
 app.command()(generate)
 app.command()(demo)

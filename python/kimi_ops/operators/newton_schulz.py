@@ -13,16 +13,13 @@ def _product(a: Tensor, b: Tensor, *_: Any) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]))
 
 
-def _images(g: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    """Dense, in the orientation of g."""
-    images = []
-    for matrix in g:
-        rows, cols = matrix.shape
-        across = matrix.stride(1) != 1 and cols > 1 and (matrix.stride(0) == 1 or rows == 1)
-        images.append(
-            matrix.new_empty((cols, rows)).mT if across else matrix.new_empty((rows, cols))
-        )
-    return images
+def _images(g: Sequence[Tensor], *_: Any) -> Tensor:
+    """[len(g), m, n], each dense in the orientation of g."""
+    rows, cols = g[0].shape
+    across = g[0].stride(1) != 1 and cols > 1 and (g[0].stride(0) == 1 or rows == 1)
+    if across and all(matrix.stride() == g[0].stride() for matrix in g):
+        return g[0].new_empty((len(g), cols, rows)).mT
+    return g[0].new_empty((len(g), rows, cols))
 
 
 matrix_product = Operator(
@@ -32,7 +29,7 @@ matrix_product = Operator(
 )
 newton_schulz = Operator(
     "newton_schulz(Tensor[] g, float[] coefficients, int[] restarts, int method, ScalarType dtype, "
-    "float eps) -> Tensor[]",
+    "float eps) -> Tensor",
     _images,
     differentiable=False,
 )

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ def _largest(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
     return q.new_empty((q.shape[1],), dtype=torch.float32)
 
 
-def _nothing(*_: Any) -> None:
-    return None
+def _gamma(weights: Sequence[Tensor], max_logits: Tensor, *_: Any) -> Tensor:
+    return max_logits.new_empty(max_logits.shape)
 
 
 attention_max_logits = Operator(
     "attention_max_logits(Tensor q, Tensor k, float scale, bool causal) -> Tensor", _largest
 )
-scale_rows_ = Operator(
-    "scale_rows_(Tensor(a!) weight, Tensor factors, int first, int last) -> ()", _nothing
+clip_rows_ = Operator(
+    "clip_rows_(Tensor(a!)[] weights, Tensor max_logits, int[] layers, int[] geometry, "
+    "float[] powers, float tau) -> Tensor",
+    _gamma,
 )

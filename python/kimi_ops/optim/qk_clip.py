@@ -5,13 +5,14 @@ bounds it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kimi_ops._autocast import no_autocast
 from kimi_ops.optim import engine
-from kimi_ops.reference.qk_clip import clip_factor
+from kimi_ops.reference.qk_clip import Layer, Rows
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -105,32 +106,79 @@ def attention_max_logits(q: Tensor, k: Tensor, scale: float, *, causal: bool = T
         return engine.attention_max_logits(q, k, float(scale), causal)
 
 
-def _rows(name: str, weight: Tensor | Sequence[Tensor], heads: int, per_head: int) -> list[Tensor]:
-    """The copies of one projection (fp32 master, bf16 weight, ...), each checked to be [heads *
-    per_head, in]."""
-    copies = [weight] if isinstance(weight, Tensor) else list(weight)
-    for copy in copies:
-        if not isinstance(copy, Tensor) or copy.dtype not in _FLOATS:
-            got = copy.dtype if isinstance(copy, Tensor) else type(copy).__name__
-            raise TypeError(
-                f"qk_clip_: {name}: expected floating-point tensors, got {got}; convert them"
-            )
-        if copy.ndim != 2 or copy.shape[0] != heads * per_head:
-            raise ValueError(
-                f"qk_clip_: {name}: expected [{heads} heads * {per_head} rows, in], got shape "
-                f"{tuple(copy.shape)}; "
-                "check the numbers of heads and the head dimensions"
-            )
-    return copies
+class Share(NamedTuple):
+    """What gamma does to the rows of a projection [blocks * block_rows, in]: of each head's block
+    the first `shared` take gamma^power, the `whole` next ones gamma."""
+
+    blocks: int
+    block_rows: int
+    shared: int
+    whole: int
+    power: float
 
 
-def _dimension(name: str, value: int | None, layout: str) -> int:
-    if value is None or value < 1:
+def shares(
+    op: str, heads: int, layout: str, alpha: float, gqa_mode: str, **sizes: int | None
+) -> tuple[Layer, Share, Share]:
+    """The layer, the share of its query projection and that of its key projection."""
+    check_bounds(op, None, alpha)
+    if layout not in ("mla", "mha", "gqa"):
         raise ValueError(
-            f"qk_clip_: {name}: layout {layout!r} needs a positive int, got {value}; "
-            "give the model's"
+            f"{op}: layout: expected 'mla', 'mha' or 'gqa', got {layout!r}; choose one"
         )
-    return value
+    if gqa_mode not in ("query_only", "group_max"):
+        raise ValueError(
+            f"{op}: gqa_mode: expected 'query_only' or 'group_max', got {gqa_mode!r}; choose one"
+        )
+
+    def size(name: str) -> int:
+        value = sizes.get(name)
+        if value is None or value < 1:
+            raise ValueError(
+                f"{op}: {name}: layout {layout!r} needs a positive int, got {value}; "
+                "give the model's"
+            )
+        return value
+
+    if layout == "mla":
+        nope, rope, v = map(size, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        query = Share(heads, nope + rope, nope, rope, alpha)
+        return Layer(heads), query, Share(heads, nope + v, nope, 0, 1 - alpha)
+    dim = size("head_dim")
+    if layout == "mha":
+        return Layer(heads), Share(heads, dim, dim, 0, alpha), Share(heads, dim, dim, 0, 1 - alpha)
+    key_heads = size("num_kv_heads")
+    if heads % key_heads != 0:
+        raise ValueError(
+            f"{op}: num_kv_heads: expected a divisor of {heads}, got {key_heads}; "
+            "check the geometry"
+        )
+    if gqa_mode == "query_only":
+        return Layer(heads), Share(heads, dim, 0, dim, 1.0), Share(key_heads, dim, 0, 0, 1.0)
+    query, key = Share(heads, dim, dim, 0, alpha), Share(key_heads, dim, dim, 0, 1 - alpha)
+    return Layer(heads, heads // key_heads), query, key
+
+
+def check_bounds(op: str, tau: float | None, alpha: float) -> None:
+    if tau is not None and not 0 < tau < float("inf"):
+        raise ValueError(
+            f"{op}: tau: expected a positive finite number, got {tau}; Kimi K2 used 100"
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{op}: alpha: expected 0 to 1, got {alpha}; 0.5 shares evenly")
+
+
+def check_rows(op: str, name: str, weight: Any, share: Share) -> None:
+    """A weight [rows, in] or a bias [rows] that has the rows of `share`."""
+    if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS:
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{op}: {name}: expected floating-point tensors, got {got}; convert them")
+    if weight.ndim not in (1, 2) or weight.shape[0] != share.blocks * share.block_rows:
+        raise ValueError(
+            f"{op}: {name}: expected [{share.blocks} heads * {share.block_rows} rows, in], got "
+            f"shape {tuple(weight.shape)}; "
+            "check the numbers of heads and the head dimensions"
+        )
 
 
 def qk_clip_(
@@ -163,7 +211,9 @@ def qk_clip_(
     max_logits : Tensor [heads]
         :func:`attention_max_logits` of the batch, fp32 or fp64. A value <= tau (also <= 0),
         infinite or NaN leaves its head alone, bit for bit.
-    q_weight, k_weight : Tensor [rows, in] or sequence of copies of one (fp32 master, bf16 weight)
+    q_weight, k_weight : Tensor [rows, in] or sequence
+        A sequence holds what belongs to one projection: copies (fp32 master, bf16 weight), and
+        its bias [rows], which scales with its rows.
         ``mla``: ``q_b_proj`` [heads * (nope + rope), in] and ``kv_b_proj`` [heads * (nope + v),
         in]; value rows untouched.
         ``mha``: [heads * head_dim, in] both. ``gqa``: keys have kv_heads * head_dim rows.
@@ -213,62 +263,36 @@ def qk_clip_(
             f"qk_clip_: max_logits: expected [{heads} heads], got shape {tuple(max_logits.shape)}; "
             "give one layer's, one value a head"
         )
-    if not 0 < tau < float("inf"):
-        raise ValueError(
-            f"qk_clip_: tau: expected a positive finite number, got {tau}; Kimi K2 used 100"
-        )
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"qk_clip_: alpha: expected 0 to 1, got {alpha}; 0.5 shares evenly")
-    if layout not in ("mla", "mha", "gqa"):
-        raise ValueError(
-            f"qk_clip_: layout: expected 'mla', 'mha' or 'gqa', got {layout!r}; choose one"
-        )
-    if gqa_mode not in ("query_only", "group_max"):
-        raise ValueError(
-            f"qk_clip_: gqa_mode: expected 'query_only' or 'group_max', got {gqa_mode!r}; "
-            "choose one"
-        )
-
-    key_heads = heads
-    if layout == "mla":
-        nope = _dimension("qk_nope_head_dim", qk_nope_head_dim, layout)
-        rope = _dimension("qk_rope_head_dim", qk_rope_head_dim, layout)
-        query_rows, key_rows, clipped = (
-            nope + rope,
-            nope + _dimension("v_head_dim", v_head_dim, layout),
-            nope,
-        )
-    else:
-        query_rows = key_rows = clipped = _dimension("head_dim", head_dim, layout)
-        if layout == "gqa":
-            key_heads = _dimension("num_kv_heads", num_kv_heads, layout)
-            if heads % key_heads != 0:
-                raise ValueError(
-                    f"qk_clip_: num_kv_heads: expected a divisor of {heads}, got {key_heads}; "
-                    "check the geometry"
-                )
-    queries = _rows("q_weight", q_weight, heads, query_rows)
-    keys = _rows("k_weight", k_weight, key_heads, key_rows)
-    for weight in queries + keys:
+    check_bounds("qk_clip_", tau, alpha)
+    layer, query, key = shares(
+        "qk_clip_",
+        heads,
+        layout,
+        alpha,
+        gqa_mode,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        qk_nope_head_dim=qk_nope_head_dim,
+        qk_rope_head_dim=qk_rope_head_dim,
+        v_head_dim=v_head_dim,
+    )
+    weights: list[Tensor] = []
+    of_weights: list[Share] = []
+    for name, given, share in (("q_weight", q_weight, query), ("k_weight", k_weight, key)):
+        copies = [given] if isinstance(given, Tensor) else list(given)
+        for copy in copies:
+            check_rows("qk_clip_", name, copy, share)
+        if share.shared or share.whole:
+            weights += copies
+            of_weights += [share] * len(copies)
+    for weight in weights:
         if weight.device != max_logits.device:
             raise ValueError(
                 f"qk_clip_: max_logits: expected the weights' device {weight.device}, "
                 f"got {max_logits.device}; move one of them"
             )
-
+    rows = [Rows(0, of.blocks, of.block_rows, 0, of.shared, of.whole) for of in of_weights]
     with torch.no_grad():
-        gamma = clip_factor(max_logits, tau)
-        query_factor, key_factor = gamma**alpha, gamma ** (1 - alpha)
-        if layout == "gqa" and gqa_mode == "query_only":
-            query_factor, key_factor = gamma, gamma.new_ones(key_heads)
-        elif layout == "gqa":
-            group = gamma.reshape(key_heads, -1).amin(dim=1)
-            gamma = group.repeat_interleave(heads // key_heads)
-            query_factor, key_factor = gamma**alpha, group ** (1 - alpha)
-        for weight in queries:
-            engine.scale_rows_(weight, heads, 0, clipped, query_factor)
-            if layout == "mla":
-                engine.scale_rows_(weight, heads, clipped, query_rows, gamma)
-        for weight in keys:
-            engine.scale_rows_(weight, key_heads, 0, clipped, key_factor)
-    return gamma
+        return engine.clip_rows_(
+            weights, max_logits, [layer], rows, [of.power for of in of_weights], tau
+        )

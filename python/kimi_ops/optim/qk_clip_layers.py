@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from kimi_ops import _check
-from kimi_ops.optim.qk_clip import qk_clip_
-
-_MLA = ("kv_b_proj", "max_logits", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_MHA = ("q_proj", "k_proj", "max_logits", "num_heads", "num_kv_heads", "head_dim")
+from kimi_ops.optim import engine
+from kimi_ops.optim.qk_clip import check_bounds
+from kimi_ops.optim.qk_clip_projections import Part, local, of_layer, part
+from kimi_ops.reference.qk_clip import Layer
 
 
 @dataclass
@@ -27,7 +27,8 @@ class QKClip:
     micro-batches. A layer is an MLA module with ``q_b_proj`` (``q_proj`` where the query is not
     compressed), ``kv_b_proj``, ``qk_nope_head_dim``, ``qk_rope_head_dim`` and ``v_head_dim``, or
     one of grouped queries with ``q_proj``, ``k_proj``, ``num_heads``, ``num_kv_heads`` and
-    ``head_dim``. All have the same number of heads. After every step the buffers are back at -inf.
+    ``head_dim``. Biases of the projections are scaled with their weights. Layers without a softmax
+    over logits (linear attention) are left out. After every step the buffers are back at -inf.
 
     Parameters
     ----------
@@ -37,14 +38,26 @@ class QKClip:
         As in :func:`kimi_ops.qk_clip_`.
     masters : mapping of Tensor to Tensor, optional
         fp32 copies of weights that the optimizer updates in their place; both are scaled.
+    process_group : ProcessGroup, optional
+        The ranks that have the same heads and other data, over which the maxima are joined. Ranks
+        that have other heads (tensor parallel) are none of them: every rank gives its own heads,
+        ``num_heads`` and rows. By default the group that MuonClip shares its work in.
 
     Attributes
     ----------
     max_logits, gamma : Tensor [layers, heads] or None
-        Of the last step, before the clip; over all ranks.
+        Of the last step, before the clip; over all ranks of the group. Where layers have fewer
+        heads than others, -inf and 1 fill their rows.
     nonfinite : Tensor [layers, heads] of bool or None
         Heads whose maximum was NaN or infinite: they were left alone. (A head that saw no logits
         has -inf and counts as fine.)
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it is made, and before anything moves in a step: a layer without these names, with a
+        fused weight, with normalised queries or keys (whose logits do not shrink with the weights),
+        with rows that do not fit its numbers.
     """
 
     layers: Sequence[nn.Module]
@@ -52,6 +65,7 @@ class QKClip:
     alpha: float = 0.5
     gqa_mode: str = "query_only"
     masters: Mapping[Tensor, Tensor] | None = None
+    process_group: dist.ProcessGroup | None = None
     max_logits: Tensor | None = field(default=None, init=False)
     gamma: Tensor | None = field(default=None, init=False)
     nonfinite: Tensor | None = field(default=None, init=False)
@@ -63,30 +77,7 @@ class QKClip:
                 "QKClip: layers: expected at least one attention layer, got none; "
                 "give model.attention_layers()"
             )
-        if not 0 < self.tau < float("inf"):
-            raise ValueError(
-                f"QKClip: tau: expected a positive finite number, got {self.tau}; Kimi K2 used 100"
-            )
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"QKClip: alpha: expected 0 to 1, got {self.alpha}; 0.5 shares evenly")
-        _check.choice("QKClip", "gqa_mode", self.gqa_mode, ("query_only", "group_max"))
-        heads = {}
-        for layer in self.layers:
-            wanted = _MHA
-            if hasattr(layer, "kv_b_proj") or not hasattr(layer, "k_proj"):
-                wanted = ("q_proj" if hasattr(layer, "q_proj") else "q_b_proj", *_MLA)
-            for name in wanted:
-                if not hasattr(layer, name):
-                    raise TypeError(
-                        f"QKClip: layers: expected attention modules, got a "
-                        f"{type(layer).__name__} without {name}; give model.attention_layers()"
-                    )
-            heads[layer.max_logits.numel()] = layer  # type: ignore[operator]
-        if len(heads) > 1:
-            raise ValueError(
-                f"QKClip: layers: expected one number of heads, got {sorted(heads)}; "
-                "make a QKClip of your own for each and call its step()"
-            )
+        self._plan()
         for layer in self.layers:
             layer.track_max_logits = True  # type: ignore[assignment]
 
@@ -94,49 +85,71 @@ class QKClip:
     def step(self, process_group: dist.ProcessGroup | None = None) -> None:
         """Clip every layer by the maxima since the last step, remember them, and reset the buffers.
 
-        With a process group, in one packed MAX all-reduce, by the maxima of all its ranks. Nothing
-        is read on the host.
+        With a process group (its own, else the argument), in one packed MAX all-reduce, by the
+        maxima of all its ranks; without one, of the ranks that share the rows of DTensors. Nothing
+        is read on the host; on a GPU the number of launches does not grow with the layers, but for
+        torch's own limits on lists.
         """
-        maxima = torch.stack([layer.max_logits for layer in self.layers])  # type: ignore[misc]
+        layers, parts = self._plan()
+        buffers = self._buffers()
         # a MAX over ranks may drop NaN; +inf says the same and stays
-        maxima = torch.where(torch.isnan(maxima), torch.inf, maxima)
-        if process_group is not None:
-            dist.all_reduce(maxima, dist.ReduceOp.MAX, group=process_group)
-        self.nonfinite = torch.isposinf(maxima)
-        self.gamma = torch.stack(
-            [self._clip(layer, row) for layer, row in zip(self.layers, maxima, strict=True)]
-        )
-        self.max_logits = maxima
-        for layer in self.layers:
-            layer.max_logits.fill_(float("-inf"))  # type: ignore[operator]
-
-    def _clip(self, layer: Any, maxima: Tensor) -> Tensor:
-        query = layer.q_proj if hasattr(layer, "q_proj") else layer.q_b_proj
-        if hasattr(layer, "kv_b_proj"):
-            key = layer.kv_b_proj
-            geometry = {
-                "layout": "mla",
-                "qk_nope_head_dim": layer.qk_nope_head_dim,
-                "qk_rope_head_dim": layer.qk_rope_head_dim,
-                "v_head_dim": layer.v_head_dim,
-            }
-        else:
-            key = layer.k_proj
-            geometry = {
-                "layout": "mha" if layer.num_kv_heads == layer.num_heads else "gqa",
-                "num_kv_heads": layer.num_kv_heads,
-                "head_dim": layer.head_dim,
-                "gqa_mode": self.gqa_mode,
-            }
-        return qk_clip_(
+        inf = float("inf")
+        maxima = torch.nan_to_num(torch.cat(buffers), nan=inf, posinf=inf, neginf=-inf)
+        for group in self._groups(process_group, parts):
+            dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
+        gamma = engine.clip_rows_(
+            [of.weight for of in parts],
             maxima,
-            q_weight=self._copies(query.weight),
-            k_weight=self._copies(key.weight),
-            tau=self.tau,
-            alpha=self.alpha,
-            **geometry,
+            layers,
+            [of.rows for of in parts],
+            [of.power for of in parts],
+            self.tau,
         )
+        self.max_logits = self._by_layer(maxima, -inf)
+        self.nonfinite = self._by_layer(torch.isposinf(maxima), False)
+        self.gamma = self._by_layer(gamma, 1.0)
+        nothing = torch.full_like(maxima, -inf).split([len(buffer) for buffer in buffers])
+        torch._foreach_copy_(buffers, list(nothing))
 
-    def _copies(self, weight: Tensor) -> list[Tensor]:
-        master = None if self.masters is None else self.masters.get(weight)
-        return [weight] if master is None else [weight, master]
+    def _plan(self) -> tuple[list[Layer], list[Part]]:
+        """What `engine.clip_rows_` takes; all that can be wrong is found here."""
+        check_bounds("QKClip", self.tau, self.alpha)
+        _check.choice("QKClip", "gqa_mode", self.gqa_mode, ("query_only", "group_max"))
+        layers, parts = [], []
+        for number, module in enumerate(self.layers):
+            layer, found = of_layer("QKClip", module, number, self.alpha, self.gqa_mode)
+            layers.append(layer)
+            for name, parameter, share in found:
+                master = None if self.masters is None else self.masters.get(parameter)
+                for copy in (parameter,) if master is None else (parameter, master):
+                    of = part("QKClip", name, copy, number, share)
+                    if share.shared or share.whole:
+                        parts.append(of)
+        devices = {of.weight.device for of in parts} | {of.device for of in self._buffers()}
+        if len(devices) > 1:
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(
+                f"QKClip: layers: expected maxima and weights on one device, got {names}; make a "
+                "QKClip for each device and call its step()"
+            )
+        return layers, parts
+
+    def _groups(
+        self, given: dist.ProcessGroup | None, parts: list[Part]
+    ) -> list[dist.ProcessGroup]:
+        """Whose maxima count: without a group those of all that hold rows of the same weights."""
+        group = given if self.process_group is None else self.process_group
+        if group is not None:
+            return [group]
+        meshes = dict.fromkeys(of.mesh for of in parts if of.mesh is not None)
+        return [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim)]
+
+    def _buffers(self) -> list[Tensor]:
+        return [local("QKClip", "max_logits", layer.max_logits)[0] for layer in self.layers]
+
+    def _by_layer(self, packed: Tensor, rest: float) -> Tensor:
+        """[heads of all layers] to [layers, heads]."""
+        rows = packed.split([buffer.numel() for buffer in self._buffers()])
+        if all(len(a) == len(b) for a, b in pairwise(rows)):
+            return packed.view(len(rows), -1)
+        return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=rest)

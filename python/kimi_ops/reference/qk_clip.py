@@ -4,6 +4,9 @@ under tau."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -45,11 +48,47 @@ def clip_factor(max_logits: Tensor, tau: float) -> Tensor:
     """gamma = min(1, tau / S) for a finite S > tau, else exactly 1 (also for S <= 0, infinite S and
     NaN)."""
     over = torch.isfinite(max_logits) & (max_logits > tau)
-    return torch.where(over, tau / max_logits, torch.ones_like(max_logits))
+    # a number over a tensor is its reciprocal times the number to torch: rounded twice
+    return torch.where(over, torch.full_like(max_logits, tau) / max_logits, 1.0)
 
 
-def scale_rows_(weight: Tensor, heads: int, start: int, stop: int, factor: Tensor) -> None:
-    """Rows start..stop of every head's block of weight [heads * rows, in] times factor [heads]; x *
-    1 keeps the bits."""
-    blocks = weight.unflatten(0, (heads, weight.shape[0] // heads))
-    blocks[:, start:stop].mul_(factor[:, None, None])
+class Layer(NamedTuple):
+    """Of `members` neighbouring heads of a layer the smallest gamma counts for all."""
+
+    heads: int
+    members: int = 1
+
+
+class Rows(NamedTuple):
+    """Rows `first_row` .. of a projection [blocks, block_rows, in] or of its bias: of each head's
+    block the first `shared` rows take gamma^power, the `whole` next ones gamma."""
+
+    layer: int
+    blocks: int
+    block_rows: int
+    first_row: int
+    shared: int
+    whole: int
+
+
+def clip_rows_(
+    weights: Sequence[Tensor],
+    max_logits: Tensor,
+    layers: Sequence[Layer],
+    rows: Sequence[Rows],
+    powers: Sequence[float],
+    tau: float,
+) -> Tensor:
+    """Scale the weights of all layers; gamma [H], of max_logits [H] of all layers. x * 1 keeps the
+    bits."""
+    of_layers = []
+    for own, layer in zip(max_logits.split([x.heads for x in layers]), layers, strict=True):
+        smallest = clip_factor(own, tau).unflatten(0, (-1, layer.members)).amin(1)
+        of_layers.append(smallest.repeat_interleave(layer.members))
+    for weight, of, power in zip(weights, rows, powers, strict=True):
+        gamma = of_layers[of.layer].unflatten(0, (of.blocks, -1))[:, :1]
+        one = torch.ones_like(gamma).expand(-1, of.block_rows - of.shared - of.whole)
+        factors = (gamma**power).expand(-1, of.shared), gamma.expand(-1, of.whole), one
+        here = torch.cat(factors, dim=1).flatten()[of.first_row :][: weight.shape[0]]
+        weight.mul_(here.reshape(-1, *[1] * (weight.ndim - 1)))
+    return torch.cat(of_layers)

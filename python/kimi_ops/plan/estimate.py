@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""A whole step in one layout: the slowest stage, the pipeline's bubble, the optimizer."""
+
+from dataclasses import dataclass, replace
+
+from kimi_ops.optim.ns_schedule import ns_flops
+from kimi_ops.plan.counts import Counts
+from kimi_ops.plan.hardware import Hardware
+from kimi_ops.plan.layer import COMMUNICATION, Piece, again, dense_layer, merged, moe_layer
+from kimi_ops.plan.memory import Memory, memory
+from kimi_ops.plan.work import Layout, Work
+
+__all__ = ["Estimate", "estimate"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds and bytes of one layout; every one computed, no one measured on this machine."""
+
+    layout: Layout
+    memory: Memory
+    capacity: float  # bytes of a GPU
+    host_capacity: float
+    layer: list[Piece]  # of a layer with experts: training forward, backward and what is repeated
+    stage_seconds: float  # a micro-batch in the slowest stage, nothing overlapped
+    stage_overlapped: (
+        float  # the same with dispatch and combine behind the rest, or the rest behind
+    )
+    micro_batches: int
+    bubble: float  # share of the step
+    outside: dict[str, float]  # seconds a step: gradients, optimizer, host
+    seconds: float
+    overlapped: float
+    tokens: int  # of all GPUs in a step
+    gpus: int
+
+    @property
+    def fits(self) -> bool:
+        return self.missing <= 0
+
+    @property
+    def missing(self) -> float:
+        """Bytes a GPU lacks, or its share of the host; negative where some are left."""
+        return max(self.memory.total - self.capacity, self.memory.host - self.host_capacity)
+
+    @property
+    def tokens_per_gpu(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds / self.gpus
+
+    @property
+    def bound(self) -> str:
+        """What the pieces of the layer wait for most: tensor, memory, NVLink or network."""
+        waits: dict[str, float] = {}
+        for piece in self.layer:
+            waits[piece.bound] = waits.get(piece.bound, 0.0) + piece.seconds
+        return max(waits, key=lambda bound: waits[bound])
+
+    def piece(self, name: str) -> Piece:
+        return next(p for p in self.layer if p.name == name)
+
+
+def _split(pieces: list[Piece]) -> tuple[float, float]:
+    """Seconds of all pieces, and of those that communicate."""
+    sending = sum(p.seconds for p in pieces if p.name in COMMUNICATION)
+    return sum(p.seconds for p in pieces), sending
+
+
+def estimate(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> Estimate:
+    """What a step of `work` takes in `layout`.
+
+    Where the ranks do not divide the experts, those with one more get more rows: that is skew too.
+    """
+    config = counts.config
+    experts = config.n_routed_experts
+    uneven = -(-experts // layout.ep) * layout.ep / experts
+    work = replace(work, skew=work.skew * uneven)
+    layers = {}
+    for sparse in {config.is_moe_layer(n) for n in range(config.num_hidden_layers)}:
+        if sparse:
+            forward = moe_layer(hardware, counts, work, layout.ep)
+        else:
+            forward = dense_layer(hardware, counts, work)
+        pieces = list(forward)
+        if work.training and sparse:
+            pieces += moe_layer(hardware, counts, work, layout.ep, backward=True)
+        elif work.training:
+            pieces += dense_layer(hardware, counts, work, backward=True)
+        if work.training:
+            pieces += again(hardware, counts, work, forward, layout.recompute)
+        layers[sparse] = merged(pieces)
+    times = [
+        _stage(hardware, counts, work, layout, layers, s) for s in layout.stages(_depth(counts))
+    ]
+    stage, overlapped = (max(t[n] for t in times) for n in (0, 1))
+    outside = _outside(hardware, counts, work, layout) if work.training else {}
+    count = layout.micro_batches(work) if work.training else 1
+    slots = count + layout.pp - 1
+    after = sum(outside.values())
+    gpus = layout.pp * layout.dp
+    return Estimate(
+        layout,
+        memory(counts, work, layout),
+        hardware.memory,
+        hardware.host_memory,
+        layers[True] if True in layers else layers[False],
+        stage,
+        overlapped,
+        count,
+        (layout.pp - 1) / slots,
+        outside,
+        slots * stage + after,
+        slots * overlapped + after,
+        layout.dp * work.tokens * count,
+        gpus,
+    )
+
+
+def _depth(counts: Counts) -> int:
+    return counts.config.num_hidden_layers
+
+
+def _stage(
+    hardware: Hardware,
+    counts: Counts,
+    work: Work,
+    layout: Layout,
+    kinds: dict[bool, list[Piece]],
+    layers: range,
+) -> tuple[float, float]:
+    """Seconds of a micro-batch in one stage: in sequence, and with communication hidden."""
+    config = counts.config
+    everything, sending = 0.0, 0.0
+    for layer in layers:
+        all_, sent = _split(kinds[config.is_moe_layer(layer)])
+        everything, sending = everything + all_, sending + sent
+    if _depth(counts) - 1 in layers:
+        passes = 3 if work.training else 1
+        flops = 2.0 * work.tokens * config.hidden_size * config.vocab_size * passes
+        everything += hardware.seconds(flops, 2.0 * counts.table * passes)[0]
+    if layout.pp > 1:  # activations on, their gradients back
+        link = hardware.network if layout.dp >= hardware.domain else hardware.nvlink
+        moved = 4.0 * work.tokens * config.hidden_size / link
+        everything, sending = everything + moved, sending + moved
+    return everything, max(sending, everything - sending)
+
+
+def _outside(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> dict[str, float]:
+    """Once a step, in the largest stage: gradients to owners, weights back, the optimizer."""
+    config = counts.config
+    stages = [counts.stage(s, layout.ep) for s in layout.stages(_depth(counts))]
+    experts, matrices, rest = max(stages, key=sum)
+    link = hardware.nvlink if layout.dp <= hardware.domain else hardware.network
+    shared = experts * (1 - 1 / layout.replicas) + (matrices + rest) * (1 - 1 / layout.dp)
+    owned = experts / layout.replicas + (matrices + rest) / layout.dp
+    expert = 3 * ns_flops((config.moe_intermediate_size, config.hidden_size)) / counts.expert
+    # of the other matrices too: their sides are alike
+    newton_schulz = expert * (experts / layout.replicas + matrices / layout.dp)
+    passes = owned * (22 + 2 * (work.momentum_bytes - 4)) / (hardware.hbm * hardware.copy)
+    state = memory(counts, work, layout).host
+    return {
+        "gradients and weights": shared * (work.gradient_bytes + 2) / link,
+        "optimizer": newton_schulz / (hardware.bf16 * hardware.gemm) + passes,
+        "state from and to the host": 2 * state / hardware.host_link,
+    }
