@@ -17,13 +17,14 @@ extern "C" {
  * are 64-byte aligned and hold for the number of threads that was set when their size
  * was asked for, or for the device that was current then. */
 
-/* D = alpha A B + beta C + delta I, summed in fp32 and rounded once. D may lie on A, B or C. */
+/* D = alpha A B + beta C + delta I, summed in fp32 and rounded once. D may lie on A, B or C; on a
+ * GPU on C alone. */
 typedef struct kimi_matrix_product_params {
   const void* a;   /* [M, K] dtype, element (i, k) at a_row_stride i + a_col_stride k */
   const void* b;   /* [K, N] dtype, any strides too */
   const void* c;   /* [M, N] dtype, rows dense, or NULL; symmetric: its lower triangle is read */
   void* d;         /* out [M, N] dtype, rows dense */
-  void* workspace; /* kimi_matrix_product_workspace_bytes() */
+  void* workspace; /* kimi_matrix_product_workspace_bytes(); on a GPU none */
   int64_t rows, cols, depth; /* M, N, K */
   int64_t a_row_stride, a_col_stride, b_row_stride, b_col_stride, c_stride, d_stride;
   float alpha, beta, delta;

@@ -9,7 +9,9 @@
 // the rows after the last group are one more group, of depth 0, where the epilogue zeroes them.
 // Within a group kSwizzle row tiles share a column tile before the next one comes, so that blocks
 // that run together read few distinct tiles of A and of B.
-// K-grouped, batch: every group has the same number of tiles. Of a lower triangle row after row:
+// K-grouped, batch: every group has the same number of tiles. Of a lower triangle row after row,
+// each matrix from kTurn tiles further on than the one before, for a block must not have the same
+// places in all of them, which cost unlike (sm90/kernel.cuh):
 //
 //   tiles as high as wide   0             half as high   0
 //                           1 2                          1
@@ -136,6 +138,8 @@ class RowSchedule {
 template <int kSwizzle = 8>
 class MatrixSchedule {
  public:
+  static constexpr uint32_t kTurn = 5;
+
   __device__ MatrixSchedule(const Product& p, uint32_t row_tiles, uint32_t col_tiles,
                             uint32_t lower_ratio = 0)
       : p_(p),
@@ -150,10 +154,11 @@ class MatrixSchedule {
     if (tiles_ == 0 || index >= tiles_ * static_cast<uint32_t>(groups.count)) return false;
     const uint32_t group = index / tiles_;
     tile.group = static_cast<int32_t>(group);
+    const uint32_t local = index - group * tiles_;
     if (lower_ratio_ > 0)
-      place_in_triangle(index - group * tiles_, lower_ratio_, tile);
+      place_in_triangle((local + group * kTurn) % tiles_, lower_ratio_, tile);
     else
-      place_in_group<kSwizzle>(index - group * tiles_, row_tiles_, col_tiles_, tile);
+      place_in_group<kSwizzle>(local, row_tiles_, col_tiles_, tile);
     tile.begin = 0;
     tile.end = p_.depth;
     if (groups.offsets == nullptr) return true;

@@ -23,7 +23,7 @@ Status check_dtype(const char* op, const char* name, kimi_dtype dtype) {
 }
 
 // Elements of which rows must be dense: col_stride 1 unless there is one column.
-Status check(const MatrixProductParams& p) {
+Status check(const MatrixProductParams& p, kimi_device device) {
   const char* op = "matrix_product";
   if (p.rows < 0 || p.cols < 0 || p.depth < 0)
     return invalid(op, ": rows, cols, depth: expected 0 or more, got ", p.rows, ", ", p.cols, ", ",
@@ -34,8 +34,13 @@ Status check(const MatrixProductParams& p) {
   if (p.c_stride < 0 || p.d_stride < 0)
     return invalid(op, ": c_stride, d_stride: expected 0 or more, got ", p.c_stride, " and ",
                    p.d_stride);
-  if (p.rows > 0 && p.cols > 0 && (!p.d || !p.workspace || (p.depth > 0 && (!p.a || !p.b))))
+  const bool cuda = device == KIMI_DEVICE_CUDA;
+  if (p.rows > 0 && p.cols > 0 &&
+      (!p.d || (!cuda && !p.workspace) || (p.depth > 0 && (!p.a || !p.b))))
     return invalid(op, ": expected pointers for a, b, d and workspace, got NULL");
+  if (cuda && p.d && (p.d == p.a || p.d == p.b))  // which other blocks still read
+    return invalid(op, ": d: expected memory of its own, or c's, on a GPU, got that of ",
+                   p.d == p.a ? "a" : "b");
   if (p.beta != 0 && !p.c)
     return invalid(op, ": c: expected a matrix for beta ", p.beta, ", got NULL");
   return Status::ok();
@@ -96,16 +101,19 @@ int threads_of_a_matrix(const NewtonSchulzParams& p) {
 
 }  // namespace
 
-size_t matrix_product_workspace_bytes(const MatrixProductParams& p, kimi_device) {
+size_t matrix_product_workspace_bytes(const MatrixProductParams& p, kimi_device device) {
+  if (device == KIMI_DEVICE_CUDA) return 0;
   if (p.rows < 0 || p.cols < 0 || p.depth < 0 || !is_dtype(p.dtype)) return 0;
   return std::max<size_t>(
       64, gemm::dense_scratch_bytes(p.rows, p.cols, p.depth, p.dtype, cpu::num_threads()));
 }
 
-Status matrix_product(const MatrixProductParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(cpu_only("matrix_product", device));
-  KIMI_RETURN_IF_ERROR(check(p));
+Status matrix_product(const MatrixProductParams& p, kimi_device device,
+                      [[maybe_unused]] void* stream) {
+  KIMI_RETURN_IF_ERROR(check(p, device));
   if (p.rows == 0 || p.cols == 0) return Status::ok();
+  if (device == KIMI_DEVICE_CUDA)
+    return KIMI_CUDA("matrix_product", matrix_product_cuda(p, stream));
   Product q;
   q.a = {p.a, p.a_row_stride, p.a_col_stride, cpu::Storage(p.dtype)};
   q.b = {p.b, p.b_col_stride, p.b_row_stride, cpu::Storage(p.dtype)};

@@ -40,6 +40,7 @@ using NewtonSchulzParams = kimi_newton_schulz_params;
 
 size_t matrix_product_workspace_bytes(const MatrixProductParams& p, kimi_device device);
 Status matrix_product(const MatrixProductParams& p, kimi_device device, void* stream);
+Status matrix_product_cuda(const MatrixProductParams& p, void* stream);
 size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p, kimi_device device);
 Status newton_schulz(const NewtonSchulzParams& p, kimi_device device, void* stream);
 

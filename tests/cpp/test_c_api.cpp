@@ -237,6 +237,23 @@ void test_fp8_products_refuse_what_tma_cannot_read() {
   EXPECT(error_has("a_scale_stride"));
 }
 
+// A GPU's blocks read A and B while others write D. A CPU packs both first.
+void test_products_on_a_gpu_want_memory_of_their_own() {
+  float memory[4] = {};
+  kimi_matrix_product_params p = {};
+  p.a = p.b = p.d = memory;
+  p.rows = p.cols = p.depth = 1;
+  p.a_row_stride = p.a_col_stride = p.b_row_stride = p.b_col_stride = p.d_stride = 1;
+  EXPECT(kimi_matrix_product_workspace_bytes(&p, KIMI_DEVICE_CUDA) == 0);
+  EXPECT(kimi_matrix_product(&p, KIMI_DEVICE_CUDA, nullptr) == KIMI_INVALID_ARGUMENT);
+  EXPECT(error_has("matrix_product: d: expected memory of its own") && error_has("that of a"));
+  p.a = memory + 1;
+  EXPECT(kimi_matrix_product(&p, KIMI_DEVICE_CUDA, nullptr) == KIMI_INVALID_ARGUMENT);
+  EXPECT(error_has("that of b"));
+  EXPECT(kimi_matrix_product(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT);
+  EXPECT(error_has("workspace"));
+}
+
 }  // namespace
 
 int main() {
@@ -248,6 +265,7 @@ int main() {
   test_sizes_are_refused_below_python_too();
   test_losses_refuse_sizes_and_say_their_workspace();
   test_fp8_products_refuse_what_tma_cannot_read();
+  test_products_on_a_gpu_want_memory_of_their_own();
   test_cuda_without_a_device();
   if (failures == 0) std::puts("c_api: all passed");
   return failures == 0 ? 0 : 1;

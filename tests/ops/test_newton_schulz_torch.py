@@ -43,8 +43,10 @@ def error(value: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (31, 70, 9), (129, 33, 600), (300, 65, 40)])
-def test_products_are_exact(cpu_engine, dtype, shape):
+def test_products_are_exact(gemm_engine, dtype, shape):
     m, n, k = shape
+    if gemm_engine.slow:
+        k = min(k, 136)
     a, b, c = small(m, k, dtype=dtype), small(k, n, dtype=dtype), small(m, n, dtype=dtype)
     exact = (a.double() @ b.double() / 2 + 2 * c.double()).to(dtype)
     for x in (a, turned(a)):
@@ -56,7 +58,7 @@ def test_products_are_exact(cpu_engine, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_of_c_the_lower_triangle_is_read(cpu_engine, dtype):
+def test_of_c_the_lower_triangle_is_read(gemm_engine, dtype):
     a, c = small(150, 40, dtype=dtype), small(150, 150, dtype=dtype)
     c = c.tril() + c.tril(-1).mT
     hidden = c.tril() + torch.full_like(c, torch.nan).triu(1)

@@ -144,7 +144,7 @@ TEST(tiles_of_the_depth) {
 }
 
 // Every tile of a batch once; of the lower triangle those that the diagonal or what lies below it
-// touches, row after row.
+// touches, row after row, each matrix from another one on.
 TEST(tiles_of_a_batch_and_of_its_lower_triangle) {
   for (uint32_t ratio : {0u, 1u, 2u, 3u})
     for (uint32_t row_tiles : {1u, 2u, 3u, 7u, 40u}) {
@@ -157,9 +157,14 @@ TEST(tiles_of_a_batch_and_of_its_lower_triangle) {
       std::vector<Tile> want;
       for (int32_t e = 0; e < p.groups.count; ++e) {
         if (ratio == 0) add_group(want, e, row_tiles, col_tiles, 0, p.depth, 0);
-        for (uint32_t r = 0; ratio > 0 && r < row_tiles; ++r)
+        if (ratio == 0) continue;
+        const int64_t before = static_cast<int64_t>(want.size());
+        for (uint32_t r = 0; r < row_tiles; ++r)
           for (uint32_t c = 0; c * ratio <= r; ++c)
             want.push_back({e, static_cast<int32_t>(r), static_cast<int32_t>(c), 0, p.depth});
+        const int64_t tiles = static_cast<int64_t>(want.size()) - before;
+        const int64_t turned = int64_t{MatrixSchedule<>::kTurn} * e % tiles;
+        std::rotate(want.begin() + before, want.begin() + before + turned, want.end());
       }
       p.rows = p.cols = 128 * row_tiles;
       p.lower = ratio > 0;

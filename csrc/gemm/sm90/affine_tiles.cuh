@@ -1,24 +1,23 @@
 // SPDX-License-Identifier: MIT
 // AffineParams on Hopper: the arithmetic in the registers of the sums, then D by TMA.
 //
-//   C       a warp's 16 rows in boxes of 64 columns: cp.async into the scratch, two boxes ahead,
-//           ldmatrix, whose registers are those of wgmma's sums
-//   D       as StoreTiles stores, or
-//   lower   blocks of 64 x 64, a consumer's rows: four warps fill a box of 8 KiB, one thread stores
-//           it; then the same with rows and columns exchanged (stmatrix.trans) for the mirror image
+//   C   a warp's 16 rows in boxes of 64 columns: cp.async into the scratch, two boxes ahead, and
+//       ldmatrix, whose registers are those of wgmma's sums
+//   D   a consumer's 64 rows in boxes of 128 bytes: four warps fill one (stmatrix), a thread stores
+//       it; of a symmetric D the same with rows and columns exchanged (stmatrix.trans)
 //
-//        col   0  64 128 192         below the diagonal   the block and its mirror image
+//        col   0  64 128 192         below the diagonal   the box and its mirror image
 //   row   0   [\]                    on it                lower half, and that again above: one box
 //        64   [ ] [\]                above it             nothing
 //
-// Both images come from the same registers: D is bitwise symmetric. Other dtypes of D, a symmetric
-// D that TMA cannot write, take the way of sm_80's kernels, gemm/affine.cuh.
+// Both images come from the same registers: D is bitwise symmetric. A D that TMA cannot write, in
+// the other type of 16 bits or symmetric in fp32, takes the way of sm_80's kernels, gemm/affine.cuh.
 //
 // *Predicted* by count, a wide tile: 128 to 450 instructions a thread for the arithmetic, two waits
-// of the L2 for C (about 1000 cycles), 8 boxes of about 200 cycles for D and its image, 4 without:
-// 1000 to 3000 cycles in which the consumer multiplies nothing, of 16 a value of depth that it does:
-// 2 % at a depth of 7168, 3 to 9 % at 2048. The other consumer has the tensor cores meanwhile, once
-// they are out of step.
+// of the L2 for C (about 1000 cycles), 4 boxes of about 200 cycles for D and 4 for its image: 1000
+// to 3000 cycles in which the consumer multiplies nothing, beside 16 a value of depth in which it
+// does: 2 % at a depth of 7168, 3 to 9 % at 2048. The other consumer has the tensor cores meanwhile,
+// once they are out of step.
 #pragma once
 
 #include "device/barrier.cuh"

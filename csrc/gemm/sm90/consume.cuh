@@ -32,10 +32,10 @@ __device__ inline void clear_rows(Stage<X>& stage, int valid) {
   named_barrier_sync(kConsumerBarrier, 2 * kGroupThreads);
 }
 
-// The sums of a tile's stages; there is at least one.
-template <class X>
+// The sums of a tile's stages, of which there is at least one, and of kCols columns.
+template <class X, int kCols>
 __device__ inline void sum_direct(Shared<X>& s, const Work& work, int consumer,
-                                  Ring<X::kStages>& ring, float (&d)[X::kSums]) {
+                                  Ring<X::kStages>& ring, float (&d)[kCols / 2]) {
   const int stages = stages_of<X>(work);
   int before = 0;
   wgmma_fence(d);
@@ -52,7 +52,7 @@ __device__ inline void sum_direct(Shared<X>& s, const Work& work, int consumer,
     const uint64_t b = wgmma_descriptor<X::kBMajor>(stage.b);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      wgmma<typename X::T, X::kBRows, X::kAMajor, X::kBMajor>(
+      wgmma<typename X::T, kCols, X::kAMajor, X::kBMajor>(
           d, wgmma_advance<X::kAMajor>(a, k), wgmma_advance<X::kBMajor>(b, k), step > 0 || k > 0);
     wgmma_commit();
     wgmma_wait<1>();
@@ -87,8 +87,11 @@ __device__ inline void consume(const Product& p, const typename X::Epilogue::Par
     if (mine && work.depth > 0) {
       if constexpr (X::kScaled)
         sum_promoted<X>(s, work, consumer, ring, opens, d);
+      else if (X::kHalves && work.half)
+        sum_direct<X, X::kBRows / 2>(s, work, consumer, ring,
+                                     reinterpret_cast<float (&)[X::kSums / 2]>(d));
       else
-        sum_direct<X>(s, work, consumer, ring, d);
+        sum_direct<X, X::kBRows>(s, work, consumer, ring, d);
     } else {
       for (int step = stages_of<X>(work); step > 0; --step, ring.next()) {
         mbarrier_wait(s.full[ring.at], ring.parity);

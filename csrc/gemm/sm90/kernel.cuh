@@ -15,6 +15,10 @@
 //   wide          4       1024     640 + 384 cycles               48 KB, 48 B a cycle
 //   narrow        6       512      384 + 256                      32 KB, 64 B a cycle
 //
+// Of a batch's wide tile the first half alone is loaded and multiplied where the other one lies
+// past C or above the diagonal: every other row of a triangle ends in such a tile, 8 of the 72 of
+// 2048 rows.
+//
 // C: 256 columns cost a warp 64 (fp32 128) conversions or stores and as many cycles of shared
 // memory, about 800 cycles a tile in which wgmma stands still, 2 % at a depth of 2048. Where a
 // group has at most 64 rows, consumer 1 is idle and the upper half of A unread. Few rows need no
@@ -111,7 +115,7 @@ Status encode_inputs(const Product& p, Inputs* in) {
   KIMI_RETURN_IF_ERROR(encode_operand<T>(&in->a, p.a, X::kAMajor, rows, depth,
                                          batch ? p.groups.count : 0, kConsumerRows));
   return encode_operand<T>(&in->b, p.b, X::kBMajor, cols, depth, of_k ? 0 : p.groups.count,
-                           X::kTileCols);
+                           X::kBBoxRows);
 }
 
 // TMA writes C, `box_rows` rows at a time, if 16 bytes divide its addresses; adding in 16 bits it

@@ -40,14 +40,15 @@ __device__ inline void produce_tiles(const Product& p, Shared<X>& s, const Visit
       return RowSchedule<kTileRows>(p.groups, col_tiles, X::Epilogue::kWritesZeros);
     } else {
       const uint32_t row_tiles = (static_cast<uint32_t>(p.rows) + kTileRows - 1) / kTileRows;
-      return MatrixSchedule<>(p, row_tiles, col_tiles, p.lower ? X::kTileCols / kTileRows : 0);
+      const bool lower = X::kGrouping == Grouping::kBatch && p.lower;
+      return MatrixSchedule<>(p, row_tiles, col_tiles, lower ? X::kTileCols / kTileRows : 0);
     }
   };
   auto tiles = schedule();
   Ring<kTileSlots> slot;
   for (uint32_t index = blockIdx.x / X::kCluster;; index += gridDim.x / X::kCluster) {
     Tile tile;
-    Work work{-1, 0, 0, 0, 0, 0};
+    Work work{-1, 0, 0, 0, 0, 0, false};
     if (tiles.find(index, tile)) {
       constexpr bool kOfM = X::kGrouping == Grouping::kM;
       const int64_t row = kOfM ? tile.begin : int64_t{tile.row_tile} * kTileRows;
@@ -61,6 +62,10 @@ __device__ inline void produce_tiles(const Product& p, Shared<X>& s, const Visit
       work.col = (tile.col_tile * X::kCluster + rank) * X::kTileCols;
       work.first = kOfM ? 0 : static_cast<int32_t>(tile.begin);
       work.depth = static_cast<int32_t>(depth);
+      if constexpr (X::kHalves) {
+        const int32_t end = p.lower ? work.row + work.rows : static_cast<int32_t>(p.cols);
+        work.half = end - work.col <= X::kTileCols / 2;
+      }
     }
     if (threadIdx.x == 0) {
       mbarrier_wait(s.tile_empty[slot.at], slot.parity ^ 1);
@@ -108,7 +113,9 @@ class Loader {
     const int of_row_box =
         kBoxBytes + (X::kScaled ? kScaleRows * static_cast<int>(sizeof(float)) : 0);
     return static_cast<uint32_t>((p_.a.index != nullptr ? 0 : boxes_ * of_row_box) +
-                                 (p_.b.index != nullptr ? 0 : X::kBBytes));
+                                 (p_.b.index != nullptr ? 0
+                                  : work_.half          ? X::kBBytes / 2
+                                                        : X::kBBytes));
   }
 
   // Boxes of 64 rows; of a cluster each block loads every other one into all.
@@ -127,12 +134,13 @@ class Loader {
     }
   }
 
-  // Boxes of kTileCols rows, kOuter of 64. With gate and up the second half of the tile is up.
+  // Boxes of kBBoxRows rows, kOuter of 64. With gate and up the second half of the tile is up.
   __device__ void load_b(char* to, MBarrier& full, int32_t depth) const {
     constexpr bool kOuter = X::kBMajor == Major::kOuter;
-    constexpr int kBoxRows = kOuter ? 64 : X::kTileCols;
+    constexpr int kBoxRows = kOuter ? 64 : X::kBBoxRows;
 #pragma unroll
     for (int at = 0; at < X::kBRows; at += kBoxRows) {
+      if (X::kHalves && work_.half && at >= X::kTileCols / 2) return;
       const int32_t row = at < X::kTileCols
                               ? work_.col + at
                               : static_cast<int32_t>(p_.cols) + work_.col + at - X::kTileCols;

@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t kBytes = 2;  // of an element
 constexpr int64_t kMultiprocessors = 132;
-// Cycles of a stage of a tile: wgmma of a wide one, shared memory of a narrow one (kernel.cuh).
-constexpr int64_t kWideStage = 1024, kNarrowStage = 640;
 
 bool is_stride(int64_t elements) {
   return elements > 0 && elements * kBytes % 16 == 0 && elements * kBytes < int64_t{1} << 40;
@@ -68,12 +66,10 @@ bool serves(const Product& p) {
 
 bool is_narrow(const Product& p) {
   if (p.grouping == Grouping::kK) return false;
-  if (p.grouping == Grouping::kBatch) {
-    const auto cycles = [&](int64_t cols, int64_t of_a_stage) {
-      return ceil_div(most_tiles(p, 128, cols), kMultiprocessors) * of_a_stage;
-    };
-    return cycles(128, kNarrowStage) < cycles(256, kWideStage);
-  }
+  // A stage of a narrow tile takes 640 cycles, of a wide one 1024 (kernel.cuh): narrow ones win if
+  // each multiprocessor has one at most.
+  if (p.grouping == Grouping::kBatch)
+    return p.cols <= 128 || most_tiles(p, 128, 128) <= kMultiprocessors;
   const int64_t rows = p.groups.num_rows, groups = std::min<int64_t>(p.groups.count, rows);
   const int64_t row_tiles = groups * ceil_div(rows, groups * 128);  // of groups that are alike
   return p.cols <= 128 || row_tiles * ceil_div(p.cols, 256) < kMultiprocessors;

@@ -31,6 +31,7 @@ struct Work {
   int32_t col;    // first column
   int32_t first;  // of the depth
   int32_t depth;  // 0 for zero rows and for groups without depth
+  bool half;      // Traits::kHalves: the first 128 columns
 };
 
 template <class X>

@@ -49,7 +49,10 @@ struct Traits {
   static constexpr int kBlockDepth = kRowBytes / static_cast<int>(sizeof(T));  // of a stage
   static constexpr int kTileCols = kTileCols_, kBRows = kTileCols * (kGated ? 2 : 1);
   static constexpr int kABytes = kTileRows * kRowBytes, kBBytes = kBRows * kRowBytes;
-  static constexpr int kSums = kBRows / 2;              // of a consumer's thread
+  static constexpr int kSums = kBRows / 2;  // of a consumer's thread
+  // A batch's tiles of 256 columns of which at most 128 are wanted multiply the first half.
+  static constexpr bool kHalves = kGrouping == Grouping::kBatch && kTileCols == 256 && !kGated;
+  static constexpr int kBBoxRows = kHalves ? kTileCols / 2 : kTileCols;  // of TMA, depth-major
   static constexpr int kColumnScales = kTileCols / 64;  // of columns that have one scale
   static constexpr int kCluster = kScaled ? 2 : 1;
   // 65536 registers: 128 (producer + 2 consumer). Scaled: a second array of sums.
