@@ -14,8 +14,8 @@ extern "C" {
 /* ---- newton_schulz: matrices with singular values near 1 ------------------------------------- */
 
 /* csrc/newton_schulz/newton_schulz.h defines the mathematics and the order of the sums. Workspaces
- * are 64-byte aligned and hold for the number of threads that was set when their size
- * was asked for, or for the device that was current then. */
+ * are 64-byte aligned and, on a CPU, hold for the number of threads that was set when their size
+ * was asked for. */
 
 /* D = alpha A B + beta C + delta I, summed in fp32 and rounded once. D may lie on A, B or C; on a
  * GPU on C alone. */

@@ -8,12 +8,15 @@
 namespace kimi::newton_schulz_cuda {
 namespace {
 
-template <class T>
-int64_t blocks_of(const NewtonSchulzParams& p, const Job& job) {
-  const int64_t bytes = job.m * job.stride * int64_t{sizeof(T)};
-  const int64_t resident =
-      resident_blocks(on_chip_kernel<T>, OnChip<T>::kThreads, OnChip<T>::shared_bytes(job));
-  return std::min({p.num_matrices, resident, std::max<int64_t>(1, kWorkspace / bytes)});
+// Of X of one block.
+int64_t bytes_of_x(const NewtonSchulzParams& p, const ChainShape& s) {
+  return s.m * round_up(s.n, 8) * size_of(p.dtype);
+}
+
+// Blocks that the workspace is for: a number that no device changes.
+int64_t most_blocks(const NewtonSchulzParams& p, const ChainShape& s) {
+  const int64_t fit = std::max<int64_t>(1, kWorkspace / bytes_of_x(p, s));
+  return std::min<int64_t>({p.num_matrices, kMostMatrices, fit});
 }
 
 template <class T>
@@ -26,7 +29,8 @@ Status launch_all(const NewtonSchulzParams& p, const ChainShape& s, void* stream
   job.a_outside = keeps_a_out(p);
   job.workspace = p.workspace;
   const size_t shared = OnChip<T>::shared_bytes(job);
-  const int64_t blocks = blocks_of<T>(p, job);
+  const int64_t resident = resident_blocks(on_chip_kernel<T>, OnChip<T>::kThreads, shared);
+  const int64_t blocks = std::min(most_blocks(p, s), resident);
   for (int32_t k = 0; k < p.steps; ++k) job.step[k] = step_of(p, k);
   for (int64_t first = 0; first < p.num_matrices; first += kMostMatrices) {
     job.count = static_cast<int32_t>(std::min<int64_t>(kMostMatrices, p.num_matrices - first));
@@ -51,11 +55,7 @@ bool on_chip_serves(const NewtonSchulzParams& p, const ChainShape& s) {
 }
 
 size_t on_chip_bytes(const NewtonSchulzParams& p, const ChainShape& s) {
-  return dispatch(p.dtype, [&]<class T>() {
-    Job job{};
-    OnChip<T>::set_sizes(job, s);
-    return size_t(blocks_of<T>(p, job) * job.m * job.stride) * sizeof(T);
-  });
+  return static_cast<size_t>(most_blocks(p, s) * bytes_of_x(p, s));
 }
 
 Status on_chip(const NewtonSchulzParams& p, const ChainShape& s, void* stream) {

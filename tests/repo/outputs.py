@@ -316,7 +316,6 @@ def fused_experts_quantized(form, dtype, tokens):
 
 @case(
     method=("standard", "symmetric", "gram"), dtype=DTYPES, shape=((5, 5), (33, 70), (70, 33)),
-    engines=CPU,
 )  # fmt: skip
 def newton_schulz(method, dtype, shape):
     arithmetic = getattr(torch, dtype)
