@@ -117,14 +117,19 @@ KIMI_API kimi_status kimi_clip_rows(const kimi_clip_rows_params* params, kimi_de
 
 /* ---- muon_clip: the elementwise passes of the optimizer -------------------------------------- */
 
-/* csrc/muon_clip/muon_clip.h defines the mathematics. On a CPU. Tensors come as lists of `count`
- * pointers, each tensor dense with `sizes` elements. */
+/* csrc/muon_clip/muon_clip.h defines the mathematics. Tensors come as lists of `count` pointers,
+ * each tensor dense with `sizes` elements; the lists themselves lie on the host.
+ *
+ * `squares` (on the device, as all tensors) are sums of squares of pieces of gradients, and those
+ * of tensor t are pieces[2 t] .. pieces[2 t + 1] - 1. A tensor with one that is not finite is left
+ * alone, its state too. squares NULL: none is. */
 typedef struct kimi_muon_momentum_params {
   const void* const* grads; /* grad_dtype */
   void* const* buffers;     /* in, out buffer_dtype */
-  float* const* updates;    /* out: what Newton-Schulz takes */
+  float* const* updates;    /* out: what Newton-Schulz takes; zeros of a tensor left alone */
   const int64_t* sizes;     /* [count] */
-  double* squares;          /* out [count] sums of the updates' squares, or NULL */
+  const double* squares;    /* or NULL */
+  const int64_t* pieces;    /* [count, 2] */
   int64_t count;
   double momentum;
   int32_t nesterov, maximize; /* 0 or 1 */
@@ -140,6 +145,10 @@ typedef struct kimi_muon_update_params {
   void* const* copies;           /* out bf16, laid out as the parameters, or NULL */
   const int64_t* shapes;         /* [count, 4]: rows, columns, row stride of param and direction */
   const double* rates;           /* [count] */
+  const double* lr;              /* on the device, a factor of rates and decay; NULL: 1 */
+  const double* weight_decay;    /* on the device, a factor of decay; NULL: 1 */
+  const double* squares;         /* or NULL */
+  const int64_t* pieces;         /* [count, 2] */
   int64_t count;
   double decay;     /* lr times weight decay */
   int32_t cautious; /* 0 or 1 */
@@ -150,31 +159,57 @@ KIMI_API kimi_status kimi_muon_update(const kimi_muon_update_params* params, kim
                                       void* stream);
 
 typedef struct kimi_adamw_params {
-  void* const* params;       /* in, out param_dtype */
-  const void* const* grads;  /* grad_dtype */
-  float* const* exp_avgs;    /* in, out */
-  float* const* exp_avg_sqs; /* in, out */
-  const int64_t* sizes;      /* [count] */
-  const int64_t* steps;      /* [count], from 1 */
+  void* const* params;               /* in, out param_dtype */
+  const void* const* grads;          /* grad_dtype */
+  float* const* exp_avgs;            /* in, out */
+  float* const* exp_avg_sqs;         /* in, out */
+  float* const* steps;               /* in, out: updates so far, a number each, on the device */
+  const int64_t* sizes;              /* [count] */
+  const double* lr_factor;           /* on the device; NULL: 1 */
+  const double* weight_decay_factor; /* on the device; NULL: 1 */
+  const float* scale;                /* on the device: a factor of the gradients; NULL: 1 */
+  double* squares;                   /* or NULL */
+  const int64_t* pieces;             /* [count, 2] */
+  void* workspace; /* kimi_adamw_workspace_bytes(), 8-byte aligned; measure alone */
   int64_t count;
   double lr, beta1, beta2, eps, weight_decay;
   int32_t maximize, cautious; /* 0 or 1 */
+  int32_t measure; /* 1: squares of each gradient, as a whole, are written to its first piece */
   kimi_dtype param_dtype, grad_dtype;
 } kimi_adamw_params;
 
+KIMI_API size_t kimi_adamw_workspace_bytes(const kimi_adamw_params* params, kimi_device device);
 KIMI_API kimi_status kimi_adamw(const kimi_adamw_params* params, kimi_device device, void* stream);
 
-/* squares[t] = the sum of x[t]^2, in fp64. */
+/* squares[places[t]] = the sum of x[t]^2, in fp64. */
 typedef struct kimi_squares_params {
-  const void* const* x; /* dtype */
-  const int64_t* sizes; /* [count] */
-  double* squares;      /* out [count] */
+  const void* const* x;  /* dtype */
+  const int64_t* sizes;  /* [count] */
+  const int64_t* places; /* [count] */
+  double* squares;       /* out */
+  void* workspace;       /* kimi_squares_workspace_bytes(), 8-byte aligned */
   int64_t count;
   kimi_dtype dtype;
 } kimi_squares_params;
 
+KIMI_API size_t kimi_squares_workspace_bytes(const kimi_squares_params* params, kimi_device device);
 KIMI_API kimi_status kimi_squares(const kimi_squares_params* params, kimi_device device,
                                   void* stream);
+
+/* min(1, max_norm / norm): what bounds the norm of gradients, those left alone not counted. */
+typedef struct kimi_clip_factor_params {
+  const double* squares;
+  const int64_t* pieces; /* [count, 2] */
+  float* factor;         /* out, one */
+  void* workspace;       /* kimi_clip_factor_workspace_bytes(), 8-byte aligned */
+  int64_t count;
+  double max_norm;
+} kimi_clip_factor_params;
+
+KIMI_API size_t kimi_clip_factor_workspace_bytes(const kimi_clip_factor_params* params,
+                                                 kimi_device device);
+KIMI_API kimi_status kimi_clip_factor(const kimi_clip_factor_params* params, kimi_device device,
+                                      void* stream);
 
 #ifdef __cplusplus
 }

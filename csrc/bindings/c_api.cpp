@@ -161,7 +161,8 @@ KIMI_OP(clip_rows)
 
 KIMI_OP(muon_momentum)
 KIMI_OP(muon_update)
-KIMI_OP(adamw)
-KIMI_OP(squares)
+KIMI_OP_WITH_WORKSPACE(adamw)
+KIMI_OP_WITH_WORKSPACE(squares)
+KIMI_OP_WITH_WORKSPACE(clip_factor)
 
 }  // extern "C"

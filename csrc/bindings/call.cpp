@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // A call: its arguments, its memory, and the one call of the C API.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 
 #include "bindings/foreign.h"
@@ -193,7 +194,13 @@ int32_t Call::int32(const char* name) {
 
 double Call::number(const char* name) {
   PyObject* object = next();
-  if (PyFloat_Check(object)) return PyFloat_AS_DOUBLE(object);
+  if (PyFloat_Check(object)) {
+    const double value = PyFloat_AS_DOUBLE(object);
+    if (!std::isfinite(value))
+      value_error(name, "expected a finite number, got ", shown(object),
+                  "; check where it comes from");
+    return value;
+  }
   if (!PyLong_Check(object) || PyBool_Check(object))
     type_error(name, "expected a number, got ", Py_TYPE(object)->tp_name);
   const double value = PyLong_AsDouble(object);

@@ -2,6 +2,15 @@
 // A pybind11 module, _C or _simt, with the functions of python.cpp.
 #include <pybind11/pybind11.h>
 
+#if defined(KIMI_HOST_SIMT)
+#include "simt.h"
+#endif
+
 void kimi_bind(pybind11::module_& m);
 
-PYBIND11_MODULE(KIMI_MODULE_NAME, m) { kimi_bind(m); }
+PYBIND11_MODULE(KIMI_MODULE_NAME, m) {
+  kimi_bind(m);
+#if defined(KIMI_HOST_SIMT)
+  m.def("launches", &simt::launches, "Kernels that this thread has run on the host.");
+#endif
+}

@@ -33,6 +33,28 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high) {
 }
 #endif
 
+/// What round_pair packed, or any pair of T, as fp32: exact.
+#if defined(KIMI_HOST_SIMT)
+template <class T>
+void widen_pair(uint32_t pair, float& low, float& high) {
+  low = to_float(T{static_cast<uint16_t>(pair)});
+  high = to_float(T{static_cast<uint16_t>(pair >> 16)});
+}
+#else
+template <class T>
+__device__ __forceinline__ void widen_pair(uint32_t pair, float& low, float& high) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+  if constexpr (std::is_same_v<T, bf16>) {
+    low = float_of(pair << 16);
+    high = float_of(pair & 0xffff0000u);
+  } else {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
+  }
+}
+#endif
+
 /// cvt.rn.satfinite.e4m3x2.f32 from sm_89 on, else the same values by integers: `low` in bits 0-7,
 /// `high` in bits 8-15. Saturates to 448; every NaN becomes 0x7f.
 __device__ inline uint32_t round_pair_e4m3(float low, float high) {

@@ -28,6 +28,8 @@ KIMI_HOST_DEVICE float add_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fadd_rn(
 KIMI_HOST_DEVICE float sub_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fsub_rn(a, b), a - b); }
 /// mul.rn.f32
 KIMI_HOST_DEVICE float mul_rn(float a, float b) { KIMI_DEVICE_OR_HOST(__fmul_rn(a, b), a * b); }
+/// mul.rn.f64
+KIMI_HOST_DEVICE double mul_rn(double a, double b) { KIMI_DEVICE_OR_HOST(__dmul_rn(a, b), a * b); }
 /// fma.rn.f32: a * b + c, rounded once
 KIMI_HOST_DEVICE float fma_rn(float a, float b, float c) {
   KIMI_DEVICE_OR_HOST(__fmaf_rn(a, b, c), std::fma(a, b, c));

@@ -19,6 +19,10 @@
 //   kRun                   chunks are a multiple of so many columns
 //   write(params, product, place, v, count)      kGated: v, up, count
 //                          all lanes come; beyond `count` columns nothing may be touched
+//   mirror(params, place, v, first, end)    if there is one: of a symmetric matrix, what write()
+//                          left in v of 8 rows of a column is row `place.row` from `place.col` on,
+//                          first..end-1 of it; two lanes take a column, whose 16 rows are 32 bytes
+//                          or more, whole sectors
 #pragma once
 
 #include "common/dtype.h"
@@ -41,6 +45,9 @@ struct Place {
   int64_t row, col;
 };
 
+template <class Policy>
+concept Mirrors = requires { &Policy::mirror; };
+
 template <class Policy, int kChunk>
 class Finish {
  public:
@@ -57,13 +64,13 @@ class Finish {
   }
   // Columns [col, col + kChunk).
   __device__ static void write(const typename Policy::Params& params, const Product& p,
-                               const Rows& rows, int64_t col, const float* scratch) {
+                               const Rows& rows, int64_t col, float* scratch) {
     warp_barrier();
     constexpr int kPieces = 16 * kChunk / 8, kInRow = kChunk / 8;
 #pragma unroll 1
     for (int piece = lane_id(); piece < kPieces; piece += kWarpSize) {
       const int r = piece / kInRow, at = piece % kInRow * 8;
-      const float* from = scratch + r * kStride + at;
+      float* const from = scratch + r * kStride + at;
       const Place place{rows.group, rows.row + r, col + at};
       const int64_t left = p.cols - place.col;
       const int count = r >= rows.valid || left <= 0 ? 0 : left < 8 ? static_cast<int>(left) : 8;
@@ -75,12 +82,32 @@ class Finish {
         Policy::write(params, p, place, v, up, count);
       } else {
         Policy::write(params, p, place, v, count);
+        if constexpr (Mirrors<Policy>)
+          if (p.lower) store8(from, v, 8, true);
       }
     }
     warp_barrier();
+    if constexpr (Mirrors<Policy>)
+      if (p.lower) mirror(params, rows, col, scratch);
   }
 
  private:
+  // The same the other way, from what is finished.
+  __device__ static void mirror(const typename Policy::Params& params, const Rows& rows,
+                                int64_t col, const float* scratch) {
+#pragma unroll 1
+    for (int piece = lane_id(); piece < 2 * kChunk; piece += kWarpSize) {
+      const int r = piece % 2 * 8, c = piece / 2;
+      const Place place{rows.group, col + c, rows.row + r};
+      const int64_t below = place.row + 1 - place.col;  // the first one below the diagonal
+      const int first = below < 0 ? 0 : below < 8 ? static_cast<int>(below) : 8;
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = scratch[(r + i) * kStride + c];
+      Policy::mirror(params, place, v, first, rows.valid - r < 8 ? rows.valid - r : 8);
+    }
+    warp_barrier();
+  }
   template <int kAt, int kN>
   __device__ static void put(const float (&c)[kN], float* scratch) {
     const int row = lane_id() / 4, column = lane_id() % 4 * 2;

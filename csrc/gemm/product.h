@@ -8,7 +8,7 @@
 //   batch      A, B and C are one matrix a group, all of one size; of C perhaps its lower triangle
 //
 // Two kernels do it: wgmma and TMA on Hopper (operands whose addresses and strides 16 bytes
-// divide), mma.sync and cp.async everywhere else (any strides; fp32 by plain fma; no batch).
+// divide), mma.sync and cp.async everywhere else (any strides; fp32 by plain fma).
 #pragma once
 
 #include <cstdint>
@@ -57,6 +57,17 @@ struct StoreParams {
   bool wide = false;           // 16 bytes divide every address; product_cuda says
 };
 
+// The epilogue of a batch: D = alpha A B^T + beta C + delta I, rounded to the product's dtype, then
+// times `unit` and rounded to d_dtype.
+struct AffineParams {
+  void* d;  // [count, rows, cols], columns contiguous
+  int64_t d_row_stride, d_group_stride;
+  kimi_dtype d_dtype;
+  const void* c = nullptr;  // the same of the product's dtype; may be d; NULL: beta means nothing
+  int64_t c_row_stride = 0, c_group_stride = 0;
+  float alpha = 1, beta = 0, delta = 0, unit = 1;
+};
+
 // 16 bytes divide the address and the distance of rows, in elements of `size` bytes.
 inline bool divides16(const void* address, int64_t stride, int64_t size) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * size % 16 == 0;
@@ -91,5 +102,10 @@ Status is_hopper(bool* hopper);
 
 // Queues the product. Groups, rows and columns may be 0.
 Status product_cuda(const Product& p, const StoreParams& out, void* stream);
+
+// Queues a batch. p.lower: D is symmetric, of C the lower triangle is read; the lower tiles are
+// multiplied and their mirror image is stored with them. D may be C, but lies on neither A nor B.
+// A matrix gives the same bits alone, in a batch and at any place of it.
+Status affine_cuda(const Product& p, const AffineParams& out, void* stream);
 
 }  // namespace kimi::gemm

@@ -7,17 +7,24 @@
 //                  p <- p (1 - lr wd)
 //                  p <- p + (-lr / (1 - b1^t) m) / (sqrt(v) / sqrt(1 - b2^t) + eps)
 //   squares        sum of x^2
+//   clip_factor    min(1, max_norm / (sqrt(sums of squares) + 1e-6))
 //
-// maximize: -g for g. cautious: the decay acts only where d p > 0 (m p > 0). Everything is fp32 in
-// registers, whatever the dtypes, and rounded once where it is written. a + w (b - a) is
-// fma(w, b - a, a) for w < 0.5, else fma(w - 1, b - a, b); p - rate d is fma(-rate, d, p);
-// v is fma((1 - b2) g, g, v b2); the quotient is added by one addition.
+// maximize: -g for g; scale: scale g for g, one product. cautious: the decay acts only where
+// d p > 0 (m p > 0). Everything is fp32 in registers, whatever the dtypes, and rounded once where it
+// is written. a + w (b - a) is fma(w, b - a, a) for w < 0.5, else fma(w - 1, b - a, b); p - rate d
+// is fma(-rate, d, p); v is fma((1 - b2) g, g, v b2); the quotient is added by one addition.
 //
-// Sums of squares are fp64: blocks of 2^15 elements, in each 16 partial sums by element % 16, a
-// tree of halves over them, blocks in ascending order.
+// Nothing waits for a gradient's flag: tensors with a sum of squares that is not finite are left
+// alone by the passes themselves, and t counts what moved.
+//
+// Sums of squares are fp64: blocks of 2^13 elements, in each 512 partial sums by element % 512,
+// added by halves within each run of 8 and then over the 64 runs; of the blocks 256 partial sums by
+// block % 256, ascending, added by halves. Those of clip_factor: 32 by tensor % 32, likewise.
 //
 // Cost an element (fp32): momentum 12 bytes read and written beside the update's 4, update 12,
-// adamw 28. Blocks of all tensors are shared out as one list: threads show in no bit.
+// adamw 28, squares 4. Blocks of all tensors are shared out as one list: threads show in no bit.
+// adamw that measures goes over runs of tensors twice, the second time while their gradients are in
+// a cache.
 // Source: torch.optim.Muon, torch.optim.AdamW; cautious decay: arXiv 2411.16085.
 #pragma once
 
@@ -25,6 +32,7 @@
 
 #include "common/status.h"
 #include "cpu/engines.h"
+#include "muon_clip/formulas.h"
 
 namespace kimi {
 
@@ -32,37 +40,41 @@ using MuonMomentumParams = kimi_muon_momentum_params;
 using MuonUpdateParams = kimi_muon_update_params;
 using AdamwParams = kimi_adamw_params;
 using SquaresParams = kimi_squares_params;
+using ClipFactorParams = kimi_clip_factor_params;
 
 Status muon_momentum(const MuonMomentumParams& p, kimi_device device, void* stream);
 Status muon_update(const MuonUpdateParams& p, kimi_device device, void* stream);
+size_t adamw_workspace_bytes(const AdamwParams& p, kimi_device device);
 Status adamw(const AdamwParams& p, kimi_device device, void* stream);
+size_t squares_workspace_bytes(const SquaresParams& p, kimi_device device);
 Status squares(const SquaresParams& p, kimi_device device, void* stream);
+size_t clip_factor_workspace_bytes(const ClipFactorParams& p, kimi_device device);
+Status clip_factor(const ClipFactorParams& p, kimi_device device, void* stream);
+
+// Arguments have been checked. muon_clip_cpu.cpp:
+void muon_momentum_cpu(const MuonMomentumParams& p);
+void muon_update_cpu(const MuonUpdateParams& p);
+void adamw_cpu(const AdamwParams& p);
+void squares_cpu(const SquaresParams& p);
+void clip_factor_cpu(const ClipFactorParams& p);
+// muon_clip.cu, squares.cu:
+Status muon_momentum_cuda(const MuonMomentumParams& p, void* stream);
+Status muon_update_cuda(const MuonUpdateParams& p, void* stream);
+Status adamw_cuda(const AdamwParams& p, void* stream);
+Status squares_cuda(const SquaresParams& p, void* stream);
+Status clip_factor_cuda(const ClipFactorParams& p, void* stream);
+
+namespace muon_clip_math {
+
+// Orders of the sums.
+constexpr int64_t kBlock = 1 << 13;  // elements
+constexpr int kPartials = 512, kRun = 8, kBlockLanes = 256, kTensorLanes = 32;
+
+}  // namespace muon_clip_math
 
 namespace muon_clip_cpu {
 
-// a + weight (b - a) as fma(factor, b - a, from_end ? b : a).
-struct Lerp {
-  float factor;
-  bool from_end;
-
-  explicit Lerp(double weight)
-      : factor(weight < 0.5 ? float(weight) : float(weight) - 1.0f), from_end(weight >= 0.5) {}
-};
-
-struct Momentum {
-  Lerp move, look_ahead;
-  bool nesterov, maximize;
-};
-struct Decay {
-  float keep;  // 1 - decay
-  bool cautious;
-};
-struct Moments {
-  Lerp first;
-  float beta2, one_less_beta2, root_of_correction, eps, step;
-  Decay decay;
-  bool maximize;
-};
+using namespace muon_clip_math;
 
 // Passes over runs of n consecutive elements.
 struct CpuEngine {
@@ -73,7 +85,7 @@ struct CpuEngine {
                  const void* direction, kimi_dtype direction_dtype, void* copy, int64_t n);
   void (*adamw)(const Moments& m, void* param, kimi_dtype param_dtype, const void* grad,
                 kimi_dtype grad_dtype, float* exp_avg, float* exp_avg_sq, int64_t n);
-  double (*squares)(const void* x, kimi_dtype dtype, int64_t n);
+  double (*squares)(const void* x, kimi_dtype dtype, int64_t n);  // n <= kBlock
 };
 KIMI_CPU_ENGINES(CpuEngine);
 

@@ -13,23 +13,6 @@ namespace kimi::muon_clip_cpu {
 namespace {  // every engine file has its own copy
 
 template <class O>
-typename O::F lerp(const Lerp& l, typename O::F a, typename O::F b) {
-  return O::fma(O::set(l.factor), O::sub(b, a), l.from_end ? b : a);
-}
-
-template <class O>
-typename O::F negated_if(bool negate, typename O::F x) {
-  return negate ? O::sub(O::set(-0.0f), x) : x;
-}
-
-template <class O>
-typename O::F decayed(const Decay& d, typename O::F param, typename O::F direction) {
-  const auto less = O::mul(param, O::set(d.keep));
-  if (!d.cautious) return less;
-  return O::select(O::less(O::set(0.0f), O::mul(direction, param)), less, param);
-}
-
-template <class O>
 void momentum(const Momentum& m, const void* grad, kimi_dtype grad_dtype, void* buffer,
               kimi_dtype buffer_dtype, float* update, int64_t n) {
   dispatch(grad_dtype, [&]<class G>() {
@@ -37,10 +20,10 @@ void momentum(const Momentum& m, const void* grad, kimi_dtype grad_dtype, void* 
       const G* from = static_cast<const G*>(grad);
       B* kept = static_cast<B*>(buffer);
       cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
-        const auto g = negated_if<O>(m.maximize, O::load(from + j, left));
-        const auto moved = lerp<O>(m.move, O::load(kept + j, left), g);
+        auto moved = O::load(kept + j, left);
+        const auto ahead = momentum_of<O>(m, O::load(from + j, left), moved);
         O::store(kept + j, moved, left);
-        O::store(update + j, m.nesterov ? lerp<O>(m.look_ahead, g, moved) : moved, left);
+        O::store(update + j, ahead, left);
       });
     });
   });
@@ -54,11 +37,8 @@ void update(const Decay& decay, float rate, void* param, kimi_dtype param_dtype,
       P* to = static_cast<P*>(param);
       const D* from = static_cast<const D*>(direction);
       bf16* beside = static_cast<bf16*>(copy);
-      const auto minus_rate = O::set(-rate);
       cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
-        const auto d = O::load(from + j, left);
-        const auto old = decayed<O>(decay, O::load(to + j, left), d);
-        const auto next = O::fma(minus_rate, d, old);
+        const auto next = updated<O>(decay, rate, O::load(to + j, left), O::load(from + j, left));
         O::store(to + j, next, left);
         if (beside) O::store(beside + j, next, left);
       });
@@ -74,15 +54,10 @@ void adamw(const Moments& m, void* param, kimi_dtype param_dtype, const void* gr
       P* to = static_cast<P*>(param);
       const G* from = static_cast<const G*>(grad);
       cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
-        const auto g = negated_if<O>(m.maximize, O::load(from + j, left));
-        const auto first = lerp<O>(m.first, O::load(exp_avg + j, left), g);
-        const auto kept = O::mul(O::load(exp_avg_sq + j, left), O::set(m.beta2));
-        const auto second = O::fma(O::mul(O::set(m.one_less_beta2), g), g, kept);
-        const auto root = O::div(O::sqrt(second), O::set(m.root_of_correction));
-        const auto denominator = O::add(root, O::set(m.eps));
-        const auto old = decayed<O>(m.decay, O::load(to + j, left), first);
-        const auto step = O::div(O::mul(O::set(m.step), first), denominator);
-        O::store(to + j, O::add(old, step), left);
+        auto first = O::load(exp_avg + j, left), second = O::load(exp_avg_sq + j, left);
+        const auto next =
+            adamw_of<O>(m, O::load(to + j, left), O::load(from + j, left), first, second);
+        O::store(to + j, next, left);
         O::store(exp_avg + j, first, left);
         O::store(exp_avg_sq + j, second, left);
       });
@@ -95,18 +70,21 @@ template <class O>
 double squares(const void* x, kimi_dtype dtype, int64_t n) {
   return dispatch(dtype, [&]<class T>() {
     const T* from = static_cast<const T*>(x);
-    double lanes[16] = {};
-    for (int64_t j = 0; j < n; j += 16) {
-      float values[16] = {};
-      for (int v = 0; v < 16 && j + v < n; v += O::kLanes) {
-        const int64_t left = n - j - v;
-        O::store(values + v, O::load(from + j + v, left < O::kLanes ? int(left) : O::kLanes));
-      }
-      for (int l = 0; l < 16; ++l) lanes[l] += double(values[l]) * double(values[l]);
+    double sums[kPartials] = {};
+    for (int64_t row = 0; row < n; row += kPartials) {
+      float values[kPartials];
+      const int64_t count = n - row < kPartials ? n - row : kPartials;
+      cpu::vectors<O>(count, [&](int64_t j, int left) __attribute__((always_inline)) {
+        O::store(values + j, O::load(from + row + j, left), left);
+      });
+      for (int64_t l = 0; l < count; ++l) sums[l] += double(values[l]) * double(values[l]);
     }
-    for (int half = 8; half > 0; half /= 2)
-      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-    return lanes[0];
+    for (int half = kRun / 2; half > 0; half /= 2)
+      for (int l = 0; l < kPartials; ++l)
+        if (l % kRun < half) sums[l] += sums[l + half];
+    for (int half = kPartials / 2; half >= kRun; half /= 2)
+      for (int l = 0; l < half; l += kRun) sums[l] += sums[l + half];
+    return sums[0];
   });
 }
 

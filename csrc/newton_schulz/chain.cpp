@@ -4,7 +4,6 @@
 #include "newton_schulz/chain.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -258,22 +257,8 @@ class Chain {
 
 }  // namespace
 
-ChainShape::ChainShape(const NewtonSchulzParams& p) {
-  const bool rows_are_lines = p.g_col_stride == 1 || p.cols == 1;
-  lines = rows_are_lines ? p.rows : p.cols;
-  length = rows_are_lines ? p.cols : p.rows;
-  g_stride = rows_are_lines ? p.g_row_stride : p.g_col_stride;
-  x_stride = rows_are_lines ? p.x_row_stride : p.x_col_stride;
-  // A square matrix is its own m x n form, whichever way it lies.
-  across = lines > length || (lines == length && !rows_are_lines);
-  m = std::min(lines, length);
-  n = std::max(lines, length);
-  const int bits = std::bit_width(uint64_t(m * n));
-  shift = p.dtype == KIMI_FLOAT16 ? std::min(10, (bits - 1) / 2) : 0;
-}
-
-size_t ChainShape::bytes(const NewtonSchulzParams& p, int threads) const {
-  return size_t(Memory(p, *this, threads, nullptr).bytes);
+size_t chain_bytes(const NewtonSchulzParams& p, const ChainShape& shape, int threads) {
+  return size_t(Memory(p, shape, threads, nullptr).bytes);
 }
 
 void chain(const NewtonSchulzParams& p, const ChainShape& shape, const void* g, void* x,

@@ -125,22 +125,28 @@ Status matrix_product(const MatrixProductParams& p, kimi_device device, void*) {
   return Status::ok();
 }
 
-size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p, kimi_device) {
+size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p,
+                                     [[maybe_unused]] kimi_device device) {
   if (p.num_matrices < 0 || p.rows < 0 || p.cols < 0 || !is_dtype(p.dtype)) return 0;
   if (p.num_matrices == 0 || p.rows == 0 || p.cols == 0) return 64;
+#if defined(KIMI_OPS_CUDA)
+  if (device == KIMI_DEVICE_CUDA) return newton_schulz_cuda::workspace_bytes(p);
+#endif
   const int threads = threads_of_a_matrix(p);
-  return ChainShape(p).bytes(p, threads) * size_t(threads == 1 ? cpu::num_threads() : 1);
+  return chain_bytes(p, ChainShape(p), threads) * size_t(threads == 1 ? cpu::num_threads() : 1);
 }
 
-Status newton_schulz(const NewtonSchulzParams& p, kimi_device device, void*) {
-  KIMI_RETURN_IF_ERROR(cpu_only("newton_schulz", device));
+Status newton_schulz(const NewtonSchulzParams& p, kimi_device device,
+                     [[maybe_unused]] void* stream) {
   KIMI_RETURN_IF_ERROR(check(p));
   if (p.num_matrices == 0 || p.rows == 0 || p.cols == 0) return Status::ok();
+  if (device == KIMI_DEVICE_CUDA)
+    return KIMI_CUDA("newton_schulz", newton_schulz_cuda::run(p, stream));
   const ChainShape shape(p);
   const int threads = threads_of_a_matrix(p);
   char* workspace = static_cast<char*>(p.workspace);
   if (threads == 1) {
-    const size_t bytes = shape.bytes(p, 1);
+    const size_t bytes = chain_bytes(p, shape, 1);
     cpu::parallel_tasks(p.num_matrices, [&](int64_t e, int thread) {
       chain(p, shape, p.g[e], p.x[e], workspace + size_t(thread) * bytes, 1);
     });

@@ -40,6 +40,14 @@ Status matrix_product(const MatrixProductParams& p, kimi_device device, void* st
 size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p, kimi_device device);
 Status newton_schulz(const NewtonSchulzParams& p, kimi_device device, void* stream);
 
+namespace newton_schulz_cuda {
+
+// p has been checked and is not empty.
+size_t workspace_bytes(const NewtonSchulzParams& p);
+Status run(const NewtonSchulzParams& p, void* stream);
+
+}  // namespace newton_schulz_cuda
+
 namespace newton_schulz_cpu {
 
 // Sums of a block of D = alpha A B^T + beta C + delta I on their way to memory.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Argument checks shared by the ops: ``op: argument: expected, got, how to mend it``."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -64,6 +65,10 @@ def integer(op: str, name: str, value: Any) -> Any:
 def number(op: str, name: str, value: Any) -> Any:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{op}: {name}: expected a finite number, got {value}; check where it comes from"
+        )
     return value
 
 

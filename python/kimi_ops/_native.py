@@ -22,7 +22,7 @@ except ImportError as error:
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels
 # with CUDA kernels of their own
 CUDA_OPS: Final = (
-    "topk_gate", "balance", "permute", "grouped_gemm", "fused_experts", "qk_clip",
+    "topk_gate", "balance", "permute", "grouped_gemm", "fused_experts", "qk_clip", "muon_clip",
 )  # fmt: skip
 GRADIENT: Final = 1  # ways of a call: see csrc/bindings/framework.h
 WATCHED: Final = 2

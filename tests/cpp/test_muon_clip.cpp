@@ -34,7 +34,8 @@ struct List {
 
 struct Results {
   List param, grad, buffer, update, exp_avg, exp_avg_sq, copy;
-  double squares[kCount] = {}, plain_squares[kCount] = {};
+  double squares[kCount] = {}, measured[2 * kCount] = {};
+  float steps[kCount] = {0, 1, 2, 3, 4}, factor = 0;
 
   Results(kimi_dtype param_dtype, kimi_dtype grad_dtype, kimi_dtype buffer_dtype)
       : param(param_dtype, 1),
@@ -50,7 +51,8 @@ struct Results {
     const List* others[] = {&other.param,   &other.buffer,     &other.update,
                             &other.exp_avg, &other.exp_avg_sq, &other.copy};
     bool same = std::memcmp(squares, other.squares, sizeof squares) == 0 &&
-                std::memcmp(plain_squares, other.plain_squares, sizeof squares) == 0;
+                std::memcmp(measured, other.measured, sizeof measured) == 0 &&
+                std::memcmp(steps, other.steps, sizeof steps) == 0 && factor == other.factor;
     for (int l = 0; l < 6; ++l)
       for (int64_t t = 0; t < kCount; ++t)
         same = same && mine[l]->tensors[size_t(t)].same_bits(others[l]->tensors[size_t(t)]);
@@ -65,7 +67,7 @@ bool run(Results& r, bool nesterov, bool maximize, bool cautious) {
   kimi_muon_momentum_params momentum = {};
   momentum.grads = r.grad.list<const void>(), momentum.buffers = r.buffer.list();
   momentum.updates = r.update.list<float>(), momentum.sizes = kSizes;
-  momentum.squares = r.squares, momentum.count = kCount, momentum.momentum = kMomentum;
+  momentum.count = kCount, momentum.momentum = kMomentum;
   momentum.nesterov = nesterov, momentum.maximize = maximize;
   momentum.grad_dtype = r.grad.tensors[0].dtype, momentum.buffer_dtype = r.buffer.tensors[0].dtype;
   if (kimi_muon_momentum(&momentum, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
@@ -81,20 +83,35 @@ bool run(Results& r, bool nesterov, bool maximize, bool cautious) {
   update.param_dtype = r.param.tensors[0].dtype, update.direction_dtype = KIMI_FLOAT32;
   if (kimi_muon_update(&update, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
 
-  const int64_t steps[] = {1, 2, 3, 4, 5};
+  // Measured at the first of two places each.
+  const int64_t pieces[] = {0, 2, 2, 4, 4, 6, 6, 8, 8, 10}, places[] = {0, 1, 2, 3, 4};
+  std::vector<float*> steps;
+  for (float& step : r.steps) steps.push_back(&step);
+  std::vector<double> workspace(64);
   kimi_adamw_params adamw = {};
   adamw.params = r.param.list(), adamw.grads = r.grad.list<const void>();
   adamw.exp_avgs = r.exp_avg.list<float>(), adamw.exp_avg_sqs = r.exp_avg_sq.list<float>();
-  adamw.sizes = kSizes, adamw.steps = steps, adamw.count = kCount, adamw.lr = kLr;
+  adamw.sizes = kSizes, adamw.steps = steps.data(), adamw.count = kCount, adamw.lr = kLr;
   adamw.beta1 = kBeta1, adamw.beta2 = kBeta2, adamw.eps = kEps, adamw.weight_decay = kWeightDecay;
   adamw.maximize = maximize, adamw.cautious = cautious;
   adamw.param_dtype = r.param.tensors[0].dtype, adamw.grad_dtype = r.grad.tensors[0].dtype;
-  if (kimi_adamw(&adamw, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
+  adamw.squares = r.measured, adamw.pieces = pieces, adamw.measure = 1;
+  if (kimi_adamw(&adamw, KIMI_DEVICE_CPU, nullptr) != KIMI_INVALID_ARGUMENT) return false;
+  adamw.workspace = workspace.data();
+  if (kimi_adamw_workspace_bytes(&adamw, KIMI_DEVICE_CPU) > 64 * sizeof(double) ||
+      kimi_adamw(&adamw, KIMI_DEVICE_CPU, nullptr) != KIMI_OK)
+    return false;
 
   kimi_squares_params squares = {};
-  squares.x = r.grad.list<const void>(), squares.sizes = kSizes, squares.count = kCount;
-  squares.squares = r.plain_squares, squares.dtype = r.grad.tensors[0].dtype;
-  return kimi_squares(&squares, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
+  squares.x = r.update.list<const void>(), squares.sizes = kSizes, squares.count = kCount;
+  squares.places = places, squares.squares = r.squares, squares.dtype = KIMI_FLOAT32;
+  squares.workspace = workspace.data();
+  if (kimi_squares(&squares, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
+
+  kimi_clip_factor_params clip = {};
+  clip.squares = r.measured, clip.pieces = pieces, clip.count = kCount, clip.factor = &r.factor;
+  clip.max_norm = 1.0, clip.workspace = workspace.data();
+  return kimi_clip_factor(&clip, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
 }
 
 bool close(double got, double want, double relative) {
@@ -125,14 +142,18 @@ void test_formulas(Results& r, const Results& start, bool nesterov, bool maximiz
            close(r.exp_avg_sq.tensors[t].get(i), v, 1e-6) &&
            close(r.param.tensors[t].get(i), p, 2 * ulp);
     }
+  double all = 0;
   for (size_t t = 0; t < kCount; ++t) {
     double sum = 0, plain = 0;
     for (int64_t i = 0; i < kSizes[t]; ++i) {
       sum += r.update.tensors[t].get(i) * r.update.tensors[t].get(i);
       plain += r.grad.tensors[t].get(i) * r.grad.tensors[t].get(i);
     }
-    ok = ok && close(r.squares[t], sum, 1e-12) && close(r.plain_squares[t], plain, 1e-12);
+    all += plain;
+    ok = ok && close(r.squares[t], sum, 1e-12) && close(r.measured[2 * t], plain, 1e-12) &&
+         r.measured[2 * t + 1] == 0 && r.steps[t] == float(t + 1);
   }
+  ok = ok && close(r.factor, 1 / std::sqrt(all), 1e-6);
   // Elements between the rows of a strided parameter stay as they were, but for AdamW's pass.
   ok = ok && r.copy.tensors[2].get(8) == start.copy.tensors[2].get(8);
   check(ok, "formulas: nesterov %d, maximize %d, cautious %d", nesterov, maximize, cautious);
@@ -148,7 +169,11 @@ void test_refusals() {
   momentum.updates = r.update.list<float>(), momentum.sizes = kSizes, momentum.momentum = 1.5;
   check(kimi_muon_momentum(&momentum, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT,
         "a momentum over 1");
-  check(kimi_muon_momentum(&momentum, KIMI_DEVICE_CUDA, nullptr) == KIMI_UNSUPPORTED, "CUDA");
+  momentum.momentum = 0.5, momentum.squares = r.squares;
+  check(kimi_muon_momentum(&momentum, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT,
+        "squares without pieces");
+  kimi_clip_factor_params clip = {};
+  check(kimi_clip_factor(&clip, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT, "no tensors");
 }
 
 }  // namespace

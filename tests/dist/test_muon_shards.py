@@ -3,19 +3,18 @@
 only what it owns. Four processes with gloo over loopback; the smaller groups are part of them."""
 
 import math
-import os
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from kimi_ops import MuonClip, QKClip
 from kimi_ops.optim.muon_blocks import cost
 from kimi_ops.optim.muon_shards import Shards
+from tests.dist.world import launch
 
 PROCESSES = 4
 STEPS = 4
@@ -125,10 +124,6 @@ def same_state(one: dict, other: dict) -> None:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
     single, lone, told = run(None, 0, 1)
     assert told[2][0] == ["stack", "gain"]
     assert told[3][2].tolist() == [[True, False]] and told[3][1][0, 0] == 1
@@ -182,13 +177,11 @@ def worker(rank: int, folder: str) -> None:
         with pytest.raises(TypeError, match="gather_state_dict"):
             optimizer.__getstate__()
         dist.barrier(group)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_the_bits_of_one_process(tmp_path: Path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=PROCESSES)
+    launch(worker, tmp_path, PROCESSES)
 
 
 def test_work_is_shared_by_its_cost():

@@ -194,6 +194,7 @@ BAD_ARGUMENTS = [
     ({"max_new_tokens": 126}, "max_new_tokens: expected at most 125 after 3 tokens"),
     ({"temperature": -1.0}, "temperature: expected at least 0"),
     ({"temperature": float("nan")}, "temperature: expected at least 0"),
+    ({"temperature": float("inf")}, "temperature: expected at least 0 and finite"),
     ({"top_p": 0.0}, "top_p: expected 0 < top_p <= 1"),
     ({"top_p": 1.1}, "top_p: expected 0 < top_p <= 1"),
     ({"seed": 1, "generator": torch.Generator()}, "seed: expected none beside a generator"),

@@ -51,11 +51,15 @@ CALLS = {
         lambda: [f(4, 6), f(4, 6) + 1],
     ),
     "muon_momentum": (
-        lambda buffer, grad: muon_clip.muon_momentum_([grad], [buffer], 0.9, True, False),
+        lambda buffer, grad: muon_clip.muon_momentum_(
+            [grad], [buffer], 0.9, True, False, None, []
+        ),
         lambda: [f(4, 6), f(4, 6) + 1],
     ),
     "muon_update": (
-        lambda p, d: _written(muon_clip.muon_update_, p, [p], [d], [0.1], 0.1, True),
+        lambda p, d: _written(
+            muon_clip.muon_update_, p, [p], [d], [0.1], 0.1, True, None, [], None, None
+        ),
         lambda: [f(4, 6), f(4, 6) + 1],
     ),
     "clip_rows": (

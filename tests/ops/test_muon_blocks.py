@@ -28,6 +28,7 @@ def steps(optimizer: MuonClip, params: list[nn.Parameter], count: int, scale: fl
 
 def cut(param: torch.Tensor, **keys) -> list[torch.Tensor]:
     defaults = {"batch_dims": "leading", "num_heads": None, "head_dim": 0, "split_sizes": None}
+    defaults |= {"interleave": None, "transposed": False}
     return blocks(param, {**defaults, **keys})
 
 
@@ -39,6 +40,10 @@ CUTS = [
     ((2, 3, 8, 5), {"split_sizes": (3, 5)}),
     ((2, 8, 6), {"num_heads": 2}),
     ((4, 3, 2, 2), {"batch_dims": "flatten"}),
+    ((12, 5), {"interleave": 2}),
+    ((2, 5, 12), {"interleave": 3, "head_dim": 1, "transposed": True}),
+    ((2, 5, 12), {"split_sizes": (4, 8), "head_dim": 1, "transposed": True}),
+    ((12, 5), {"num_heads": 2, "interleave": 3}),
     ((3, 7, 1), {}),
 ]
 
@@ -58,6 +63,8 @@ def test_where_the_matrices_of_a_parameter_lie():
     assert heads.shape == (2, 2, 6, 2) and torch.equal(heads[1, 1], stack[1, :, 2:])
     (flat,) = cut(rand(4, 3, 2, 2, seed=3), batch_dims="flatten")
     assert flat.shape == (4, 12)
+    gate, up = cut(stack, head_dim=1, interleave=2, transposed=True)
+    assert torch.equal(gate, stack[..., ::2].mT) and torch.equal(up, stack[..., 1::2].mT)
     for part in (*cut(x, num_heads=3, head_dim=1), *cut(stack, split_sizes=(2, 4)), heads):
         assert part.untyped_storage().data_ptr() in (
             x.untyped_storage().data_ptr(),
@@ -261,7 +268,9 @@ def test_without_host_reads_a_dead_gradient_changes_nothing():
         assert torch.equal(target, param) == torch.equal(buffer, before[0]) == (not alive)
         target, buffer = param.clone(), before[0].clone()
         options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-        adamw_(target, clean, buffer, square, 1, **options, alive=alive)
+        step = torch.tensor(3.0)
+        adamw_(target, clean, buffer, square, step, **options, alive=alive)
+        assert step == 3 + int(alive)
         assert torch.equal(target, param) == torch.equal(square, before[1]) == (not alive)
 
 
@@ -362,6 +371,11 @@ MATRIX = [torch.ones(4, 6)]
         ({"num_heads": 2, "split_sizes": (3, 1)}, ValueError, "2 rows of #0 in a head"),
         ({"split_sizes": (4, 0)}, ValueError, "split_sizes"),
         ({"split_sizes": ()}, ValueError, "split_sizes"),
+        ({"interleave": 3}, ValueError, "interleave: expected a divisor of the 4 rows"),
+        ({"interleave": 0}, ValueError, "interleave"),
+        ({"interleave": 2.0}, TypeError, "interleave"),
+        ({"interleave": 2, "split_sizes": (2, 2)}, ValueError, "beside split_sizes"),
+        ({"transposed": 1}, TypeError, "transposed: expected True or False"),
         ({"batch_dims": "last"}, ValueError, "batch_dims"),
         ({"ns_max_batch": 0}, ValueError, "ns_max_batch"),
         ({"momentum": 1.0}, ValueError, "momentum"),
@@ -372,9 +386,9 @@ MATRIX = [torch.ones(4, 6)]
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
         ({"params": [torch.ones(4, 4).to_sparse()]}, TypeError, "dense"),
         (
-            {"params": [torch.ones(2, 3, 2, 2).mT], "batch_dims": "flatten"},
+            {"params": [torch.ones(2, 3, 4, 2)[:, :, ::2]], "batch_dims": "flatten"},
             ValueError,
-            "contiguous",
+            "without gaps",
         ),
     ],
 )

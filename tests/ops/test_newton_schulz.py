@@ -353,9 +353,22 @@ def test_operations():
 
 
 @pytest.mark.parametrize(
+    ("steps", "low", "high"),
+    [(3, 0.137, 1.86), (5, 0.866, 1.114), (6, 0.998, 1.002), (9, 1.0, 1.0)],
+)
+def test_cans_goes_on_where_five_steps_end(steps: int, low: float, high: float):
+    x = torch.logspace(-2.5, 0, 2000, dtype=torch.float64)
+    for a, b, c in schedule("cans", steps):
+        x = a * x + b * x**3 + c * x**5
+    assert low - 1e-5 <= x.min() and x.max() <= high + 1e-5
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"coefficients": "septic"}, "coefficients: expected one of"),
+        ({"coefficients": "simple"}, "the triple that is 'quintic' here"),
+        ({"coefficients": "aol"}, "not served here"),
         ({"coefficients": [(1.0, 2.0)]}, "triple"),
         ({"coefficients": [(1.0, 2.0, 3.0)] * 2}, "pass steps=2"),
         ({"coefficients": (1.0, float("nan"), 3.0)}, "finite"),

@@ -110,6 +110,7 @@ def good() -> dict[str, dict[str, Any]]:
     chunks = {"x": f(6, 3), "split_sizes": i(1, 2, 3), "order": i(2, 0, 1)}
     geometry = {"qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3}
     clip = {"max_logits": f(2), "q_weight": f(12, 3), "k_weight": f(14, 3), **geometry}
+    flags: dict[str, Any] = {"squares": f(2).double(), "pieces": [0, 2]}
     adamw = {name: [f(4, 6)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
     rates = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     bias = {"bias": f(16), "tokens_per_expert": i(*range(16)), "rate": 0.1}
@@ -199,14 +200,20 @@ def good() -> dict[str, dict[str, Any]]:
         },
         "ops.muon_momentum_": {
             "grads": [f(4, 6)], "buffers": [f(4, 6)], "momentum": 0.9, "nesterov": True,
-            "maximize": False,
+            "maximize": False, **flags,
         },
         "ops.muon_update_": {
             "params": [f(4, 6)], "directions": [f(4, 6)], "rates": [0.1], "decay": 0.1,
-            "cautious": False,
+            "cautious": False, **flags, "lr": None, "weight_decay": None,
         },
-        "ops.adamw_": {**adamw, "steps": [1], **rates, "maximize": False, "cautious": False},
-        "ops.squares": {"x": [f(4, 6)]},
+        "ops.adamw_": {
+            **adamw, "steps": [f()], **rates, "maximize": False, "cautious": False, **flags,
+            "measure": False, "scale": None, "lr_factor": None, "weight_decay_factor": None,
+        },
+        "ops.squares_": {
+            "squares": f(1).double(), "x": [f(4, 6)], "pieces": [0, 1], "lengths": [24],
+        },
+        "ops.clip_factor": {"squares": f(2).double(), "pieces": [0, 2], "max_norm": 1.0},
     }  # fmt: skip
 
 

@@ -353,7 +353,7 @@ def qk_clip_(dtype, layout):
     return kimi_ops.qk_clip_(maxima, q_weight=q, k_weight=k, **geometry), q, k
 
 
-@case(dtype=DTYPES, grad=DTYPES, cautious=(False, True), engines=CPU)
+@case(dtype=DTYPES, grad=DTYPES, cautious=(False, True))
 def optimizer_passes(dtype, grad, cautious):
     ops = torch.ops.kimi_ops
     shapes = (7, 19), (1, 1), (33, 40)
@@ -361,11 +361,18 @@ def optimizer_passes(dtype, grad, cautious):
     grads = [uniform(*shape, dtype=grad, seed=1) for shape in shapes]
     buffers = [uniform(*shape, seed=2) for shape in shapes]
     squares = [uniform(*shape, seed=3).abs() for shape in shapes]
-    updates = ops.muon_momentum_(grads, buffers, 0.95, cautious, not cautious)
-    ops.muon_update_(params, updates, [0.1, 0.02, 0.3], 0.01, cautious)
+    steps = [torch.tensor(float(count)) for count in (0, 1, 29)]
+    sums, edges = torch.tensor([1.0, 4.0, 9.0]).double(), [0, 1, 1, 2, 2, 3]
+    sums[1] = torch.inf if cautious else 4.0
+    flags, scale = (sums, edges), ops.clip_factor(sums, edges, 3.0)
+    updates = ops.muon_momentum_(grads, buffers, 0.95, cautious, not cautious, *flags)
+    ops.muon_update_(params, updates, [0.1, 0.02, 0.3], 0.01, cautious, *flags, None, None)
     options = 0.01, 0.9, 0.95, 1e-8, 0.1, not cautious, cautious
-    ops.adamw_(params, grads, buffers, squares, [1, 2, 30], *options)
-    return *updates, *params, *buffers, *squares, ops.squares(grads)
+    moments = grads, buffers, squares, steps
+    ops.adamw_(params, *moments, *options, *flags, False, scale, None, None)
+    measured = torch.zeros(3, dtype=torch.float64)
+    ops.squares_(measured, grads, edges, [grad.numel() for grad in grads])
+    return *updates, *params, *buffers, *squares, *steps, measured, scale
 
 
 @case(dtype=DTYPES, engines=CPU)

@@ -66,12 +66,14 @@ def test_fused_experts(cpu_engine, activation):
 def test_optimizer_passes(cpu_engine):
     n = COLUMNS
     param, buffer, moments = [nans(1, n)], [torch.zeros(1, n).half()], [torch.zeros(1, n)]
-    muon_clip.muon_momentum_([nans(1, n)], buffer, 0.95, True, True)
+    muon_clip.muon_momentum_([nans(1, n)], buffer, 0.95, True, True, None, [])
     assert_one_form(buffer[0])
-    muon_clip.muon_update_(param, [torch.zeros(1, n)], [0.02], 0.1, False)
+    muon_clip.muon_update_(param, [torch.zeros(1, n)], [0.02], 0.1, False, None, [], None, None)
     assert_one_form(param[0])
     param, squares, rates = [nans(1, n)], [torch.zeros(1, n)], (1e-2, 0.9, 0.95, 1e-8, 0.1)
-    muon_clip.adamw_(param, [torch.ones(1, n)], moments, squares, [1], *rates, False, False)
+    options = False, False, None, [], False, None, None, None
+    steps = [torch.zeros(())]
+    muon_clip.adamw_(param, [torch.ones(1, n)], moments, squares, steps, *rates, *options)
     assert_one_form(param[0])
     weight = nans(4, n)
     clip = [2, 1], [0, 2, 2, 0, 2, 0], [0.5], 100.0

@@ -68,7 +68,7 @@ void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) 
   body_ = body;
   argument_ = argument;
   random_.seed(settings.seed);
-  statistics = {};
+  statistics = {.launches = statistics.launches + 1};
   progress_ = progress_at_wake_ = 0;
   fruitless_wakes_ = 0;
   giving_up_ = false;
@@ -351,6 +351,7 @@ void park_spinning(std::string (*describe)(const void*), const void* context,
 
 Settings& settings() { return detail::Runner::instance().settings; }
 Statistics last_statistics() { return detail::Runner::instance().statistics; }
+uint64_t launches() { return detail::Runner::instance().statistics.launches; }
 
 void notify_spinners() {
   const InsideModel inside;

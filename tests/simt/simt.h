@@ -69,8 +69,12 @@ struct Statistics {
   uint64_t switches = 0;
   uint64_t barriers = 0;
   uint64_t warp_operations = 0;
+  uint64_t launches = 0;  // the thread's so far
 };
 Statistics last_statistics();
+
+/// Launches of the calling OS thread so far.
+uint64_t launches();
 
 namespace detail {
 

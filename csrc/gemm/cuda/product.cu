@@ -33,6 +33,8 @@ Status is_hopper(bool* hopper) {
 }
 
 Status product_cuda(const Product& p, const StoreParams& params, void* stream) {
+  if (p.grouping == Grouping::kBatch)
+    return invalid("grouped product: grouping: expected groups along M or K, got a batch");
   if (is_empty(p)) return Status::ok();
   StoreParams out = params;
   out.wide = is_wide(p, out);

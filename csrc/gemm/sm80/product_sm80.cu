@@ -5,6 +5,8 @@
 //                                           and a further tile of a group finds them in the cache
 //   M-grouped, stored as it is              depth-major tiles of B if its memory lies that way
 //   K-grouped                               A and B outer-major
+//   batch                                   either, but not A outer-major and B depth-major: then,
+//                                           A's elements come one by one
 #include <climits>
 
 #include "common/dtype.h"
@@ -29,15 +31,13 @@ bool is_wide(const Matrix& m, int64_t matrices, Major major, int64_t extent,
 }  // namespace
 
 Status make_job(const Product& p, std::optional<Major> b_major, Job* job) {
-  const bool of_m = p.grouping == Grouping::kM;
-  if ((of_m && p.depth > INT_MAX) || p.cols > INT_MAX)
+  const bool of_k = p.grouping == Grouping::kK;
+  if ((!of_k && p.depth > INT_MAX) || p.cols > INT_MAX)
     return invalid("grouped product: sizes: expected depth and columns below 2^31, got ", p.depth,
                    " and ", p.cols);
-  if (p.grouping == Grouping::kBatch)
-    return invalid("grouped product: grouping: expected groups along M or K, got a batch");
   const int64_t bytes = size_of(p.dtype), groups = p.groups.count, rows = p.groups.num_rows;
-  *job = {p, Major::kOuter, false, false, false};
-  if (!of_m) {
+  *job = {p, Major::kOuter, Major::kOuter, false, false, false};
+  if (of_k) {
     job->wide_a = is_wide(p.a, 1, Major::kOuter, p.rows, bytes);
     job->wide_b = is_wide(p.b, 1, Major::kOuter, p.cols, bytes);
     return Status::ok();
@@ -45,9 +45,17 @@ Status make_job(const Product& p, std::optional<Major> b_major, Job* job) {
   const bool by_depth = is_wide(p.b, groups, Major::kDepth, p.depth, bytes);
   const bool by_outer = is_wide(p.b, groups, Major::kOuter, p.cols, bytes);
   job->b_major = b_major.value_or(!by_depth && by_outer ? Major::kOuter : Major::kDepth);
+  job->wide_b = job->b_major == Major::kOuter ? by_outer : by_depth;
+  job->a_major = Major::kDepth;
+  if (p.grouping == Grouping::kBatch) {
+    const bool a_by_depth = is_wide(p.a, groups, Major::kDepth, p.depth, bytes);
+    const bool a_by_outer = is_wide(p.a, groups, Major::kOuter, p.rows, bytes);
+    if (!a_by_depth && a_by_outer && job->b_major == Major::kOuter) job->a_major = Major::kOuter;
+    job->wide_a = job->a_major == Major::kOuter ? a_by_outer : a_by_depth;
+    return Status::ok();
+  }
   job->few_rows = rows <= kFewRows * groups || rows <= kFewRows;
   job->wide_a = is_wide(p.a, 1, Major::kDepth, p.depth, bytes);
-  job->wide_b = job->b_major == Major::kOuter ? by_outer : by_depth;
   return Status::ok();
 }
 

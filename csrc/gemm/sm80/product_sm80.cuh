@@ -27,7 +27,7 @@
 #include <utility>
 
 #include "device/launch.cuh"
-#include "gemm/epilogue.cuh"
+#include "gemm/affine.cuh"
 #include "gemm/schedule.cuh"
 #include "gemm/sm80/product_sm80.h"
 #include "gemm/sm80/tile_loader.cuh"
@@ -35,13 +35,14 @@
 
 namespace kimi::gemm::sm80 {
 
-// kMajor: how tiles of B lie. A is depth-major if M-grouped, outer-major if K-grouped.
-template <class T_, Grouping kGrouping, Major kMajor, class Policy_, int kTileRows_>
+// kMajor: how tiles of B lie. A is depth-major unless K-grouped.
+template <class T_, Grouping kGrouping, Major kMajor, class Policy_, int kTileRows_,
+          Major kAMajor = kGrouping == Grouping::kK ? Major::kOuter : Major::kDepth>
 struct ProductTraits {
   using T = T_;
   using Policy = Policy_;
   static constexpr bool kGated = Policy::kGated;
-  static constexpr bool kOfK = kGrouping == Grouping::kK;
+  static constexpr bool kOfM = kGrouping == Grouping::kM, kOfK = kGrouping == Grouping::kK;
   static constexpr int kThreads = 128;
   static constexpr int kTileRows = kTileRows_, kTileCols = 128;  // of the sums
   static constexpr int kOutCols = kGated ? kTileCols / 2 : kTileCols;
@@ -55,7 +56,8 @@ struct ProductTraits {
   using ByOuter = OuterRows<T, kOuter, kTileDepth, kThreads, kIndexed, kGateAndUp>;
   template <int kOuter, bool kIndexed>
   using ByDepth = DepthRows<T, kOuter, kTileDepth, kThreads, kIndexed>;
-  using LoadA = std::conditional_t<kOfK, ByDepth<kTileRows, true>, ByOuter<kTileRows, true, false>>;
+  using LoadA = std::conditional_t<kAMajor == Major::kOuter, ByDepth<kTileRows, kOfK>,
+                                   ByOuter<kTileRows, kOfM, false>>;
   using LoadB = std::conditional_t<kMajor == Major::kOuter, ByDepth<kTileCols, kOfK>,
                                    ByOuter<kTileCols, false, kGated>>;
   using A = typename LoadA::Layout;
@@ -145,8 +147,9 @@ template <class Traits, class Visitor>
 __device__ inline void for_each_tile(const Product& p, const Visitor& visit) {
   const uint32_t col_tiles = tiles_of(p.cols, Traits::kOutCols);
   Tile tile;
-  if constexpr (Traits::kOfK) {
-    const MatrixSchedule<> schedule(p, tiles_of(p.rows, Traits::kTileRows), col_tiles);
+  if constexpr (!Traits::kOfM) {
+    const MatrixSchedule<> schedule(p, tiles_of(p.rows, Traits::kTileRows), col_tiles,
+                                    p.lower ? Traits::kTileCols / Traits::kTileRows : 0);
 #pragma unroll 1
     for (uint32_t i = blockIdx.x; schedule.find(i, tile); i += gridDim.x) visit(tile);
   } else {
@@ -174,9 +177,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const Product& product = job.product;
   const int down = warp_id() / Traits::kWarpsAcross, across = warp_id() % Traits::kWarpsAcross;
   for_each_tile<Traits>(product, [&](const Tile& tile) {
-    const bool of_m = !Traits::kOfK;
+    constexpr bool of_m = Traits::kOfM, of_k = Traits::kOfK;
     const int32_t group = tile.group;
-    if constexpr (Traits::kOfK)
+    if constexpr (of_k)
       if (params.accumulate && tile.begin == tile.end) return;
     const int64_t row = of_m ? tile.begin : int64_t{tile.row_tile} * Traits::kTileRows;
     const int64_t col = int64_t{tile.col_tile} * Traits::kOutCols;
@@ -187,8 +190,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     float c[Traits::kSums] = {};
     if (length > 0) {
       const int64_t depth = of_m ? 0 : tile.begin;
-      typename Traits::LoadA a(product.a, job.wide_a, {0, row, depth, rows, length}, 0);
-      typename Traits::LoadB b(product.b, job.wide_b, {of_m ? group : 0, col, depth, cols, length},
+      typename Traits::LoadA a(product.a, job.wide_a,
+                               {of_m || of_k ? 0 : group, row, depth, rows, length}, 0);
+      typename Traits::LoadB b(product.b, job.wide_b, {of_k ? 0 : group, col, depth, cols, length},
                                product.cols);
       const typename Traits::Warp warp(down * Traits::kWarpRows, across * Traits::kWarpCols);
       __syncthreads();  // the ring was the scratch of the tile before
@@ -231,6 +235,17 @@ Status store(const Job& job, const StoreParams& out, void* stream) {
   if (job.b_major == Major::kOuter)
     return launch_rows<T, Major::kOuter, Store<T>>(job, out, stream);
   return launch_rows<T, Major::kDepth, Store<T>>(job, out, stream);
+}
+
+template <class T>
+Status affine(const Job& job, const AffineWork& out, void* stream) {
+  const auto with = [&]<Major kA, Major kB>() {
+    return launch_product<ProductTraits<T, Grouping::kBatch, kB, Affine<T>, 128, kA>>(job, out,
+                                                                                      stream);
+  };
+  if (job.a_major == Major::kOuter) return with.template operator()<Major::kOuter, Major::kOuter>();
+  if (job.b_major == Major::kOuter) return with.template operator()<Major::kDepth, Major::kOuter>();
+  return with.template operator()<Major::kDepth, Major::kDepth>();
 }
 
 }  // namespace kimi::gemm::sm80

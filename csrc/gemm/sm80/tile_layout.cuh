@@ -27,11 +27,11 @@ struct TileLayout {
   static constexpr int kBytes = kRows * kRowBytes;
   static_assert(kChunks >= 8 || kChunks == 4);
 
-  // Rows whose distance is a multiple of 8 have the same key. fp32 reads rows of the depth one by
-  // one and across: they need none.
+  // Rows whose distance is a multiple of 8 have the same key, of fp32 an even row and the next one
+  // too. fp32 reads rows of the depth one by one and across: they need none.
   __device__ static int key(int row) {
-    if (kChunks == 4) return row / 2 % 4;
-    return sizeof(T) == 4 && !kDepthMajor ? 0 : row % 8;
+    if (kChunks == 4 || (sizeof(T) == 4 && kDepthMajor)) return row / 2 % 4;
+    return sizeof(T) == 4 ? 0 : row % 8;
   }
   __device__ static int offset(int row, int chunk) {
     return row * kRowBytes + (chunk ^ key(row)) * 16;

@@ -6,8 +6,9 @@
 // `wide` operands go by cp.async, 16 bytes a copy; what lies outside of the operand is zero. Others
 // (odd strides, addresses or sizes) are read element by element into the same layout: slow, right.
 //
-//   OuterRows  depth-major tiles   A of M-grouped, with or without an index; B of M-grouped
-//   DepthRows  outer-major tiles   B of M-grouped; A and B of K-grouped, with or without an index
+//   OuterRows  depth-major tiles   A of M-grouped, with or without an index; B of M-grouped; batches
+//   DepthRows  outer-major tiles   B of M-grouped; A and B of K-grouped, with or without an index;
+//                                  batches
 #pragma once
 
 #include <cstring>
@@ -23,7 +24,7 @@ namespace kimi::gemm::sm80 {
 // Which part of an operand a tile of sums needs: `rows` outer indices from `outer` on, `length` of
 // the depth from `depth` on.
 struct Window {
-  int32_t group;  // of B if M-grouped, else 0
+  int32_t group;  // whose matrix it is; 0 where all groups share one
   int64_t outer, depth;
   int32_t rows, length;  // what is left; more than a tile has does not matter
 };

@@ -97,7 +97,7 @@ __device__ inline void consume(const Product& p, const typename X::Epilogue::Par
       }
     }
     opens = false;
-    if (work.rows > in_tile)
+    if (work.rows > (X::Epilogue::kTogether ? consumer * kConsumerRows : in_tile))
       X::Epilogue::template run<X>(params, p, work, work.row + in_tile, work.rows - in_tile, d,
                                    scratch);
     warp_barrier();

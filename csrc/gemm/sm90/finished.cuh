@@ -16,7 +16,8 @@ class Finished {
 
  public:
   using Params = typename Policy::Params;
-  static constexpr bool kGated = Policy::kGated, kWritesZeros = Policy::kWritesZeros;
+  static constexpr bool kGated = Policy::kGated, kWritesZeros = Policy::kWritesZeros,
+                        kTogether = false;
   static constexpr int kScratchBytes = Finisher::kScratchFloats * 4;  // of a warp
 
   template <class X>

@@ -114,9 +114,10 @@ Status encode_inputs(const Product& p, Inputs* in) {
                            X::kTileCols);
 }
 
-// TMA writes C if 16 bytes divide its addresses; adding in 16 bits it would do in another format.
+// TMA writes C, `box_rows` rows at a time, if 16 bytes divide its addresses; adding in 16 bits it
+// would do in another format.
 template <class X>
-Status encode_out(const Product& p, StoreTilesParams* params) {
+Status encode_out(const Product& p, int32_t box_rows, StoreTilesParams* params) {
   const StoreParams& out = params->out;
   const auto encode = [&]<class Out>() {
     constexpr bool kOfM = X::kGrouping == Grouping::kM;
@@ -129,7 +130,7 @@ Status encode_out(const Product& p, StoreTilesParams* params) {
     if (!params->by_tma) return Status::ok();
     const int64_t sizes[] = {p.cols, kOfM ? p.groups.num_rows : p.rows, p.groups.count};
     const int64_t strides[] = {row, group};
-    const int32_t box[] = {kRowBytes / static_cast<int32_t>(sizeof(Out)), 16, 1};
+    const int32_t box[] = {kRowBytes / static_cast<int32_t>(sizeof(Out)), box_rows, 1};
     return encode_tensor_map<Out>(&params->map, out.out, kOfM ? 2 : 3, sizes, strides, box,
                                   Swizzle::k128);
   };
@@ -163,7 +164,7 @@ Status run(const Product& p, const typename X::Epilogue::Params& params, void* s
 template <class X>
 Status run_store(const Product& p, const StoreParams& out, void* stream) {
   StoreTilesParams params{out, {}, false};
-  KIMI_RETURN_IF_ERROR(encode_out<X>(p, &params));
+  KIMI_RETURN_IF_ERROR(encode_out<X>(p, 16, &params));
   return run<X>(p, params, stream);
 }
 

@@ -9,8 +9,10 @@
 namespace kimi::gemm::sm90 {
 namespace {
 
-constexpr int64_t kBytes = 2;        // of an element
-constexpr int64_t kManyTiles = 132;  // of 128 x 256: enough for every multiprocessor
+constexpr int64_t kBytes = 2;  // of an element
+constexpr int64_t kMultiprocessors = 132;
+// Cycles of a stage of a tile: wgmma of a wide one, shared memory of a narrow one (kernel.cuh).
+constexpr int64_t kWideStage = 1024, kNarrowStage = 640;
 
 bool is_stride(int64_t elements) {
   return elements > 0 && elements * kBytes % 16 == 0 && elements * kBytes < int64_t{1} << 40;
@@ -37,23 +39,44 @@ bool serves_m(const Product& p) {
          is_loadable(p.b, outer ? p.b.depth_stride : p.b.outer_stride, p.depth);
 }
 
+// Not A outer-major and B depth-major, which no kernel has.
+bool serves_batch(const Product& p) {
+  const auto is_operand = [&](const Matrix& m, Major major) {
+    const bool by_depth = major == Major::kDepth;
+    return (by_depth || m.outer_stride == 1) && m.index == nullptr &&
+           is_loadable(m, by_depth ? m.outer_stride : m.depth_stride, p.depth) &&
+           (p.groups.count == 1 || is_stride(m.group_stride));
+  };
+  return p.rows >= 1 && p.rows <= INT_MAX && p.depth >= 1 && p.depth <= INT_MAX &&
+         (a_major(p) == Major::kDepth || b_major(p) == Major::kOuter) &&
+         is_operand(p.a, a_major(p)) && is_operand(p.b, b_major(p));
+}
+
 }  // namespace
 
+Major a_major(const Product& p) { return p.a.depth_stride == 1 ? Major::kDepth : Major::kOuter; }
 Major b_major(const Product& p) { return p.b.depth_stride == 1 ? Major::kDepth : Major::kOuter; }
 
 bool serves(const Product& p) {
   const int64_t rows = p.groups.num_rows;
   if (p.dtype != KIMI_BFLOAT16 && p.dtype != KIMI_FLOAT16) return false;
-  if (rows < 1 || rows > INT_MAX || p.groups.count < 1 || p.cols < 1 || p.cols > INT_MAX / 2)
-    return false;
-  return p.grouping == Grouping::kK ? serves_k(p) : p.grouping == Grouping::kM && serves_m(p);
+  if (p.groups.count < 1 || p.cols < 1 || p.cols > INT_MAX / 2) return false;
+  if (p.grouping == Grouping::kBatch) return serves_batch(p);
+  if (rows < 1 || rows > INT_MAX) return false;
+  return p.grouping == Grouping::kK ? serves_k(p) : serves_m(p);
 }
 
 bool is_narrow(const Product& p) {
-  if (p.grouping != Grouping::kM) return false;
+  if (p.grouping == Grouping::kK) return false;
+  if (p.grouping == Grouping::kBatch) {
+    const auto cycles = [&](int64_t cols, int64_t of_a_stage) {
+      return ceil_div(most_tiles(p, 128, cols), kMultiprocessors) * of_a_stage;
+    };
+    return cycles(128, kNarrowStage) < cycles(256, kWideStage);
+  }
   const int64_t rows = p.groups.num_rows, groups = std::min<int64_t>(p.groups.count, rows);
   const int64_t row_tiles = groups * ceil_div(rows, groups * 128);  // of groups that are alike
-  return p.cols <= 128 || row_tiles * ceil_div(p.cols, 256) < kManyTiles;
+  return p.cols <= 128 || row_tiles * ceil_div(p.cols, 256) < kMultiprocessors;
 }
 
 Status store(const Product& p, const StoreParams& out, bool narrow, void* stream) {

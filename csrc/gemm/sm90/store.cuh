@@ -34,7 +34,7 @@ class StoreTiles {
 
  public:
   using Params = StoreTilesParams;
-  static constexpr bool kGated = false, kWritesZeros = true;
+  static constexpr bool kGated = false, kWritesZeros = true, kTogether = false;
   static constexpr int kScratchBytes = kBoxes * kStoreBoxBytes;  // of a warp
 
   // The sums of `valid` of 16 rows from `row` on.
@@ -53,6 +53,38 @@ class StoreTiles {
   }
   __device__ static void end(const Params& params) {
     if (kByTma && params.by_tma && lane_id() == 0) tma_store_wait<0>();
+  }
+
+  // Columns of box kBox, from the registers to `box`.
+  template <class Out, int kBox, int kN>
+  __device__ static void fill_box(const float (&d)[kN], char* box) {
+    const int lane = lane_id();
+    if constexpr (sizeof(Out) == 2) {
+      // Lane l names row l % 8 of matrix l / 8: rows 0-7 and 8-15 of 8 columns, then of the next 8.
+      const int row = lane % 16, half = lane / 16;
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        constexpr int kAt = kBox * 32;
+        const float* c = d + kAt + 4 * j;
+        stmatrix_x4(box + row * 128 + (((j + half) ^ (row % 8)) << 4), round_pair<Out>(c[0], c[1]),
+                    round_pair<Out>(c[2], c[3]), round_pair<Out>(c[4], c[5]),
+                    round_pair<Out>(c[6], c[7]));
+      }
+    } else {
+      // Odd rows take the columns in another order: else two rows would meet in each bank.
+      const int row = lane / 4;
+      const bool odd = row % 2 != 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int even_at = kBox * 16 + 4 * j + 2 * half, odd_at = even_at ^ 8;
+          const int piece = 2 * (odd ? j ^ 2 : j) + lane % 4 / 2;
+          char* to = box + (row + 8 * half) * 128 + ((piece ^ row) << 4) + lane % 2 * 8;
+          *reinterpret_cast<Vec<float, 2>*>(to) = {
+              {odd ? d[odd_at] : d[even_at], odd ? d[odd_at + 1] : d[even_at + 1]}};
+        }
+    }
   }
 
  private:
@@ -136,38 +168,6 @@ class StoreTiles {
       const int r = lane_id() / 4 + 8 * h;
       if (r < valid && column < cols) sum += to_float(old[r * stride + column]);
     });
-  }
-
-  // Columns of box kBox, from the registers to `box`.
-  template <class Out, int kBox, int kN>
-  __device__ static void fill_box(const float (&d)[kN], char* box) {
-    const int lane = lane_id();
-    if constexpr (sizeof(Out) == 2) {
-      // Lane l names row l % 8 of matrix l / 8: rows 0-7 and 8-15 of 8 columns, then of the next 8.
-      const int row = lane % 16, half = lane / 16;
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        constexpr int kAt = kBox * 32;
-        const float* c = d + kAt + 4 * j;
-        stmatrix_x4(box + row * 128 + (((j + half) ^ (row % 8)) << 4), round_pair<Out>(c[0], c[1]),
-                    round_pair<Out>(c[2], c[3]), round_pair<Out>(c[4], c[5]),
-                    round_pair<Out>(c[6], c[7]));
-      }
-    } else {
-      // Odd rows take the columns in another order: else two rows would meet in each bank.
-      const int row = lane / 4;
-      const bool odd = row % 2 != 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int even_at = kBox * 16 + 4 * j + 2 * half, odd_at = even_at ^ 8;
-          const int piece = 2 * (odd ? j ^ 2 : j) + lane % 4 / 2;
-          char* to = box + (row + 8 * half) * 128 + ((piece ^ row) << 4) + lane % 2 * 8;
-          *reinterpret_cast<Vec<float, 2>*>(to) = {
-              {odd ? d[odd_at] : d[even_at], odd ? d[odd_at + 1] : d[even_at + 1]}};
-        }
-    }
   }
 
   // A lane's 16 bytes of every fourth row.

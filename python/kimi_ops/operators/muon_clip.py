@@ -18,24 +18,32 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-def _sums(x: Sequence[Tensor]) -> Tensor:
-    return x[0].new_empty((len(x),), dtype=torch.float64)
+def _factor(squares: Tensor, *_: Any) -> Tensor:
+    return squares.new_empty((), dtype=torch.float32)
 
 
 muon_momentum_ = Operator(
     "muon_momentum_(Tensor[] grads, Tensor(a!)[] buffers, float momentum, bool nesterov, "
-    "bool maximize) -> Tensor[]",
+    "bool maximize, Tensor? squares, int[] pieces) -> Tensor[]",
     _updates,
 )
 muon_update_ = Operator(
     "muon_update_(Tensor(a!)[] params, Tensor[] directions, float[] rates, float decay, "
-    "bool cautious) -> ()",
+    "bool cautious, Tensor? squares, int[] pieces, Tensor? lr, Tensor? weight_decay) -> ()",
     _nothing,
 )
 adamw_ = Operator(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "bool maximize, bool cautious) -> ()",
+    "Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
+    "bool maximize, bool cautious, Tensor(e!)? squares, int[] pieces, bool measure, "
+    "Tensor? scale, Tensor? lr_factor, Tensor? weight_decay_factor) -> ()",
     _nothing,
 )
-squares = Operator("squares(Tensor[] x) -> Tensor", _sums, differentiable=False)
+squares_ = Operator(
+    "squares_(Tensor(a!) squares, Tensor[] x, int[] pieces, int[] lengths) -> ()", _nothing
+)
+clip_factor = Operator(
+    "clip_factor(Tensor squares, int[] pieces, float max_norm) -> Tensor",
+    _factor,
+    differentiable=False,
+)

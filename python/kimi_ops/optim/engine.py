@@ -21,12 +21,12 @@ Triple = tuple[float, float, float]
 _BUILT_FOR_CUDA = bool(_native._C.cuda_architectures())  # compilers do not look into the module
 
 
-def served(op: str, *tensors: Tensor | None) -> bool:
+def served(
+    op: str, *tensors: Tensor | None, dtypes: Sequence[torch.dtype] = _native.DTYPES
+) -> bool:
     """Whether the native kernels of `op` take these tensors."""
     devices = ("cpu", "cuda") if _BUILT_FOR_CUDA and op in _native.CUDA_OPS else ("cpu",)
-    return all(
-        t is None or (t.device.type in devices and t.dtype in _native.DTYPES) for t in tensors
-    )
+    return all(t is None or (t.device.type in devices and t.dtype in dtypes) for t in tensors)
 
 
 # ---- products
@@ -133,7 +133,15 @@ def clip_rows_(
     return twin_clip.clip_rows_(weights, max_logits, layers, rows, powers, tau)
 
 
-# ---- passes of the optimizer over lists of tensors; `alive[i]` as in the twins
+# ---- passes of the optimizer over lists of tensors; a tensor is left alone where one of its
+# `pieces` of `squares`, sums of squares of gradients, is not finite
+
+Scalar = float | Tensor  # a tensor lies where the parameters do
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a value of `tensor` waits for no device."""
+    return tensor.device.type == "cpu" and not _native.engine.cpu_tensors_go_to_cuda()
 
 
 def momenta_(
@@ -143,27 +151,23 @@ def momenta_(
     momentum: float,
     nesterov: bool,
     maximize: bool,
-    alive: Sequence[Tensor | None],
+    squares: Tensor | None = None,
+    pieces: Sequence[range] = (),
 ) -> list[Tensor]:
     """Move the buffers towards the gradients; returns what Newton-Schulz takes, new tensors."""
-    updates: list[Tensor | None] = [None] * len(grads)
-    for members in _alike(alive, grads, buffers):
-        done = muon_clip.muon_momentum_(
-            [grads[i] for i in members], [buffers[i] for i in members], momentum, nesterov, maximize
-        )
-        for i, update in zip(members, done, strict=True):
-            updates[i] = update
-    for i, update in enumerate(updates):
-        if update is None:
-            updates[i] = twin_passes.momentum_(
-                grads[i],
-                buffers[i],
-                momentum=momentum,
-                nesterov=nesterov,
-                maximize=maximize,
-                alive=alive[i],
-            )
-    return [update for update in updates if update is not None]
+    updates: dict[int, Tensor] = {}
+    keys: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "maximize": maximize}
+    for members, native in _alike(grads, buffers):
+        if native:
+            chosen = [[x[i] for i in members] for x in (grads, buffers)]
+            flags = _flags(squares, pieces, members, chosen[0][0])
+            done = muon_clip.muon_momentum_(*chosen, momentum, nesterov, maximize, *flags)
+            updates.update(zip(members, done, strict=True))
+            continue
+        for i in members:
+            alive = _alive(squares, pieces, i, grads[i])
+            updates[i] = twin_passes.momentum_(grads[i], buffers[i], **keys, alive=alive)
+    return [updates[i] for i in range(len(grads))]
 
 
 def apply_(
@@ -171,32 +175,33 @@ def apply_(
     directions: Sequence[Tensor],
     rates: Sequence[float],
     *,
-    lr: float,
-    weight_decay: float,
+    lr: Scalar,
+    weight_decay: Scalar,
     cautious: bool,
-    alive: Sequence[Tensor | None],
+    squares: Tensor | None = None,
+    pieces: Sequence[range] = (),
 ) -> None:
-    """Decay the matrices `params` by lr weight_decay, step against `directions` by `rates`."""
-    left = set(range(len(params)))
-    for members in _alike(alive, params, directions):
-        muon_clip.muon_update_(
-            [params[i] for i in members],
-            [directions[i] for i in members],
-            [rates[i] for i in members],
-            lr * weight_decay,
-            cautious,
-        )
-        left.difference_update(members)
-    for i in sorted(left):
-        twin_passes.apply_(
-            params[i],
-            directions[i],
-            lr=lr,
-            rate=rates[i],
-            weight_decay=weight_decay,
-            cautious=cautious,
-            alive=alive[i],
-        )
+    """Decay the matrices `params` by lr weight_decay, step against `directions` by `rates`, which
+    are factors of lr where that is a tensor."""
+    for members, native in _alike(params, directions):
+        if native:
+            chosen = [[x[i] for i in members] for x in (params, directions, rates)]
+            flags = _flags(squares, pieces, members, params[members[0]])
+            lr_number, lr_factor = _split(lr)
+            decay_number, decay_factor = _split(weight_decay)
+            decay = lr_number * decay_number
+            muon_clip.muon_update_(*chosen, decay, cautious, *flags, lr_factor, decay_factor)
+            continue
+        for i in members:
+            twin_passes.apply_(
+                params[i],
+                directions[i],
+                lr=lr,
+                rate=rates[i] * lr if isinstance(lr, Tensor) else rates[i],
+                weight_decay=weight_decay,
+                cautious=cautious,
+                alive=_alive(squares, pieces, i, params[i]),
+            )
 
 
 def adamw_(
@@ -204,59 +209,124 @@ def adamw_(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[int],
+    steps: Sequence[Tensor],
     *,
-    lr: float,
+    lr: Scalar,
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
+    weight_decay: Scalar,
     maximize: bool,
     cautious: bool,
-    alive: Sequence[Tensor | None],
+    squares: Tensor | None = None,
+    pieces: Sequence[range] = (),
+    measure: bool = False,
+    scale: Tensor | None = None,
 ) -> None:
-    """One AdamW update of each parameter; `steps` count from 1."""
-    left = set(range(len(params)))
-    for members in _alike(alive, params, grads, exp_avgs, exp_avg_sqs):
-        lists = [[x[i] for i in members] for x in (params, grads, exp_avgs, exp_avg_sqs)]
-        if any(state.dtype != torch.float32 for state in lists[2] + lists[3]):
+    """One AdamW update of each parameter, with `scale` times the gradients; `steps` count them.
+    `measure` writes the sum of squares of each gradient to the first of its pieces before."""
+    for members, native in _alike(params, grads, exp_avgs, exp_avg_sqs, steps):
+        lists = [[x[i] for i in members] for x in (params, grads, exp_avgs, exp_avg_sqs, steps)]
+        device = lists[0][0].device
+        here = scale if scale is None else scale.to(device)
+        measured = measure
+        if squares is not None and measure and (not native or squares.device != device):
+            firsts = [pieces[i][:1] for i in members]
+            squares_(squares, lists[1], firsts, [[grad.numel()] for grad in lists[1]])
+            measured = False
+        if native:
+            flags = _flags(squares, pieces, members, lists[0][0])
+            lr_number, lr_factor = _split(lr)
+            decay, decay_factor = _split(weight_decay)
+            muon_clip.adamw_(
+                *lists, lr_number, *betas, eps, decay, maximize, cautious,
+                *flags, measured, here, lr_factor, decay_factor,
+            )  # fmt: skip
             continue
-        numbers = [steps[i] for i in members]
-        muon_clip.adamw_(*lists, numbers, lr, *betas, eps, weight_decay, maximize, cautious)
-        left.difference_update(members)
-    for i in sorted(left):
-        twin_passes.adamw_(
-            params[i],
-            grads[i],
-            exp_avgs[i],
-            exp_avg_sqs[i],
-            steps[i],
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            cautious=cautious,
-            alive=alive[i],
-        )
+        for i, *tensors in zip(members, *lists, strict=True):
+            twin_passes.adamw_(
+                *tensors,
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                maximize=maximize,
+                cautious=cautious,
+                alive=_alive(squares, pieces, i, tensors[0]),
+                scale=here,
+            )
+
+
+def squares_(
+    squares: Tensor,
+    tensors: Sequence[Tensor],
+    pieces: Sequence[range],
+    lengths: Sequence[Sequence[int]],
+) -> None:
+    """Write the sum of squares of each piece, a run of elements of one of `lengths`, to its place
+    in `squares`, fp64."""
+    for members, native in _alike(tensors):
+        device = tensors[members[0]].device
+        target = squares if squares.device == device else torch.zeros_like(squares, device=device)
+        if native:
+            edges = [edge for i in members for edge in (pieces[i].start, pieces[i].stop)]
+            runs = [length for i in members for length in lengths[i]]
+            muon_clip.squares_(target, [tensors[i] for i in members], edges, runs)
+        else:
+            for i in members:
+                parts = tensors[i].reshape(-1).split(list(lengths[i]))
+                for place, part in zip(pieces[i], parts, strict=True):
+                    norm = torch.linalg.vector_norm(part, dtype=torch.float64)
+                    target[place] = norm.square()
+        if target is not squares:
+            squares += target.to(squares.device)
 
 
 def squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of each tensor in fp64, [tensors], on their device."""
-    device = tensors[0].device if tensors else None
+    """The sum of squares of each tensor in fp64, [tensors], on the first one's device."""
+    device = tensors[0].device if tensors else torch.device("cpu")
     sums = torch.zeros(len(tensors), dtype=torch.float64, device=device)
-    for members in _alike([None] * len(tensors), tensors):
-        sums[members] = muon_clip.squares([tensors[i] for i in members])
-    for i, tensor in enumerate(tensors):
-        if not served("muon_clip", tensor):
-            norm = torch.linalg.vector_norm(tensor.contiguous(), dtype=torch.float64)
-            sums[i] = norm.square()
+    places = [range(i, i + 1) for i in range(len(tensors))]
+    squares_(sums, tensors, places, [[tensor.numel()] for tensor in tensors])
     return sums
 
 
-def _alike(alive: Sequence[Tensor | None], *lists: Sequence[Tensor]) -> Iterable[list[int]]:
-    """Numbers of the tensors that a native pass takes, those of equal dtypes together."""
-    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+def clip_factor(squares: Tensor, pieces: Sequence[range], max_norm: float) -> Tensor:
+    """min(1, max_norm / norm) in fp32, 0-dim: of all gradients that are not left alone."""
+    if served("muon_clip", squares, dtypes=(torch.float64,)):
+        edges = [edge for piece in pieces for edge in (piece.start, piece.stop)]
+        return muon_clip.clip_factor(squares, edges, max_norm)
+    return twin_passes.clip_factor(squares, pieces, max_norm)
+
+
+def _alike(*lists: Sequence[Tensor]) -> Iterable[tuple[list[int], bool]]:
+    """Numbers of the tensors of equal dtypes on one device, and whether a native pass takes them:
+    beside the first two of `lists` are states, in fp32."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, tensors in enumerate(zip(*lists, strict=True)):
-        if alive[i] is None and served("muon_clip", *tensors):
-            groups.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(i)
-    return groups.values()
+        key = tensors[0].device, *[tensor.dtype for tensor in tensors]
+        groups.setdefault(key, []).append(i)
+    for (_, *dtypes), members in groups.items():
+        states = all(dtype == torch.float32 for dtype in dtypes[2:])
+        yield members, states and served("muon_clip", *[x[members[0]] for x in lists])
+
+
+def _flags(
+    squares: Tensor | None, pieces: Sequence[range], members: Sequence[int], like: Tensor
+) -> tuple[Tensor | None, list[int]]:
+    if squares is None:
+        return None, []
+    edges = [edge for i in members for edge in (pieces[i].start, pieces[i].stop)]
+    return squares.to(like.device), edges
+
+
+def _alive(squares: Tensor | None, pieces: Sequence[range], i: int, like: Tensor) -> Tensor | None:
+    if squares is None:
+        return None
+    return torch.isfinite(squares[pieces[i].start : pieces[i].stop]).all().to(like.device)
+
+
+def _split(value: Scalar) -> tuple[float, Tensor | None]:
+    """A number, and a factor of it on the device."""
+    if isinstance(value, Tensor):
+        return 1.0, value.to(torch.float64).reshape(())
+    return float(value), None

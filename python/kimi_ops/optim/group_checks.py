@@ -1,37 +1,74 @@
 # SPDX-License-Identifier: MIT
-"""The checks of a group of MuonClip."""
+"""The checks of a group of MuonClip, when it is added and before each step."""
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.optim.muon_blocks import names, ns_options
+from kimi_ops.optim.learning_rate import adjusted_lr
+from kimi_ops.optim.muon_blocks import blocks, is_flat, names, ns_options
 from kimi_ops.optim.newton_schulz import check_options
 
 _ADJUST = (None, "original", "match_rms_adamw")
 ALGORITHMS = ("muon", "adamw")
 
 
+# Key, the smallest and the smallest too large number, and what to do.
+_NUMBERS = (
+    ("lr", 0, math.inf, "1e-3 is usual"),
+    ("weight_decay", 0, math.inf, "0.1 is usual"),
+    ("momentum", 0, 1, "0.95 is usual"),
+    ("eps", 0, math.inf, "1e-7 is usual"),
+    ("adamw_eps", 0, math.inf, "1e-8 is usual"),
+)
+_SWITCHES = ("nesterov", "maximize", "cautious_weight_decay", "transposed", "capturable")
+_TENSORS = ("lr", "weight_decay")  # may be tensors of one element
+
+
+def check_groups(groups: list[dict[str, Any]]) -> None:
+    """What a caller may have changed since the last step, before anything moves."""
+    for group in groups:
+        check_group(group)
+        adjust, lr = group["adjust_lr_fn"], group["lr"]
+        unread = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        if group["algorithm"] == "muon" and callable(adjust) and not unread:
+            examples = [torch.empty(p.shape, device="meta") for p in group["params"]]
+            shapes = [block.shape[-2:] for x in examples for block in blocks(x, group)]
+            for rows, columns in dict.fromkeys(shapes):
+                adjusted_lr(float(lr), adjust, (rows, columns))
+
+
 def check_group(group: dict[str, Any]) -> None:
-    """Raise for a group that ``step`` could not serve."""
+    """Raise for a group that ``step`` could not serve. Reads nothing from a device."""
     _check.choice("MuonClip", "algorithm", group["algorithm"], ALGORITHMS)
-    for key in ("lr", "weight_decay", "momentum", "eps", "adamw_eps"):
-        if not float(group[key]) >= 0:
-            raise ValueError(f"MuonClip: {key}: expected a number >= 0, got {group[key]}; raise it")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
+    _check_tensors(group)
+    for key, low, high, mend in _NUMBERS:
+        _check_number(key, group[key], low, high, mend)
+    for key in _SWITCHES:
+        if not isinstance(group[key], bool):
+            raise TypeError(f"MuonClip: {key}: expected True or False, got {group[key]!r}")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(
-            f"MuonClip: betas: expected two numbers in [0, 1), got {group['betas']}; "
+            f"MuonClip: betas: expected two numbers in [0, 1), got {betas!r}; "
             "AdamW's habit is (0.9, 0.95)"
         )
+    for beta in betas:
+        _check_number("betas", beta, 0, 1, "AdamW's habit is (0.9, 0.95)")
     limit = group["max_grad_norm"]
-    if limit is not None and not float(limit) > 0:
-        raise ValueError(
-            f"MuonClip: max_grad_norm: expected a positive number or None, got {limit}; 1 is usual"
-        )
+    if limit is not None:
+        _check_number("max_grad_norm", limit, 0, math.inf, "1 is usual, None clips nothing")
+        if limit == 0:
+            raise ValueError(
+                "MuonClip: max_grad_norm: expected a positive number, got 0; 1 is usual, None "
+                "clips nothing"
+            )
     for name, param in names(group):
         if not param.is_floating_point() or param.layout != torch.strided:
             raise TypeError(
@@ -42,11 +79,43 @@ def check_group(group: dict[str, Any]) -> None:
         _check_muon(group)
 
 
-def _check_muon(group: dict[str, Any]) -> None:
-    if not group["momentum"] < 1:
+def _check_tensors(group: dict[str, Any]) -> None:
+    """Numbers that lie on a device are for graphs, whose kernels read them there."""
+    for key in ("lr", "weight_decay"):
+        value = group[key]
+        if isinstance(value, Tensor) and value.device.type != "cpu" and not group["capturable"]:
+            raise ValueError(
+                f"MuonClip: {key}: expected a number or a tensor on a CPU, got one on "
+                f"{value.device}; pass capturable=True"
+            )
+    if group["capturable"] and isinstance(group["lr"], Tensor) and callable(group["adjust_lr_fn"]):
         raise ValueError(
-            f"MuonClip: momentum: expected a number below 1, got {group['momentum']}; 0.95 is usual"
+            "MuonClip: adjust_lr_fn: expected a name beside capturable=True and a tensor as lr, "
+            "got a callable, which would read it; use 'match_rms_adamw' or 'original'"
         )
+
+
+def _check_number(key: str, value: Any, low: float, high: float, mend: str) -> None:
+    """A finite number low <= value < high; a tensor on a device is not read."""
+    wanted = f"a finite number >= {low}" + (f" and < {high}" if high < math.inf else "")
+    if isinstance(value, Tensor) and key in _TENSORS:
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"MuonClip: {key}: expected {wanted}, or a tensor that holds one, got a tensor of "
+                f"shape {tuple(value.shape)}, {value.dtype}; give each group one number"
+            )
+        if value.device.type != "cpu":
+            return
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"MuonClip: {key}: expected {wanted}, got {type(value).__name__} {value!r}; {mend}"
+        )
+    if not (math.isfinite(value) and low <= float(value) < high):
+        raise ValueError(f"MuonClip: {key}: expected {wanted}, got {value}; {mend}")
+
+
+def _check_muon(group: dict[str, Any]) -> None:
     if not callable(group["adjust_lr_fn"]) and group["adjust_lr_fn"] not in _ADJUST:
         raise ValueError(
             f"MuonClip: adjust_lr_fn: expected one of {_ADJUST} or a callable, got "
@@ -67,6 +136,13 @@ def _check_muon(group: dict[str, Any]) -> None:
             f"MuonClip: head_dim: expected 0 (heads are rows) or 1 (columns), got "
             f"{group['head_dim']!r}; q and kv projections have 0, output projections 1"
         )
+    if group["interleave"] is not None:
+        _check.integer("MuonClip", "interleave", group["interleave"])
+        if group["split_sizes"] is not None:
+            raise ValueError(
+                "MuonClip: interleave: expected none beside split_sizes "
+                f"{tuple(group['split_sizes'])}, got {group['interleave']}; give one of them"
+            )
     if group["ns_max_batch"] is not None:
         _check.between("MuonClip", "ns_max_batch", group["ns_max_batch"], 1, 1 << 40)
     for name, param in names(group):
@@ -78,15 +154,15 @@ def _check_matrices(name: str, param: Tensor, group: dict[str, Any]) -> None:
     if param.ndim < 2:
         raise ValueError(
             f"MuonClip: parameter {name}: expected a matrix [..., rows, in], got shape "
-            f'{tuple(param.shape)}; give it algorithm="adamw"'
+            f'{tuple(param.shape)}; give it algorithm="adamw", as muon_param_groups(model) does'
         )
     shape = param.shape[-2:]
     if group["batch_dims"] == "flatten":
         shape = torch.Size((param.shape[0], param.shape[1:].numel()))
-        if not param.is_contiguous():
+        if not is_flat(param):
             raise ValueError(
-                f"MuonClip: batch_dims: 'flatten' needs a contiguous parameter, {name} has strides "
-                f"{param.stride()}; make it contiguous"
+                f"MuonClip: batch_dims: 'flatten' needs a parameter without gaps, {name} has "
+                f"strides {param.stride()}; make it contiguous"
             )
     size, side = shape[group["head_dim"]], ("rows", "columns")[group["head_dim"]]
     if group["num_heads"] is not None:
@@ -97,6 +173,11 @@ def _check_matrices(name: str, param: Tensor, group: dict[str, Any]) -> None:
                 f"{heads}; check the geometry"
             )
         size //= heads
+    if (deal := group["interleave"]) is not None and (deal < 1 or size % deal != 0):
+        raise ValueError(
+            f"MuonClip: interleave: expected a divisor of the {size} {side} of {name}, got {deal}; "
+            "2 for gate and up one by one"
+        )
     sizes = group["split_sizes"]
     if sizes is not None and (min(sizes, default=0) < 1 or sum(sizes) != size):
         raise ValueError(

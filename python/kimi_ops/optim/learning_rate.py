@@ -18,7 +18,13 @@ def adjusted_lr(lr: float, adjust: AdjustLr, shape: tuple[int, int]) -> float:
     """
     rows, columns = shape
     if callable(adjust):
-        return adjust(lr, shape)
+        rate = adjust(lr, shape)
+        if not math.isfinite(rate):
+            raise ValueError(
+                f"MuonClip: adjust_lr_fn: expected a finite factor for lr {lr} and shape {shape}, "
+                f"got {rate}; mend the function"
+            )
+        return rate
     if adjust == "match_rms_adamw":
         return lr * 0.2 * math.sqrt(max(rows, columns))
     return lr * math.sqrt(max(1.0, rows / columns))

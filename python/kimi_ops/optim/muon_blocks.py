@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +17,44 @@ _ADAMW_FLOPS = 64  # what an element's passes through memory cost, in operations
 def blocks(x: Tensor, group: dict[str, Any]) -> list[Tensor]:
     """The matrices of x that the group orthogonalises on their own, each [..., m, n], as views.
 
-    ``batch_dims="flatten"`` first makes x a matrix [first, rest]; ``num_heads`` cuts the axis
-    ``head_dim`` (0 rows, 1 columns) into heads, a new batch dimension; ``split_sizes`` cuts the
-    same axis of what is left.
+    ``batch_dims="flatten"`` first makes x a matrix [first, rest], the rest in the order of memory;
+    ``num_heads`` cuts the axis ``head_dim`` (0 rows, 1 columns) into heads, a new batch dimension;
+    ``split_sizes`` cuts the same axis of what is left into runs, ``interleave`` deals it out one by
+    one; ``transposed`` makes [in, rows] [rows, in] in the end.
     """
     if group["batch_dims"] == "flatten":
-        x = x.flatten(1)
+        x = x.permute(0, *_trailing(x)).flatten(1)
     axis = group["head_dim"] - 2
     if group["num_heads"] is not None:
         x = x.unflatten(axis, (group["num_heads"], -1))
         if axis == -1:
             x = x.movedim(-2, -3)
-    sizes = group["split_sizes"]
-    return [x] if sizes is None else list(x.split(list(sizes), axis))
+    parts = [x]
+    if group["split_sizes"] is not None:
+        parts = list(x.split(list(group["split_sizes"]), axis))
+    elif group["interleave"] is not None:
+        parts = list(x.unflatten(axis, (-1, group["interleave"])).unbind(axis))
+    return [part.mT for part in parts] if group["transposed"] else parts
+
+
+def _trailing(x: Tensor) -> list[int]:
+    """Dimensions 1 and up, the slowest in memory first: channels last are last."""
+    return sorted(range(1, x.ndim), key=x.stride().__getitem__, reverse=True)
+
+
+def is_flat(x: Tensor) -> bool:
+    """Whether ``batch_dims="flatten"`` sees x as a matrix where it lies."""
+    dims = [dim for dim in _trailing(x) if x.shape[dim] > 1]
+    pairs = zip(dims, dims[1:], strict=False)
+    return all(x.stride(slow) == x.stride(fast) * x.shape[fast] for slow, fast in pairs)
+
+
+def aligned(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """The updates in the order of memory of their parameters, so that `blocks` cuts both alike."""
+    return [
+        u if p.ndim < 3 or u.stride() == p.stride() else torch.empty_like(p, dtype=u.dtype).copy_(u)
+        for u, p in zip(updates, params, strict=True)
+    ]
 
 
 def ns_options(group: dict[str, Any]) -> dict[str, Any]:

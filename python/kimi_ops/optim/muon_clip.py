@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -13,12 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kimi_ops.optim.group_checks import check_group
+from kimi_ops.optim import engine
+from kimi_ops.optim.group_checks import check_group, check_groups
+from kimi_ops.optim.group_keys import Group, check_keys
 from kimi_ops.optim.learning_rate import AdjustLr
 from kimi_ops.optim.muon_blocks import names, state_dtype
 from kimi_ops.optim.muon_groups import muon_param_groups
+from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, whole_state
+from kimi_ops.optim.muon_routed import routed_update
 from kimi_ops.optim.muon_shards import Shards
-from kimi_ops.optim.muon_update import Work, adamw_update, muon_update
+from kimi_ops.optim.muon_state import (
+    FUNCTION,
+    loaded_group,
+    loaded_state,
+    pack_function,
+    unpack_function,
+    wrap_state,
+)
+from kimi_ops.optim.muon_update import Work, adamw_update, measured, muon_update
 from kimi_ops.optim.ns_schedule import Coefficients
 from kimi_ops.optim.qk_clip_layers import QKClip
 
@@ -43,11 +56,13 @@ class MuonClip(torch.optim.Optimizer):
     ----------
     params : iterable of Tensor, of (name, Tensor) or of groups
         A Muon parameter is a matrix [rows, in] or a stack [..., rows, in] whose matrices are taken
-        one by one. Group keys: all arguments below up to `max_grad_norm`, ``algorithm``, and three
+        one by one. Group keys: all arguments below up to `max_grad_norm`, ``algorithm``, and those
         that cut a parameter into matrices of their own: ``num_heads`` along the axis ``head_dim``
         (0: heads are rows, as in q and kv projections; 1: columns, as in output projections), and
-        ``split_sizes``, sizes along that axis (in a head): for a gate-up stack [E, 2F, H]
-        ``(F, F)``. :func:`muon_param_groups` writes them for a model.
+        along that axis (in a head) ``split_sizes``, for a gate-up stack [E, 2F, H] ``(F, F)``, or
+        ``interleave``, 2 where gate and up alternate. ``transposed`` says that the parameter is
+        stored as [in, rows]. :func:`muon_param_groups` writes them for a model. Any other key
+        raises, but for those of schedulers and of your own, which start with "_".
     lr, weight_decay : float
         Both algorithms; the decay is decoupled and multiplies the plain lr.
     momentum, nesterov, ns_coefficients, eps, ns_steps
@@ -78,6 +93,9 @@ class MuonClip(torch.optim.Optimizer):
         Put many parameters through Newton-Schulz at once (None: yes) or one at a time.
     ns_max_batch : int, optional
         Matrices in one such batch; None: as many as hold 2^26 elements.
+    capturable : bool
+        ``lr`` and ``weight_decay`` may be tensors on the parameters' device, read there: a CUDA
+        graph of ``step`` follows them.
     qk_clip : QKClip, optional
         Applied after each update.
     process_group : torch.distributed.ProcessGroup, optional
@@ -131,6 +149,7 @@ class MuonClip(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         foreach: bool | None = None,
         ns_max_batch: int | None = None,
+        capturable: bool = False,
         qk_clip: QKClip | None = None,
         process_group: dist.ProcessGroup | None = None,
         reduce_gradients: bool = True,
@@ -156,10 +175,13 @@ class MuonClip(torch.optim.Optimizer):
             "max_grad_norm": max_grad_norm,
             "foreach": foreach,
             "ns_max_batch": ns_max_batch,
+            "capturable": capturable,
             "algorithm": "muon",
             "num_heads": None,
             "head_dim": 0,
             "split_sizes": None,
+            "interleave": None,
+            "transposed": False,
         }
         if qk_clip is not None and not isinstance(qk_clip, QKClip):
             raise TypeError(
@@ -173,7 +195,7 @@ class MuonClip(torch.optim.Optimizer):
             )
         self.qk_clip = qk_clip
         self._shards = Shards(process_group, reduce_gradients)
-        self._alive: Tensor | None = None
+        self._squares: Tensor | None = None  # norms of the last step's gradients
         self._warned = False
         super().__init__(params, defaults)
 
@@ -183,36 +205,46 @@ class MuonClip(torch.optim.Optimizer):
                 "MuonClip: copy: expected an optimizer of one process, got one that shares its "
                 "state over a process group; copy gather_state_dict()"
             )
-        return {**super().__getstate__(), "qk_clip": self.qk_clip}
+        state = {**super().__getstate__(), "qk_clip": self.qk_clip}
+        state["param_groups"] = [pack_function(group) for group in self.param_groups]
+        state["defaults"] = pack_function(self.defaults)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        current = list(self.__dict__.get("param_groups", []))
-        super().__setstate__(state)
-        self.__dict__.setdefault("qk_clip", None)
+        current = self.__dict__.get("param_groups", [])
         if "_shards" not in self.__dict__:  # a copy or an unpickled one
+            self.qk_clip = None
             self._shards = Shards(None, True)
-            self._alive, self._warned = None, False
-        # a checkpoint of torch.optim.Muon or AdamW has only torch's keys: the others stay
-        current += [self.defaults] * (len(self.param_groups) - len(current))
-        for group, old in zip(self.param_groups, current, strict=True):
-            algorithm = group.get("algorithm", old["algorithm"])
-            if algorithm == "adamw" and "adamw_eps" not in group and "eps" in group:
-                group["adamw_eps"] = group["eps"]
-            for key in self.defaults:
-                group.setdefault(key, old.get(key, self.defaults[key]))
+            self._squares, self._warned = None, False
+            self.defaults = unpack_function(state["defaults"])
+            state = {**state, "defaults": self.defaults}
+        olds = current or [self.defaults] * len(state["param_groups"])
+        groups = [
+            loaded_group(unpack_function(group), old, self.defaults)
+            for group, old in zip(state["param_groups"], olds, strict=True)
+        ]
+        for group in groups:
+            check_group(group)
+        self._shards.update(groups)
+        loaded = loaded_state(state["state"], groups, self._shards)
+        super().__setstate__({**state, "param_groups": groups, "state": loaded})
+        self.defaults.pop("differentiable", None)  # torch's addition, which no group has
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it is checked as a whole first, and a refused group leaves the optimizer as
         it was."""
-        adamw = isinstance(param_group, dict) and param_group.get("algorithm") == "adamw"
-        if adamw and "eps" in param_group:  # torch.optim.AdamW's name; adamw_eps comes before it
-            param_group = {"adamw_eps": param_group["eps"], **param_group}
+        if isinstance(param_group, dict):
+            check_keys(param_group, self.defaults)
+            if param_group.get("algorithm") == "adamw":
+                # eps is torch.optim.AdamW's name; adamw_eps comes before it, both are saved
+                eps = param_group.get("eps", self.defaults["adamw_eps"])
+                eps = param_group.get("adamw_eps", eps)
+                param_group = {**param_group, "adamw_eps": eps, "eps": eps}
         super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+        group = Group(self.param_groups.pop())
+        check_group(group)
+        check_sharded(group, self._shards.process_group)
+        self.param_groups.append(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -222,22 +254,26 @@ class MuonClip(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_groups(self.param_groups)
         for param in self._params():
             if param.grad is not None and param.grad.layout != torch.strided:
                 raise TypeError(
                     "MuonClip: gradient: expected a dense one, got a sparse one; use sparse=False"
                 )
+            check_gradient(param)
         shards = self._shards
         shards.update(self.param_groups)
+        alone = not shards.circles
         present = shards.present()
-        gradients = shards.gradients(present)
-        squares = shards.squares(gradients)
-        for group in self.param_groups:
-            work = list(self._work(group, gradients, squares))
+        gradients = {} if alone else shards.gradients(present)
+        work = [(list(self._work(group, gradients)), group) for group in self.param_groups]
+        squares = measured(work, shards) if alone else shards.squares(gradients)
+        for items, group in work:
             if group["algorithm"] == "muon":
-                muon_update(work, group)
+                muon_update([item for item in items if item.route is None], group, squares)
             else:
-                adamw_update(work, group, self._clip_factor(group, squares))
+                adamw_update(items, group, squares, self._clip_factor(group, squares), alone)
+        routed_update(work, squares)
         shards.publish(present)
         self._report(squares)
         if self.qk_clip is not None:
@@ -247,81 +283,80 @@ class MuonClip(torch.optim.Optimizer):
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
-    def _work(
-        self, group: dict[str, Any], gradients: dict[int, Tensor], squares: Tensor
-    ) -> Iterator[Work]:
+    def _work(self, group: dict[str, Any], gradients: dict[int, Tensor]) -> Iterator[Work]:
         """What this rank updates in a group: whole parameters where it owns all of one."""
         shards = self._shards
         for param in group["params"]:
-            numbers = [i for i in shards.mine(param) if i in gradients]
-            if not numbers:
-                continue
             pieces = shards.numbers[param]
-            alive = torch.isfinite(squares[pieces.start : pieces.stop].sum())
-            if alive.device.type == "cpu" and not alive:
-                continue
-            mask = None if alive.device.type == "cpu" else alive
-            state = self._state_of(param, group)
             if shards.process_group is None:
-                assert param.grad is not None  # it has gradients of its pieces
-                yield Work(param, param.grad, state, mask)
+                # of a DTensor its rows here: zeros where only other ranks have a gradient
+                grad = gradients.get(pieces.start) if param.grad is None else local(param.grad)
+                if grad is not None:
+                    state = {k: local(v) for k, v in self._state_of(param, group).items()}
+                    route, heads = shards.routes.get(param), shards.heads.get(param)
+                    yield Work(local(param), grad, state, pieces, route, heads)
                 continue
+            numbers = [i for i in shards.mine(param) if i in gradients]
+            state = self._state_of(param, group) if numbers else {}
             offset = 0
             for i in numbers:
                 piece = shards.pieces[i]
                 rows = slice(offset, offset + piece.stop - piece.start)
                 mine = {k: v[rows] if v.ndim else v for k, v in state.items() if k != "step"}
-                if "step" in state:
-                    mine["step"] = state["step"]
+                if "step" in state:  # the first piece counts for all
+                    mine["step"] = state["step"].clone() if offset else state["step"]
                 offset = rows.stop
-                yield Work(piece.of(param), gradients[i], mine, mask)
+                yield Work(piece.of(param), gradients[i], mine, pieces)
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of the rows that this rank owns, made where it is absent; an AdamW step is
-        counted."""
+        """The state of the rows that this rank owns, made where it is absent."""
         state = self.state[param]
-        keys = ("momentum_buffer",) if group["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
-        for key in keys:
+        adamw = group["algorithm"] == "adamw"
+        for key in ("exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",):
             if key not in state:
                 empty = torch.zeros_like(param, dtype=state_dtype(param, group))
                 state[key] = self._shards.local(param, empty)
-        if group["algorithm"] == "adamw":
-            if "step" not in state:
-                # on the host, as torch.optim.AdamW keeps it: reading it costs no sync
-                state["step"] = torch.tensor(0.0)
-            state["step"] += 1
+        if adamw:
+            # beside the parameter, as torch's fused kernel keeps it: what is left alone does not
+            # count, and only the device knows
+            step = state.get("step", 0.0)
+            beside = isinstance(step, Tensor) and step.device == param.device
+            if not beside or step.dtype != torch.float32:
+                state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
         return state
 
     def _clip_factor(self, group: dict[str, Any], squares: Tensor) -> Tensor | None:
         """min(1, max_grad_norm / norm) over the finite gradients of a group, on their device."""
-        if group["max_grad_norm"] is None:
+        if group["max_grad_norm"] is None or not group["params"]:
             return None
-        numbers = [i for param in group["params"] for i in self._shards.numbers[param]]
-        mine = squares[numbers]
-        norm = torch.where(torch.isfinite(mine), mine, 0.0).sum().sqrt()
-        return (group["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+        pieces = [self._shards.numbers[param] for param in group["params"]]
+        return engine.clip_factor(squares, pieces, float(group["max_grad_norm"]))
 
     def _report(self, squares: Tensor) -> None:
         """Remember which parameters were left alone; the first time on a CPU, say so."""
-        sums = [squares[r.start : r.stop].sum() for r in self._shards.numbers.values()]
-        self._alive = torch.isfinite(torch.stack(sums)) if sums else None
-        on_host = self._alive is not None and self._alive.device.type == "cpu"
-        if on_host and not self._warned and (wrong := self.nonfinite_parameters()):
-            self._warned = True
-            warnings.warn(
-                f"MuonClip: gradient: not finite for {', '.join(wrong)}: these parameters and "
-                "their state were left alone in this step; nonfinite_parameters() tells of later "
-                "ones",
-                stacklevel=4,
-            )
+        self._squares = squares
+        if self._warned or not engine.on_host(squares) or math.isfinite(float(squares.sum())):
+            return
+        self._warned = True
+        warnings.warn(
+            f"MuonClip: gradient: not finite for {', '.join(self.nonfinite_parameters())}: these "
+            "parameters and their state were left alone in this step; nonfinite_parameters() tells "
+            "of later ones",
+            stacklevel=4,
+        )
 
     def nonfinite_parameters(self) -> list[str]:
         """Names (or numbers) of the parameters that the last step left alone because their
         gradients held NaN or infinity. Reads the answer from the device."""
-        alive = [True] * len(self._shards.numbers) if self._alive is None else self._alive.tolist()
-        known = dict(zip(self._shards.numbers, alive, strict=True))
+        sums = [] if self._squares is None else self._squares.tolist()
+        numbers = self._shards.numbers
+
+        def alive(param: Tensor) -> bool:
+            pieces = numbers.get(param, range(0))
+            return all(map(math.isfinite, sums[pieces.start : pieces.stop]))
+
         every = chain.from_iterable(names(group) for group in self.param_groups)
-        return [name for name, param in every if not known.get(param, True)]
+        return [name for name, param in every if not alive(param)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of MuonClip, ``torch.optim.Muon`` or ``torch.optim.AdamW``.
@@ -330,19 +365,22 @@ class MuonClip(torch.optim.Optimizer):
         parameter). With a process group, a state from :meth:`gather_state_dict` or of a single
         process, given to every rank; each keeps what it owns.
         """
-        super().load_state_dict(state_dict)
-        self._shards.update(self.param_groups)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        for number, param, group in zip(saved, self._params(), groups, strict=True):
-            if not self._shards.mine(param):
-                self.state.pop(param, None)
-                continue
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    value = value.to(param.device, state_dtype(param, group), copy=True)
-                    whole = value.shape == param.shape
-                    self.state[param][key] = self._shards.local(param, value) if whole else value
+        # torch would round the tensors to the dtype of their parameters: they travel wrapped, from
+        # after the caller's hooks to __setstate__
+        handle = self.register_load_state_dict_pre_hook(wrap_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. A function as ``adjust_lr_fn`` is not saved: the optimizer that loads the
+        state must have one."""
+        state = super().state_dict()
+        for group in state.get("param_groups", ()):
+            if callable(group.get("adjust_lr_fn")):
+                group["adjust_lr_fn"] = FUNCTION
+        return state
 
     def gather_state_dict(self, dst: int = 0) -> dict[str, Any] | None:
         """The whole state on rank `dst` of the process group, None on the others.
@@ -353,7 +391,7 @@ class MuonClip(torch.optim.Optimizer):
         shards = self._shards
         own = self.state_dict()
         if shards.process_group is None:
-            return own
+            return whole_state(own, dst)
         parts: list[Any] | None = [None] * shards.world if shards.rank == dst else None
         root = dist.get_global_rank(shards.process_group, dst)
         dist.gather_object(own["state"], parts, root, group=shards.process_group)
@@ -384,6 +422,8 @@ class MuonClip(torch.optim.Optimizer):
             side = ("rows", "columns")[group["head_dim"]]
             how = f", {side} of {group['num_heads']} heads" if group["num_heads"] else ""
             how += f", {side} split {tuple(group['split_sizes'])}" if group["split_sizes"] else ""
+            how += f", {side} dealt out to {group['interleave']}" if group["interleave"] else ""
+            how += ", transposed" if group["transposed"] else ""
             count = sum(p.numel() for p in params)
             lines.append(f"{group['algorithm']:<6} {len(params)} tensors, {count} parameters{how}")
             lines += [f"  {name} {list(p.shape)}" for name, p in names(group)]

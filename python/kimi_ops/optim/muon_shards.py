@@ -10,6 +10,10 @@ leading matrices of a stack) has one owner, which alone keeps its state. A step 
     parameters     broadcast by the owners                 as many bytes as an all-gather
 
 Pieces do not depend on the number of ranks, so neither do the bits.
+
+DTensor parameters come without a process group: their meshes say which ranks share them. Such a
+parameter is one piece, this rank's rows, with a state placed like it; only matrices of Muon whose
+rows lie on several ranks travel (muon_routes.py), and the squared norms.
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kimi_ops.optim import engine
+from kimi_ops.optim.muon_agreement import agree
 from kimi_ops.optim.muon_blocks import cost
+from kimi_ops.optim.muon_mesh import circle_of, local, meeting_place, meshes_of, placed, sharded
+from kimi_ops.optim.muon_routes import Route, route_of, travels, whole_heads
 
 _CUTS = 8  # pieces of a parameter whose leading rows are independent
 _BUCKET = 1 << 25  # elements that travel at once
@@ -31,13 +38,15 @@ _BUCKET = 1 << 25  # elements that travel at once
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows start..stop of `param` along its first dimension."""
+    """Rows start..stop of `param` along its first dimension; of a DTensor this rank's rows."""
 
     param: Tensor
     start: int
     stop: int
 
     def of(self, tensor: Tensor) -> Tensor:
+        if sharded(tensor):
+            return local(tensor)
         return tensor[self.start : self.stop] if tensor.ndim else tensor
 
     @property
@@ -50,6 +59,8 @@ class Piece:
 def pieces_of(param: Tensor, group: dict[str, Any]) -> list[Piece]:
     """The pieces of one parameter: of AdamW rows, of Muon matrices of a stack."""
     rows = param.shape[0] if param.ndim else 1
+    if sharded(param):
+        return [Piece(param, 0, rows)]
     stack = param.ndim > 2 and group["batch_dims"] == "leading"
     cuts = min(rows, _CUTS) if stack or group["algorithm"] == "adamw" else 1
     edges = [rows * i // max(cuts, 1) for i in range(max(cuts, 1) + 1)]
@@ -76,24 +87,62 @@ class Shards:
         self.owners: list[int] = []
         self.loads = [0] * self.world
         self.numbers: dict[Tensor, range] = {}  # the pieces of each parameter
+        self.shapes: dict[Tensor, torch.Size] = {}
+        self.routes: dict[Tensor, Route] = {}
+        self.heads: dict[Tensor, int] = {}  # on this rank, where shards end between heads
+        self.journeys: dict[dist.ProcessGroup, list[int]] = {}  # the loads of such ranks
+        self.circles: dict[dist.ProcessGroup, list[int]] = {}  # the pieces that ranks share
 
     def update(self, param_groups: list[dict[str, Any]]) -> None:
         """Give every new piece to the rank with the least work so far, the most expensive first."""
-        fresh: list[Piece] = []
+        self._check_shapes()
+        fresh = [
+            (param, group)
+            for group in param_groups
+            for param in group["params"]
+            if param not in self.numbers
+        ]
+        if not fresh:
+            return
+        meshes = meshes_of(param_groups)
+        for groups in [[self.process_group]] if self.process_group is not None else meshes:
+            agree(groups, param_groups)
         costs: list[int] = []
-        for group in param_groups:
-            for param in group["params"]:
-                if param not in self.numbers:
-                    first = len(self.pieces) + len(fresh)
-                    fresh += pieces_of(param, group)
-                    costs += [cost(piece.shape, group) for piece in fresh[len(costs) :]]
-                    self.numbers[param] = range(first, len(self.pieces) + len(fresh))
-        owners = [0] * len(fresh)
-        for index in sorted(range(len(fresh)), key=lambda i: (-costs[i], i)):
-            owners[index] = min(range(self.world), key=lambda rank: (self.loads[rank], rank))
-            self.loads[owners[index]] += costs[index]
-        self.pieces += fresh
-        self.owners += owners
+        first = len(self.pieces)
+        for param, group in fresh:
+            pieces = pieces_of(param, group)
+            self.numbers[param] = range(len(self.pieces), len(self.pieces) + len(pieces))
+            self.shapes[param] = param.shape
+            self.pieces += pieces
+            costs += [cost(piece.shape, group) for piece in pieces]
+            if group["algorithm"] == "muon" and (heads := whole_heads(param, group)) is not None:
+                self.heads[param] = heads
+            circle = self.process_group if not sharded(param) else circle_of(param)
+            if circle is not None:
+                self.circles.setdefault(circle, []).extend(self.numbers[param])
+        self.owners += [0] * len(costs)
+        for index, owner in _shared_out(costs, self.loads):
+            self.owners[first + index] = owner
+        self._plan_routes([(p, group) for p, group in fresh if travels(p, group)])
+
+    def _plan_routes(self, fresh: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        for circle in dict.fromkeys(circle_of(param) for param, _ in fresh):
+            assert circle is not None
+            here = [(param, group) for param, group in fresh if circle_of(param) == circle]
+            loads = self.journeys.setdefault(circle, [0] * dist.get_world_size(circle))
+            turns = [0] * len(loads)
+            for index, owner in _shared_out([cost(p.shape, g) for p, g in here], loads):
+                param, group = here[index]
+                self.routes[param] = route_of(param, group, owner, turns[owner])
+                turns[owner] += 1
+
+    def _check_shapes(self) -> None:
+        for param, shape in self.shapes.items():
+            if param.shape != shape:
+                raise ValueError(
+                    f"MuonClip: params: expected the shape {tuple(shape)} that a parameter had "
+                    f"before, got {tuple(param.shape)}; make a new optimizer for it"
+                )
 
     def mine(self, param: Tensor) -> list[int]:
         """The numbers of the pieces of a parameter that this rank owns, in their order."""
@@ -101,6 +150,8 @@ class Shards:
 
     def local(self, param: Tensor, full: Tensor) -> Tensor:
         """The part of `full`, a state of the whole parameter, that this rank keeps."""
+        if sharded(param) or sharded(full):
+            return placed(param, full)
         numbers = self.mine(param)
         if len(numbers) == len(self.numbers[param]):
             return full
@@ -124,11 +175,13 @@ class Shards:
     def present(self) -> list[bool]:
         """For each piece, whether any rank has a gradient of its parameter."""
         here = [piece.param.grad is not None for piece in self.pieces]
-        if self.process_group is None or not here:
-            return here
-        flags = torch.tensor(here, dtype=torch.int32, device=self.pieces[0].param.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.process_group)
-        return [bool(flag) for flag in flags.tolist()]
+        for circle, numbers in self.circles.items():
+            place = meeting_place(circle, self.pieces[numbers[0]].param.device)
+            flags = torch.tensor([here[i] for i in numbers], dtype=torch.int32, device=place)
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=circle)
+            for i, flag in zip(numbers, flags.tolist(), strict=True):
+                here[i] = bool(flag)
+        return here
 
     def gradients(self, present: list[bool]) -> dict[int, Tensor]:
         """The averaged gradients of the pieces that this rank owns, by the number of the piece."""
@@ -162,9 +215,17 @@ class Shards:
                 squares = found
             else:  # a list as an index travels to the device, and the host waits for it
                 squares[list(gradients)] = found
-        if self.process_group is not None and len(self.pieces) > 0:
-            # every number has one owner and zeros elsewhere: the sum is exact and keeps NaN
-            dist.all_reduce(squares, dist.ReduceOp.SUM, group=self.process_group)
+        for circle, numbers in self.circles.items():
+            every = len(numbers) == len(squares)
+            mine = squares if every else squares[numbers]
+            parts = mine.new_empty(dist.get_world_size(circle), len(numbers))
+            # added up here, in one order: replicas of a circle must not differ by a bit. Zeros of
+            # ranks that do not own a piece change nothing, and NaN stays.
+            dist.all_gather(list(parts.unbind(0)), mine, group=circle)
+            if every:
+                squares = parts.sum(0)
+            else:
+                squares[numbers] = parts.sum(0)
         return squares
 
     def publish(self, present: list[bool]) -> None:
@@ -206,3 +267,11 @@ class Shards:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _shared_out(costs: list[int], loads: list[int]) -> Iterator[tuple[int, int]]:
+    """The most expensive first, each with the rank that has the least to do, whose load grows."""
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min(range(len(loads)), key=lambda rank: (loads[rank], rank))
+        loads[rank] += costs[index]
+        yield index, rank

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kimi_ops.optim import engine
 from kimi_ops.optim.learning_rate import adjusted_lr
-from kimi_ops.optim.muon_blocks import blocks, ns_options
+from kimi_ops.optim.muon_blocks import aligned, blocks, ns_options
+from kimi_ops.optim.muon_routes import Route
+from kimi_ops.optim.muon_shards import Shards
 from kimi_ops.optim.newton_schulz import as_matrices, newton_schulz
 
 _BATCH_ELEMENTS = 1 << 26  # of the updates that go through Newton-Schulz at once
@@ -24,79 +27,155 @@ class Work:
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
-    alive: Tensor | None  # on devices: whether the gradient is finite
+    pieces: range  # of the parameter among the squared norms: it moves where all are finite
+    route: Route | None = None  # of rows of matrices that lie on several ranks
+    heads: int | None = None  # among these rows, where that is not the group's num_heads
 
 
-def muon_update(work: list[Work], group: dict[str, Any]) -> None:
+def measured(work: list[tuple[list[Work], dict[str, Any]]], shards: Shards) -> Tensor:
+    """The squared norms of the gradients of one process, [pieces], zeros where there is none.
+
+    Those of AdamW groups come from the update itself, which meets the gradients in a cache, unless
+    their norm clips. Elsewhere only finite or not is asked, so a whole gradient counts as one
+    piece.
+    """
+    device = shards.pieces[0].param.device if shards.pieces else torch.device("cpu")
+    squares = torch.zeros(len(shards.pieces), dtype=torch.float64, device=device)
+    grads: list[Tensor] = []
+    places: list[range] = []
+    lengths: list[list[int]] = []
+    for items, group in work:
+        if _measures(group):
+            continue
+        for item in items:
+            clips = group["algorithm"] == "adamw"
+            numbers = item.pieces if clips else item.pieces[:1]
+            sizes = [shards.pieces[i].shape.numel() for i in numbers]
+            grads.append(item.grad)
+            places.append(numbers)
+            lengths.append(sizes if clips else [item.grad.numel()])
+    engine.squares_(squares, grads, places, lengths)
+    return squares
+
+
+def _measures(group: dict[str, Any]) -> bool:
+    return group["algorithm"] == "adamw" and group["max_grad_norm"] is None
+
+
+def muon_update(work: list[Work], group: dict[str, Any], squares: Tensor) -> None:
     """Momentum, Newton-Schulz of many parameters at once, decay and step."""
-    for batch in _batches(work, group):
-        _step(batch, group)
+    for heads in dict.fromkeys(item.heads for item in work if item.heads != 0):
+        same = [item for item in work if item.heads == heads]
+        cut = group if heads is None else {**group, "num_heads": heads}
+        for batch in batches([item.param for item in same], cut):
+            items = [same[i] for i in batch]
+            updates = aligned(momenta(items, cut, squares), [item.param for item in items])
+            images = orthogonal(updates, cut)
+            apply(items, images, cut, squares)
 
 
-def adamw_update(work: list[Work], group: dict[str, Any], clip: Tensor | None) -> None:
-    """AdamW; `clip` is a factor of all gradients."""
+def adamw_update(
+    work: list[Work], group: dict[str, Any], squares: Tensor, clip: Tensor | None, alone: bool
+) -> None:
+    """AdamW; `clip` is a factor of all gradients. `alone`: `squares` came from `measured`."""
     engine.adamw_(
         [item.param for item in work],
-        [item.grad if clip is None else item.grad * clip.to(item.grad.dtype) for item in work],
+        [item.grad for item in work],
         [item.state["exp_avg"] for item in work],
         [item.state["exp_avg_sq"] for item in work],
-        [int(item.state["step"]) for item in work],
-        lr=float(group["lr"]),
+        [item.state["step"] for item in work],
+        lr=_scalar(group, "lr"),
         betas=group["betas"],
         eps=group["adamw_eps"],
-        weight_decay=group["weight_decay"],
+        weight_decay=_scalar(group, "weight_decay"),
         maximize=group["maximize"],
         cautious=group["cautious_weight_decay"],
-        alive=[item.alive for item in work],
+        squares=squares,
+        pieces=[item.pieces for item in work],
+        measure=alone and _measures(group),
+        scale=clip,
     )
 
 
-def _batches(work: list[Work], group: dict[str, Any]) -> Iterator[list[Work]]:
-    """Work of one device that goes through Newton-Schulz together."""
+def _scalar(group: dict[str, Any], key: str) -> engine.Scalar:
+    """A number, or a tensor that stays on its device."""
+    value = group[key]
+    return value if group["capturable"] and isinstance(value, Tensor) else float(value)
+
+
+def batches(params: Sequence[Tensor], group: dict[str, Any]) -> Iterator[list[int]]:
+    """Numbers of parameters of one device that go through Newton-Schulz together."""
     limit = group["ns_max_batch"]
-    batch: list[Work] = []
+    batch: list[int] = []
     size = 0
-    for item in work:
+    for i, param in enumerate(params):
         if limit is None:
-            more, bound = item.param.numel(), _BATCH_ELEMENTS
+            more, bound = param.numel(), _BATCH_ELEMENTS
         else:
-            more, bound = sum(b.shape[:-2].numel() for b in blocks(item.param, group)), limit
+            more, bound = sum(b.shape[:-2].numel() for b in blocks(param, group)), limit
         apart = group["foreach"] is False or size + more > bound
-        if batch and (apart or item.param.device != batch[0].param.device):
+        if batch and (apart or param.device != params[batch[0]].device):
             yield batch
             batch, size = [], 0
-        batch.append(item)
+        batch.append(i)
         size += more
     if batch:
         yield batch
 
 
-def _step(work: list[Work], group: dict[str, Any]) -> None:
-    updates = engine.momenta_(
+def momenta(work: list[Work], group: dict[str, Any], squares: Tensor) -> list[Tensor]:
+    """Move the momenta; what Newton-Schulz takes of each, in new tensors."""
+    return engine.momenta_(
         [item.grad for item in work],
         [item.state["momentum_buffer"] for item in work],
         momentum=group["momentum"],
         nesterov=group["nesterov"],
         maximize=group["maximize"],
-        alive=[item.alive for item in work],
+        squares=squares,
+        pieces=[item.pieces for item in work],
     )
-    cut = [x for update in updates for part in blocks(update, group) for x in as_matrices(part)]
-    images = newton_schulz(cut, **ns_options(group))
-    lr = float(group["lr"])
-    targets, rates, alive = [], [], []
+
+
+def matrices_of(x: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """All matrices of x, [rows, in], as views."""
+    return [matrix for part in blocks(x, group) for matrix in as_matrices(part)]
+
+
+def parts_of(
+    x: Tensor, group: dict[str, Any], route: Route | None
+) -> list[tuple[list[Tensor], torch.Size]]:
+    """What one rate serves of a parameter, as matrices, with the shape that the rate is of."""
+    if route is None:
+        parts = [(block, block.shape[-2:]) for block in blocks(x, group)]
+    else:
+        parts = route.parts(x, group)
+    return [(as_matrices(part), shape) for part, shape in parts]
+
+
+def orthogonal(updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """The images of all matrices of the updates."""
+    cut = [x for update in updates for x in matrices_of(update, group)]
+    return newton_schulz(cut, **ns_options(group))
+
+
+def apply(work: list[Work], images: list[Tensor], group: dict[str, Any], squares: Tensor) -> None:
+    """Decay, and a step along `images`, one for each part of the parameters."""
+    lr = _scalar(group, "lr")
+    of_lr = 1.0 if isinstance(lr, Tensor) else lr
+    targets, rates, pieces = [], [], []
     for item in work:
-        for part in blocks(item.param, group):
-            rate = adjusted_lr(lr, group["adjust_lr_fn"], (part.shape[-2], part.shape[-1]))
-            matrices = as_matrices(part)
+        for matrices, shape in parts_of(item.param, group, item.route):
+            rate = adjusted_lr(of_lr, group["adjust_lr_fn"], (shape[0], shape[1]))
             targets += matrices
             rates += [rate] * len(matrices)
-            alive += [item.alive] * len(matrices)
+            pieces += [item.pieces] * len(matrices)
     engine.apply_(
         targets,
         images,
         rates,
         lr=lr,
-        weight_decay=group["weight_decay"],
+        weight_decay=_scalar(group, "weight_decay"),
         cautious=group["cautious_weight_decay"],
-        alive=alive,
+        squares=squares,
+        pieces=pieces,
     )

@@ -39,10 +39,21 @@ _POLAR_EXPRESS = (
     (1.87500, -1.25000, 0.37500),
 )
 
+# CANS (arXiv 2506.10935), five Chebyshev-optimal polynomials. They leave [0.866, 1.114]; then comes
+# the minimax quintic of [0.86, 1.12], which leaves 1 by 0.0014, then Newton-Schulz proper.
+_CANS = (
+    (8.4703, -25.1081, 18.6293),
+    (4.1828, -3.1087, 0.5806),
+    (3.9619, -2.9541, 0.5630),
+    (3.2866, -2.4647, 0.5074),
+    (2.2737, -1.6447, 0.4162),
+)
+
 # Schedules whose last row may be repeated: any number of steps makes sense.
 OPEN_SCHEDULES: dict[str, tuple[Triple, ...]] = {
     "quintic": (_QUINTIC,),
     "polar_express": _guarded(_POLAR_EXPRESS),
+    "cans": (*_guarded(_CANS), (1.91257, -1.30923, 0.39647), (1.875, -1.25, 0.375)),
 }
 # Schedules tuned as a whole: they mean something only with all their rows.
 FIXED_SCHEDULES: dict[str, tuple[Triple, ...]] = {
@@ -52,15 +63,6 @@ FIXED_SCHEDULES: dict[str, tuple[Triple, ...]] = {
         (3.7418, -5.5913, 2.3037),
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012),
-    ),
-    "cans": _guarded(
-        (
-            (8.4703, -25.1081, 18.6293),
-            (4.1828, -3.1087, 0.5806),
-            (3.9619, -2.9541, 0.5630),
-            (3.2866, -2.4647, 0.5074),
-            (2.2737, -1.6447, 0.4162),
-        )
     ),
     "deepseek_v4": (_QUINTIC,) * 8 + ((2.0, -1.5, 0.5),) * 2,
     "cubic": (
@@ -73,6 +75,16 @@ FIXED_SCHEDULES: dict[str, tuple[Triple, ...]] = {
 }
 SCHEDULES: dict[str, tuple[Triple, ...]] = {**OPEN_SCHEDULES, **FIXED_SCHEDULES}
 
+# Names that others give to what is here, and what they mean.
+_ELSEWHERE = {
+    "simple": "Emerging-Optimizers' name of the triple that is 'quintic' here",
+    "standard": "optax's name of the triple that is 'quintic' here",
+    "dion": "optax's name of the five triples that are 'you' here",
+    "cubic5": "'cubic' here",
+    "custom": "a list of triples here",
+    "aol": "a preconditioner that scales rows and so turns singular vectors; not served here",
+}
+
 
 def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
     """The `steps` triples (a, b, c) that `coefficients` stands for.
@@ -80,9 +92,10 @@ def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
     Parameters
     ----------
     coefficients : str, triple, or sequence of triples
-        ``"quintic"`` and ``"polar_express"`` take any number of steps (their last row repeats);
-        ``"you"``, ``"cans"``, ``"cubic"`` (5 rows) and ``"deepseek_v4"`` (10 rows) only their own;
-        one triple repeats; a list has one per step.
+        ``"quintic"`` (Keller Jordan's triple; Emerging-Optimizers calls it ``simple`` and what is
+        ``"you"`` here ``quintic``), ``"polar_express"`` and ``"cans"`` take any number of steps
+        (their last row repeats); ``"you"``, ``"cubic"`` (5 rows) and ``"deepseek_v4"`` (10 rows)
+        only their own; one triple repeats; a list has one per step.
     steps : int
         Number of iterations, 1 to 99.
 
@@ -106,7 +119,8 @@ def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         if coefficients not in SCHEDULES:
             raise ValueError(
                 f"newton_schulz: coefficients: expected one of {sorted(SCHEDULES)}, a triple or "
-                f"a list of triples, got {coefficients!r}; choose one"
+                f"a list of triples, got {coefficients!r}; "
+                + _ELSEWHERE.get(coefficients, "choose one")
             )
         rows = SCHEDULES[coefficients]
         if coefficients in FIXED_SCHEDULES and len(rows) != steps:
@@ -180,7 +194,8 @@ def tune_ns_restarts(
             f"tune_ns_restarts: num_restarts: expected 0 to {len(rows) - 1} for {len(rows)} steps, "
             f"got {num_restarts}; lower it"
         )
-    return _tuned(rows, num_restarts, float(perturbation))[0]
+    shift = float(_check.number("tune_ns_restarts", "perturbation", perturbation))
+    return _tuned(rows, num_restarts, shift)[0]
 
 
 # Measured: the fewest restarts that keep fp16 within 0.05 of the exact image for singular values

@@ -46,7 +46,8 @@ class TrainSettings:
     warmup, decay : float
         Shares of the run.
     ns_dtype : str
-        Arithmetic of Newton-Schulz. fp32 is as fast as bf16 at these sizes and fast on every CPU.
+        Arithmetic of Newton-Schulz. "auto" is float32 on a CPU, as fast as bf16 at these sizes and
+        fast on every one, and float16 on a GPU, whose tensor cores have it.
     tau : float
         Largest attention logit that QK-Clip allows.
     bias_rate : float
@@ -71,7 +72,7 @@ class TrainSettings:
     weight_decay: float = 0.1
     warmup: float = 0.05
     decay: float = 0.3
-    ns_dtype: str = "float32"
+    ns_dtype: str = "auto"
     tau: float = 100.0
     bias_rate: float = 0.02
     clip_norm: float = 1.0
@@ -101,8 +102,8 @@ class TrainSettings:
         self._require("seed", 0 <= self.seed < 2**63, "a number from 0 to 2**63 - 1")
         for name in ("lr", "tau", "clip_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        for name in ("dtype", "ns_dtype"):
-            self._require(name, getattr(self, name) in DTYPES, f"one of {', '.join(DTYPES)}")
+        for name, choices in (("dtype", DTYPES), ("ns_dtype", ("auto", "float16", *DTYPES))):
+            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         for name in ("warmup", "decay"):
             self._require(name, 0 <= getattr(self, name) <= 0.5, "a share of 0 to 0.5")
 

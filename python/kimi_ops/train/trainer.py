@@ -92,9 +92,12 @@ class Trainer:
 
     def apply_settings(self) -> None:
         """Give the optimizer the settings' numbers; those of a checkpoint may be older."""
+        ns_dtype = self.settings.ns_dtype
+        if ns_dtype == "auto":
+            ns_dtype = "float32" if self.device.type == "cpu" else "float16"
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.settings.weight_decay
-            group["ns_dtype"] = self.settings.ns_dtype
+            group["ns_dtype"] = ns_dtype
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate for a step, counted from 0."""
@@ -124,7 +127,8 @@ class Trainer:
             (loss + balance).backward()
             total += loss.detach()
             auxiliary += balance.detach()
-        norms = {n: p.grad.norm() for n, p in self._named if p.grad is not None}
+        gradients = {n: p.grad for n, p in self._named if p.grad is not None}
+        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
         statistics = self._statistics(step, total, auxiliary, norms)
         factor = self.factor(step)
         for group in self.optimizer.param_groups:

@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
-                values = torch.empty(parameter.shape, dtype=torch.float32)
+                values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                 values.normal_(0.0, self.config.initializer_range, generator=generator)
                 parameter.copy_(values)
             else:

@@ -103,8 +103,11 @@ def _check(
             f"generate: max_new_tokens: expected at most {limit - input_ids.shape[1]} after "
             f"{input_ids.shape[1]} tokens, got {max_new_tokens}; lower it or shorten the prompt"
         )
-    if not temperature >= 0:
-        raise ValueError(f"generate: temperature: expected at least 0, got {temperature}; raise it")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(
+            f"generate: temperature: expected at least 0 and finite, got {temperature}; 1 samples "
+            "from the model's own distribution"
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p: expected 0 < top_p <= 1, got {top_p}; use 1 for all")
     if seed is not None and generator is not None:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""Numbers, options and keys of a group, checked when it is added and before anything moves."""
+
+import math
+
+import pytest
+import torch
+from optimizers import make, rand, same, train, values
+from torch import nn
+
+import kimi_ops
+from kimi_ops import MuonClip
+
+INF, NAN = math.inf, math.nan
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, bad) for key in ("lr", "weight_decay") for bad in (INF, NAN, -1.0)),
+        *((key, bad) for key in ("adamw_eps", "eps") for bad in (INF, NAN, -1.0)),
+        *(("momentum", bad) for bad in (NAN, 1.0, "0.9")),
+        *(("betas", bad) for bad in ((0.9, NAN), (0.9,), 0.9, (0.9, 1.0))),
+        *(("max_grad_norm", bad) for bad in (INF, NAN, 0.0)),
+        ("lr", torch.tensor([0.1, 0.2])),
+        ("lr", torch.tensor(INF)),
+        ("lr", "0.1"),
+        ("nesterov", None),
+        ("maximize", 1),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_none_is_refused_before_anything_moves(key: str, value):
+    with pytest.raises((ValueError, TypeError), match=f"MuonClip: {key}: expected"):
+        make(**{key: value})
+    params, optimizer = make()
+    train(optimizer, params)
+    last = optimizer.param_groups[-1]
+    if key in ("momentum", "eps", "nesterov"):
+        last = optimizer.param_groups[0]
+        optimizer.param_groups.reverse()  # what is wrong comes last
+    last[key] = value
+    before = values(params, optimizer)
+    with pytest.raises((ValueError, TypeError), match=f"MuonClip: {key}: expected"):
+        train(optimizer, params, 1)
+    assert same(before, values(params, optimizer))
+
+
+@pytest.mark.parametrize("key", ["ns_steps", "ns_method", "split_sizes", "adjust_lr_fn"])
+def test_options_changed_between_steps_are_checked_before_anything_moves(key: str):
+    wrong = {"ns_steps": 0, "ns_method": "svd", "split_sizes": (5, 5)}
+    wrong["adjust_lr_fn"] = lambda lr, shape: NAN
+    params = [nn.Parameter(rand(6, 4, seed=i)) for i in range(2)]
+    optimizer = MuonClip([{"params": [p]} for p in params])
+    train(optimizer, params)
+    optimizer.param_groups[1][key] = wrong[key]
+    before = values(params, optimizer)
+    with pytest.raises(ValueError, match=key.removeprefix("ns_")):
+        train(optimizer, params, 1)
+    assert same(before, values(params, optimizer))
+
+
+LOGITS = torch.ones(2, 4)
+
+
+@pytest.mark.parametrize("bad", [INF, NAN])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("rate", lambda x: kimi_ops.update_expert_bias_(LOGITS[0], torch.arange(4), x)),
+        ("coefficient", lambda x: kimi_ops.z_loss(LOGITS, coefficient=x)),
+        ("scaling_factor", lambda x: kimi_ops.topk_gate(LOGITS, 2, scaling_factor=x)),
+        ("eps", lambda x: kimi_ops.newton_schulz(LOGITS, eps=x)),
+        ("alpha", lambda x: kimi_ops.syrk(LOGITS, alpha=x)),
+        ("perturbation", lambda x: kimi_ops.tune_ns_restarts([(3.0, -4.0, 2.0)] * 3, 1, x)),
+    ],
+)
+def test_no_op_takes_a_number_that_is_not_finite(name: str, call, bad: float):
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number, got {bad}"):
+        call(bad)
+    assert (LOGITS == 1).all()
+
+
+def test_a_tensor_as_rate():
+    results = []
+    for lr in (0.1, torch.tensor(0.1), torch.tensor([0.1])):
+        params, optimizer = make(lr=lr)
+        train(optimizer, params)
+        results.append(values(params, optimizer))
+    torch.testing.assert_close(results[0], results[1])
+    assert same(results[1], results[2])
+
+
+# ---- keys
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "text"),
+    [
+        ("learning_rate", 1.0, TypeError, "learning_rate: expected a key of a group"),
+        ("wieght_decay", 1.0, TypeError, "'weight_decay' is meant"),
+        ("use_muon", True, TypeError, "'algorithm' is meant"),
+        ("head_dims", 1, TypeError, "'head_dim' is meant"),
+        ("amsgrad", True, ValueError, "amsgrad: expected False"),
+        ("differentiable", True, ValueError, "differentiable: expected False"),
+        ("initial_lr", 0.1, None, ""),
+        ("fused", True, None, ""),
+        ("amsgrad", False, None, ""),
+        ("name", "matrices", None, ""),
+        ("_mine", 3, None, ""),
+    ],
+)
+def test_a_key_that_nobody_reads_is_named(key, value, kind, text):
+    group = {"params": [nn.Parameter(torch.ones(2, 2))], key: value}
+    if kind is None:
+        assert MuonClip([group]).param_groups[0][key] == value
+        return
+    with pytest.raises(kind, match=text):
+        MuonClip([group])
+
+
+def test_a_vector_in_a_muon_group_names_the_way():
+    with pytest.raises(ValueError, match=r"muon_param_groups\(model\)"):
+        MuonClip(nn.Linear(2, 2).parameters())
