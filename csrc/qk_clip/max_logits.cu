@@ -85,9 +85,9 @@ __device__ inline void load_tile(char* tile, const Rows& from, int64_t first, in
 }
 
 // The largest of a thread's sums that are seen, of the warp's rows and columns from row, col on.
-template <class X, class Sight>
-__device__ inline float largest_of(const float (&c)[X::kSums], const Sight& sight, int row,
-                                   int col) {
+template <class X>
+__device__ inline float largest_of(const float (&c)[X::kSums], const Sight<X::kCols>& sight,
+                                   int row, int col) {
   constexpr int kColTiles = X::Warp::kColTiles;
   float most[4] = {kNone, kNone, kNone, kNone};  // chains that do not wait for one another
   if (sight.is_whole(row, 64)) {

@@ -52,14 +52,15 @@ __global__ void warp_kernel(Io io) {
   out[11] = static_cast<uint32_t>(lane_id() + 32 * warp_id());
 }
 
-// 7 outputs; an input is a float's bits, its neighbours are the other operands.
+// 8 outputs; an input is a float's bits, its neighbours are the other operands.
 __global__ void math_kernel(Io io) {
   if (thread() >= io.n) return;
   const float a = float_of(io.in[thread()]), b = float_of(io.in[(thread() + 1) % io.n]),
               c = float_of(io.in[(thread() + 2) % io.n]);
-  const float results[7] = {add_rn(a, b), sub_rn(a, b),     mul_rn(a, b), fma_rn(a, b, c),
-                            div_rn(a, b), reciprocal_rn(a), sqrt_rn(a)};
-  for (int i = 0; i < 7; ++i) io.out[7 * thread() + i] = bits_of(results[i]);
+  const float largest = add_rn(max_nan(a, b), 0.0f);  // which of two zeros is left open
+  const float results[8] = {add_rn(a, b), sub_rn(a, b),     mul_rn(a, b), fma_rn(a, b, c),
+                            div_rn(a, b), reciprocal_rn(a), sqrt_rn(a),   largest};
+  for (int i = 0; i < 8; ++i) io.out[8 * thread() + i] = bits_of(results[i]);
 }
 
 // 5 outputs: the gate's scores of every input, and its keys.
@@ -104,20 +105,25 @@ __global__ void dtype_kernel(Io io) {
   out[7] = round_pair<fp16>(float_of(v), float_of(v ^ 0x80000000u));
 }
 
-// Sums, a maximum, and a hash table by compare-and-swap whose occupied places are counted.
+// Sums, a maximum, a hash table by compare-and-swap whose occupied places are counted, and the sum
+// of the blocks' minima.
 __global__ void atomic_kernel(Io io) {
   const uint32_t v = io.in[thread()];
   atomic_add(&io.out[v % 7], v);
   atomic_add(reinterpret_cast<int32_t*>(&io.out[7]), -static_cast<int32_t>(v % 3));
   atomic_max(reinterpret_cast<int32_t*>(&io.out[8]), static_cast<int32_t>(v));
   KIMI_STATIC_SHARED(uint32_t, places, 256);
+  KIMI_STATIC_SHARED(uint32_t, least, 1);
   for (uint32_t i = threadIdx.x; i < 256; i += blockDim.x) places[i] = 0;
+  if (threadIdx.x == 0) least[0] = ~0u;
   __syncthreads();
+  atomic_min(&least[0], v);
   uint32_t place = v % 256;
   while (atomic_cas(&places[place], 0, v | 1) != 0) place = (place + 1) % 256;
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < 256; i += blockDim.x)
     if (places[i] != 0) atomic_add(&io.out[9], 1u);
+  if (threadIdx.x == 0) atomic_add(&io.out[10], least[0]);
 }
 
 // Copies 16 bytes a thread by each pair of load and store; 2 outputs for each input.

@@ -22,11 +22,11 @@ RUNNER = ROOT / "tests" / "simt"
 N = 4096
 OUTPUTS = {
     "warp": 12 * N,
-    "math": 7 * N,
+    "math": 8 * N,
     "score": 5 * N,
     "reciprocal": 2,
     "dtype": 8 * N,
-    "atomic": 10,
+    "atomic": 11,
     "vec": 2 * N,
     "barrier": N,
     "mbarrier": 128,
@@ -159,9 +159,10 @@ def test_host_model_of_warp_operations(host: ctypes.CDLL) -> None:
 def test_host_model_of_arithmetic(host: ctypes.CDLL) -> None:
     a = inputs("math").view(np.float32)
     b, c = np.roll(a, -1), np.roll(a, -2)
-    out = run(host, "math").reshape(N, 7)
+    out = run(host, "math").reshape(N, 8)
     with np.errstate(all="ignore"):
         expected = [a + b, a - b, a * b, None, a / b, np.float32(1) / a, np.sqrt(a)]
+        expected.append(np.maximum(a, b) + np.float32(0))
         exact = a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)
         tiny = np.abs(exact) < 1e-30
     for column, want in enumerate(expected):
@@ -198,6 +199,7 @@ def test_host_model_of_the_rest(host: ctypes.CDLL) -> None:
     v, out = inputs("atomic"), run(host, "atomic")
     np.testing.assert_array_equal(out[:7], [v[v % 7 == i].sum(dtype=np.uint32) for i in range(7)])
     assert out[9] == N
+    assert out[10] == v.reshape(-1, 128).min(axis=1).sum(dtype=np.uint32)  # 128 threads a block
     v, out = inputs("vec"), run(host, "vec").reshape(2, -1, 4)
     np.testing.assert_array_equal(out[0].ravel(), v)
     np.testing.assert_array_equal(out[1, :, 0], v.reshape(-1, 4)[:, 0] ^ v.reshape(-1, 4)[:, 3])

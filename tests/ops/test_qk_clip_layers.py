@@ -274,6 +274,25 @@ def test_a_projection_with_more_than_weight_and_bias_is_refused():
         QKClip([layer])
 
 
+def test_weights_of_two_layers_are_refused():
+    layers = [Grouped(4, 2), Grouped(4, 2)]
+    with pytest.raises(ValueError, match=r"layers.2..q_proj.weight: .* those of layers.0..q_proj"):
+        QKClip([*layers, layers[0]])
+    layers[1].k_proj = layers[0].k_proj
+    with pytest.raises(ValueError, match=r"layers.1..k_proj.weight: .* those of layers.0..k_proj"):
+        QKClip(layers)
+
+
+def test_a_process_group_is_one_and_stays_with_its_process():
+    with pytest.raises(TypeError, match="QKClip: process_group: .* got str"):
+        QKClip([Grouped(4, 2)], process_group="world")
+    clip = QKClip([Grouped(4, 2)])
+    assert copy.deepcopy(clip).layers[0] is not clip.layers[0]
+    clip.process_group = object()
+    with pytest.raises(TypeError, match="QKClip: process_group: expected none in a copy"):
+        copy.deepcopy(clip)
+
+
 def wrong_rows(layer: nn.Module) -> None:
     layer.k_proj.weight = nn.Parameter(torch.ones(7, 10, dtype=torch.float64))
 
@@ -289,6 +308,7 @@ def wrong_rows(layer: nn.Module) -> None:
         (lambda layer: setattr(layer, "num_kv_heads", 3), "num_kv_heads: expected a divisor of 4"),
         (lambda layer: setattr(layer, "num_heads", 5), "max_logits: expected 5 heads, got 4"),
         (lambda layer: setattr(layer, "max_logits", torch.ones(4).half()), "fp32 or fp64"),
+        (lambda layer: setattr(layer, "max_logits", None), "fp32 or fp64, got None"),
         (lambda layer: setattr(layer, "max_logits", torch.ones(2, 2)), r"expected \[heads\]"),
         (lambda layer: setattr(layer, "max_logits", torch.ones(4, device="meta")), "one device"),
     ],

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from kimi_ops import _check
 from kimi_ops.optim import engine
 from kimi_ops.optim.qk_clip import check_bounds
-from kimi_ops.optim.qk_clip_projections import Part, local, of_layer, part
+from kimi_ops.optim.qk_clip_projections import Part, local, of_layer, part, refuse_norms
 from kimi_ops.reference.qk_clip import Layer
 
 
@@ -77,9 +78,25 @@ class QKClip:
                 "QKClip: layers: expected at least one attention layer, got none; "
                 "give model.attention_layers()"
             )
+        group = self.process_group
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                "QKClip: process_group: expected a torch.distributed.ProcessGroup, got "
+                f"{type(group).__name__}; torch.distributed.group.WORLD is all ranks"
+            )
         self._plan()
+        for number, layer in enumerate(self.layers):
+            refuse_norms("QKClip", layer, number)
         for layer in self.layers:
             layer.track_max_logits = True  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "QKClip: process_group: expected none in a copy or a pickle, got a group, which "
+                "belongs to its processes; take it off and give it to the copy"
+            )
+        return self.__dict__
 
     @torch.no_grad()
     def step(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -116,10 +133,16 @@ class QKClip:
         check_bounds("QKClip", self.tau, self.alpha)
         _check.choice("QKClip", "gqa_mode", self.gqa_mode, ("query_only", "group_max"))
         layers, parts = [], []
+        owners: dict[int, str] = {}
         for number, module in enumerate(self.layers):
             layer, found = of_layer("QKClip", module, number, self.alpha, self.gqa_mode)
             layers.append(layer)
             for name, parameter, share in found:
+                if (other := owners.setdefault(id(parameter), name)) != name:
+                    raise ValueError(
+                        f"QKClip: {name}: expected weights of its own, got those of {other}, which "
+                        "would be clipped twice; give a layer once, untie its projections"
+                    )
                 master = None if self.masters is None else self.masters.get(parameter)
                 for copy in (parameter,) if master is None else (parameter, master):
                     of = part("QKClip", name, copy, number, share)

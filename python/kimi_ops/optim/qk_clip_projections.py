@@ -41,10 +41,12 @@ def of_layer(op: str, layer: Any, number: int, alpha: float, gqa_mode: str) -> t
     mla = hasattr(layer, "kv_b_proj") or not hasattr(layer, "k_proj")
     _require(op, layer, mla)
     maxima, _ = local(op, "max_logits", layer.max_logits)
-    if maxima.ndim != 1 or maxima.dtype not in (torch.float32, torch.float64) or not len(maxima):
+    wide = isinstance(maxima, Tensor) and maxima.dtype in (torch.float32, torch.float64)
+    if not wide or maxima.ndim != 1 or not len(maxima):
+        got = f"{list(maxima.shape)} in {maxima.dtype}" if isinstance(maxima, Tensor) else maxima
         raise TypeError(
-            f"{op}: layers[{number}].max_logits: expected [heads] in fp32 or fp64, got "
-            f"{list(maxima.shape)} in {maxima.dtype}; register such a buffer"
+            f"{op}: layers[{number}].max_logits: expected [heads] in fp32 or fp64, got {got}; "
+            "register such a buffer"
         )
     heads = len(maxima)
     if not mla and layer.num_heads != heads:
@@ -57,7 +59,6 @@ def of_layer(op: str, layer: Any, number: int, alpha: float, gqa_mode: str) -> t
     names = _MLA[2:] if mla else _MHA[4:]
     layout = "mla" if mla else "mha" if layer.num_kv_heads == heads else "gqa"
     sizes = {name: getattr(layer, name) for name in names}
-    _refuse_norms(op, layer, number, getattr(layer, query) if mla else None)
     told, *of = shares(op, heads, layout, alpha, gqa_mode, **sizes)
     found = [
         (f"layers[{number}].{projection}.{name}", parameter, share)
@@ -119,16 +120,17 @@ def _require(op: str, layer: Any, mla: bool) -> None:
     )
 
 
-def _refuse_norms(op: str, layer: Any, number: int, latent: Any) -> None:
+def refuse_norms(op: str, layer: Any, number: int) -> None:
+    """A layer whose queries or keys are normalised between projection and logits."""
     for name in _NORMS:
         norm = getattr(layer, name, None)
         if norm is None or norm is False or isinstance(norm, nn.Identity):
             continue
-        if name == "q_norm" and latent is not None:
+        if name == "q_norm" and hasattr(layer, "q_b_proj"):
             # Before the projection, of the compressed query, if its size says so.
             size = tuple(getattr(getattr(norm, "weight", None), "shape", ()))
             head = layer.qk_nope_head_dim + layer.qk_rope_head_dim
-            if size == (getattr(latent, "in_features", None),) != (head,):
+            if size == (getattr(layer.q_b_proj, "in_features", None),) != (head,):
                 continue
         raise ValueError(
             f"{op}: layers[{number}]: expected logits that shrink with q and k, got a "
