@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 2 examples/fsdp2_muonclip.py --checkpoint /tmp/miniature
 
 Every parameter is a DTensor whose rows the ranks share; MuonClip needs no argument for it. Each
-rank takes its share of one batch, so that 1, 2 and 4 processes print the same losses but for the
-last digits, which the order of sums decides. The checkpoint is written by
-torch.distributed.checkpoint; a later run, of any number of processes, goes on from it. One GPU a
-process where there are any.
+rank takes its share of one batch and QK-Clip the largest logits of all, so that 1, 2 and 4
+processes print the same losses but for the last digits, which the order of sums decides. The
+checkpoint is written by torch.distributed.checkpoint; a later run, of any number of processes, goes
+on from it. One GPU a process where there are any.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from kimi_ops import MuonClip, muon_param_groups
+from kimi_ops import MuonClip, QKClip, muon_param_groups
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 
 BATCH, LENGTH = 8, 32
@@ -36,7 +36,8 @@ def build(mesh: DeviceMesh) -> tuple[KimiK2, MuonClip]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     groups = muon_param_groups(model, per_head=True, adamw={"max_grad_norm": 1.0})
-    return model, MuonClip(groups, lr=5e-3)
+    clip = QKClip(model.attention_layers(), tau=0.003)  # so low that these few steps meet it
+    return model, MuonClip(groups, lr=5e-3, qk_clip=clip)
 
 
 def train_step(model: KimiK2, optimizer: MuonClip, step: int, vocabulary: int) -> float:
@@ -86,7 +87,9 @@ def main() -> None:
     for step in range(first, options.steps):
         loss = train_step(model, optimizer, step, model.config.vocab_size)
         if dist.get_rank() == 0:
-            print(f"step {step} loss {loss:.4f}", flush=True)
+            assert optimizer.qk_clip is not None and optimizer.qk_clip.gamma is not None
+            gamma = float(optimizer.qk_clip.gamma.min())
+            print(f"step {step} loss {loss:.4f} smallest gamma {gamma:.3f}", flush=True)
     if options.checkpoint:
         save(options.checkpoint, model, optimizer, options.steps)
     dist.destroy_process_group()

@@ -18,8 +18,9 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples/fsdp2_muonclip.py"
 
 
 def told(text: str) -> dict[int, float]:
-    lines = re.findall(r"^step (\d+) loss ([\d.]+)$", text, re.MULTILINE)
-    return {int(step): float(loss) for step, loss in lines}
+    lines = re.findall(r"^step (\d+) loss ([\d.]+) smallest gamma ([\d.]+)$", text, re.MULTILINE)
+    assert any(float(gamma) < 0.99 for _, _, gamma in lines)  # QK-Clip clips
+    return {int(step): float(loss) for step, loss, _ in lines}
 
 
 def torchrun(processes: int, *arguments: str) -> dict[int, float]:

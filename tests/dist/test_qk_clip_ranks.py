@@ -99,18 +99,13 @@ def worker(rank: int, folder: str) -> None:
 
     # Rows of a DTensor, 9 of 18 and 11 of 21: cut within a head. Without a group those of its mesh.
     for group in (None, dist.group.WORLD):
-        layers = model()
-        shard(layers, mesh, Shard(0))
-        clip = QKClip(layers)
-        fill(layers, maxima(rank))
-        clip.step(group)
-        same(layers, clip, whole, want)
-    layers = model()
-    shard(layers, mesh, Replicate())
-    clip = QKClip(layers)
-    fill(layers, maxima(rank))
-    clip.step(dist.group.WORLD)
-    same(layers, clip, whole, want)
+        for placement in (Shard(0), Replicate()):
+            layers = model()
+            shard(layers, mesh, placement)
+            clip = QKClip(layers)
+            fill(layers, maxima(rank))
+            clip.step(group)
+            same(layers, clip, whole, want)
 
     # Tensor parallel: two heads a rank, plain tensors or DTensors, which nobody else's maxima move.
     torch.manual_seed(1)

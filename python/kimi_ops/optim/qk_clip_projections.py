@@ -77,7 +77,9 @@ def part(op: str, name: str, weight: Tensor, layer: int, share: Share) -> Part:
     rows = Rows(
         layer, share.blocks, share.block_rows, 0 if whole else first, share.shared, share.whole
     )
-    return Part(own, rows, share.power, None if whole else getattr(weight, "device_mesh", None))
+    # Heads of this rank's own are nobody else's; copies and rows of the same ones share maxima.
+    apart = whole and own.shape != weight.shape
+    return Part(own, rows, share.power, None if apart else getattr(weight, "device_mesh", None))
 
 
 def local(op: str, name: str, tensor: Any) -> tuple[Tensor, int]:
