@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kimi_ops import MuonClip, _native, muon_param_groups
+from kimi_ops import MuonClip, QKClip, _native, muon_param_groups
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.optim import muon_update
 
@@ -118,6 +118,24 @@ def test_a_step_reads_nothing_and_launches_little(device_engine, monkeypatch, ca
     if device_engine.name == "simt":
         assert _native.engine.launches() - before <= 9
     assert watch.ops.count("aten::clone") > 30  # matrices
+
+
+def test_a_whole_step_is_few_launches(device_engine):
+    """Momentum, Newton-Schulz, AdamW and QK-Clip, whatever the number of matrices: those of
+    a shape share a launch, and `mini` has few shapes more than `tiny`, whose step this is."""
+    model = KimiK2(KimiK2Config.tiny()).to(device_engine.device)
+    clip = QKClip(model.attention_layers())
+    groups = muon_param_groups(model)
+    optimizer = MuonClip(groups, ns_dtype="float16", max_grad_norm=1.0, qk_clip=clip)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = _native.engine.launches() if device_engine.name == "simt" else 0
+    with Watch() as watch:
+        optimizer.step()
+    assert len(watch.ops) <= 6, watch.ops
+    if device_engine.name == "simt":
+        assert _native.engine.launches() - before <= 19
 
 
 def test_a_step_writes_where_the_step_before_did(engine, monkeypatch):

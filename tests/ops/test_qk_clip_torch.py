@@ -215,7 +215,7 @@ def clip(**changes: object) -> Tensor:
         (ValueError, "clip_rows: geometry, powers: expected 6 numbers and one a weight, got 5",
          lambda: clip(geometry=[0, 2, 2, 0, 1])),
         (ValueError, "clip_rows: power: expected 0 to 1, got 2", lambda: clip(powers=[2.0])),
-        (ValueError, "clip_rows: tau: expected a positive finite number, got nan",
+        (ValueError, "clip_rows: tau: expected a finite number, got nan",
          lambda: clip(tau=torch.nan)),
         (TypeError, "clip_rows: max_logits: expected float32, got float64",
          lambda: clip(max_logits=torch.ones(2).double())),

@@ -276,7 +276,7 @@ def test_the_command_as_json_and_as_a_picture(tmp_path: Path):
         (["--model=absent/config.json"], "expected a config.json, got"),
         (["--gpus=0"], "plan: gpus: expected 1..1099511627776, got 0"),
         (["--skew=0.5"], "plan: skew: expected at least 1, busiest rank by mean, got 0.5"),
-        (["--skew=nan"], "plan: skew: expected at least 1"),
+        (["--skew=nan"], "plan: skew: expected a finite number, got nan"),
         (
             ["--mode=dream"],
             "plan: mode: expected one of train, serve, prefill, decode, got 'dream'",

@@ -23,19 +23,15 @@ _GUESTS = (
 _MEANT = {"use_muon": "algorithm", "adam_eps": "adamw_eps", "beta": "betas", "wd": "weight_decay"}
 
 
-class Group(dict[str, Any]):
-    """A group whose momentum follows the schedulers that cycle it.
+def follow_cycle(group: dict[str, Any]) -> None:
+    """Give a group of Muon the momentum that a scheduler cycles.
 
     ``OneCycleLR`` and ``CyclicLR`` write the first of ``betas`` in every group of an optimizer that
     has that key at all, and leave their bounds in ``max_momentum``. In a group of Muon the momentum
     is what they mean.
     """
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        cycled = key in ("betas", "max_momentum") and "max_momentum" in self
-        if cycled and self.get("algorithm") == "muon":
-            super().__setitem__("momentum", self["betas"][0])
+    if group["algorithm"] == "muon" and "max_momentum" in group:
+        group["momentum"] = group["betas"][0]
 
 
 def check_keys(group: dict[str, Any], defaults: Iterable[str]) -> None:

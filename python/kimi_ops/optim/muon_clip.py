@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kimi_ops.optim import engine
 from kimi_ops.optim.group_checks import check_group, check_groups
-from kimi_ops.optim.group_keys import Group, check_keys
+from kimi_ops.optim.group_keys import check_keys, follow_cycle
 from kimi_ops.optim.learning_rate import AdjustLr
 from kimi_ops.optim.muon_blocks import names, state_dtype
 from kimi_ops.optim.muon_groups import muon_param_groups
@@ -241,7 +241,7 @@ class MuonClip(torch.optim.Optimizer):
                 eps = param_group.get("adamw_eps", eps)
                 param_group = {**param_group, "adamw_eps": eps, "eps": eps}
         super().add_param_group(param_group)
-        group = Group(self.param_groups.pop())
+        group = self.param_groups.pop()
         check_group(group)
         check_sharded(group, self._shards.process_group)
         self.param_groups.append(group)
@@ -254,6 +254,8 @@ class MuonClip(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            follow_cycle(group)
         check_groups(self.param_groups)
         for param in self._params():
             if param.grad is not None and param.grad.layout != torch.strided:

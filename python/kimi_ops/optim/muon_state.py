@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kimi_ops.optim.group_keys import TORCH_FLAGS, Group, check_keys
+from kimi_ops.optim.group_keys import TORCH_FLAGS, check_keys
 from kimi_ops.optim.muon_blocks import names, state_dtype
 from kimi_ops.optim.muon_shards import Shards
 
@@ -92,7 +92,7 @@ def loaded_group(
                 "a function, which is not saved; give this one the function before it loads"
             )
         group["adjust_lr_fn"] = old["adjust_lr_fn"]
-    return Group({key: old.get(key, value) for key, value in defaults.items()} | group)
+    return {key: old.get(key, value) for key, value in defaults.items()} | group
 
 
 # ---- functions in a copy of an optimizer
