@@ -199,7 +199,9 @@ def test_vectors_in_disguise_and_tables():
     model.experts = nn.Module()
     model.experts.w1 = nn.Parameter(torch.ones(2, 3, 4))
     model.experts.w1_bias = nn.Parameter(torch.ones(2, 3))
-    model.shared_expert_gate = nn.Linear(4, 1, bias=False)
+    model.layers = nn.ModuleList(
+        nn.ModuleDict({"shared_expert_gate": nn.Linear(4, 1, bias=False)}) for _ in range(2)
+    )
     assert [n for n, muon in routes(model).items() if muon] == ["experts.w1"]
 
 
