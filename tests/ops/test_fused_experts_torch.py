@@ -311,6 +311,7 @@ def test_opcheck(dtype):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_full_graph_with_dynamic_tokens(activation, backend):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests
 
     def layer(x, w_gate_up, w_down, logits):
         gate = topk_gate(logits, 2)

@@ -378,6 +378,7 @@ def test_opcheck(dtype, turned):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_full_graph_with_dynamic_rows(dtype, backend):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests
 
     def layer(x, weight, bias, offsets):
         c = grouped_gemm(torch.tanh(x), weight.transpose(1, 2), offsets, bias=bias)
