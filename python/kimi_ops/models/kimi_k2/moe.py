@@ -32,13 +32,14 @@ class Router(FixedBuffers):
         config = self.config
         with no_autocast(x.device.type):  # it would round the scores to 16 bits
             logits = F.linear(x.float(), self.weight.float())
+        everyone = config.num_experts_per_tok == config.n_routed_experts
         gate = topk_gate(
             logits,
             config.num_experts_per_tok,
             score_function=config.scoring_func,
             expert_bias=self.e_score_correction_bias,
-            num_groups=config.n_group,
-            topk_groups=config.topk_group,
+            num_groups=1 if everyone else config.n_group,
+            topk_groups=1 if everyone else config.topk_group,
             renormalize=config.norm_topk_prob,
             scaling_factor=config.routed_scaling_factor,
         )
