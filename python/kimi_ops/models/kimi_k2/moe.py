@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kimi_ops import TopkGate, fused_experts, sequence_balance_loss, topk_gate
 from kimi_ops._autocast import no_autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, recomputing
+from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, count_once_, recomputing
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 
 
@@ -99,7 +99,11 @@ class MoE(nn.Module):
                 score_function=self.config.scoring_func,
                 coefficient=self.config.aux_loss_alpha,
             )
-        if not recomputing():  # a repeated forward must make the same graph, but counts once
+        if torch.compiler.is_compiling():
+            self.balance_loss = balance_loss
+            if self.training:
+                count_once_(self.tokens_per_expert, gate.tokens_per_expert)
+        elif not recomputing():  # a repeated forward must make the same graph, but counts once
             self.balance_loss = balance_loss
             if self.training:
                 self.tokens_per_expert += gate.tokens_per_expert
