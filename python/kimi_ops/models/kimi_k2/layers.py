@@ -20,18 +20,6 @@ def check_dtype(op: str, dtype: torch.dtype) -> None:
         )
 
 
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward: activation checkpointing repeats it there."""
-    return torch._C._current_graph_task_id() != -1
-
-
-@torch.library.custom_op("kimi_ops::count_once_", mutates_args={"total"})
-def count_once_(total: Tensor, counts: Tensor) -> None:
-    """total += counts, unless the forward repeats another; a compiled graph asks when it runs."""
-    if not recomputing():
-        total += counts
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, rounded to the dtype of x, then times the gain in the gain's dtype."""
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from kimi_ops import TopkGate, fused_experts, sequence_balance_loss, topk_gate
 from kimi_ops._autocast import no_autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, count_once_, recomputing
+from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
+from kimi_ops.operators.count_once import count_once_, recomputing
 
 
 class Router(FixedBuffers):
