@@ -165,8 +165,8 @@ class Ranks:
             other = next((r for r, found in enumerate(values) if found != values[0]), None)
             if other is not None:
                 raise ValueError(
-                    f"train: {name}: expected the same on every rank, rank 0 has {values[0]}, rank "
-                    f"{other} {values[other]}; start all of them alike"
+                    f"kimi-ops: {name}: expected the same on every rank, rank 0 has {values[0]}, "
+                    f"rank {other} {values[other]}; start all of them alike"
                 )
 
     @contextmanager
@@ -184,7 +184,7 @@ class Ranks:
             return
         if fault is not None and faults.index(faults[self.rank]) == self.rank:
             raise fault
-        raise PeerError(f"train: rank {wrong[0]}: {faults[wrong[0]]}") from fault
+        raise PeerError(f"kimi-ops: rank {wrong[0]}: {faults[wrong[0]]}") from fault
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -195,7 +195,7 @@ class Ranks:
             if self._roll is None or not _of_an_exchange(error):
                 raise
             cause = error.__cause__ if isinstance(error, EPError) else None
-            text = self._roll.error("train", cause if isinstance(cause, Exception) else error)
+            text = self._roll.error("kimi-ops", cause if isinstance(cause, Exception) else error)
             raise RankError(
                 f"{text}; what was saved is whole: start all ranks again with --resume"
             ) from error
@@ -216,7 +216,7 @@ def check_layout(world: int, expert_parallel: int) -> None:
     """Raise unless so many ranks can be replicas of `expert_parallel` each."""
     if not 1 <= expert_parallel <= world or world % expert_parallel:
         raise ValueError(
-            f"train: --expert-parallel: expected a divisor of the {world} processes, got "
+            f"kimi-ops: --expert-parallel: expected a divisor of the {world} processes, got "
             f"{expert_parallel}; lower it, or start a multiple of it with torchrun"
         )
 
@@ -225,8 +225,8 @@ def check_experts(experts: int, expert_parallel: int) -> None:
     """Raise unless the experts of a layer can be shared out evenly."""
     if experts % expert_parallel:
         raise ValueError(
-            f"train: --expert-parallel: expected a divisor of the model's {experts} experts, got "
-            f"{expert_parallel}; choose one"
+            f"kimi-ops: --expert-parallel: expected a divisor of the model's {experts} experts, "
+            f"got {expert_parallel}; choose one"
         )
 
 
@@ -271,8 +271,8 @@ def join_ranks(
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if here > gpus:
             raise ValueError(
-                f"train: --device: expected a GPU for each of {here} processes, got {gpus}; start "
-                "fewer, or choose --device cpu"
+                f"kimi-ops: --device: expected a GPU for each of {here} processes, got {gpus}; "
+                "start fewer, or choose --device cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
