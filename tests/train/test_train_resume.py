@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from kimi_ops.models.kimi_k2 import KimiK2
-from kimi_ops.train import CheckpointError, DataError, TrainSettings, loop, train
+from kimi_ops.train import CheckpointError, DataError, TrainSettings, folder, loop, train
 from kimi_ops.train.checkpoint import (
     find_checkpoint,
     load_optimizer,
@@ -400,7 +400,7 @@ def test_a_folder_without_locks_is_told(tmp_path: Path, text: Path, monkeypatch)
         raise OSError(9, "Bad file descriptor")
 
     said: list[str] = []
-    monkeypatch.setattr(loop.fcntl, "flock", refuse)
+    monkeypatch.setattr(folder.fcntl, "flock", refuse)
     run(tmp_path / "run", text, steps=2, say=said.append)
     assert any("cannot be locked" in line for line in said)
 

@@ -9,11 +9,23 @@ from typing import Annotated
 
 import typer
 
-from kimi_ops.cli.options import Device, fail, no_room, option
+from kimi_ops.cli.options import (
+    Device,
+    ExpertParallel,
+    Timeout,
+    fail,
+    joined,
+    no_room,
+    option,
+    tell,
+)
 from kimi_ops.gpu import DeviceError
-from kimi_ops.train import CheckpointError
+from kimi_ops.train import CheckpointError, PeerError, RankError
+from kimi_ops.train.ranks import TIMEOUT
 from kimi_ops.train.sample import MAX_TOKENS, load_model, sample_text
 from kimi_ops.train.settings import DTYPES
+
+ERRORS = (ValueError, TypeError, OSError, CheckpointError, DeviceError, PeerError, RankError)
 
 
 def generate(
@@ -27,23 +39,29 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest bytes only.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = "auto",
+    expert_parallel: ExpertParallel = 1,
+    timeout: Timeout = TIMEOUT,
     dtype: Annotated[
         str | None,
         option(f"Of weights: {' or '.join(DTYPES)}.", "the checkpoint's"),
     ] = None,
 ) -> None:
     """Continue a text with a trained model."""
-    try:
-        text = sample_text(
-            load_model(checkpoint, device=device, dtype=dtype, tell=partial(typer.echo, err=True)),
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
-    except (ValueError, TypeError, OSError, CheckpointError, DeviceError) as error:
-        raise fail(error) from None
-    except (RuntimeError, MemoryError) as error:
-        raise no_room("generate", error) from None
-    typer.echo(text)
+    with joined(expert_parallel, timeout, device) as ranks:
+        try:
+            with ranks.watched():
+                say = partial(typer.echo, err=True)
+                model = load_model(checkpoint, device=device, dtype=dtype, tell=say, ranks=ranks)
+                text = sample_text(
+                    model,
+                    prompt,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed,
+                )
+        except ERRORS as error:
+            raise fail(error) from None
+        except (RuntimeError, MemoryError) as error:
+            raise no_room("generate", error) from None
+    tell(text)

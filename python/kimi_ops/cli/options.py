@@ -7,13 +7,17 @@ default, for --help, is that of :class:`TrainSettings`.
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from kimi_ops.train import PeerError, Ranks, join_ranks
 from kimi_ops.train.settings import DTYPES, FIXED, PRESETS, WINDOW, TrainSettings
 
 NAME = "kimi-ops"
@@ -62,6 +66,20 @@ Threads = Annotated[int | None, option("CPU threads.", "0, which is torch's choi
 ValidateEvery = Annotated[int | None, setting("validate_every", "Steps between validations.")]
 CheckpointEvery = Annotated[int | None, setting("checkpoint_every", "Steps between checkpoints.")]
 Keep = Annotated[int | None, setting("keep_checkpoints", "The newest checkpoints that stay.")]
+ExpertParallel = Annotated[
+    int,
+    typer.Option(
+        help="Of the processes that torchrun starts, how many share the experts of a layer; it "
+        "divides their number. All of them share each micro-batch."
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds until another process that does not come ends the run; a checkpoint must be "
+        "written within it."
+    ),
+]
 RESUME_HELP = (
     "Go on from the latest checkpoint in --out. Options given with it change the run, but for "
     f"{', '.join(f'--{name}' for name in FIXED if '_' not in name)} and the product of --sequences "
@@ -70,9 +88,27 @@ RESUME_HELP = (
 
 
 def fail(error: Exception | str) -> typer.Exit:
-    """Say what is wrong, on stderr; raise what this returns."""
-    typer.echo(f"error: {error}", err=True)
+    """Say what is wrong, on stderr, unless another process does; raise what this returns."""
+    rank = os.environ.get("RANK", "0")
+    if not isinstance(error, PeerError):
+        typer.echo(f"error: {f'rank {rank}: ' * (rank != '0')}{error}", err=True)
     return typer.Exit(1)
+
+
+def tell(text: str) -> None:
+    """Say something, in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text)
+
+
+@contextmanager
+def joined(expert_parallel: int, timeout: float, device: str) -> Iterator[Ranks]:
+    """The processes of this program; where they cannot come together, what is wrong is said."""
+    try:
+        with join_ranks(expert_parallel, timeout, device) as ranks:
+            yield ranks
+    except (ValueError, PeerError, torch.distributed.DistError) as error:
+        raise fail(error) from None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -96,8 +132,14 @@ def no_room(program: str, error: BaseException) -> BaseException:
 
 
 def command_line(*arguments: object, **options: Any) -> str:
-    """A command to type: options that are None or False are left out."""
-    words = [NAME, *map(str, arguments)]
+    """A command to type, for as many processes as this run has: options that are None or False are
+    left out."""
+    words = [NAME]
+    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if world > 1:
+        hosts = ["--nnodes", str(world // here)] if world > here else []
+        words = ["torchrun", *hosts, "--nproc-per-node", str(here), "-m", "kimi_ops"]
+    words += map(str, arguments)
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:

@@ -14,10 +14,18 @@ import typer
 from kimi_ops._program import INTERRUPTED
 from kimi_ops.cli import options as opt
 from kimi_ops.gpu import DeviceError
-from kimi_ops.train import CheckpointError, Diverged, TrainSettings
+from kimi_ops.train import (
+    CheckpointError,
+    Diverged,
+    PeerError,
+    RankError,
+    Ranks,
+    TrainSettings,
+)
 from kimi_ops.train import train as train_run
 from kimi_ops.train.checkpoint import find_checkpoint, read_state
 from kimi_ops.train.plot import plot_run, require_matplotlib
+from kimi_ops.train.ranks import TIMEOUT
 from kimi_ops.train.resume import saved_source
 from kimi_ops.train.sample import load_model, sample_text
 
@@ -29,6 +37,8 @@ ERRORS = (
     FloatingPointError,
     OSError,
     ImportError,
+    PeerError,
+    RankError,
 )
 
 
@@ -43,6 +53,8 @@ class Request:
     overrides: dict[str, Any]
     plot: bool
     progress: bool
+    expert_parallel: int
+    timeout: float
 
 
 def train(
@@ -67,9 +79,16 @@ def train(
     checkpoint_every: opt.CheckpointEvery = None,
     keep: opt.Keep = None,
     progress: opt.Bar = True,
+    expert_parallel: opt.ExpertParallel = 1,
+    timeout: opt.Timeout = TIMEOUT,
 ) -> None:
-    """Train a small Kimi K2 on text, byte by byte. Ctrl-C saves; --resume goes on bit for bit."""
-    _train(Request(out, data, resume, device, _overrides(context), plot, progress))
+    """Train a small Kimi K2 on text, byte by byte. Ctrl-C saves; --resume goes on bit for bit.
+    Under torchrun, by many processes."""
+    request = Request(
+        out, data, resume, device, _overrides(context), plot, progress, expert_parallel, timeout
+    )
+    with opt.joined(expert_parallel, timeout, device) as ranks:
+        _train(request, ranks)
 
 
 def demo(
@@ -82,6 +101,8 @@ def demo(
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
     progress: opt.Bar = True,
+    expert_parallel: opt.ExpertParallel = 1,
+    timeout: opt.Timeout = TIMEOUT,
 ) -> None:
     """Train the mini model for a few minutes, plot the run, let the model write. Resumes if
     stopped."""
@@ -91,23 +112,31 @@ def demo(
     except CheckpointError as error:
         raise opt.fail(error) from None
     if state is not None and state["step"] == (steps or state["settings"]["steps"]):
-        typer.echo(
-            f"{out} holds a finished run; showing it again (remove the folder to train anew)"
-        )
+        opt.tell(f"{out} holds a finished run; showing it again (remove the folder to train anew)")
     resume = state is not None
-    _train(Request(out, data, resume, device, overrides, plot=True, progress=progress))
-    try:
-        model = load_model(out, device=device)
-        text = sample_text(
-            model, "import os\n\n\ndef ", max_tokens=None, temperature=0.7, top_p=0.95, seed=0
-        )
-    except (*ERRORS, TypeError) as error:
-        raise opt.fail(error) from None
-    except (RuntimeError, MemoryError) as error:
-        raise opt.no_room("demo", error) from None
-    typer.echo(f"\na sample, temperature 0.7:\n\n{text}")
-    again = opt.command_line("generate", out, prompt="class ", temperature=0.5)
-    typer.echo(f"\nmore: {again}")
+    request = Request(
+        out, data, resume, device, overrides, True, progress, expert_parallel, timeout
+    )
+    with opt.joined(expert_parallel, timeout, device) as ranks:
+        _train(request, ranks)
+        try:
+            with ranks.watched():
+                model = load_model(out, device=device, ranks=ranks)
+                text = sample_text(
+                    model,
+                    "import os\n\n\ndef ",
+                    max_tokens=None,
+                    temperature=0.7,
+                    top_p=0.95,
+                    seed=0,
+                )
+        except (*ERRORS, TypeError) as error:
+            raise opt.fail(error) from None
+        except (RuntimeError, MemoryError) as error:
+            raise opt.no_room("demo", error) from None
+    opt.tell(f"\na sample, temperature 0.7:\n\n{text}")
+    again = opt.command_line("generate", out, prompt="class ", temperature=0.5, **_ranks(request))
+    opt.tell(f"\nmore: {again}")
 
 
 def _overrides(context: typer.Context) -> dict[str, Any]:
@@ -117,7 +146,7 @@ def _overrides(context: typer.Context) -> dict[str, Any]:
     return {name: given[name] for name in names if given.get(name) is not None}
 
 
-def _train(request: Request) -> None:
+def _train(request: Request, ranks: Ranks) -> None:
     """Run, then say how it ended."""
     try:
         if request.plot:
@@ -130,8 +159,11 @@ def _train(request: Request) -> None:
             device=request.device,
             say=typer.echo,
             progress=request.progress,
+            ranks=ranks,
         )
     except Diverged as error:
+        if not ranks.lead:  # all know it
+            raise typer.Exit(1) from None
         raise opt.fail(f"{error}; {_slower(request, error)}") from None
     except ERRORS as error:
         raise opt.fail(error) from None
@@ -150,10 +182,11 @@ def _train(request: Request) -> None:
             if run is None
             else f"go on with: {_again(run, **_place(request))}"
         )
-        typer.echo(f"broken off without saving; {left}", err=True)
+        if ranks.lead:
+            typer.echo(f"broken off without saving; {left}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    typer.echo(f"checkpoint {result.checkpoint}\nmetrics    {result.metrics}")
-    if request.plot:
+    opt.tell(f"checkpoint {result.checkpoint}\nmetrics    {result.metrics}")
+    if request.plot and ranks.lead:
         try:
             tau = read_state(result.checkpoint)["settings"]["tau"]
             out, bigram = result.metrics.parent, result.bigram_loss
@@ -161,12 +194,12 @@ def _train(request: Request) -> None:
         except ERRORS as error:
             raise opt.fail(error) from None
         for path in paths:
-            typer.echo(f"plot       {path}")
+            opt.tell(f"plot       {path}")
     if not result.finished:
         again = _again(result.metrics.parent, **_place(request))
-        typer.echo(f"stopped after step {result.step}; go on with: {again}")
+        opt.tell(f"stopped after step {result.step}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
-    typer.echo(_table(result.validation_loss, result.bigram_loss))
+    opt.tell(_table(result.validation_loss, result.bigram_loss))
 
 
 def _saved_run(out: Path) -> Path | None:
@@ -182,9 +215,19 @@ def _again(run: Path, **more: Any) -> str:
     return opt.command_line("train", out=run, resume=True, **more)
 
 
-def _place(request: Request) -> dict[str, str]:
-    """--device, where the user chose one."""
-    return {} if request.device == "auto" else {"device": request.device}
+def _place(request: Request) -> dict[str, Any]:
+    """--device, where the user chose one, and how processes share the run."""
+    device = {} if request.device == "auto" else {"device": request.device}
+    return device | _ranks(request)
+
+
+def _ranks(request: Request) -> dict[str, Any]:
+    """The options of several processes, where they are not the defaults."""
+    chosen = {
+        "expert_parallel": (request.expert_parallel, 1),
+        "timeout": (request.timeout, TIMEOUT),
+    }
+    return {name: value for name, (value, default) in chosen.items() if value != default}
 
 
 def _slower(request: Request, diverged: Diverged) -> str:
@@ -214,7 +257,7 @@ def _start(
 ) -> str:
     """The command that starts a run with `settings` and another learning rate."""
     same = {"keep" if name == KEEP else name: value for name, value in settings.items()}
-    options = {**same, "plot": request.plot, "device": request.device, "lr": lr}
+    options = {**same, "plot": request.plot, "device": request.device, "lr": lr, **_ranks(request)}
     return opt.command_line("train", out=out, data=data, **options)
 
 

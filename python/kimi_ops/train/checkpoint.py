@@ -10,6 +10,9 @@
 A checkpoint is written into a hidden folder, made durable and renamed in one step; then
 `latest.json` is replaced in one step. Whatever happens in between, `latest.json` names a complete
 checkpoint.
+
+Ranks of one run write what one process would: the lead writes, the others send it their experts and
+moments. Any number of them reads it, each rank its own part.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kimi_ops.models.kimi_k2 import KimiK2
+from kimi_ops.train.optimizer import RunOptimizer
+from kimi_ops.train.ranks import Ranks
 
 _LATEST = "latest.json"
 _STATE = "training.json"
@@ -89,11 +93,18 @@ def join_optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
+def send_checkpoint(model: KimiK2, optimizer: RunOptimizer, ranks: Ranks) -> None:
+    """What the other ranks do while the lead is in :func:`save_checkpoint`."""
+    if ranks.saves:
+        model.save_pretrained(".")  # sends
+    optimizer.gather_state_dict()
+
+
 def save_checkpoint(
-    run: Path, model: KimiK2, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    run: Path, model: KimiK2, optimizer: RunOptimizer, state: dict[str, Any], keep: int
 ) -> Path:
     """Write a checkpoint of step ``state["step"]`` and make it the latest; older ones but `keep`
-    go.
+    go. The other ranks call :func:`send_checkpoint`.
 
     Raises
     ------
@@ -108,7 +119,9 @@ def save_checkpoint(
             shutil.rmtree(left_by_a_kill, ignore_errors=True)
         temporary.mkdir()
         model.save_pretrained(temporary)
-        tensors, groups = split_optimizer_state(optimizer.state_dict())
+        moments = optimizer.gather_state_dict()
+        assert moments is not None  # the lead has them
+        tensors, groups = split_optimizer_state(moments)
         save_file(tensors, temporary / _OPTIMIZER)
         _sync(temporary / _OPTIMIZER)
         files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
@@ -235,11 +248,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_optimizer(
-    checkpoint: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer
-) -> None:
-    """Put the saved moments into `optimizer`, which was built for the same model on any device."""
-    mapped = load_file(checkpoint / _OPTIMIZER)
-    # copies, one at a time: moments that went on living in the mapped file would change with it
-    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: RunOptimizer) -> None:
+    """Put the saved moments into `optimizer`, which was built for the same model on any device and
+    any number of ranks. It copies what it keeps; the file is mapped, not read."""
+    tensors = load_file(checkpoint / _OPTIMIZER)
     optimizer.load_state_dict(join_optimizer_state(tensors, state["optimizer_groups"]))

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import os
 import signal
 import threading
 import time
@@ -19,24 +17,22 @@ import torch
 
 from kimi_ops.gpu import choose_device
 from kimi_ops.info import engines_line
+from kimi_ops.models.kimi_k2.parameters import parameter_report
 from kimi_ops.train.bigram import bigram_loss
 from kimi_ops.train.checkpoint import (
     CheckpointError,
     find_checkpoint,
-    is_checkpoint,
-    read_state,
-    record_settings,
     save_checkpoint,
-    set_latest,
+    send_checkpoint,
 )
 from kimi_ops.train.data import Corpus, load_corpus, training_batch, validation_set
-from kimi_ops.train.metrics import MetricsError, MetricsWriter
+from kimi_ops.train.folder import Plan, open_run, planned
+from kimi_ops.train.metrics import MetricsError
 from kimi_ops.train.progress import Progress
-from kimi_ops.train.resume import resumed_settings, resumed_trainer, saved_source
+from kimi_ops.train.ranks import Ranks, check_batch
+from kimi_ops.train.resume import check_text, resumed_trainer
 from kimi_ops.train.settings import TrainSettings
 from kimi_ops.train.trainer import Trainer
-
-LOCK = ".lock"  # of the folder of a run: whoever trains there holds it
 
 
 @dataclass(frozen=True)
@@ -78,69 +74,6 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _open_run(
-    out: Path,
-    step: int,
-    checkpoint: Path | None,
-    state: dict[str, Any],
-    latest: bytes | None,
-    settings: dict[str, Any],
-    say: Callable[[str], None],
-) -> Iterator[MetricsWriter]:
-    """The folder of a run, ready for the step after `step`, for this process alone; nothing is
-    written unless it is still as it was when `checkpoint`, `state` and `latest` were read."""
-    with ExitStack() as stack:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            stack.callback(os.close, descriptor)
-            _lock(out, descriptor, say)
-            _still(out, checkpoint, state, latest)
-            if checkpoint is not None:
-                if settings != state["settings"]:
-                    record_settings(checkpoint, state, settings)
-                set_latest(out, checkpoint)
-            metrics = stack.enter_context(closing(MetricsWriter(out / "metrics.jsonl", step)))
-        except OSError as error:
-            raise CheckpointError(
-                f"train: --out: expected a folder to write in, got {out}: {error}; free space or "
-                "name another (no checkpoint was changed)"
-            ) from error
-        yield metrics
-
-
-def _latest(out: Path) -> bytes | None:
-    """What ``latest.json`` holds."""
-    path = out / "latest.json"
-    return path.read_bytes() if path.exists() else None
-
-
-def _still(out: Path, checkpoint: Path | None, state: dict[str, Any], latest: bytes | None) -> None:
-    """Another process may have trained in the folder while this one read it."""
-    same = _latest(out) == latest
-    if checkpoint is not None:
-        same = same and is_checkpoint(checkpoint) and read_state(checkpoint) == state
-    if not same:
-        raise CheckpointError(
-            f"train: --out: another process has written to {out} meanwhile; start again, with "
-            "--resume"
-        )
-
-
-def _lock(out: Path, descriptor: int, say: Callable[[str], None]) -> None:
-    """Keep other processes out until `descriptor` is closed, by a kill too."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CheckpointError(
-            f"train: --out: another process is training in {out}; wait until it ends, or name "
-            "another folder"
-        ) from error
-    except OSError as error:
-        say(f"note   {out} cannot be locked ({error}): let no other process train there")
-
-
 def train(
     out: Path,
     *,
@@ -150,6 +83,7 @@ def train(
     device: str = "cpu",
     say: Callable[[str], None] = print,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Train on text until the settings' last step, or until Ctrl-C.
 
@@ -162,7 +96,7 @@ def train(
         A file or a folder. Absent: what a resumed run read, else the standard library's sources.
     resume : bool
         Go on from the latest checkpoint in `out`, on a CPU bit for bit as if never interrupted
-        (same machine and thread count).
+        (same machine, thread count and ranks).
     overrides : dict, optional
         Fields of :class:`TrainSettings` that differ from the defaults, or from those of a resumed
         run; what that may not change is refused.
@@ -170,60 +104,71 @@ def train(
         ``cpu``, ``cuda``, or ``auto``: a GPU that works, else the CPU. No part of the settings: a
         run may move. Weights and batches are drawn on the CPU, the same for every device.
     say : callable
-        Receives lines of text for the user.
+        Receives lines of text for the user, on the first rank.
     progress : bool
         Show a progress bar where stderr is a terminal; else lines go to `say`.
+    ranks : Ranks, optional
+        The processes that share the run, from :func:`join_ranks`: all of them call this with the
+        same arguments. No part of the settings either.
 
     Raises
     ------
     DataError, CheckpointError, DeviceError, ValueError, Diverged
         With a message for the user; what was saved before stays.
+    PeerError, RankError
+        Another rank has raised an error; has ended or does not come.
     """
-    overrides = overrides or {}
-    checkpoint, state = None, {}
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"train: --out: expected a folder, got the file {out}; name another")
-    latest = _latest(out.resolve().parent if is_checkpoint(out) else out)
-    if resume:
-        checkpoint = find_checkpoint(out)
-        state = read_state(checkpoint)
-        settings = resumed_settings(state, overrides, say)
-        out = checkpoint.parent  # `out` may have named the checkpoint itself
-        data = saved_source(state) if data is None else data
-        done = "; that is all of it, larger --steps extend it" * (state["step"] == settings.steps)
-        say(f"resumed {out} after step {state['step']} of {settings.steps}{done}")
-    elif latest is not None or is_checkpoint(out):
-        raise CheckpointError(
-            f"train: --out: {out} already holds a run; pass --resume, or another folder"
-        )
+    ranks = Ranks() if ranks is None else ranks
+    with ranks.watched():
+        plan = planned(out, data, resume, overrides or {}, say, ranks)
+        return _train(plan, device, say if ranks.lead else _quiet, progress and ranks.lead, ranks)
+
+
+def _quiet(line: str) -> None:
+    """What ranks but the first say."""
+
+
+def _train(
+    plan: Plan, device: str, say: Callable[[str], None], progress: bool, ranks: Ranks
+) -> TrainResult:
+    settings, state = plan.settings, plan.state
+    with ranks.together():
+        check_batch(settings.sequences, ranks.world)
+        place = choose_device(device, "train", say)
+        if settings.threads:  # a resumed run takes the threads it had: they decide about bits
+            torch.set_num_threads(settings.threads)
+        settings = dataclasses.replace(settings, threads=torch.get_num_threads())
+        corpus = load_corpus(plan.data, window=settings.window)
+        if state:
+            check_text(state, corpus)
+    ranks.agree("--data", corpus.fingerprint)
+    step, seconds, validation = plan.step, 0.0, None
+    if plan.checkpoint is not None:
+        trainer = resumed_trainer(plan.checkpoint, state, settings, place, ranks)
+        seconds, validation = state["seconds"], state["validation_loss"]
     else:
-        settings = TrainSettings(**overrides)
-    place = choose_device(device, "train", say)
-    if settings.threads:  # a resumed run takes the threads it had: their number decides about bits
-        torch.set_num_threads(settings.threads)
-    settings = dataclasses.replace(settings, threads=torch.get_num_threads())
-    corpus = load_corpus(data, window=settings.window)
-    step, seconds, validation = 0, 0.0, None
-    if checkpoint is not None:
-        trainer = resumed_trainer(checkpoint, state, settings, corpus, place)
-        step, seconds, validation = state["step"], state["seconds"], state["validation_loss"]
-    else:
-        trainer = Trainer(settings, device=place)
+        trainer = Trainer(settings, device=place, ranks=ranks)
     sequences = validation_set(
         corpus.validation, count=settings.validation_sequences, window=settings.window
     )
     baseline = bigram_loss(corpus.train, sequences)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    parameters = parameter_report(settings.model_config()).parameters
     _introduce(corpus, settings, parameters, place, say)
+    if ranks.world > 1:
+        say(ranks.describe())
     say(f"bigram {baseline:.4f} nats a byte on the validation windows")
 
     started = time.monotonic() - seconds
-    saved: int | None = step if resume else None
+    saved: int | None = step if state else None
+    broken: MetricsError | None = None
 
-    def save() -> Path:
+    def save() -> None:
         nonlocal saved
         saved = step
-        state = {
+        if not ranks.lead:
+            send_checkpoint(trainer.model, trainer.optimizer, ranks)
+            return
+        facts = {
             "step": step,
             "seconds": time.monotonic() - started,
             "settings": settings.to_dict(),
@@ -231,23 +176,24 @@ def train(
             "validation_loss": validation,
             "torch": torch.__version__,
             "device": str(place),
+            "processes": ranks.world,
             "data": {
                 "source": corpus.source,
-                "default": data is None,
+                "default": plan.data is None,
                 "fingerprint": corpus.fingerprint,
             },
         }
-        return save_checkpoint(
-            out, trainer.model, trainer.optimizer, state, settings.keep_checkpoints
-        )
+        keep = settings.keep_checkpoints
+        save_checkpoint(plan.out, trainer.model, trainer.optimizer, facts, keep)
 
-    progress_shown = Progress(step, settings.steps, say, bar=progress)
-    with (
-        _open_run(out, step, checkpoint, state, latest, settings.to_dict(), say) as metrics,
-        closing(progress_shown),
-        stop_on_signal() as stopped,
-    ):
-        while step < settings.steps and not stopped():
+    with ExitStack() as stack:
+        with ranks.together():
+            metrics = None
+            if ranks.lead:
+                metrics = stack.enter_context(open_run(plan, settings.to_dict(), say))
+        shown = stack.enter_context(closing(Progress(step, settings.steps, say, bar=progress)))
+        stopped = stack.enter_context(stop_on_signal())
+        while step < settings.steps and not ranks.any(stopped() or broken is not None):
             begin = time.monotonic()
             batch = training_batch(
                 corpus.train,
@@ -264,12 +210,16 @@ def train(
                 validation = row["validation_loss"] = trainer.validate(sequences)
             row["seconds"] = time.monotonic() - started
             try:
-                metrics.write(row)
+                if metrics is not None:
+                    metrics.write(row)
             except MetricsError as error:  # the step was made: keep it if there is still room
-                raise MetricsError(f"{error}; {_kept(save)}") from error
-            progress_shown.show(row, validation)
+                broken = error
+                continue
+            shown.show(row, validation)
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 save()
+        if broken is not None:
+            raise MetricsError(f"{broken}; {_kept(save, plan.out)}") from broken
         if saved != step:
             save()
     return TrainResult(
@@ -277,8 +227,8 @@ def train(
         finished=step >= settings.steps,
         validation_loss=validation,
         bigram_loss=baseline,
-        checkpoint=find_checkpoint(out),
-        metrics=out / "metrics.jsonl",
+        checkpoint=ranks.told(find_checkpoint(plan.out) if ranks.lead else plan.out)[0],
+        metrics=plan.out / "metrics.jsonl",
         parameters=parameters,
         seconds=time.monotonic() - started,
     )
@@ -310,9 +260,10 @@ def _introduce(
     )
 
 
-def _kept(save: Callable[[], Path]) -> str:
+def _kept(save: Callable[[], None], out: Path) -> str:
     """Save after a failure, and say what that left."""
     try:
-        return f"{save()} was saved; free space and resume"
+        save()
     except CheckpointError as error:
         return str(error)
+    return f"{find_checkpoint(out)} was saved; free space and resume"

@@ -10,17 +10,24 @@ from typing import Any
 
 import torch
 
-from kimi_ops.models.kimi_k2 import KimiK2
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.train.checkpoint import CheckpointError, load_optimizer
 from kimi_ops.train.data import Corpus, standard_library
+from kimi_ops.train.ranks import Ranks
 from kimi_ops.train.settings import FIXED, TrainSettings
-from kimi_ops.train.trainer import Trainer
+from kimi_ops.train.trainer import Trainer, spread_experts
 
 
 def resumed_settings(
-    state: dict[str, Any], requested: dict[str, Any], say: Callable[[str], None]
+    state: dict[str, Any],
+    requested: dict[str, Any],
+    say: Callable[[str], None],
+    processes: int = 1,
 ) -> TrainSettings:
     """The settings of a checkpoint with those that `requested` changes; every change is said.
+
+    The number of threads stays while that of `processes` does; another one has another share of the
+    processors, and its own bits.
 
     Raises
     ------
@@ -39,6 +46,10 @@ def resumed_settings(
     # 0: no number asked for, the run keeps its own
     automatic = {name for name in ("threads", "window") if requested.get(name) == 0}
     wanted = {name: value for name, value in requested.items() if name not in automatic}
+    before = state.get("processes", 1)
+    if before != processes:
+        say(f"processes {before} -> {processes}")
+        wanted = {"threads": 0, **wanted}
     settings = dataclasses.replace(saved, **wanted)
     changed = [name for name in wanted if getattr(settings, name) != getattr(saved, name)]
     for name in changed:
@@ -60,7 +71,7 @@ def resumed_settings(
             f"train: --steps: expected at least the {state['step']} steps made, got "
             f"{settings.steps}; raise it, or resume from an older step_* folder"
         )
-    for name in changed:
+    for name in (name for name in changed if name in requested):
         note = "; the learning rate follows the schedule of the new total" * (name == "steps")
         say(f"{name} {getattr(saved, name)} -> {getattr(settings, name)}{note}")
     return settings
@@ -70,19 +81,39 @@ def resumed_trainer(
     checkpoint: Path,
     state: dict[str, Any],
     settings: TrainSettings,
-    corpus: Corpus,
     device: torch.device,
+    ranks: Ranks,
 ) -> Trainer:
-    """The trainer as the checkpoint left it, on any device."""
+    """The trainer as the checkpoint left it, on any device and any number of ranks."""
+    spread = spread_experts(settings, ranks, device)
+    with ranks.together():
+        check_model(checkpoint, settings)
+        model = KimiK2.from_pretrained(checkpoint, device=device, expert_ranks=spread)
+    trainer = Trainer(settings, model, ranks=ranks)
+    load_optimizer(checkpoint, state, trainer.optimizer)
+    trainer.apply_settings()
+    return trainer
+
+
+def check_model(checkpoint: Path, settings: TrainSettings) -> None:
+    """Refuse a checkpoint of another model than that of its settings."""
+    file, expected = checkpoint / "config.json", settings.model_config().to_dict()
+    came = KimiK2Config.from_file(file).to_dict()
+    if other := [name for name in expected if came.get(name) != expected[name]]:
+        name = other[0]
+        raise CheckpointError(
+            f"train: checkpoint: expected the model {settings.preset}, got {file} with {name} "
+            f"{came.get(name)} in place of {expected[name]}; resume with the run's own files"
+        )
+
+
+def check_text(state: dict[str, Any], corpus: Corpus) -> None:
+    """Refuse another text than the run read."""
     if state["data"]["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(
             f"train: --data: the run read {state['data']['source']}, whose content differs from "
             f"that of {corpus.source}; resume with the same text"
         )
-    trainer = Trainer(settings, KimiK2.from_pretrained(checkpoint, device=device))
-    load_optimizer(checkpoint, state, trainer.optimizer)
-    trainer.apply_settings()
-    return trainer
 
 
 def saved_source(state: dict[str, Any]) -> Path | None:

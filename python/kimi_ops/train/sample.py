@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from kimi_ops.gpu import choose_device
-from kimi_ops.models.kimi_k2 import KimiK2
+from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2, KimiK2Config
 from kimi_ops.train.checkpoint import CheckpointError, find_checkpoint
 from kimi_ops.train.data import END_OF_FILE, VOCABULARY
+from kimi_ops.train.ranks import Ranks
 from kimi_ops.train.settings import DTYPES
 
 MAX_TOKENS = 256  # where the caller names no number
@@ -23,6 +24,7 @@ def load_model(
     device: str = "cpu",
     dtype: str | None = None,
     tell: Callable[[str], None] = print,
+    ranks: Ranks | None = None,
 ) -> KimiK2:
     """The model of a run folder (its latest checkpoint), a checkpoint or a Hugging Face folder.
 
@@ -35,6 +37,8 @@ def load_model(
         Of the weights; the checkpoint's where absent.
     tell : callable
         Hears of a GPU that ``auto`` finds unusable.
+    ranks : Ranks, optional
+        Processes that share the experts; all of them load the model, and continue the same text.
 
     Raises
     ------
@@ -45,19 +49,37 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"generate: --dtype: expected {' or '.join(DTYPES)}, got {dtype}; choose")
-    folder = path if (path / "config.json").is_file() else find_checkpoint(path, "generate")
-    place = choose_device(device, "generate", tell)
-    chosen = None if dtype is None else getattr(torch, dtype)
+    ranks = Ranks() if ranks is None else ranks
+    with ranks.together():
+        folder = path if (path / "config.json").is_file() else find_checkpoint(path, "generate")
+        place = choose_device(device, "generate", tell)
+        config = _config(folder)
+    spread = ranks.spread(config, config.max_position_embeddings, place)
+    with ranks.together():
+        model = _read(folder, place, None if dtype is None else getattr(torch, dtype), spread)
+    return model.eval()
+
+
+def _config(folder: Path) -> KimiK2Config:
     try:
-        model = KimiK2.from_pretrained(folder, device=place, dtype=chosen)
+        config = KimiK2Config.from_file(folder / "config.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"generate: {folder}: cannot be loaded: {error}") from error
-    if model.config.vocab_size != VOCABULARY:
+    if config.vocab_size != VOCABULARY:
         raise CheckpointError(
             f"generate: {folder}: expected a model of {VOCABULARY} byte values, got a vocabulary "
-            f"of {model.config.vocab_size}; give a run of kimi-ops train"
+            f"of {config.vocab_size}; give a run of kimi-ops train"
         )
-    return model.eval()
+    return config
+
+
+def _read(
+    folder: Path, place: torch.device, dtype: torch.dtype | None, spread: ExpertRanks | None
+) -> KimiK2:
+    try:
+        return KimiK2.from_pretrained(folder, device=place, dtype=dtype, expert_ranks=spread)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"generate: {folder}: cannot be loaded: {error}") from error
 
 
 def sample_text(

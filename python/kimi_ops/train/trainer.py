@@ -11,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_ops import MuonClip, QKClip, muon_param_groups, update_expert_bias_
-from kimi_ops.models.kimi_k2 import KimiK2
+from kimi_ops import QKClip, update_expert_bias_
+from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2
 from kimi_ops.reference.qk_clip import clip_factor
+from kimi_ops.train.optimizer import optimizer_of
+from kimi_ops.train.ranks import Ranks, check_batch
 from kimi_ops.train.schedule import warmup_stable_decay
 from kimi_ops.train.settings import TrainSettings
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What one step showed.
+    """What one step showed, of all ranks together.
 
     Attributes
     ----------
@@ -65,8 +67,18 @@ class Diverged(FloatingPointError):
 class Trainer:
     """Model, optimizer and what happens between them in a step.
 
-    Forward and backward of every micro-batch; clip the AdamW gradients; MuonClip with QK-Clip;
-    expert biases; reset.
+    Forward and backward of every micro-batch; MuonClip, which clips the AdamW gradients, with
+    QK-Clip; expert biases; reset. Ranks share each micro-batch, and all of them call every method.
+
+    Parameters
+    ----------
+    settings : TrainSettings
+    model : KimiK2, optional
+        By default one with the weights of the settings' seed, spread over `ranks`.
+    device : torch.device or str
+        Of that model.
+    ranks : Ranks, optional
+        By default this process alone.
     """
 
     def __init__(
@@ -74,21 +86,22 @@ class Trainer:
         settings: TrainSettings,
         model: KimiK2 | None = None,
         device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings, self.ranks = settings, Ranks() if ranks is None else ranks
+        check_batch(settings.sequences, self.ranks.world)
         if model is None:
-            model = KimiK2(settings.model_config(), device=device)
+            config = settings.model_config()
+            spread = spread_experts(settings, self.ranks, device)
+            model = KimiK2(config, device=device, expert_ranks=spread)
             model.init_weights(settings.seed)
         self.model = model.train()
         self.device = model.lm_head.weight.device
         self.qk_clip = QKClip(self.model.attention_layers(), tau=settings.tau)
-        groups = muon_param_groups(self.model)
-        self.optimizer = MuonClip(groups, lr=settings.lr, qk_clip=self.qk_clip)
+        self.optimizer = optimizer_of(self.model, self.ranks, settings.lr, self.qk_clip)
         self.apply_settings()
         self._warmup = round(settings.steps * settings.warmup)
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        adamw = [g["params"] for g in self.optimizer.param_groups if g["algorithm"] == "adamw"]
-        self._adamw_parameters = [p for group in adamw for p in group]
 
     def apply_settings(self) -> None:
         """Give the optimizer the settings' numbers; those of a checkpoint may be older."""
@@ -98,6 +111,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.settings.weight_decay
             group["ns_dtype"] = ns_dtype
+            if group["algorithm"] == "adamw":
+                group["max_grad_norm"] = self.settings.clip_norm
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate for a step, counted from 0."""
@@ -111,7 +126,8 @@ class Trainer:
         return self.settings.bias_rate * (self.factor(step) if step >= self._warmup else 1.0)
 
     def step(self, batch: Tensor, step: int) -> StepStatistics:
-        """Train on batch [sequences * accumulate, window + 1] int64 as step number `step` (from 0).
+        """Train on batch [sequences * accumulate, window + 1] int64 as step number `step` (from 0);
+        each rank on its share of it.
 
         Raises
         ------
@@ -119,10 +135,11 @@ class Trainer:
             The loss or a gradient is not finite; nothing was updated.
         """
         settings = self.settings
-        micro_batches = batch.to(self.device, non_blocking=True).split(settings.sequences)
+        share = self.ranks.share(batch, settings.sequences).to(self.device, non_blocking=True)
+        micro_batches = share.split(settings.sequences // self.ranks.world)
         total, auxiliary = torch.zeros(2, device=self.device).unbind()
         for micro in micro_batches:
-            loss = self._loss(micro) / len(micro_batches)
+            loss = self._losses(micro).mean() / len(micro_batches)
             balance = self.model.auxiliary_loss() / len(micro_batches)
             (loss + balance).backward()
             total += loss.detach()
@@ -133,7 +150,6 @@ class Trainer:
         factor = self.factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor
-        torch.nn.utils.clip_grad_norm_(self._adamw_parameters, settings.clip_norm)
         self.optimizer.step()
         for moe in self.model.moe_layers():
             bias = moe.gate.e_score_correction_bias
@@ -141,10 +157,14 @@ class Trainer:
         self._forget()
         return statistics
 
-    def _loss(self, batch: Tensor) -> Tensor:
+    def _losses(self, batch: Tensor) -> Tensor:
+        """The mean cross entropy of each window [B]."""
         with self._compute():
             logits = self.model(batch[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
+        )
+        return losses.view(len(batch), -1).mean(1)
 
     def _compute(self) -> AbstractContextManager[object]:
         """Products in the settings' dtype; weights, router, norms and moments stay fp32."""
@@ -156,23 +176,33 @@ class Trainer:
     def _statistics(
         self, step: int, loss: Tensor, auxiliary: Tensor, norms: dict[str, Tensor]
     ) -> StepStatistics:
-        """All numbers of a step in one tensor, read once, before anything is updated.
+        """All numbers of a step in one tensor, read once, before anything is updated; the loads of
+        all ranks are left in the layers.
 
         Raises
         ------
         Diverged
             The loss or a gradient's norm is not finite.
         """
-        maxima = torch.stack([layer.max_logits for layer in self.model.attention_layers()])
-        loads = torch.stack([moe.tokens_per_expert for moe in self.model.moe_layers()])
-        clipped = (clip_factor(maxima, self.settings.tau) < 1).sum()
-        parts = (loss, auxiliary, maxima.max(), clipped.float())
-        worst = loads.amax(dim=1) / loads.float().mean(dim=1)
-        numbers = read(torch.cat((torch.stack(parts), worst, torch.stack(list(norms.values())))))
-        (total, balance, largest, heads), rest = numbers[:4], numbers[4:]
-        layers, lengths = rest[: len(loads)], rest[len(loads) :]
+        logits = torch.stack([layer.max_logits for layer in self.model.attention_layers()])
+        counts = torch.stack([moe.tokens_per_expert for moe in self.model.moe_layers()])
+        parts = (torch.stack((loss, auxiliary)), logits, counts, torch.stack(list(norms.values())))
+        sizes = [part.numel() for part in parts]
+        # fp64: it holds every count
+        own = torch.cat([part.double().flatten() for part in parts])
+        means, maxima, loads, lengths = self.ranks.gather(own).split(sizes, dim=1)
+        counts.copy_(loads.sum(0).view_as(counts))
+        for moe, count in zip(self.model.moe_layers(), counts, strict=True):
+            moe.tokens_per_expert.copy_(count)
+        largest = maxima.amax(0).to(logits.dtype)
+        clipped = (clip_factor(largest, self.settings.tau) < 1).sum()
+        worst = counts.amax(dim=1) / counts.float().mean(dim=1)
+        facts = (means.mean(0), torch.stack((largest.max(), clipped)), worst, lengths.amax(0))
+        numbers = read(torch.cat([fact.double() for fact in facts]))
+        (total, balance, most, heads), rest = numbers[:4], numbers[4:]
+        layers, longest = rest[: len(counts)], rest[len(counts) :]
         wrong = [f"the loss {total}"] if not math.isfinite(total) else []
-        for name, length in zip(norms, lengths, strict=True):
+        for name, length in zip(norms, longest, strict=True):
             if not math.isfinite(length):
                 wrong.append(f"a gradient of norm {length} at {name}")
         if wrong:
@@ -182,7 +212,7 @@ class Trainer:
             loss=total,
             auxiliary=balance,
             lr=self.settings.lr * self.factor(step),
-            max_logit=largest,
+            max_logit=most,
             clipped_heads=int(heads),
             load_max_over_mean=max(layers),
             load_layers=layers,
@@ -199,15 +229,29 @@ class Trainer:
         self.model.eval()
         self._track(False)
         batches = sequences.to(self.device).split(self.settings.sequences)
-        losses = read(torch.stack([self._loss(batch) for batch in batches]))
+        losses = torch.cat([self._shared_losses(batch) for batch in batches])
         self._track(True)
         self.model.train()
-        total = sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True))
-        return total / len(sequences)
+        return read(self.ranks.gather(losses).sum(0).mean(0, keepdim=True))[0]
+
+    def _shared_losses(self, batch: Tensor) -> Tensor:
+        """The losses [B] of this rank's windows in fp64, 0 for those of other ranks."""
+        rows, own = self.ranks.turns(len(batch))
+        losses = torch.zeros(len(batch), dtype=torch.float64, device=batch.device)
+        losses[rows[:own]] = self._losses(batch[rows])[:own].double()
+        return losses
 
     def _track(self, enabled: bool) -> None:
         for layer in self.model.attention_layers():
             layer.track_max_logits = enabled
+
+
+def spread_experts(
+    settings: TrainSettings, ranks: Ranks, device: torch.device | str
+) -> ExpertRanks | None:
+    """The way to the experts of a run's model, wide enough for its micro-batches."""
+    tokens = settings.sequences // ranks.world * settings.window
+    return ranks.spread(settings.model_config(), tokens, torch.device(device))
 
 
 def read(numbers: Tensor) -> list[float]:

@@ -3,7 +3,16 @@
 
 from kimi_ops.models.kimi_k2.attention import Attention, LatentCache
 from kimi_ops.models.kimi_k2.config import KimiK2Config, RopeScaling
+from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.model import KimiK2
 from kimi_ops.models.kimi_k2.moe import MoE
 
-__all__ = ["Attention", "KimiK2", "KimiK2Config", "LatentCache", "MoE", "RopeScaling"]
+__all__ = [
+    "Attention",
+    "ExpertRanks",
+    "KimiK2",
+    "KimiK2Config",
+    "LatentCache",
+    "MoE",
+    "RopeScaling",
+]

@@ -3,8 +3,8 @@
 
 In memory the experts of a layer are two stacks; in a file every expert has its own gate_proj,
 up_proj and down_proj. `checkpoint_tensors` pairs the file's names with views of the stacks, for
-writing and for reading. FP8 and INT4 matrices are dequantised on loading, unless the model keeps
-its experts in that form.
+writing and for reading. Where ranks share the experts, each reads its own and rank 0 writes all.
+FP8 and INT4 matrices are dequantised on loading, unless the model keeps its experts in that form.
 """
 
 import json
@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -35,24 +36,47 @@ _STACK = re.compile(r"(.+\.experts\.)(gate_up|down)_(proj|weight\w*)")
 _SHARD = re.compile(r"model-[0-9a-f]{8}-\d{5,}-of-\d{5,}\.safetensors")
 
 
-def checkpoint_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(name in the file, view of the model's memory) of every tensor of a checkpoint."""
+class _Entry(NamedTuple):
+    """A tensor of a checkpoint: its name, a view of the model's memory, which expert rank has it.
+
+    Where that is not this one, the view is of another expert, which has the shape and the dtype.
+    """
+
+    name: str
+    tensor: Tensor
+    owner: int | None  # None: every rank has it
+
+
+def _entries(model: Decoder) -> Iterator[_Entry]:
+    """All tensors of a checkpoint, in its order."""
+    ranks = model.expert_ranks
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         stack = _STACK.fullmatch(name)
         if stack is None:
-            yield name, tensor
+            yield _Entry(name, tensor, None)
             continue
         prefix, kind, suffix = stack.groups()
         suffix = "weight" if suffix == "proj" else suffix
-        for expert, matrix in enumerate(tensor):
+        here = range(len(tensor)) if ranks is None else ranks.experts
+        for expert in range(model.config.n_routed_experts):
+            owner = None if ranks is None else ranks.owner(expert)
+            matrix = tensor[expert - here.start if expert in here else 0]
             if kind == "down":
-                yield f"{prefix}{expert}.down_proj.{suffix}", matrix
+                yield _Entry(f"{prefix}{expert}.down_proj.{suffix}", matrix, owner)
             else:
                 gate, up = matrix.chunk(2)
-                yield f"{prefix}{expert}.gate_proj.{suffix}", gate
-                yield f"{prefix}{expert}.up_proj.{suffix}", up
+                yield _Entry(f"{prefix}{expert}.gate_proj.{suffix}", gate, owner)
+                yield _Entry(f"{prefix}{expert}.up_proj.{suffix}", up, owner)
+
+
+def checkpoint_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """(name in the file, view of the model's memory) of every tensor that this process has."""
+    ranks = model.expert_ranks
+    for name, tensor, owner in _entries(model):
+        if owner is None or (ranks is not None and owner == ranks.rank):
+            yield name, tensor
 
 
 def save(model: Decoder, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -75,6 +99,9 @@ def save(model: Decoder, folder: str | Path, *, max_shard_bytes: int = 5_000_000
     check_dtype("save_pretrained", model.lm_head.weight.dtype)
     folder = Path(folder)
     plan = _plan_shards(model, max_shard_bytes)
+    if model.expert_ranks is not None and model.expert_ranks.rank != 0:
+        _send(model)
+        return
     values = model.config.to_dict()
     values["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     values["model_type"] = "deepseek_v3"  # the same network, by the name that transformers knows
@@ -97,7 +124,7 @@ def _plan_shards(model: Decoder, limit: int) -> dict[str, list[str]]:
     """
     shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in checkpoint_tensors(model):
+    for name, tensor, _ in _entries(model):
         if shards[-1] and size + tensor.nbytes > limit:
             shards.append([])
             size = 0
@@ -112,13 +139,14 @@ def _plan_shards(model: Decoder, limit: int) -> dict[str, list[str]]:
 def _write(model: Decoder, folder: Path, plan: dict[str, list[str]], config: str) -> None:
     """Everything under new names, then the one rename or removal that makes readers see it."""
     _remove_orphans(folder)
-    tensors = dict(checkpoint_tensors(model))
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    entries = {entry.name: entry for entry in _entries(model)}
+    total = sum(entry.tensor.nbytes for entry in entries.values())
     with staging(folder) as stage:
         if not _holds(folder / "config.json", config):
             stage.write("config.json", lambda path: _write_text(path, config))
         for file, names in plan.items():
-            content = {name: tensors[name].detach().cpu().contiguous() for name in names}
+            # of the other ranks' experts no more than a file's are here at once
+            content = {name: _whole(model, entries[name]).contiguous() for name in names}
             stage.write(file, partial(save_file, content, metadata={"format": "pt"}))
         if len(plan) > 1:
             weight_map = {name: file for file, names in plan.items() for name in names}
@@ -131,6 +159,23 @@ def _write(model: Decoder, folder: Path, plan: dict[str, list[str]], config: str
     stale = {SINGLE_NAME, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
     for name in stale - plan.keys():
         (folder / name).unlink(missing_ok=True)
+
+
+def _whole(model: Decoder, entry: _Entry) -> Tensor:
+    """A tensor on the host of rank 0, which writes; the others call `_send`."""
+    if model.expert_ranks is None or entry.owner is None:
+        return entry.tensor.detach().cpu()
+    found = model.expert_ranks.to_first(entry.tensor.detach(), entry.owner)
+    assert found is not None
+    return found
+
+
+def _send(model: Decoder) -> None:
+    """This rank's experts to rank 0, in the order of the files."""
+    assert model.expert_ranks is not None
+    for _, tensor, owner in _entries(model):
+        if owner == model.expert_ranks.rank:
+            model.expert_ranks.to_first(tensor.detach(), owner)
 
 
 def _remove_orphans(folder: Path) -> None:
@@ -162,6 +207,11 @@ def _write_text(path: Path, text: str) -> None:
 def keep_quantized(model: Decoder, form: str) -> None:
     """Give a model on the meta device experts of `form` instead of plain ones."""
     op, config = "from_pretrained", model.config
+    if model.expert_ranks is not None:
+        raise ValueError(
+            f"{op}: experts: expected None beside expert_ranks, got {form!r}; quantised experts "
+            "are served by one process"
+        )
     if form not in FORMS:
         raise ValueError(
             f"{op}: experts: expected one of {sorted(FORMS)} or None, got {form!r}; choose one"
@@ -231,7 +281,7 @@ def _compare(model: Decoder, shards: Shards, block: tuple[int, int]) -> dict[str
     """Refuse a checkpoint of another model; the forms of the tensors that are to be converted."""
     shapes: dict[str, list[int]] = {}  # of matrices, also of those that stay packed
     kept: set[str] = set()
-    for name, target in checkpoint_tensors(model):
+    for name, target, _ in _entries(model):
         if name.endswith(("weight_scale_inv", "weight_scale")):
             continue  # of a matrix that is kept, which is checked with it
         if target.dtype in (torch.float8_e4m3fn, torch.int32):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kimi_ops.models.kimi_k2.attention import Attention, LatentCache
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm, check_dtype
 from kimi_ops.models.kimi_k2.moe import MoE
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
@@ -20,7 +21,9 @@ __all__ = ["Decoder", "DecoderLayer"]
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the MLP is dense or a mixture of experts."""
 
-    def __init__(self, config: KimiK2Config, layer: int, **factory: Any) -> None:
+    def __init__(
+        self, config: KimiK2Config, layer: int, ranks: ExpertRanks | None, **factory: Any
+    ) -> None:
         super().__init__()
         self.layer = layer
         size, eps = config.hidden_size, config.rms_norm_eps
@@ -29,7 +32,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps, **factory)
         self.mlp: MoE | MLP
         if config.is_moe_layer(layer):
-            self.mlp = MoE(config, **factory)
+            self.mlp = MoE(config, ranks, **factory)
         else:
             self.mlp = MLP(config, config.intermediate_size, **factory)
 
@@ -41,11 +44,13 @@ class DecoderLayer(nn.Module):
 class Backbone(nn.Module):
     """Embedding, layers and final norm: the part under ``model.`` in a checkpoint."""
 
-    def __init__(self, config: KimiK2Config, **factory: Any) -> None:
+    def __init__(self, config: KimiK2Config, ranks: ExpertRanks | None, **factory: Any) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
-        layers = [DecoderLayer(config, n, **factory) for n in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(layers)
+        # without a draw, which on meta would load torch._dynamo: seconds for nothing
+        table = torch.empty(config.vocab_size, config.hidden_size, **factory)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, n, ranks, **factory) for n in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
 
@@ -58,13 +63,19 @@ class Decoder(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        expert_ranks: ExpertRanks | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.expert_ranks = config, expert_ranks
+        if expert_ranks is not None and expert_ranks.count != config.n_routed_experts:
+            raise ValueError(
+                f"KimiK2: expert_ranks: expected ranks of {config.n_routed_experts} experts, got "
+                f"ranks of {expert_ranks.count}; make them from this config"
+            )
         dtype = dtype or torch.get_default_dtype()
         check_dtype("KimiK2", dtype)
         factory = {"device": torch.device("meta"), "dtype": dtype}
-        self.model = Backbone(config, **factory)
+        self.model = Backbone(config, expert_ranks, **factory)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
         self._tie()
         device = torch.device(device) if device is not None else torch.get_default_device()
@@ -78,7 +89,8 @@ class Decoder(nn.Module):
 
     def allocate(self, device: torch.device | str) -> None:
         """Give a model on the meta device uninitialised memory; statistics and biases are reset."""
-        self.to_empty(device=device)
+        # as to_empty, whose empty_like of a meta tensor loads sympy
+        self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         self._tie()
         self.reset_statistics()
         for moe in self.moe_layers():
@@ -91,8 +103,8 @@ class Decoder(nn.Module):
         Parameters
         ----------
         seed : int
-            The same seed gives the same weights on every device: they are drawn on the CPU in fp32,
-            in the order of `named_parameters`.
+            The same seed gives the same weights on every device and for any number of expert ranks:
+            all are drawn on the CPU in fp32, in the order of `named_parameters`.
 
         Raises
         ------
@@ -104,12 +116,16 @@ class Decoder(nn.Module):
                 f"init_weights: model: expected plain experts, got {self.experts_form}; build the "
                 "model from its configuration"
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator, spread = torch.Generator().manual_seed(seed), self.expert_stacks()
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
-                values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                rows, here = len(parameter), slice(None)
+                if self.expert_ranks is not None and parameter in spread:
+                    experts = self.expert_ranks.experts
+                    rows, here = self.config.n_routed_experts, slice(experts.start, experts.stop)
+                values = torch.empty(rows, *parameter.shape[1:], dtype=torch.float32, device="cpu")
                 values.normal_(0.0, self.config.initializer_range, generator=generator)
-                parameter.copy_(values)
+                parameter.copy_(values[here])
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         for moe in self.moe_layers():
@@ -198,6 +214,12 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MoE]:
         """The mixture-of-experts layers, first to last."""
         return [layer.mlp for layer in self.decoder_layers() if isinstance(layer.mlp, MoE)]
+
+    def expert_stacks(self) -> set[nn.Parameter]:
+        """The parameters of which `expert_ranks` have a part each."""
+        if self.expert_ranks is None:
+            return set()
+        return {stack for moe in self.moe_layers() for stack in moe.experts.parameters()}
 
     @property
     def experts_form(self) -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kimi_ops.models.kimi_k2 import checkpoint
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.decoder import Decoder
+from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.generate import generate
 
 __all__ = ["KimiK2"]
@@ -20,6 +21,9 @@ class KimiK2(Decoder):
     Parameters
     ----------
     config : KimiK2Config
+    expert_ranks : ExpertRanks, optional
+        Spread the routed experts over these ranks: each has its own of them and all the rest, and
+        brings its own tokens. All of them call the model, in the same order.
     device, dtype
         Of the parameters; the defaults are torch's. On ``device="meta"`` nothing is allocated,
         elsewhere the weights are those of ``init_weights(0)``. The router's bias and the statistics
@@ -106,6 +110,7 @@ class KimiK2(Decoder):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         experts: str | None = None,
+        expert_ranks: ExpertRanks | None = None,
     ) -> "KimiK2":
         """Load a Hugging Face checkpoint of the Kimi K2 / DeepSeek-V3 layout.
 
@@ -122,6 +127,8 @@ class KimiK2(Decoder):
             Keep the routed experts in this form, which must be the checkpoint's. The model comes in
             eval mode and is for inference on a CPU: training forwards, `init_weights` and
             `save_pretrained` refuse it.
+        expert_ranks : ExpertRanks, optional
+            Spread the routed experts over these ranks; each reads its own.
 
         Raises
         ------
@@ -133,7 +140,7 @@ class KimiK2(Decoder):
         config = KimiK2Config.from_file(Path(folder) / "config.json")
         if dtype is None:
             dtype = getattr(torch, config.torch_dtype or "float32")
-        model = cls(config, device="meta", dtype=dtype)
+        model = cls(config, device="meta", dtype=dtype, expert_ranks=expert_ranks)
         if experts is not None:
             checkpoint.keep_quantized(model, experts)
             model.eval()
@@ -148,7 +155,8 @@ class KimiK2(Decoder):
         weights comes last. An error leaves the folder as it was. A process that dies leaves the old
         weights or the new ones, never some of both; what else it left the next save removes. (Only
         a `config.json` with other content is renamed just before them.) One process at a time may
-        save into a folder.
+        save into a folder. Where ranks share the experts all of them call this; rank 0 writes what
+        one process would, and holds the experts of one shard at a time.
 
         Parameters
         ----------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kimi_ops import TopkGate, fused_experts, sequence_balance_loss, topk_gate
 from kimi_ops._autocast import no_autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 from kimi_ops.operators.count_once import count_once_, recomputing
@@ -48,11 +49,11 @@ class Router(FixedBuffers):
 
 
 class Experts(nn.Module):
-    """The matrices of all routed experts, stacked; gate rows before up rows."""
+    """The matrices of the routed experts of this process, stacked; gate rows before up rows."""
 
-    def __init__(self, config: KimiK2Config, **factory: Any) -> None:
+    def __init__(self, config: KimiK2Config, experts: int, **factory: Any) -> None:
         super().__init__()
-        experts, hidden = config.n_routed_experts, config.hidden_size
+        hidden = config.hidden_size
         width = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden, **factory))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width, **factory))
@@ -63,8 +64,11 @@ class MoE(nn.Module):
 
     Attributes
     ----------
+    ranks : ExpertRanks or None
+        Who has the routed experts; None: this process has all.
     tokens_per_expert : Tensor [E] int32
-        Tokens sent to each expert by the training forwards since `reset_statistics`.
+        Tokens of this process sent to each expert by the training forwards since
+        `reset_statistics`.
     balance_loss : Tensor or None
         Sequence-wise balance loss of the last training forward, None where `aux_loss_alpha` is 0,
         after `reset_statistics` and in copies.
@@ -72,11 +76,14 @@ class MoE(nn.Module):
 
     tokens_per_expert: Tensor
 
-    def __init__(self, config: KimiK2Config, **factory: Any) -> None:
+    def __init__(
+        self, config: KimiK2Config, ranks: ExpertRanks | None = None, **factory: Any
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ranks = config, ranks
         self.gate = Router(config, **factory)
-        self.experts: Experts | QuantizedExperts = Experts(config, **factory)
+        here = config.n_routed_experts if ranks is None else len(ranks.experts)
+        self.experts: Experts | QuantizedExperts = Experts(config, here, **factory)
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             width = config.moe_intermediate_size * config.n_shared_experts
@@ -108,17 +115,24 @@ class MoE(nn.Module):
             self.balance_loss = balance_loss
             if self.training:
                 self.tokens_per_expert += gate.tokens_per_expert
-        y = fused_experts(
-            tokens,
-            self.experts.gate_up_proj,
-            self.experts.down_proj,
-            gate.weights,
-            gate.indices,
-            activation=self.config.hidden_act,
-        )
+        y = self._mixed(tokens, gate)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
         return y.view_as(x)
+
+    def _mixed(self, tokens: Tensor, gate: TopkGate) -> Tensor:
+        """The weighted sum of the routed experts."""
+        stacks, activation = self.experts, self.config.hidden_act
+        if self.ranks is not None and isinstance(stacks, Experts):
+            return self.ranks.mixed(tokens, stacks.gate_up_proj, stacks.down_proj, gate, activation)
+        return fused_experts(
+            tokens,
+            stacks.gate_up_proj,
+            stacks.down_proj,
+            gate.weights,
+            gate.indices,
+            activation=activation,
+        )
 
     def reset_statistics(self) -> None:
         """Forget the loads and the balance loss, which holds the graph of its forward."""
