@@ -6,12 +6,14 @@ from kimi_ops.models.kimi_k2.config import KimiK2Config, RopeScaling
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.model import KimiK2
 from kimi_ops.models.kimi_k2.moe import MoE
+from kimi_ops.models.kimi_k2.outputs import KimiK2Output
 
 __all__ = [
     "Attention",
     "ExpertRanks",
     "KimiK2",
     "KimiK2Config",
+    "KimiK2Output",
     "LatentCache",
     "MoE",
     "RopeScaling",

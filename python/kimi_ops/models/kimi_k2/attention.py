@@ -9,6 +9,7 @@ qk_rope_head_dim values a token and layer (576 in Kimi K2), and reads them witho
 rows of kv_b that make k_nope are applied to q, those that make v to the attention's output.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ from kimi_ops.models.kimi_k2.rope import rotate
 
 _LATENT_NORM_EPS = 1e-6  # the checkpoint's code uses its class default here, not rms_norm_eps
 _MASK_ELEMENTS = 1 << 24  # of one block of queries over a cache: bounds the mask and the scores
+
+
+def sees(documents: Tensor, start: int, end: int) -> Tensor:
+    """[B, end - start, end]: which of the tokens before `end` those from `start` on see, by the
+    numbers of their documents [B, n]. A token sees itself, so that no softmax is over nothing."""
+    tokens = torch.arange(end, device=documents.device)
+    ours, others = tokens[start:, None], tokens
+    same = documents[:, start:end, None] == documents[:, None, :end]
+    return (same & (others <= ours)) | (others == ours)
 
 
 class LatentCache:
@@ -50,6 +60,7 @@ class LatentCache:
         shape = (config.num_hidden_layers, batch_size, capacity, width)
         self.entries = torch.empty(shape, device=device, dtype=dtype)  # [L, B, capacity, width]
         self.length = 0  # tokens that every layer holds
+        self.documents: Tensor | None = None  # [B, capacity]: 0, or -1 where there is padding
 
     @property
     def capacity(self) -> int:
@@ -64,6 +75,17 @@ class LatentCache:
         end = self.length + entry.shape[1]
         self.entries[layer, :, self.length : end] = entry
         return self.entries[layer, :, :end]
+
+    def see(self, documents: Tensor | None, tokens: int) -> Tensor | None:
+        """Note the padding among new tokens [B, S]; that of all so far, None where is none."""
+        if documents is None and self.documents is None:
+            return None
+        end = self.length + tokens
+        if self.documents is None:
+            size, device = self.entries.shape[1:3], self.entries.device
+            self.documents = torch.zeros(size, dtype=torch.int64, device=device)
+        self.documents[:, self.length : end] = 0 if documents is None else documents
+        return self.documents[:, :end]
 
     def check(self, batch_size: int, tokens: int, weight: Tensor) -> None:
         """Refuse `tokens` more of `batch_size` sequences, or a model with such a `weight`, where
@@ -131,10 +153,15 @@ class Attention(FixedBuffers):
         sin: Tensor,
         cache: LatentCache | None = None,
         layer: int = 0,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, H] from x [B, S, H]; each token sees itself, those before it and the cache."""
+        """[B, S, H] from x [B, S, H]; each token sees itself, those before it and the cache.
+
+        With `documents` [B, n], a number for each token of the cache and of x, those of its number.
+        """
         q_nope, q_rope = self._queries(x)
-        q_rope = rotate(q_rope, cos, sin, self.interleave)
+        tables = (cos[:, None], sin[:, None]) if cos.dim() == 3 else (cos, sin)  # beside the heads
+        q_rope = rotate(q_rope, *tables, self.interleave)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
@@ -143,8 +170,8 @@ class Attention(FixedBuffers):
         if cache is not None:
             entries = cache.write(layer, torch.cat((latent, k_rope), dim=-1))
             if cache.length > 0:
-                return self._attend_latents(q_nope, q_rope, entries)
-        return self._attend_expanded(q_nope, q_rope, latent, k_rope)
+                return self._attend_latents(q_nope, q_rope, entries, documents)
+        return self._attend_expanded(q_nope, q_rope, latent, k_rope, documents)
 
     def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q_nope, q_rope [B, heads, S, *]."""
@@ -157,7 +184,12 @@ class Attention(FixedBuffers):
         return q_nope, q_rope
 
     def _attend_expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        documents: Tensor | None,
     ) -> Tensor:
         """No tokens before these: ordinary causal attention over expanded keys and values."""
         kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -166,15 +198,47 @@ class Attention(FixedBuffers):
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.num_heads, -1, -1)), dim=-1)
         if self.track_max_logits and self.training:
             with torch.no_grad():
-                largest = attention_max_logits(q, k, self.softmax_scale, causal=True)
+                largest = self._largest(q, k, documents)
                 self.max_logits.copy_(torch.maximum(self.max_logits, largest))
         if q.device.type == "cpu":  # the fused CPU kernel wants one head size: zeros change nothing
             size = max(q.shape[-1], v.shape[-1])
             q, k, v = (F.pad(t, (0, size - t.shape[-1])) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
-        return self._project(out[..., : self.v_head_dim])
+        if documents is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+            return self._project(out[..., : self.v_head_dim])
+        parts = [
+            F.scaled_dot_product_attention(
+                q[:, :, start:end],
+                k[:, :, :end],
+                v[:, :, :end],
+                attn_mask=sees(documents, start, end)[:, None],
+                scale=self.softmax_scale,
+            )
+            for start, end in self._query_blocks(documents, q.shape[2])
+        ]
+        return self._project(torch.cat(parts, dim=2)[..., : self.v_head_dim])
 
-    def _attend_latents(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
+    def _query_blocks(self, documents: Tensor, new: int) -> Iterator[tuple[int, int]]:
+        """The last `new` tokens of [B, n] in runs whose scores of all heads stay bounded."""
+        batch, total = documents.shape
+        block = max(1, _MASK_ELEMENTS // (batch * self.num_heads * total))
+        for start in range(total - new, total, block):
+            yield start, min(start + block, total)
+
+    def _largest(self, q: Tensor, k: Tensor, documents: Tensor | None) -> Tensor:
+        """The largest logit of each head that a softmax sees, [heads] fp32."""
+        if documents is None:
+            return attention_max_logits(q, k, self.softmax_scale, causal=True)
+        parts = []
+        for start, end in self._query_blocks(documents, q.shape[2]):
+            scores = q[:, :, start:end].float() @ k[:, :, :end].float().transpose(-1, -2)
+            used = sees(documents, start, end) & (documents[:, start:end, None] >= 0)
+            parts.append(scores.masked_fill(~used[:, None], -torch.inf).amax((0, 2, 3)))
+        return torch.stack(parts).amax(0) * self.softmax_scale
+
+    def _attend_latents(
+        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, documents: Tensor | None
+    ) -> Tensor:
         """Tokens after a cache: one shared key and value head, the cached entries [B, n, width].
 
         The heads become rows of one query: a head dimension of the keys, even one of stride 0,
@@ -185,19 +249,24 @@ class Attention(FixedBuffers):
         q = torch.cat((q_nope @ to_k, q_rope), dim=-1)
         past, new = entries.shape[1] - q.shape[2], q.shape[2]
         block = max(1, _MASK_ELEMENTS // (self.num_heads * entries.shape[1]))
+        if documents is not None:
+            block = max(1, block // len(entries))
         parts = []
         for start in range(0, new, block):
             part = q[:, :, start : start + block]
-            seen = entries[:, None, : past + start + part.shape[2]]
-            parts.append(self._attend_shared(part, seen))
+            end = past + start + part.shape[2]
+            mask = None if documents is None else sees(documents, past + start, end)
+            parts.append(self._attend_shared(part, entries[:, None, :end], mask))
         return self._project(torch.cat(parts, dim=2) @ to_v.transpose(1, 2))
 
-    def _attend_shared(self, q: Tensor, entries: Tensor) -> Tensor:
+    def _attend_shared(self, q: Tensor, entries: Tensor, sees: Tensor | None) -> Tensor:
         """[B, heads, S, rank] from q [B, heads, S, width] over entries [B, 1, n, width]; the last S
-        entries belong to the queries."""
+        entries belong to the queries; `sees` [B, S, n] says which they see."""
         heads, new = q.shape[1:3]
         mask = None
-        if new > 1:
+        if sees is not None:
+            mask = sees.repeat(1, heads, 1)[:, None]
+        elif new > 1:
             ones = torch.ones(new, entries.shape[2], dtype=torch.bool, device=q.device)
             mask = ones.tril(diagonal=entries.shape[2] - new).repeat(heads, 1)
         # The fused CPU kernel wants one head size: let it weigh the rotary keys too and drop them.

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from kimi_ops.models.kimi_k2.attention import Attention, LatentCache
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
+from kimi_ops.models.kimi_k2.inputs import Inputs, check_inputs
 from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm, check_dtype
 from kimi_ops.models.kimi_k2.moe import MoE
+from kimi_ops.models.kimi_k2.outputs import KimiK2Output, check_labels, next_token_loss, recorded
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 from kimi_ops.models.kimi_k2.rope import rotary_tables
 
@@ -36,9 +38,18 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MLP(config, config.intermediate_size, **factory)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, self.layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LatentCache | None = None,
+        documents: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, self.layer, documents)
+        y = self.post_attention_layernorm(x)
+        return x + (self.mlp(y, valid) if isinstance(self.mlp, MoE) else self.mlp(y))
 
 
 class Backbone(nn.Module):
@@ -132,19 +143,49 @@ class Decoder(nn.Module):
             moe.gate.e_score_correction_bias.zero_()
         self.reset_statistics()
 
-    def forward(self, input_ids: Tensor, *, cache: LatentCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        cache: LatentCache | None = None,
+        output_hidden_states: bool = False,
+        output_router_logits: bool = False,
+        return_dict: bool = False,
+    ) -> Any:
         """Next-token logits.
 
         Parameters
         ----------
         input_ids : Tensor [B, S] int64
             Ids in 0 .. vocab_size - 1.
+        attention_mask : Tensor [B, S] bool or int64, optional
+            1 for tokens, 0 for padding at either end, which nobody sees and no expert computes.
+            With a cache its columns may also be those of all tokens so far.
+        position_ids : Tensor [B, S] int64, optional
+            Of the rotary positions, 0 .. S - 1 by default. Without a mask and a cache they also say
+            where a packed sequence goes on with another document: where they do not go on by one.
+        inputs_embeds : Tensor [B, S, hidden_size], optional
+            In place of ids.
+        labels : Tensor [B, S] int64, optional
+            Usually `input_ids`: the loss is the mean of -log p(labels[:, t + 1] | tokens to t) in
+            fp32 over labels that are not -100.
+        logits_to_keep : int
+            Logits of so many last tokens only; 0 keeps all.
         cache : LatentCache, optional
             Tokens before these; S tokens are added to it. Only without gradients.
+        output_hidden_states, output_router_logits, return_dict : bool
 
         Returns
         -------
         Tensor [B, S, vocab_size], the dtype of the parameters
+            Or, where labels or more outputs or `return_dict` are asked for, a `KimiK2Output` of
+            ``logits``, ``loss``, ``hidden_states`` (the embeddings, then what each layer gives; the
+            last one normed) and ``router_logits`` ([B S, E] fp32 of each layer with experts).
 
         Raises
         ------
@@ -153,55 +194,63 @@ class Decoder(nn.Module):
             `max_position_embeddings`, a cache that is full or used with gradients, training mode
             beside experts that are kept quantised.
         """
-        past = self._check(input_ids, cache)
-        length = input_ids.shape[1]
-        positions = torch.arange(past, past + length, device=input_ids.device)
-        cos, sin = rotary_tables(self.config, positions)
-        x = self.model.embed_tokens(input_ids)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, cache)
+        past = 0 if cache is None else cache.length
+        given = input_ids, inputs_embeds, attention_mask, position_ids
+        inputs = check_inputs(self.config, past, *given)
+        self._check(inputs, cache, labels, logits_to_keep)
+        documents = inputs.documents
+        valid = None if documents is None or attention_mask is None else documents >= 0
         if cache is not None:
-            cache.length += length
-        return self.lm_head(self.model.norm(x))
+            documents = cache.see(documents, inputs.shape[1])
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x.to(self.lm_head.weight.dtype)
+        cos, sin = rotary_tables(self.config, inputs.positions)
+        states = [x]
+        with recorded(self.moe_layers() if output_router_logits else []) as router_logits:
+            for layer in self.model.layers:
+                x = layer(x, cos, sin, cache, documents, valid)
+                if output_hidden_states:
+                    states.append(x)
+        if cache is not None:
+            cache.length += inputs.shape[1]
+        x = self.model.norm(x)
+        logits = self.lm_head(x[:, -logits_to_keep:])
+        loss = None if labels is None else next_token_loss(logits, labels)
+        if loss is None and not (output_hidden_states or output_router_logits or return_dict):
+            return logits
+        return KimiK2Output(
+            logits,
+            loss,
+            (*states[:-1], x) if output_hidden_states else None,
+            tuple(router_logits) if output_router_logits else None,
+        )
 
-    def _check(self, input_ids: Tensor, cache: LatentCache | None) -> int:
-        """Refuse bad input before anything changes; the number of tokens in the cache."""
+    def _check(
+        self,
+        inputs: Inputs,
+        cache: LatentCache | None,
+        labels: Tensor | None,
+        logits_to_keep: int,
+    ) -> None:
+        """Refuse what does not go with this model, before anything changes."""
         check_dtype("KimiK2", self.lm_head.weight.dtype)
         if self.training and self.experts_form is not None:
             raise ValueError(
                 f"KimiK2: experts: expected eval mode beside experts kept in {self.experts_form}, "
                 "got a forward in training mode; call model.eval(), or load with experts=None"
             )
-        if input_ids.dtype != torch.int64:
-            raise TypeError(
-                f"KimiK2: input_ids: expected int64, got {input_ids.dtype}; use input_ids.long()"
-            )
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
+        if type(logits_to_keep) is not int or logits_to_keep < 0:
             raise ValueError(
-                "KimiK2: input_ids: expected shape [B, S] with B, S >= 1, got "
-                f"{list(input_ids.shape)}; add a batch dimension"
+                f"KimiK2: logits_to_keep: expected an int >= 0, got {logits_to_keep!r}; 0 keeps all"
             )
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(v) for v in input_ids.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"KimiK2: input_ids: expected ids in 0 .. {self.config.vocab_size - 1}, got "
-                    f"{low} .. {high}; use this model's tokenizer"
-                )
-        past = 0 if cache is None else cache.length
-        if past + input_ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"KimiK2: input_ids: expected at most {self.config.max_position_embeddings} "
-                f"positions, got {past + input_ids.shape[1]}; shorten the sequence"
-            )
+        if labels is not None:
+            check_labels(labels, inputs.shape, logits_to_keep)
         if cache is not None:
             if torch.is_grad_enabled():
                 raise ValueError(
                     "KimiK2: cache: works without gradients only; call under torch.no_grad()"
                 )
-            batch, tokens = input_ids.shape
-            cache.check(batch, tokens, self.lm_head.weight)
-        return past
+            cache.check(*inputs.shape, self.lm_head.weight)
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         for layer in self.model.layers:

@@ -29,8 +29,8 @@ class Router(FixedBuffers):
         bias = torch.zeros(experts, dtype=torch.float32, device=factory.get("device"))
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, TopkGate]:
-        """logits [T, E] fp32 and the choice of experts, for x [T, H]."""
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, TopkGate]:
+        """logits [T, E] fp32 and the choice of experts, for x [T, H]; none where not `valid`."""
         config = self.config
         with no_autocast(x.device.type):  # it would round the scores to 16 bits
             logits = F.linear(x.float(), self.weight.float())
@@ -44,6 +44,7 @@ class Router(FixedBuffers):
             topk_groups=1 if everyone else config.topk_group,
             renormalize=config.norm_topk_prob,
             scaling_factor=config.routed_scaling_factor,
+            valid=valid,
         )
         return logits, gate
 
@@ -94,19 +95,13 @@ class MoE(nn.Module):
         self.register_buffer("tokens_per_expert", loads, persistent=False)
         self.balance_loss: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, H] from x [B, S, H]."""
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """[B, S, H] from x [B, S, H]; tokens that are not `valid` [B, S] get no routed expert."""
         tokens = x.flatten(0, 1)
-        logits, gate = self.gate(tokens)
+        logits, gate = self.gate(tokens, None if valid is None else valid.flatten())
         balance_loss = None
         if self.training and self.config.aux_loss_alpha:
-            balance_loss = sequence_balance_loss(
-                logits,
-                gate.indices,
-                num_sequences=x.shape[0] if self.config.seq_aux else 1,
-                score_function=self.config.scoring_func,
-                coefficient=self.config.aux_loss_alpha,
-            )
+            balance_loss = self._balance(logits, gate.indices, x.shape[0], valid)
         if torch.compiler.is_compiling():
             self.balance_loss = balance_loss
             if self.training:
@@ -119,6 +114,23 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
         return y.view_as(x)
+
+    def _balance(self, logits: Tensor, indices: Tensor, batch: int, valid: Tensor | None) -> Tensor:
+        """The sequence balance loss; of sequences with padding, over their tokens alone."""
+        options: dict[str, Any] = {
+            "score_function": self.config.scoring_func,
+            "coefficient": self.config.aux_loss_alpha,
+        }
+        sequences = batch if self.config.seq_aux else 1
+        if valid is None:
+            return sequence_balance_loss(logits, indices, num_sequences=sequences, **options)
+        parts = [part.flatten() for part in valid.chunk(sequences)]
+        logits, indices = (t.unflatten(0, (sequences, -1)) for t in (logits, indices))
+        losses = [
+            sequence_balance_loss(logits[n][part], indices[n][part], **options)
+            for n, part in enumerate(parts)
+        ]
+        return torch.stack(losses).mean()
 
     def _mixed(self, tokens: Tensor, gate: TopkGate) -> Tensor:
         """The weighted sum of the routed experts."""

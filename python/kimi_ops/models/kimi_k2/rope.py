@@ -58,8 +58,8 @@ def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotary_tables(config: KimiK2Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [S, D/2] fp32 at `positions` [S]."""
-    angles = positions.float()[:, None] * inverse_frequencies(config, positions.device)
+    """cos, sin [..., D/2] fp32 at `positions` [...]."""
+    angles = positions.float()[..., None] * inverse_frequencies(config, positions.device)
     growth = 1.0 if config.rope_scaling is None else config.rope_scaling.growth
     return angles.cos() * growth, angles.sin() * growth
 
