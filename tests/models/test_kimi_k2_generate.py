@@ -10,8 +10,8 @@ import torch
 
 from kimi_ops.models.kimi_k2 import Attention, KimiK2, KimiK2Config, LatentCache
 from kimi_ops.models.kimi_k2 import attention as attention_module
-from kimi_ops.models.kimi_k2.generate import sample
 from kimi_ops.models.kimi_k2.rope import rotary_tables
+from kimi_ops.models.kimi_k2.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +176,11 @@ def test_sampled_frequencies_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(40_000, 4)
     generator = torch.Generator().manual_seed(0)
 
+    def chosen(logits, **options):
+        return Sampling(generator=generator, **options).choose(logits, torch.zeros(len(logits), 0))
+
     def frequencies(**options):
-        return sample(logits, generator=generator, **options).bincount(minlength=4) / 40_000
+        return chosen(logits, **options).bincount(minlength=4) / 40_000
 
     expected = (logits[0].double() / 0.7).softmax(-1)
     assert float((frequencies(temperature=0.7) - expected).abs().max()) < 0.01
@@ -186,7 +189,7 @@ def test_sampled_frequencies_follow_the_distribution():
     assert float((frequencies(temperature=1.0, top_p=0.7) - kept).abs().max()) < 0.01
     assert frequencies(temperature=1.0, top_p=0.64)[2] == 1.0
     assert frequencies(temperature=1.0, top_p=1e-9)[2] == 1.0
-    assert sample(torch.tensor([[1.0, 3.0, 3.0]])).tolist() == [1]
+    assert chosen(torch.tensor([[1.0, 3.0, 3.0]])).tolist() == [1]
 
 
 BAD_ARGUMENTS = [

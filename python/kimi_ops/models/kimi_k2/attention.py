@@ -9,6 +9,7 @@ qk_rope_head_dim values a token and layer (576 in Kimi K2), and reads them witho
 rows of kv_b that make k_nope are applied to q, those that make v to the attention's output.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,6 +87,14 @@ class LatentCache:
             self.documents = torch.zeros(size, dtype=torch.int64, device=device)
         self.documents[:, self.length : end] = 0 if documents is None else documents
         return self.documents[:, :end]
+
+    def repeated(self, times: int) -> "LatentCache":
+        """A cache that holds every sequence so often, side by side, with the same room."""
+        other = copy.copy(self)
+        other.entries = self.entries.repeat_interleave(times, dim=1)
+        if self.documents is not None:
+            other.documents = self.documents.repeat_interleave(times, dim=0)
+        return other
 
     def check(self, batch_size: int, tokens: int, weight: Tensor) -> None:
         """Refuse `tokens` more of `batch_size` sequences, or a model with such a `weight`, where

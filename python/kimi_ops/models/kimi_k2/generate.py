@@ -1,116 +1,232 @@
 # SPDX-License-Identifier: MIT
-"""Sampling continuations."""
+"""Continuations: the prompt once, in pieces, then a token a step over the latents so far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kimi_ops.models.kimi_k2.attention import LatentCache
 from kimi_ops.models.kimi_k2.decoder import Decoder
+from kimi_ops.models.kimi_k2.sampling import Sampling
 
-__all__ = ["generate", "sample"]
+__all__ = ["Ending", "Prompt", "Streamer", "generate"]
 
 
-def sample(
-    logits: Tensor,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One id for each row of logits [B, V]: [B] int64.
+class Streamer(Protocol):
+    """What is told of every id as it comes; transformers' streamers are such."""
 
-    Temperature 0 takes the largest logit (the lowest id of equals). Otherwise ids are drawn from
-    softmax(logits / temperature), restricted to the most likely ids whose probabilities first reach
-    `top_p` together.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
-    if top_p < 1:
-        ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(before >= top_p, 0.0)  # the first is always kept
-        probabilities = torch.zeros_like(ordered).scatter(-1, ids, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Decodes(Protocol):
+    """A tokenizer, as far as stop strings need it."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+def _error(name: str, expected: str, came: object, mend: str) -> ValueError:
+    return ValueError(f"generate: {name}: expected {expected}, got {came}; {mend}")
+
+
+@dataclass
+class Prompt:
+    """The sequences to continue, of different lengths where they are padded on the left."""
+
+    ids: Tensor  # [B, S]
+    mask: Tensor | None  # [B, S] bool
+
+    def __post_init__(self) -> None:
+        if self.ids.dim() != 2 or self.ids.shape[1] < 1:
+            raise _error(
+                "input_ids",
+                "shape [B, S] with S >= 1",
+                list(self.ids.shape),
+                "start with at least one token",
+            )
+        if self.mask is None:
+            return
+        if self.mask.shape != self.ids.shape:
+            raise _error(
+                "attention_mask",
+                f"shape {list(self.ids.shape)}",
+                list(self.mask.shape),
+                "1 is a token and 0 is padding",
+            )
+        self.mask = self.mask.bool()
+        falls = self.mask[:, :-1] & ~self.mask[:, 1:]
+        if bool(falls.any()) or not bool(self.mask[:, -1].all()):
+            raise _error(
+                "attention_mask",
+                "padding on the left, and a token in every sequence",
+                "padding after a token",
+                "pad on the left: what is generated follows the last column",
+            )
+
+    def repeated(self, times: int) -> "Prompt":
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return Prompt(self.ids.repeat_interleave(times, 0), mask)
+
+    def add(self, chosen: Tensor) -> None:
+        self.ids = torch.cat((self.ids, chosen[:, None]), dim=1)
+        if self.mask is not None:
+            more = torch.ones_like(chosen[:, None], dtype=torch.bool)
+            self.mask = torch.cat((self.mask, more), dim=1)
+
+    def positions(self, start: int, end: int) -> dict[str, Any]:
+        """What the columns from `start` to `end` add to the arguments of a forward."""
+        if self.mask is None:
+            return {}
+        positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+        return {"attention_mask": self.mask[:, :end], "position_ids": positions[:, start:end]}
+
+
+@dataclass
+class Ending:
+    """When a sequence is at its end, and what stands behind it."""
+
+    ids: Tensor  # [n], any of which ends a sequence
+    filler: int
+    strings: Sequence[str] = ()
+    tokenizer: Decodes | None = None
+    finished: Tensor = field(init=False)  # [B] bool
+
+    def start(self, batch: int) -> None:
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=self.ids.device)
+
+    def fill(self, chosen: Tensor) -> Tensor:
+        return torch.where(self.finished, self.filler, chosen)
+
+    def look(self, chosen: Tensor, new: Tensor) -> bool:
+        """Whether all sequences are finished with `chosen` [B] as the last of `new` [B, n]."""
+        if len(self.ids):
+            self.finished = self.finished | torch.isin(chosen, self.ids)
+        if self.strings:
+            assert self.tokenizer is not None
+            for row in (~self.finished).nonzero()[:, 0].tolist():
+                text = self.tokenizer.decode(new[row].tolist())
+                self.finished[row] = any(string in text for string in self.strings)
+        return bool(len(self.ids) or self.strings) and bool(self.finished.all())
 
 
 @torch.no_grad()
 def generate(
     model: Decoder,
-    input_ids: Tensor,
+    prompt: Prompt,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
-    eos_token_id: int | list[int] | None = None,
+    sampling: Sampling,
+    ending: Ending,
+    copies: int = 1,
+    cache: LatentCache | None = None,
     use_cache: bool = True,
+    prefill_chunk: int | None = None,
+    streamer: Streamer | None = None,
 ) -> Tensor:
     """Continue every sequence; see `KimiK2.generate`."""
-    _check(model, input_ids, max_new_tokens, temperature, top_p, seed, generator)
-    if seed is not None:
-        generator = torch.Generator(device=input_ids.device).manual_seed(seed)
-    eos = eos_token_id if eos_token_id is not None else model.config.eos_token_id
-    ends = torch.tensor([] if eos is None else eos, device=input_ids.device).long().view(-1)
-    batch, length = input_ids.shape
+    _check(model, prompt, max_new_tokens, copies, cache, use_cache, prefill_chunk)
+    batch, length = prompt.ids.shape
     weight = model.lm_head.weight
-    cache = None
-    if use_cache:
-        capacity = length + max_new_tokens
-        cache = LatentCache(model.config, batch, capacity, device=weight.device, dtype=weight.dtype)
+    if use_cache and cache is None:
+        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        cache = LatentCache(model.config, batch, length + max_new_tokens, **place)
     was_training = model.training
     model.eval()
     try:
-        ids, new = input_ids, input_ids
-        finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-        for _ in range(max_new_tokens):
-            logits = model(ids if cache is None else new, cache=cache)[:, -1]
-            chosen = sample(logits, temperature=temperature, top_p=top_p, generator=generator)
-            if len(ends):
-                chosen = torch.where(finished, ends[0], chosen)
-                finished = finished | torch.isin(chosen, ends)
-            new = chosen[:, None]
-            ids = torch.cat((ids, new), dim=1)
-            if len(ends) and bool(finished.all()):
+        if streamer is not None:
+            streamer.put(prompt.ids.cpu())
+        logits = _prefill(model, prompt, cache, prefill_chunk)
+        if copies > 1:
+            prompt, logits = prompt.repeated(copies), logits.repeat_interleave(copies, 0)
+            cache = None if cache is None else cache.repeated(copies)
+        ending.start(batch * copies)
+        for step in range(max_new_tokens):
+            chosen = ending.fill(sampling.choose(logits, prompt.ids, prompt.mask))
+            prompt.add(chosen)
+            if streamer is not None:
+                streamer.put(chosen.cpu())
+            if ending.look(chosen, prompt.ids[:, length:]) or step + 1 == max_new_tokens:
                 break
-        return ids
+            logits = _last_logits(model, prompt, cache)
+        if streamer is not None:
+            streamer.end()
+        return prompt.ids
     finally:
         model.train(was_training)
 
 
+def _prefill(
+    model: Decoder, prompt: Prompt, cache: LatentCache | None, chunk: int | None
+) -> Tensor:
+    """Logits of the last column; all but it in pieces, where there is a cache to keep them."""
+    if cache is not None and chunk is not None:
+        while prompt.ids.shape[1] - cache.length > chunk:
+            _last_logits(model, prompt, cache, cache.length + chunk)
+    return _last_logits(model, prompt, cache)
+
+
+def _last_logits(
+    model: Decoder, prompt: Prompt, cache: LatentCache | None, end: int | None = None
+) -> Tensor:
+    """[B, V] behind the columns before `end`, those that the cache does not hold computed."""
+    start = 0 if cache is None else cache.length
+    end = prompt.ids.shape[1] if end is None else end
+    where = prompt.positions(start, end)
+    return model(prompt.ids[:, start:end], cache=cache, logits_to_keep=1, **where)[:, -1]
+
+
 def _check(
     model: Decoder,
-    input_ids: Tensor,
+    prompt: Prompt,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    generator: torch.Generator | None,
+    copies: int,
+    cache: LatentCache | None,
+    use_cache: bool,
+    chunk: int | None,
 ) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[1] < 1:
-        raise ValueError(
-            "generate: input_ids: expected shape [B, S] with S >= 1, got "
-            f"{list(input_ids.shape)}; start with at least one token"
-        )
+    length, limit = prompt.ids.shape[1], model.config.max_position_embeddings
     if max_new_tokens < 1:
-        raise ValueError(
-            f"generate: max_new_tokens: expected at least 1, got {max_new_tokens}; raise it"
+        raise _error("max_new_tokens", "at least 1", max_new_tokens, "raise it")
+    if length + max_new_tokens > limit:
+        raise _error(
+            "max_new_tokens",
+            f"at most {limit - length} after {length} tokens",
+            max_new_tokens,
+            "lower it or shorten the prompt",
         )
-    limit = model.config.max_position_embeddings
-    if input_ids.shape[1] + max_new_tokens > limit:
-        raise ValueError(
-            f"generate: max_new_tokens: expected at most {limit - input_ids.shape[1]} after "
-            f"{input_ids.shape[1]} tokens, got {max_new_tokens}; lower it or shorten the prompt"
+    if copies < 1:
+        raise _error("num_return_sequences", "at least 1", copies, "raise it")
+    if chunk is not None and chunk < 1:
+        raise _error("prefill_chunk", "at least 1 token or None", chunk, "raise it")
+    if cache is None:
+        return
+    if not use_cache:
+        raise _error("use_cache", "True beside a cache", use_cache, "leave one of them out")
+    if copies > 1:
+        raise _error(
+            "num_return_sequences",
+            "1 beside a cache, which holds a prompt once",
+            copies,
+            "repeat the prompts",
         )
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(
-            f"generate: temperature: expected at least 0 and finite, got {temperature}; 1 samples "
-            "from the model's own distribution"
+    if cache.length >= length:
+        raise _error(
+            "cache",
+            f"fewer tokens than the {length} of input_ids",
+            cache.length,
+            "input_ids begins with those that the cache holds",
         )
-    if not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p: expected 0 < top_p <= 1, got {top_p}; use 1 for all")
-    if seed is not None and generator is not None:
-        raise ValueError(
-            "generate: seed: expected none beside a generator, got both; pass one of them"
+    if cache.length and prompt.mask is not None and cache.documents is None:
+        raise _error(
+            "cache",
+            "one that was filled with a padding mask",
+            "one without padding",
+            "pass attention_mask from the first call on",
         )
+    cache.check(
+        prompt.ids.shape[0], length + max_new_tokens - 1 - cache.length, model.lm_head.weight
+    )

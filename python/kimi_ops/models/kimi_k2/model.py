@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
 """The Kimi K2 language model: the decoder, its checkpoints and its continuations."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kimi_ops.models.kimi_k2 import checkpoint
+from kimi_ops.models.kimi_k2.attention import LatentCache
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.decoder import Decoder
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
-from kimi_ops.models.kimi_k2.generate import generate
+from kimi_ops.models.kimi_k2.generate import Decodes, Ending, Prompt, Streamer, generate
+from kimi_ops.models.kimi_k2.sampling import Processor, Sampling
 
 __all__ = ["KimiK2"]
 
@@ -48,12 +51,25 @@ class KimiK2(Decoder):
         input_ids: Tensor,
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
+        attention_mask: Tensor | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logits_processor: Sequence[Processor] = (),
+        num_return_sequences: int = 1,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        stop_strings: str | Sequence[str] = (),
+        tokenizer: Decodes | None = None,
+        cache: LatentCache | None = None,
         use_cache: bool = True,
+        prefill_chunk: int | None = None,
+        streamer: Streamer | None = None,
     ) -> Tensor:
         """Continue every sequence by up to `max_new_tokens` tokens.
 
@@ -61,21 +77,45 @@ class KimiK2(Decoder):
         ----------
         input_ids : Tensor [B, S] int64
         max_new_tokens : int
-        temperature : float
-            0 takes the most likely token.
-        top_p : float
-            Draw only among the most likely tokens whose probabilities reach this sum.
+        attention_mask : Tensor [B, S] bool or int64, optional
+            0 is padding, on the left, for prompts of different lengths.
+        do_sample : bool, optional
+            False takes the most likely token, True draws at temperature 1 where none is given.
+        temperature : float, optional
+            Tokens are drawn from softmax(logits / temperature); 0, the default, takes the most
+            likely one.
+        top_k, top_p, min_p : int, float, float
+            Draw only among the k most likely tokens (0: all), among the most likely ones whose
+            probabilities reach the sum p, and among those of at least min_p times the largest
+            probability; in this order.
+        repetition_penalty : float
+            Divides logits above 0 of tokens that are there already and multiplies those below.
+        logits_processor : sequence of callables
+            (ids [B, n], logits [B, V]) -> logits, after the penalty.
+        num_return_sequences : int
+            Continuations of every prompt, side by side.
         seed, generator : int or torch.Generator, optional
             Source of randomness; without either torch's own generator is used.
         eos_token_id : int or list of int, optional
-            Ends of a sequence, from the config where absent. A finished sequence is filled with the
-            first of them; generation stops when all are finished.
+            Ends of a sequence, from the config where absent. Generation stops when all are
+            finished.
+        pad_token_id : int, optional
+            What fills a finished sequence; the first of the ends where absent.
+        stop_strings, tokenizer : str or sequence of str, anything with ``decode(list of int)``
+            A sequence ends with the token that completes one of them in what is generated.
+        cache : LatentCache, optional
+            Kept and filled: `input_ids` begins with the tokens that it holds already, which are not
+            computed again. Afterwards it holds all but the last token.
         use_cache : bool
             Keep latents of the tokens so far instead of computing them again.
+        prefill_chunk : int, optional
+            Compute the prompt in pieces of so many tokens, in less memory.
+        streamer : object with ``put(ids)`` and ``end()``, optional
+            Given the prompt, then the tokens [B] of each step, as transformers' streamers are.
 
         Returns
         -------
-        Tensor [B, S + new] int64
+        Tensor [B num_return_sequences, S + new] int64
 
         Raises
         ------
@@ -90,16 +130,47 @@ class KimiK2(Decoder):
         >>> model.generate(torch.tensor([[1, 2]]), max_new_tokens=3).shape
         torch.Size([1, 5])
         """
+        if seed is not None and generator is not None:
+            raise ValueError(
+                "generate: seed: expected none beside a generator, got both; pass one of them"
+            )
+        if seed is not None:
+            generator = torch.Generator(device=input_ids.device).manual_seed(seed)
+        if temperature is None:
+            temperature = 1.0 if do_sample else 0.0
+        elif do_sample is not None and do_sample != (temperature != 0):
+            raise ValueError(
+                f"generate: do_sample: expected {temperature != 0} beside temperature "
+                f"{temperature}, got {do_sample}; leave one of them out"
+            )
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if strings and tokenizer is None:
+            raise ValueError(
+                f"generate: tokenizer: expected one beside stop_strings {strings}, got None; pass "
+                "the tokenizer that made input_ids"
+            )
+        if "" in strings:
+            raise ValueError(
+                "generate: stop_strings: expected no empty string, got one; it is in every text"
+            )
+        eos = eos_token_id if eos_token_id is not None else self.config.eos_token_id
+        ends = torch.tensor([] if eos is None else eos, device=input_ids.device).long().view(-1)
+        filler = pad_token_id
+        if filler is None:
+            filler = int(ends[0]) if len(ends) else 0
         return generate(
             self,
-            input_ids,
+            Prompt(input_ids, attention_mask),
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            generator=generator,
-            eos_token_id=eos_token_id,
+            sampling=Sampling(
+                temperature, top_k, top_p, min_p, repetition_penalty, logits_processor, generator
+            ),
+            ending=Ending(ends, filler, strings, tokenizer),
+            copies=num_return_sequences,
+            cache=cache,
             use_cache=use_cache,
+            prefill_chunk=prefill_chunk,
+            streamer=streamer,
         )
 
     @classmethod
