@@ -263,6 +263,29 @@ def step_cases(quick: bool) -> list[StepCase]:
 
 
 @dataclass(frozen=True)
+class GenerateCase:
+    """A prompt of so many tokens, or one token of each sequence behind as many in a cache."""
+
+    sequences: int
+    prompt: int = 0
+    behind: int = 0
+    experts: int = 48
+    preset: str = "k2"
+
+    def __str__(self) -> str:
+        what = f"prefill {self.prompt}" if self.prompt else f"decode behind {self.behind}"
+        return f"{self.preset} E {self.experts} B {self.sequences}, {what}"
+
+
+def generate_cases(quick: bool) -> list[GenerateCase]:
+    """Widths of K2, 5.6 GB of weights; quick: the smallest model, which times calls."""
+    if quick:
+        return [GenerateCase(1, 32, 0, 8, "tiny"), GenerateCase(1, 0, 64, 8, "tiny")]
+    prefills = [GenerateCase(1, length) for length in (128, 1024)]
+    return prefills + [GenerateCase(batch, 0, 1024) for batch in (1, 8)]
+
+
+@dataclass(frozen=True)
 class MatrixCase:
     rows: int
     cols: int
