@@ -15,6 +15,7 @@ from benchmarks import (
     bench_call_overhead,
     bench_fused_experts,
     bench_grouped_gemm,
+    bench_generate,
     bench_train_step,
     cases,
     measure,
@@ -126,6 +127,17 @@ def test_a_step_of_the_peer_moves_every_weight_as_ours_does(way):
         assert a.any() and b.any(), name
         assert torch.cosine_similarity(a, b, dim=0) > 0.95, name
         assert 0.8 < float(b.norm() / a.norm()) < 1.25, name
+
+
+@pytest.mark.parametrize("case", cases.generate_cases(quick=True), ids=str)
+def test_generation_and_its_peers_compute_the_same(case):
+    pytest.importorskip("transformers")
+    named = bench_generate.functions(case, bench_generate.build(case, "cpu"))
+    assert list(named) == ["kimi_ops", *bench_generate.PEERS]
+    for _ in range(2):  # a call leaves the cache as it found it
+        ours, *theirs = (function().float() for function in named.values())
+        for other in theirs:
+            torch.testing.assert_close(ours, other, rtol=0.05, atol=0.02)
 
 
 def test_cases_have_names_of_their_own_and_fit():
