@@ -14,8 +14,8 @@ import benchmarks.__main__
 from benchmarks import (
     bench_call_overhead,
     bench_fused_experts,
-    bench_grouped_gemm,
     bench_generate,
+    bench_grouped_gemm,
     bench_train_step,
     cases,
     measure,
