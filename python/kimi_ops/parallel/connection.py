@@ -43,15 +43,18 @@ class Connection:
 
     def ready(self, op: str) -> None:
         """Raise `EPMisuse` unless `op` may begin."""
-        if self._broken is not None:
-            raise EPMisuse(
-                f"{op}: the group is out of use: {self._broken}; make another one"
-            ) from self._broken
+        self._works(op)
         if self._in_flight >= self._buffers:
             raise EPMisuse(
                 f"{op}: expected at most {self._buffers} operations under way, this would be "
                 f"{self._in_flight + 1}; wait() for one, or pass a larger num_buffers"
             )
+
+    def _works(self, op: str) -> None:
+        if self._broken is not None:
+            raise EPMisuse(
+                f"{op}: the group is out of use: {self._broken}; make another one"
+            ) from self._broken
 
     def gather(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """int64 words of all ranks, on the host, a matrix [P, n] for each of the sizes."""
@@ -74,6 +77,7 @@ class Connection:
 
         def arrived() -> Result:
             self._in_flight -= 1
+            self._works("wait")
             return self._guarded(wait)
 
         return arrived

@@ -23,6 +23,7 @@ import json
 import mmap
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -121,6 +122,7 @@ class Segment:
     ) -> None:
         self.rank, self.world, self._timeout = rank, world, timeout
         self._opened, self._buffers = opened, under_way + 1
+        weakref.finalize(self, opened.close)  # one that nobody closed
         self._head = mmap.mmap(opened.file, _head_bytes(world, under_way))
         sizes = _sizes(world)
         flags = memoryview(self._head)
@@ -167,13 +169,14 @@ class Segment:
         for message in self._open.values():
             message.fields = message.own = []
         self._windows.clear()
-        del self._rows, self._told, self._words
+        del self._head, self._rows, self._told, self._words
 
     def _room(self, window: "Window", size: int) -> bool:
         """Whether there is memory for what all windows need, beyond what they have already."""
         if size <= window.reserved:
             return True
-        needed = size - window.reserved + sum(each.reserved for each in self._windows)
+        needed = len(self._head) + size - window.reserved
+        needed += sum(each.reserved for each in self._windows)
         return needed - os.fstat(self._opened.file).st_blocks * 512 <= _available()
 
     def _label(self, number: int, rank: int) -> slice:
@@ -204,14 +207,14 @@ class Segment:
             others = [r for r in silent if self._is_elsewhere(r)]
             if closed or others:  # after it came here, or instead?
                 silent = come(number, 0.0)[0]
-            if closed := [r for r in closed if r in silent]:
-                raise EPRankLost(f"{op}: {named(closed)} closed the connection", closed)
             if others := [r for r in others if r in silent]:
                 raise EPMismatch(
                     f"{op}: the ranks made different calls: {named(others)} did not come here but "
                     "went on to another",
                     others,
                 )
+            if closed := [r for r in closed if r in silent]:
+                raise EPRankLost(f"{op}: {named(closed)} closed the connection", closed)
             if left <= 0 and silent:
                 raise EPTimeout(
                     f"{op}: {named(silent)} did not come within {self._timeout:g} s", silent
