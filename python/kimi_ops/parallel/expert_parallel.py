@@ -234,7 +234,7 @@ class ExpertParallel:
         back = Form(0, torch.float32, torch.float32) if given else self._home(dtype, dtype)
         form = Form(self._limits.hidden, None if given else dtype, wire)
         carried = None if self._direct else weights
-        ids = None if self._direct or indices is None else indices.int()
+        ids = None if indices is None else indices.int()
         leaving = self._motions.away("dispatch", route, form, back, tokens, carried, ids)
 
         def result() -> Dispatched:

@@ -52,7 +52,7 @@ class Rules:
 
     def rows(self, counts: list[int]) -> int:
         """Rows of a rank whose experts get so many."""
-        return sum(map(self.padded, counts))
+        return sum(counts) if self.align == 1 else sum(map(self.padded, counts))
 
     def level(self, counts: list[int], capacity: int) -> int:
         """The most rows an expert may have so that those of a rank fit its capacity."""
@@ -130,5 +130,7 @@ def arrive(rules: Rules, ids: Tensor, counts: list[int], capacity: int | None) -
 
 def shortened(plan: PermutePlan, rows: int) -> PermutePlan:
     """The plan with so many rows in place of its upper bound."""
+    if rows == len(plan.source):
+        return plan
     source = plan.source[:rows]
     return plan._replace(source=F.pad(source, (0, rows - len(source)), value=-1))

@@ -29,7 +29,8 @@ class Route:
     received: list[int]  # and its column
     loads: Tensor
     dropped: int
-    arrived: Any = None  # what a backend knows of it by now
+    ids: Tensor | None = None  # [N, K] of the tokens that came, among the experts of this rank
+    places: Any = None  # what a backend keeps of it
 
 
 @dataclass(eq=False)

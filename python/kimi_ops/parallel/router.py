@@ -64,7 +64,7 @@ class Router:
         else:
             ids = local_ids(ids, self.experts)
         here = arrive(self.rules, ids, mine.sum(0).tolist(), self.capacity)
-        return replace(route, here=here)
+        return replace(route, here=here, ids=ids)
 
     def _fit(self, loads: Tensor) -> int:
         """Compare all ranks' rows with the capacity; the pairs that this rank drops."""

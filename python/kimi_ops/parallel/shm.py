@@ -11,7 +11,8 @@ those of the backends that move bytes, and so are all roundings.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,80 +56,42 @@ class Sender:
 
 
 class Places:
-    """Where the records of a route lie in messages."""
+    """Where the rows of a route lie in messages, as far as a rank has needed to know."""
 
     def __init__(self, route: Any, rank: int) -> None:
-        self.rank, self.there, self.slots = rank, route.there, route.pairs[1]
-        records, self.direct = route.records, route.direct
-        self.sent, self.received = route.sent, route.received
-        self.tokens = max(route.tokens)  # rows of a rank
-        self.leaving = max(map(sum, records))
-        self.coming = max(map(sum, zip(*records, strict=True)))
-        self._starts = [sum(records[r][:rank]) for r in range(len(records))]  # mine in r's sent
-        self.home = self._home(records)
+        self._route, self._rank = route, rank
+        self.here: PermutePlan = route.here  # over the tokens of all ranks [P * rows, K]
+        self.there: PermutePlan = route.there
+        self.rows = max(route.tokens)  # of a rank, in a message of its tokens
+        self.coming = max(map(sum, zip(*route.records, strict=True)))  # in one of sums
 
-    def _home(self, records: list[list[int]]) -> Tensor:
-        """[sent + 1] int32: where the sums of this rank's records lie in a message home; -1."""
-        shifts, at = [], 0
-        for r, count in enumerate(self.sent):
-            before = sum(row[r] for row in records[: self.rank])
-            shifts.append(r * self.coming + before - at)
-            at += count
-        numbers = torch.arange(at + 1, dtype=torch.int32)
-        counts = torch.tensor([*self.sent, 1])
-        shifts.append(-1 - at)
-        return numbers + torch.tensor(shifts, dtype=torch.int32).repeat_interleave(counts)
-
+    @cached_property
     def units(self) -> Tensor:
-        """[sent] int32: the row (direct: the pair) of each record's token in a message away."""
-        source = self.there.source
-        if self.direct:
-            return source + self.rank * self.tokens * self.slots
-        return source.div(len(self.sent), rounding_mode="floor") + self.rank * self.tokens
+        """[records]: the rows of the tokens that came to this rank (rank_dedup)."""
+        return (self._route.ids >= 0).any(1).nonzero()[:, 0]
 
-    def mine(self, field: Tensor) -> Tensor:
-        """Those of the entries [P * leaving, 1] that are for this rank."""
-        parts = field.view(len(self.sent), -1)
-        taken = zip(parts, self._starts, self.received, strict=True)
-        return torch.cat([part[start : start + count] for part, start, count in taken]).long()
+    @cached_property
+    def records(self) -> PermutePlan:
+        """The rows of this rank's experts that make the sum of each record."""
+        if self._route.direct:
+            plan: PermutePlan = self._route.owner.arrived(self._route, None).here
+            return plan
+        return self.here._replace(row_map=self.of_records(self.here.row_map))
 
-    def by_record(self) -> Tensor:
-        """[received]: the row of each record in a message of a row for each record."""
-        numbers = torch.arange(len(self.sent) * self.leaving, dtype=torch.int32)
-        return self.mine(numbers)
+    def of_records(self, table: Tensor) -> Tensor:
+        return table.index_select(0, self.units)
 
-
-@dataclass(frozen=True)
-class Arrived:
-    """The rows of a route as places in a message away, of a row a token."""
-
-    places: Places
-    units: Tensor  # [received]
-    here: PermutePlan  # over records
-    plan: PermutePlan  # over rows of the message
-
-    @classmethod
-    def of(cls, places: Places, units: Tensor, here: PermutePlan) -> "Arrived":
-        rows = len(places.sent) * places.tokens
-        return cls(places, units, here, translated(here, units, rows, places.slots))
-
-    def weights(self, records: Tensor) -> Tensor:
-        """[records, K] as [P * rows, K]."""
-        whole = records.new_zeros(self.plan.row_map.shape)
-        return whole.index_copy_(0, self.units, records)
-
-
-def translated(here: PermutePlan, units: Tensor, rows: int, slots: int) -> PermutePlan:
-    """The plan of records as one of `rows` rows with `slots` each, where record i is unit i."""
-    width = here.row_map.shape[1]
-    row_map = here.row_map.new_full((rows * slots // width, width), -1)
-    row_map.index_copy_(0, units, here.row_map)
-    if not len(units):
-        return here._replace(row_map=row_map.view(rows, slots))
-    record = here.source.div(width, rounding_mode="floor")
-    source = units[record.clamp(min=0)] * width + here.source.remainder(width)
-    source = source.where(here.source >= 0, -1).int()
-    return here._replace(row_map=row_map.view(rows, slots), source=source)
+    @cached_property
+    def home(self) -> Tensor:
+        """[sent + 1] int32: where the sums of this rank's records lie in their message; -1."""
+        shifts, at = [], 0
+        for rank, count in enumerate(self._route.sent):
+            before = sum(row[rank] for row in self._route.records[: self._rank])
+            shifts.append(rank * self.coming + before - at)
+            at += count
+        counts = torch.tensor([*self._route.sent, 1])
+        steps = torch.tensor([*shifts, -1 - at], dtype=torch.int32).repeat_interleave(counts)
+        return steps + torch.arange(at + 1, dtype=torch.int32)
 
 
 class Pulls:
@@ -142,10 +105,8 @@ class Pulls:
         self, op: str, route: Any, form: Form, back: Form, tokens: Sequence[Tensor],
         weights: Tensor | None, ids: Tensor | None,
     ) -> "Leaving":  # fmt: skip
-        known = route.arrived  # of an earlier dispatch
-        places = known.places if known else Places(route, self._rank)
         trip = Trip(self._send, op, form, back)
-        return Leaving(trip, places, known, tokens, weights, ids)
+        return Leaving(trip, route, self._rank, tokens, weights, ids)
 
     def home(
         self, op: str, route: Any, form: Form, tie: Tensor, out: Tensor, here: Tensor | None,
@@ -153,8 +114,8 @@ class Pulls:
     ) -> Callable[[], Tensor]:  # fmt: skip
         trip = Trip(self._send, op, form, form)
         with torch.no_grad():
-            arrival = trip.send_home(route.arrived, out, here)
-        return lambda: _Home.apply(trip, route.arrived, arrival, tie, here, there, out)
+            arrival = trip.send_home(route.places, out, here)
+        return lambda: _Home.apply(trip, route.places, arrival, tie, here, there, out)
 
 
 @dataclass(frozen=True)
@@ -189,21 +150,24 @@ class Trip:
         return self.form.decode(taken)
 
     def send_home(
-        self, arrived: Arrived, out: Tensor, weights: Tensor | None, beside: Tensor | None = None
+        self, places: Places, out: Tensor, weights: Tensor | None, beside: Tensor | None = None
     ) -> Callable[[], Message]:
-        """Send the sums of rows [R, H] (none where H = 0), and `beside` [records, K]."""
-        here, count = arrived.here, len(arrived.units)
-        layout = self.layout(arrived.places.coming) if self.form.hidden else []
+        """Send the sums of rows [R, H] (none where H = 0); weights and `beside` [P * rows, K]."""
+        plan = places.records
+        layout = self.layout(places.coming) if self.form.hidden else []
         if beside is not None:
-            layout.append((arrived.places.coming, beside.shape[1], beside.dtype))
+            layout.append((places.coming, beside.shape[1], beside.dtype))
+        if weights is not None:
+            weights = places.of_records(weights)
 
         def write(own: list[Tensor]) -> None:
+            count = len(plan.row_map)
             if beside is not None:
-                own[-1][:count] = beside
+                own[-1][:count] = places.of_records(beside)
             if self.form.hidden and self.plain:
-                _native._C.unpermute_into(out, here.row_map, weights, own[0][:count])
+                _native._C.unpermute_into(out, plan.row_map, weights, own[0][:count])
             elif self.form.hidden:
-                self.write(own, [moves_of(out.dtype).unpermute(out, here, weights)])
+                self.write(own, [moves_of(out.dtype).unpermute(out, plan, weights)])
 
         return self.send(self.op, layout, write)
 
@@ -226,23 +190,19 @@ class Leaving:
     """Tokens on their way."""
 
     def __init__(
-        self, trip: Trip, places: Places, known: Arrived | None, tokens: Sequence[Tensor],
-        weights: Tensor | None, ids: Tensor | None,
+        self, trip: Trip, route: Any, rank: int, tokens: Sequence[Tensor], weights: Tensor | None,
+        ids: Tensor | None,
     ) -> None:  # fmt: skip
-        self._trip, self._places, self._known = trip, places, known
-        self._tokens, self._weights, self._ids = tokens, weights, ids
-        layout = trip.layout(places.tokens)
+        self._trip, self._rank, self._tokens, self._weights = trip, rank, tokens, weights
+        self._with_ids, rows = ids is not None, max(route.tokens)
         beside = [part for part in (weights, ids) if part is not None]
-        layout += [(places.tokens, part.shape[1], part.dtype) for part in beside]
-        if known is None:
-            layout.append((places.leaving, 1, torch.int32))
+        layout = trip.layout(rows) + [(rows, part.shape[1], part.dtype) for part in beside]
 
         def write(own: list[Tensor]) -> None:
-            fields = own[len(trip.form.fields) :]
-            for place, part in zip(fields, beside, strict=False):
+            for place, part in zip(own[-len(beside) :], beside, strict=False):
                 place[: len(part)] = part
-            if known is None:
-                fields[-1][: sum(places.sent), 0] = places.units()
+            if ids is not None:
+                own[-1][len(ids) :] = -1
             trip.write(own, tokens)
 
         with torch.no_grad():
@@ -250,16 +210,14 @@ class Leaving:
 
     def ids(self) -> Tensor | None:
         self._message = self._arrival()
-        fields = self._message.fields
-        self._units = self._known.units if self._known else self._places.mine(fields[-1])
-        return None if self._ids is None else fields[-2].index_select(0, self._units)
+        return self._message.fields[-1] if self._with_ids else None
 
     def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        if route.arrived is None:
-            route.arrived = Arrived.of(self._places, self._units, route.here)
-        tie = self._units.new_empty(0, dtype=torch.float32)
+        if self._with_ids:
+            route.places = Places(replace(route), self._rank)  # of a copy: not in a circle
+        tie = torch.empty(0)
         tie, weights, *rows = _Away.apply(
-            self._trip, route.arrived, self._message, tie, self._weights, *self._tokens
+            self._trip, route.places, self._message, tie, self._weights, *self._tokens
         )
         return tie, weights, rows
 
@@ -267,14 +225,14 @@ class Leaving:
 class _Away(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, trip: Trip, arrived: Arrived, message: Message, tie: Tensor, weights: Any,
+        ctx: Any, trip: Trip, places: Places, message: Message, tie: Tensor, weights: Any,
         *tokens: Tensor,
     ) -> tuple[Any, ...]:  # fmt: skip
-        ctx.trip, ctx.arrived, ctx.weighted = trip, arrived, weights is not None
+        ctx.trip, ctx.places, ctx.weighted = trip, places, weights is not None
         ctx.count = len(tokens)
-        rows = trip.rows(message.fields, arrived.plan)
+        rows = trip.rows(message.fields, places.here)
         if ctx.weighted:
-            weights = message.fields[len(trip.form.fields)].index_select(0, arrived.units)
+            weights = message.fields[len(trip.form.fields)].clone()
         message.release()
         if trip.form.dtype is None:
             ctx.mark_non_differentiable(*rows)
@@ -283,11 +241,10 @@ class _Away(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, tie: Tensor, weights: Any, *rows: Tensor) -> tuple[Any, ...]:
-        trip, arrived = ctx.trip.reversed(), ctx.arrived
-        given = trip.back.dtype is None  # FP8 values have no gradient
-        message = trip.send_home(arrived, rows[0], None, weights if ctx.weighted else None)()
-        places, tokens = arrived.places, [None] * ctx.count
-        if not given:
+        trip, places = ctx.trip.reversed(), ctx.places
+        message = trip.send_home(places, rows[0], None, weights if ctx.weighted else None)()
+        tokens: list[Tensor | None] = [None] * ctx.count
+        if trip.form.hidden:  # FP8 values have no gradient
             tokens[0] = trip.sums(message.fields[0], places, None)
         if ctx.weighted:
             field = message.fields[-1].index_select(0, places.home[:-1])
@@ -299,17 +256,17 @@ class _Away(torch.autograd.Function):
 class _Home(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, trip: Trip, arrived: Arrived, arrival: Callable[[], Message], tie: Tensor,
+        ctx: Any, trip: Trip, places: Places, arrival: Callable[[], Message], tie: Tensor,
         here: Any, there: Any, out: Tensor,
     ) -> Tensor:  # fmt: skip
-        message, places, values = arrival(), arrived.places, None
+        message, values = arrival(), None
         if there is not None and any(ctx.needs_input_grad):
             values = trip.records(message.fields[0], places)
             y = moves_of(values.dtype).unpermute(values, places.there, there)
         else:
             y = trip.sums(message.fields[0], places, there)
         message.release()
-        ctx.trip, ctx.arrived = trip, arrived
+        ctx.trip, ctx.places = trip, places
         ctx.save_for_backward(here, there, values, None if here is None else out)
         return y
 
@@ -317,19 +274,20 @@ class _Home(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         here, there, values, out = ctx.saved_tensors
-        trip, arrived, places = ctx.trip.reversed(), ctx.arrived, ctx.arrived.places
-        rows, plan = places.tokens, arrived.plan
-        if there is not None:  # each record has a gradient of its own
-            dy, there = _backward(dy, values, places.there, there)
-            rows = places.leaving
-            plan = translated(arrived.here, places.by_record(), len(places.sent) * rows, 1)
+        trip, places, plan = ctx.trip.reversed(), ctx.places, ctx.places.here
+        rows = places.rows
+        if there is not None:  # each pair has a gradient of its own
+            sorted_dy, there = _backward(dy, values, places.there, there)
+            rows *= plan.row_map.shape[1]
+            plan = plan._replace(row_map=plan.row_map.view(-1, 1))
+            dy = values.new_zeros(rows, values.shape[1])
+            dy.index_copy_(0, places.there.source.long(), sorted_dy)
         message = trip.send(trip.op, trip.layout(rows), lambda own: trip.write(own, [dy]))()
         if here is None:
             (out,) = trip.rows(message.fields, plan)
         else:
             (field,) = trip.form.decode(message.fields)
-            out, whole = _backward(field, out, plan, arrived.weights(here))
-            here = whole.index_select(0, arrived.units)
+            out, here = _backward(field, out, plan, here)
         message.release()
         return (None, None, None, dy.new_empty(0, dtype=torch.float32), here, there, out)
 

@@ -45,10 +45,13 @@ class Leaving(Protocol):
     """Tokens on their way to the experts."""
 
     def ids(self) -> Tensor | None:
-        """Wait; the ids [records, K] of the tokens that came, None where none were sent."""
+        """Wait; the ids [N, K] of the tokens that came and maybe of others, in the order of ranks.
+
+        None where none were sent, or where records come by expert (expert_direct).
+        """
 
     def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """(tie, weights [records, K] or None, rows [R, *] of each part of a token).
+        """(tie, weights [N, K] or None, rows [R, *] of each part of a token).
 
         Differentiable in the weights and tokens; `tie` is an empty tensor that goes from motion to
         motion: a rank whose experts did nothing takes part in the backward all the same.
@@ -68,5 +71,5 @@ class Motions(Protocol):
         self, op: str, route: Any, form: Any, tie: Tensor, out: Tensor, here: Tensor | None,
         there: Tensor | None,
     ) -> Callable[[], Tensor]:  # fmt: skip
-        """Add rows [R, H] up on their way home: with weights `here` [records, K] before they travel
+        """Add rows [R, H] up on their way home: with weights `here` [N, K] before they travel
         or `there` [T, K] when they have come. The result waits and gives the sums [T, H]."""

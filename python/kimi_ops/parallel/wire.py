@@ -139,6 +139,8 @@ class Records:
         weights: Tensor | None, ids: Tensor | None,
     ) -> "Leaving":  # fmt: skip
         crossing = Crossing(self._exchange, route.sent, route.received, form, back)
+        if route.direct:  # which are in the order of their experts
+            ids = None
         return Leaving(crossing, route.there, tokens, weights, ids)
 
     def home(
