@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """ExpertParallel's dispatch and combine over shared memory, against gloo and against memcpy.
 
-Processes of this machine, bound to its cores in turn; H 7168, bf16, top 8, uniform routing. A round of
-all ways is run in turns, each behind a barrier; a time is that of the slowest rank, the row shows
-the median. Peers:
+Processes of this machine, bound to its cores in turn; H 7168, bf16, top 8, uniform routing. All
+ways take turns, each behind a barrier; a time is that of the slowest rank, the row shows the
+median. Peers:
 
     gloo      the gloo backend: the same call
     raw       all_to_all_single of the same records with gloo, nothing sorted and nothing added
