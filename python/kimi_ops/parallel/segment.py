@@ -40,6 +40,7 @@ _RANKS = 64  # kMaxRanks of csrc/comm/flags.h
 _WORDS = 2048  # of a rank in a gather: more than the counts of MAX_EXPERTS, or a text
 _LABEL = 128  # bytes
 _WINDOW = 1 << 42  # bytes of the file, of which there is memory for what was used
+_FAULT = "!"  # begins the label of a rank that has written nothing
 _LINE = 128
 _SLICE = 0.05  # seconds between looks after signals, closed ranks and the deadline
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
@@ -317,7 +318,7 @@ class Message:
     def publish(self) -> None:
         """What this rank has written is for all to read."""
         segment = self._segment
-        label = (self.fault or self._label).encode()[:_LABEL]
+        label = (f"{_FAULT}{self.fault}" if self.fault else self._label).encode()[:_LABEL]
         segment._head[segment._label(self.number, segment.rank)] = label.ljust(_LABEL)
         segment._rows.publish(self.number)
 
@@ -329,12 +330,12 @@ class Message:
         segment._await(segment._rows.arrive, self.number, self.op)
         labels = [head[segment._label(self.number, rank)] for rank in range(segment.world)]
         if labels.count(labels[0]) < len(labels) or self.fault:
-            told = {rank: label.decode().strip() for rank, label in enumerate(labels)}
+            told = [label.decode(errors="replace").strip() for label in labels]
             kind: type[EPError] = EPMismatch
-            ranks, why = list(told), "the ranks made different calls"
-            if full := [rank for rank, text in told.items() if text.startswith("no shared")]:
-                kind, ranks, why = EPError, full, "no rank can go on"
-            texts = "; ".join(f"rank {rank}: {told[rank]}" for rank in ranks)
+            ranks, why = list(range(len(told))), "the ranks made different calls"
+            if failed := [rank for rank in ranks if told[rank].startswith(_FAULT)]:
+                kind, ranks, why = EPError, failed, "no rank can go on"
+            texts = "; ".join(f"rank {rank}: {told[rank].removeprefix(_FAULT)}" for rank in ranks)
             raise kind(f"{self.op}: {why}: {texts}", ranks)
         self._here = True
 
