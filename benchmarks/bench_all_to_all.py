@@ -24,7 +24,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,11 @@ class Case:
 
 @dataclass
 class MovedRow(Row):
-    """A row with the 99th percentile, and what ranks got (bytes, all ranks together)."""
+    """A row with the 99th percentile, what ranks got (bytes, all ranks together), and the median
+    processor time of every way: what others do on the machine hardly changes it."""
 
     p99: float = 0.0
+    processor: dict[str, float] = field(default_factory=dict)
     logical: int = 0
     wire: int = 0
 
@@ -134,17 +136,17 @@ class Rank:
         return [(op, way, pairs[way][i]) for way in pairs for i, op in enumerate(OPS)]
 
 
-def _samples(rank: Rank, budget: float) -> dict[str, dict[str, list[float]]]:
-    """Seconds of the slowest rank, by op and way."""
+def _samples(rank: Rank, budget: float) -> dict[str, dict[str, list[list[float]]]]:
+    """Seconds and seconds of processor time, of the slowest rank, by op and way."""
     ways = rank.ways()
 
     def round_of() -> Tensor:
         times = []
         for _, _, function in ways:
             dist.barrier()
-            start = time.perf_counter()
+            worked, start = time.process_time(), time.perf_counter()
             function()
-            times.append(time.perf_counter() - start)
+            times.append([time.perf_counter() - start, time.process_time() - worked])
         return torch.tensor(times, dtype=torch.float64)
 
     def slowest(times: Tensor) -> Tensor:
@@ -153,9 +155,9 @@ def _samples(rank: Rank, budget: float) -> dict[str, dict[str, list[float]]]:
 
     for _ in range(2):
         once = slowest(round_of())
-    rounds = int(min(MOST, max(LEAST, len(ways) * budget / once.sum())))
-    times = slowest(torch.stack([round_of() for _ in range(rounds)])).t().tolist()
-    found: dict[str, dict[str, list[float]]] = {op: {} for op in OPS}
+    rounds = int(min(MOST, max(LEAST, len(ways) * budget / once[:, 0].sum())))
+    times = slowest(torch.stack([round_of() for _ in range(rounds)])).permute(1, 2, 0).tolist()
+    found: dict[str, dict[str, list[list[float]]]] = {op: {} for op in OPS}
     for (op, way, _), samples in zip(ways, times, strict=True):
         found[op][way] = samples
     return found
@@ -189,17 +191,19 @@ def _work(index: int, folder: str, cases: list[Case], budget: float) -> None:
     dist.destroy_process_group()
 
 
-def _row(case: Case, op: str, times: dict[str, list[float]], records: list[int]) -> MovedRow:
+def _row(case: Case, op: str, times: dict[str, list[list[float]]], records: list[int]) -> MovedRow:
     # a combine brings each record's sum back, to the rank that its token is of
     logical, wire = (count * 2 * HIDDEN for count in records)
-    samples = sorted(times[OURS])
-    named = {way: Time.of(found) for way, found in times.items()}
+    samples = sorted(times[OURS][0])
+    named = {way: Time.of(found) for way, (found, _) in times.items()}
+    processor = {way: Time.of(worked).median for way, (_, worked) in times.items()}
     ours = named.pop(OURS)
     p99 = samples[round(0.99 * (len(samples) - 1))]
     roof = logical / named["memcpy"].median
     return MovedRow(
-        f"{op} {case}", ours, logical, "GB/s", roof, named, p99=p99, logical=logical, wire=wire
-    )
+        f"{op} {case}", ours, logical, "GB/s", roof, named, p99=p99, processor=processor,
+        logical=logical, wire=wire,
+    )  # fmt: skip
 
 
 def compare(session: Session) -> None:
@@ -226,9 +230,11 @@ def compare(session: Session) -> None:
                     )
                     table.add(row)
                     print(
-                        f"    p99 {1e3 * row.p99:.2f} ms of {len(told['times'][op][OURS])} rounds; "
+                        f"    p99 {1e3 * row.p99:.2f} ms of "
+                        f"{len(told['times'][op][OURS][0])} rounds; "
                         f"logical {row.logical / row.time.median / 1e9:.2f} GB/s, "
-                        f"wire {row.wire / row.time.median / 1e9:.2f} GB/s",
+                        f"wire {row.wire / row.time.median / 1e9:.2f} GB/s; processor ms: "
+                        + ", ".join(f"{way} {1e3 * t:.2f}" for way, t in row.processor.items()),
                         flush=True,
                     )
 

@@ -206,7 +206,7 @@ class Leaving:
         def write(own: list[Tensor]) -> None:
             for place, part in zip(own[-len(beside) :], beside, strict=False):
                 place[: len(part)] = part
-            if ids is not None:
+            if ids is not None and len(ids) < rows:
                 own[-1][len(ids) :] = -1
             trip.write(own, tokens)
 
