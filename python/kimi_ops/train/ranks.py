@@ -100,9 +100,11 @@ class Ranks:
 
     def describe(self) -> str:
         """A line for the user."""
-        experts = f"experts over {self.expert_parallel}, {self.replicas} replicas of them"
-        where = dist.get_backend_config(self.everyone)
-        return f"ranks  {self.world} processes ({where}); {experts}"
+        experts = "each with all experts"
+        if self._spread:
+            experts = f"experts over {self.expert_parallel} by {self._spread[-1].backend}"
+            experts += f", {self.replicas} times" * (self.replicas > 1)
+        return f"ranks  {self.world} processes, {experts}"
 
     def spread(
         self, config: KimiK2Config, max_tokens: int, device: torch.device
