@@ -20,6 +20,7 @@ def launch(worker: Callable[[int, str], None], folder: Path, processes: int) -> 
 def fork(function: Callable[..., None], processes: int, *arguments: Any) -> None:
     """Run function(rank, *arguments) in every process."""
     preload = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "kimi_ops"]
+    preload += ["torch._dynamo", "kimi_ops.train"]  # an optimizer loads it: seconds a process
     multiprocessing.set_forkserver_preload(preload)
     mp.start_processes(_start, (function, *arguments), processes, start_method="forkserver")
 

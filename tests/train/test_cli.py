@@ -103,7 +103,7 @@ def stop_after(steps: int):
     """A stand-in for stop_on_signal: a signal arrives while step `steps` runs."""
 
     @contextmanager
-    def stopped():
+    def stopped(*, breaks: bool):
         calls = iter(range(10**6))
         yield lambda: next(calls) >= steps
 

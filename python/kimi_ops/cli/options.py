@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,9 @@ RESUME_HELP = (
 def fail(error: Exception | str) -> typer.Exit:
     """Say what is wrong, on stderr, unless another process does; raise what this returns."""
     rank = os.environ.get("RANK", "0")
-    if not isinstance(error, PeerError):
+    if isinstance(error, PeerError):
+        time.sleep(1.0)  # torchrun ends all processes when one ends: let that one say it
+    else:
         typer.echo(f"error: {f'rank {rank}: ' * (rank != '0')}{error}", err=True)
     return typer.Exit(1)
 

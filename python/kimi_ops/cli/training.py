@@ -20,6 +20,7 @@ from kimi_ops.train import (
     PeerError,
     RankError,
     Ranks,
+    TrainResult,
     TrainSettings,
 )
 from kimi_ops.train import train as train_run
@@ -162,8 +163,8 @@ def _train(request: Request, ranks: Ranks) -> None:
             ranks=ranks,
         )
     except Diverged as error:
-        if not ranks.lead:  # all know it
-            raise typer.Exit(1) from None
+        if not ranks.lead:
+            raise opt.fail(PeerError("rank 0 says it")) from None
         raise opt.fail(f"{error}; {_slower(request, error)}") from None
     except ERRORS as error:
         raise opt.fail(error) from None
@@ -185,21 +186,30 @@ def _train(request: Request, ranks: Ranks) -> None:
         if ranks.lead:
             typer.echo(f"broken off without saving; {left}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    opt.tell(f"checkpoint {result.checkpoint}\nmetrics    {result.metrics}")
-    if request.plot and ranks.lead:
-        try:
-            tau = read_state(result.checkpoint)["settings"]["tau"]
-            out, bigram = result.metrics.parent, result.bigram_loss
-            paths = plot_run(result.metrics, out, bigram=bigram, tau=tau)
-        except ERRORS as error:
-            raise opt.fail(error) from None
-        for path in paths:
-            opt.tell(f"plot       {path}")
+    try:
+        if ranks.lead:
+            _report(request, result)
+        with ranks.watched():
+            ranks.told(None)  # torchrun ends all when one ends: the lead has had its say
+    except ERRORS as error:
+        raise opt.fail(error) from None
     if not result.finished:
-        again = _again(result.metrics.parent, **_place(request))
-        opt.tell(f"stopped after step {result.step}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
-    opt.tell(_table(result.validation_loss, result.bigram_loss))
+
+
+def _report(request: Request, result: TrainResult) -> None:
+    """How a run ended."""
+    typer.echo(f"checkpoint {result.checkpoint}\nmetrics    {result.metrics}")
+    if request.plot:
+        tau = read_state(result.checkpoint)["settings"]["tau"]
+        out, bigram = result.metrics.parent, result.bigram_loss
+        for path in plot_run(result.metrics, out, bigram=bigram, tau=tau):
+            typer.echo(f"plot       {path}")
+    if result.finished:
+        typer.echo(_table(result.validation_loss, result.bigram_loss))
+        return
+    again = _again(result.metrics.parent, **_place(request))
+    typer.echo(f"stopped after step {result.step}; go on with: {again}")
 
 
 def _saved_run(out: Path) -> Path | None:

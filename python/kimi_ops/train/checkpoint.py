@@ -133,7 +133,8 @@ def save_checkpoint(
         set_latest(run, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, Exception):  # Ctrl-C
+        # Ctrl-C; another rank, whose end is no fault of the folder
+        if isinstance(error, RuntimeError) or not isinstance(error, Exception):
             raise
         previous = _latest_name(run)
         left = f"{run / previous} is intact" if previous else "there is no earlier checkpoint"

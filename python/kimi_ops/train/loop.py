@@ -50,9 +50,9 @@ class TrainResult:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal(*, breaks: bool = True) -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C breaks it
-    off."""
+    off, if `breaks`."""
     if (
         threading.current_thread() is not threading.main_thread()
     ):  # Python handles signals only there
@@ -62,7 +62,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked and number == signal.SIGINT:
+        if breaks and asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
 
@@ -192,7 +192,8 @@ def _train(
             if ranks.lead:
                 metrics = stack.enter_context(open_run(plan, settings.to_dict(), say))
         shown = stack.enter_context(closing(Progress(step, settings.steps, say, bar=progress)))
-        stopped = stack.enter_context(stop_on_signal())
+        # torchrun passes a Ctrl-C on to processes that have had it from the terminal already
+        stopped = stack.enter_context(stop_on_signal(breaks=ranks.world == 1))
         while step < settings.steps and not ranks.any(stopped() or broken is not None):
             begin = time.monotonic()
             batch = training_batch(

@@ -100,9 +100,11 @@ class Ranks:
 
     def describe(self) -> str:
         """A line for the user."""
-        experts = f"experts over {self.expert_parallel}, {self.replicas} replicas of them"
-        where = dist.get_backend_config(self.everyone)
-        return f"ranks  {self.world} processes ({where}); {experts}"
+        experts = "each with all experts"
+        if self._spread:
+            experts = f"experts over {self.expert_parallel} by {self._spread[-1].backend}"
+            experts += f", {self.replicas} times" * (self.replicas > 1)
+        return f"ranks  {self.world} processes, {experts}"
 
     def spread(
         self, config: KimiK2Config, max_tokens: int, device: torch.device
@@ -126,12 +128,12 @@ class Ranks:
         parts = batch.unflatten(0, (-1, count))
         return parts[:, self.rank * mine : (self.rank + 1) * mine].flatten(0, 1)
 
-    def turns(self, count: int) -> tuple[Tensor, int]:
+    def turns(self, count: int, device: torch.device) -> tuple[Tensor, int]:
         """Which of `count` rows are this rank's, and how many of them no other rank has: all ranks
         have equally many, the last ones the last row again."""
         size = -(-count // self.world)
         first = self.rank * size
-        rows = torch.arange(first, first + size).clamp(max=count - 1)
+        rows = torch.arange(first, first + size, device=device).clamp(max=count - 1)
         return rows, min(max(count - first, 0), size)
 
     def gather(self, numbers: Tensor) -> Tensor:

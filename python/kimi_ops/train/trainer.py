@@ -236,7 +236,7 @@ class Trainer:
 
     def _shared_losses(self, batch: Tensor) -> Tensor:
         """The losses [B] of this rank's windows in fp64, 0 for those of other ranks."""
-        rows, own = self.ranks.turns(len(batch))
+        rows, own = self.ranks.turns(len(batch), batch.device)
         losses = torch.zeros(len(batch), dtype=torch.float64, device=batch.device)
         losses[rows[:own]] = self._losses(batch[rows])[:own].double()
         return losses

@@ -41,6 +41,8 @@ class ExpertRanks:
     ----------
     experts : range
         Those of this rank.
+    backend : str
+        What moves tokens, as `kimi_ops.ExpertParallel` has chosen.
 
     Raises
     ------
@@ -81,7 +83,7 @@ class ExpertRanks:
             timeout=timeout,
             device=device,
         )
-        self.experts = self._parallel.experts
+        self.experts, self.backend = self._parallel.experts, self._parallel.backend
 
     def owner(self, expert: int) -> int:
         """The rank of the group that has an expert."""
