@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Replica placement: DeepSeek's published example, one worked by hand, what always holds."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_ops import eplb
+from tests.routing import zipf_loads
 
 # The example of DeepSeek's EPLB: two layers of 12 experts in 4 groups, 16 replicas on 2 nodes of 4.
 LOADS = [
@@ -101,3 +103,20 @@ def test_nothing_to_place():
     assert [list(t.shape) for t in placement] == [[0, 4], [0, 4, 0], [0, 4]]
     alone = eplb(torch.tensor([[1, 5, 3]]), 3, 1, 1, 3)  # nothing to gain by moving
     assert alone.phy2log.tolist() == [[0, 1, 2]]
+
+
+# Busiest rank by mean with a replica more a rank, on loads of another sample of the same routing:
+# K2's experts, Zipf's exponent by the size of the group
+EVEN = {
+    0.0: {8: 1.01, 16: 1.02, 32: 1.02, 64: 1.04, 128: 1.05},
+    1.0: {8: 1.01, 16: 1.02, 32: 1.03, 64: 1.05, 128: 1.07},
+}
+
+
+@pytest.mark.parametrize("alpha", EVEN)
+def test_zipf_loads_become_even_on_another_sample(alpha):
+    seen, then = zipf_loads(alpha, 1)[None], zipf_loads(alpha, 0)[None]
+    for gpus, known in EVEN[alpha].items():
+        placement = eplb(seen, 384 + gpus, 1, 1, gpus)
+        rows = loads_of_gpus(then, placement, gpus)[0]
+        assert float(rows.max() / rows.mean()) < known + 0.02
