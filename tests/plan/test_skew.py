@@ -89,3 +89,6 @@ def test_the_command_reads_loads(tmp_path):
         result.exit_code == 1
         and "plan: loads: expected shape [L, 384], got [1, 2]" in result.output
     )
+    path.write_text("[1, 2")
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1 and "plan: loads: expected JSON, got" in result.output

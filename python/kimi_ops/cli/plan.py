@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,7 +60,7 @@ def plan(
             mode=mode,
             tokens_per_rank=tokens_per_rank,
             skew=skew,
-            loads=None if loads is None else json.loads(loads.read_text()),
+            loads=None if loads is None else _read(loads),
             redundant=redundant,
             context=context,
             batch_tokens=batch_tokens,
@@ -72,3 +72,12 @@ def plan(
             typer.echo(f"drawn: {plot_plan(made, plot)}", err=True)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise fail(error) from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"plan: loads: expected JSON, got {path}: {error}; write ExpertLoads.totals.tolist()"
+        ) from None

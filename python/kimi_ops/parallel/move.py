@@ -66,7 +66,7 @@ def move_experts(
     group: dist.ProcessGroup | LocalGroup | None = None,
     *,
     out: Sequence[Tensor] | None = None,
-    max_bytes: int = 2**26,
+    max_bytes: int = 2**24,
 ) -> int:
     """Move experts between ranks, bit for bit: after it the slots of all ranks hold those of `new`.
 
@@ -133,7 +133,7 @@ def move_experts(
     planned = moves(old.tolist(), new.tolist(), world, in_place=out is None)
     if not planned:
         return 0
-    most = max(_rows_at_once(planned, r) for r in range(world))
+    most = max(sum((m.source == r) + (m.target == r) for m in planned) for r in range(world))
     width = max_bytes // most
     if not width:
         raise ValueError(
@@ -145,19 +145,18 @@ def move_experts(
     to = [sum(m.target == r for m in sent) for r in range(world)]
     of = [sum(m.source == r for m in came) for r in range(world)]
     given, taken = _views(tensors), _views(tensors if out is None else out)
-    device = tensors[0].device
-    slots = torch.tensor([m.slot for m in sent], dtype=torch.int64, device=device)
-    places = [(row, slot) for row, m in enumerate(came) for slot in m.slots]
-    row, place = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
     for pieces in _rounds([view.shape[1] for view in given], width):
-        leaving = torch.cat([given[n][:, a:b].index_select(0, slots) for n, a, b in pieces], 1)
-        span = leaving.shape[1]
-        spans = ([n * span for n in rows] for rows in (to, of))
-        arrived = ranks.exchange(leaving.view(-1), *spans).view(len(came), span)
-        for (n, a, b), part in zip(
-            pieces, arrived.split([b - a for _, a, b in pieces], 1), strict=True
-        ):
-            taken[n][place, a:b] = part[row]
+        lengths = [b - a for _, a, b in pieces]
+        leaving = given[0].new_empty(len(sent), sum(lengths))
+        for row, move in zip(leaving, sent, strict=True):
+            for part, (n, a, b) in zip(row.split(lengths), pieces, strict=True):
+                part.copy_(given[n][move.slot, a:b])
+        spans = ([n * sum(lengths) for n in rows] for rows in (to, of))
+        arrived = ranks.exchange(leaving.view(-1), *spans).view(len(came), sum(lengths))
+        for row, move in zip(arrived, came, strict=True):
+            for part, (n, a, b) in zip(row.split(lengths), pieces, strict=True):
+                for slot in move.slots:
+                    taken[n][slot, a:b].copy_(part)
     return sum(m.source != rank for m in came) * sum(view.shape[1] for view in given)
 
 
@@ -196,13 +195,6 @@ class _Ranks:
             error.add_note(f"{_OP}: experts are in part moved; go on from a checkpoint")
             raise
         return arrived
-
-
-def _rows_at_once(planned: Sequence[Move], rank: int) -> int:
-    """Of a span, what a rank holds: collected and packed, or packed, arrived and sorted."""
-    sent = sum(m.source == rank for m in planned)
-    came = [len(m.slots) for m in planned if m.target == rank]
-    return max(2 * sent, sent + len(came) + sum(came))
 
 
 def _views(tensors: Sequence[Tensor]) -> list[Tensor]:
