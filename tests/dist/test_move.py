@@ -17,7 +17,7 @@ from kimi_ops import (
     move_experts,
     replica_ids,
 )
-from kimi_ops.parallel import EPMismatch, EPPeerError
+from kimi_ops.parallel import EPMismatch, EPPeerError, EPRankLost
 from kimi_ops.parallel.local import LocalTransport
 from kimi_ops.parallel.move import Move, moves
 from tests.dist.world import launch
@@ -170,6 +170,31 @@ def test_too_small_a_buffer_and_no_group():
     LocalWorld(2).run(work)
     with pytest.raises(TypeError, match="group: expected a ProcessGroup .* got NoneType; call"):
         move_experts([torch.zeros(1, 9)], torch.arange(1), torch.arange(1))
+
+
+def test_a_rank_that_is_gone_ends_the_others():
+    def work(group):
+        if group.rank == 1:
+            raise KeyError("the cause")
+        with pytest.raises(EPRankLost, match="rank 1 ended"):
+            move_experts([torch.zeros(1, 2)], torch.arange(2), torch.tensor([1, 0]), group)
+
+    with pytest.raises(KeyError, match="the cause"):
+        LocalWorld(2).run(work)
+
+
+def test_a_failure_half_way_says_what_is_left(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("Connection reset by peer")
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "all_to_all_single", fails)
+        with pytest.raises(RuntimeError, match="reset by peer") as caught:
+            move_experts([torch.zeros(2, 2)], torch.arange(2), torch.tensor([1, 0]))
+        assert "experts are in part moved; go on from a checkpoint" in caught.value.__notes__[0]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_layer_with_replicas_is_the_layer():

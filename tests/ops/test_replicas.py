@@ -59,3 +59,11 @@ def test_ids_out_of_range_and_what_is_no_placement():
         replica_ids(torch.tensor([[7]]), placement)
     with pytest.raises(TypeError, match="placement: expected an ExpertPlacement, got Tensor"):
         replica_ids(torch.tensor([[0]]), placement.phy2log)  # type: ignore[arg-type]
+
+
+def test_in_one_graph():
+    placement = eplb(torch.rand(1, 6, generator=torch.Generator().manual_seed(0)), 8, 1, 1, 4)
+    compiled = torch.compile(replica_ids, backend="eager", fullgraph=True, dynamic=True)
+    for tokens in (3, 17):
+        ids = torch.arange(tokens * 2, dtype=torch.int32).view(tokens, 2) % 6
+        assert torch.equal(compiled(ids, placement), replica_ids(ids, placement))

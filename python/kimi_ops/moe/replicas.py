@@ -71,7 +71,8 @@ def replica_ids(
     _check.between(_OP, "layer", layer, 0, len(placement.counts) - 1)
     _check.between(_OP, "rank", rank, 0, 2**30)
     experts, device = placement.counts.shape[1], indices.device
-    if device.type == "cpu" and indices.numel():  # elsewhere a look at them would wait
+    # on a GPU a look at them would wait, and a graph cannot look
+    if device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
         low, high = (int(limit) for limit in indices.aminmax())
         if low < -1 or high > experts:
             raise ValueError(
