@@ -63,3 +63,30 @@ def test_gradients_reach_the_weights_of_their_own_dispatch(layout):
 
     first, second = LocalWorld(2).run(work)  # 3 w and 2 x 3, 2 w and 2 x 2
     assert first == [(6, 6), (18, 30)] and second == [(4, 4), (12, 20)]
+
+
+@pytest.mark.parametrize("layout", ["rank_dedup", "expert_direct"])
+def test_weights_are_kept_until_their_own_combine(layout):
+    """A dispatch that is combined, and differentiated, after others with other weights."""
+
+    def work(group):
+        options = {"hidden": 2, "max_tokens_per_rank": 4, "layout": layout}
+        ep = ExpertParallel(group, num_experts=4, **options)
+        ids = torch.tensor([[0, 3]], dtype=torch.int32)
+        x = torch.full((1, 2), 1.0 + ep.rank, requires_grad=True)
+        w = torch.tensor([[2.0, 3.0]], requires_grad=True)
+        first = ep.dispatch(x, ids, w)
+
+        def others():
+            for turn in range(5):
+                rows = ep.dispatch(x.detach() * 7, ids, torch.full((1, 2), 10.0 * turn))
+                ep.combine(rows.x, rows.handle)
+
+        others()
+        y = ep.combine(first.x * (1 + ep.rank), first.handle)
+        others()
+        y.sum().backward()
+        return y[0, 0].item(), x.grad[0, 0].item(), w.grad.tolist()
+
+    # experts of rank 0 multiply by 1, those of rank 1 by 2: 2 x + 3 x 2
+    assert LocalWorld(2).run(work) == [(8, 8, [[2, 4]]), (16, 8, [[4, 8]])]
