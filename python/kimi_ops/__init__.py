@@ -11,6 +11,7 @@ from kimi_ops import _native
 from kimi_ops.info import info
 from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
 from kimi_ops.moe.eplb import ExpertPlacement, eplb
+from kimi_ops.moe.expert_loads import ExpertLoads
 from kimi_ops.moe.fused_experts import fused_experts
 from kimi_ops.moe.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from kimi_ops.moe.permute import (
@@ -22,6 +23,7 @@ from kimi_ops.moe.permute import (
     unpermute,
 )
 from kimi_ops.moe.quantized import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
+from kimi_ops.moe.replicas import replica_ids
 from kimi_ops.moe.topk_gate import TopkGate, topk_gate
 from kimi_ops.optim.muon_clip import MuonClip, QKClip
 from kimi_ops.optim.muon_groups import muon_param_groups
@@ -30,10 +32,12 @@ from kimi_ops.optim.ns_schedule import ns_flops, tune_ns_restarts
 from kimi_ops.optim.qk_clip import attention_max_logits, qk_clip_
 from kimi_ops.parallel.expert_parallel import ExpertParallel
 from kimi_ops.parallel.local import LocalWorld
+from kimi_ops.parallel.move import move_experts
 
 del _program
 __version__ = _native._C.version()
 __all__ = [
+    "ExpertLoads",
     "ExpertParallel",
     "ExpertPlacement",
     "Fp8BlockWeight",
@@ -50,6 +54,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "info",
+    "move_experts",
     "muon_param_groups",
     "newton_schulz",
     "ns_flops",
@@ -57,6 +62,7 @@ __all__ = [
     "permute_plan",
     "permute_weights",
     "qk_clip_",
+    "replica_ids",
     "sequence_balance_loss",
     "sort_chunks",
     "symmetric_matmul",

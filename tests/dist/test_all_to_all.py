@@ -124,6 +124,50 @@ def test_the_tree_of_roundings_by_hand():
     assert direct.item() == 260  # slots: 1 + 256 + 1 + 1 = 259, rounded once
 
 
+def test_sums_and_what_travels_by_hand():
+    """Ranks ascending, in fp32; results rounded to the wire once, in fp32 till then."""
+    x = [torch.ones(1, 1)] + [torch.ones(0, 1)] * 2
+    ids = [torch.tensor([[0, 2, 4, 1]])] + [torch.zeros(0, 4, dtype=torch.int64)] * 2
+    received = oracle.dispatch(x, ids, 6)
+    big = 2.0**24
+
+    def combined(values, dtype=torch.float32, **options):
+        outs = [torch.tensor(v, dtype=dtype).view(-1, 1) for v in values]
+        return oracle.combine(outs, received, ids, **options)[0].item()
+
+    assert combined([[big, 0], [1], [1]]) == big  # 2^24 + 1 is 2^24; from the end it is 2^24 + 2
+    assert combined([[0, 0], [1], [big]]) == big  # 1 + 2^24 is 2^24
+    assert combined([[1, 1], [big], [0]]) == big + 2  # of one rank first
+    assert combined([[1, 1], [big], [0]], layout="expert_direct") == big  # 1 + 2^24 + 0 + 1
+    # 257 is 256 in bf16: two of a rank are added before they travel, others travel alone
+    bf16 = torch.bfloat16
+    assert combined([[257, 1], [0], [0]], wire_dtype=bf16) == 258
+    assert combined([[257, 0], [1], [0]], wire_dtype=bf16) == 257
+    assert combined([[257, 1], [0], [0]], wire_dtype=bf16, layout="expert_direct") == 257
+    # FP8 would make 16 of 17: results do not travel in it
+    for layout in ("rank_dedup", "expert_direct"):
+        values = [[17, 0], [0], [0]]
+        found = combined(values, bf16, wire_dtype=torch.float8_e4m3fn, layout=layout)
+        assert found == 17
+
+
+def test_tokens_are_rounded_for_the_wire_by_hand():
+    x = torch.zeros(1, 130)
+    x[0, :2], x[0, 128:] = torch.tensor([448.0, 17.0]), torch.tensor([34.0, 17.0])
+    ids = [torch.tensor([[0]])]
+
+    def arrived(x, wire):
+        return oracle.dispatch([x], ids, 1, wire_dtype=wire)[0].x
+
+    # 448 leaves a scale of 1: 17 lies between 16 and 18; columns from 128 on have 34 / 448
+    assert arrived(x, torch.float8_e4m3fn)[0, [0, 1, 128, 129]].tolist() == [448, 16, 34, 17]
+    assert arrived(x.bfloat16(), torch.float8_e4m3fn).dtype == torch.bfloat16
+    assert arrived(torch.full((1, 1), 257.0), torch.bfloat16).item() == 256
+    assert arrived(torch.full((1, 1), 257.0), None).item() == 257
+    exact = torch.full((1, 1), 257.0, dtype=torch.float64) + 2.0**-40
+    assert torch.equal(arrived(exact, torch.float32).float(), torch.full((1, 1), 257.0))
+
+
 def test_one_rank_is_permute_and_unpermute():
     for seed in range(40):
         case = random_case(seed, 1, capacity=None, overflow="raise", wire=None)
@@ -149,6 +193,8 @@ def test_what_passes_the_capacity():
     assert rows[0].pairs == [(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)]  # the last ones go
     rows = oracle.dispatch(x, ids, 2, capacity=4, overflow="grow")
     assert [len(r.x) for r in rows] == [12, 12] and [r.dropped for r in rows] == [0, 0]
+    rows = oracle.dispatch(x, ids, 2, capacity=5, overflow="grow")
+    assert [len(r.x) for r in rows] == [10, 10]  # no more than is needed
     with pytest.raises(ValueError, match="10 rows for 9"):
         oracle.dispatch(x, ids, 2, capacity=9)
     # a small expert beside a large one keeps its rows

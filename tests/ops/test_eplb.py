@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Replica placement: DeepSeek's published example, one worked by hand, what always holds."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_ops import eplb
+from tests.routing import zipf_loads
 
 # The example of DeepSeek's EPLB: two layers of 12 experts in 4 groups, 16 replicas on 2 nodes of 4.
 LOADS = [
@@ -85,6 +87,62 @@ def test_what_always_holds(case):
             assert sum(map(len, where)) == groups
 
 
+def by_definition(loads, replicas, groups, nodes, gpus):
+    """DeepSeek's three steps said with argmax and argmin alone; one layer."""
+
+    def pack(sums, packs):
+        room, found, totals = len(sums) // packs, [[] for _ in range(packs)], [0.0] * packs
+        if room == 1:
+            return [[n] for n in range(packs)]
+        for item in sorted(range(len(sums)), key=lambda n: (-sums[n], n)):
+            free = [p for p in range(packs) if len(found[p]) < room]
+            best = min(free, key=lambda p: (totals[p], p))
+            found[best].append(item)
+            totals[best] += sums[item]
+        return found
+
+    if groups % nodes:
+        groups = nodes = 1
+    size = len(loads) // groups
+    of_groups = [sum(loads[g * size : (g + 1) * size]) for g in range(groups)]
+    rows = []
+    for here in pack(of_groups, nodes):
+        experts = [g * size + n for g in here for n in range(size)]
+        copies, counts = list(experts), dict.fromkeys(experts, 1)
+        while len(copies) < replicas // nodes:
+            most = max(loads[e] / counts[e] for e in experts)
+            chosen = next(e for e in experts if loads[e] / counts[e] == most)
+            copies.append(chosen)
+            counts[chosen] += 1
+        for items in pack([loads[e] / counts[e] for e in copies], gpus // nodes):
+            rows += [copies[n] for n in items]
+    return rows
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases())
+def test_it_is_the_published_algorithm(case):
+    loads, *sizes = case
+    found = eplb(*case).phy2log.tolist()
+    assert found == [by_definition(row, *sizes) for row in loads.double().tolist()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_no_replica_is_better_elsewhere(case):
+    """Inside a node, a replica taken from one expert leaves more on it than any other has."""
+    loads, _, groups, nodes, _ = case
+    placement = eplb(*case)
+    domains = nodes if groups % nodes == 0 else 1
+    for layer in range(2):
+        for node in placement.phy2log[layer].view(domains, -1):
+            experts = node.unique()
+            load, count = loads[layer].double()[experts], placement.counts[layer][experts].double()
+            most = (load / count).max()
+            several = count > 1
+            assert (load[several] / (count[several] - 1) >= most * (1 - 1e-12)).all()
+
+
 def test_a_skewed_load_becomes_even():
     """Zipf loads over K2's 384 experts: one more replica a rank takes 7.1x the mean to a few %."""
     loads = 1.0 / torch.arange(1, 385).double()
@@ -101,3 +159,20 @@ def test_nothing_to_place():
     assert [list(t.shape) for t in placement] == [[0, 4], [0, 4, 0], [0, 4]]
     alone = eplb(torch.tensor([[1, 5, 3]]), 3, 1, 1, 3)  # nothing to gain by moving
     assert alone.phy2log.tolist() == [[0, 1, 2]]
+
+
+# Busiest rank by mean with a replica more a rank, on loads of another sample of the same routing:
+# K2's experts, Zipf's exponent by the size of the group
+EVEN = {
+    0.0: {8: 1.01, 16: 1.02, 32: 1.02, 64: 1.04, 128: 1.05},
+    1.0: {8: 1.01, 16: 1.02, 32: 1.03, 64: 1.05, 128: 1.07},
+}
+
+
+@pytest.mark.parametrize("alpha", EVEN)
+def test_zipf_loads_become_even_on_another_sample(alpha):
+    seen, then = zipf_loads(alpha, 1)[None], zipf_loads(alpha, 0)[None]
+    for gpus, known in EVEN[alpha].items():
+        placement = eplb(seen, 384 + gpus, 1, 1, gpus)
+        rows = loads_of_gpus(then, placement, gpus)[0]
+        assert float(rows.max() / rows.mean()) < known + 0.02

@@ -118,8 +118,9 @@ def test_outside_of_the_micro_batches():
     found = estimate(H200, K2, work, layout)
     stages = [K2.stage(s, 16) for s in layout.stages(61)]
     experts, matrices, rest = max(stages, key=sum)
-    moved = (experts * 3 / 4 + (matrices + rest) * 63 / 64) * 6
-    assert found.outside["gradients and weights"] == pytest.approx(moved / H200.network)
+    # a replica's copies are on other nodes; of 64 ranks eight at a time share their NICs
+    moved = experts * 6 * 3 / 4 / H200.network + (matrices + rest) * 6 * 63 / 64 / H200.nvlink
+    assert found.outside["gradients and weights"] == pytest.approx(moved)
     assert found.outside["state from and to the host"] == 2 * found.memory.host / 50e9
     flops = 3 * 5 * (3 * 2048**2 * 7168 + 2048**3)  # symmetric form, five steps, three matrices
     owned = (experts / 4 + matrices / 64) / (3 * 2048 * 7168)
@@ -192,7 +193,7 @@ def test_64_gpus_need_the_host():
     assert [r.best.fits for r in made.remedies] == [False, True]
     assert made.remedies[-1].changes[-1] == "optimizer state in the host's memory"
     assert made.remedies[-1].best.memory.host < 250e9
-    assert made.fewest_gpus() == 128 and made.fewest_gpus(remedies=True) == 32
+    assert made.fewest_gpus() == 128 and made.fewest_gpus(remedies=True) == 64
     text = as_text(made)
     missing = f"does not fit: {made.chosen.missing / 1e9:.1f} GB a GPU are missing"
     assert missing in text and "128 GPUs are enough" in text
@@ -200,7 +201,7 @@ def test_64_gpus_need_the_host():
 
 def test_16_gpus_cannot_train_k2():
     made = plan("k2", "h200", 16)
-    assert not any(r.best.fits for r in made.remedies) and len(made.remedies) == 4
+    assert not any(r.best.fits for r in made.remedies) and len(made.remedies) == 3
     assert made.chosen.missing > 700e9  # 14 TB of states on 2.3 TB
 
 

@@ -2,6 +2,7 @@
 """The planner against figures that others published, draws at random, and what was measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +27,29 @@ def near(value, published, tolerance):
     assert value == pytest.approx(published, rel=tolerance)
 
 
-def drawn(experts, k, ep, domain, tokens=32768):
+def drawn(experts, k, ep, domain, tokens=32768, groups=(1, 1), start=0):
     """Copies of random choices, counted one by one: ranks, NVLink, network."""
     generator = np.random.default_rng(0)
-    chosen = generator.random((tokens, experts)).argpartition(k, axis=1)[:, :k]
+    scores = generator.random((tokens, experts))
+    closed = generator.random((tokens, groups[0])).argsort(axis=1).argsort(axis=1) >= groups[1]
+    scores[np.repeat(closed, experts // groups[0], axis=1)] = 2
+    chosen = scores.argpartition(k, axis=1)[:, :k]
     sizes = [experts // ep + (n < experts % ep) for n in range(ep)]
     rank_of = np.repeat(np.arange(ep), sizes)
     source = generator.integers(ep, size=tokens)
-    nodes = -(-ep // domain)
+    nodes, place = -(-(start + ep) // domain), np.arange(ep) + start
     to_rank = np.zeros((tokens, ep), bool)
     np.put_along_axis(to_rank, rank_of[chosen], True, axis=1)
     to_node = np.zeros((tokens, nodes), bool)
-    np.put_along_axis(to_node, rank_of[chosen] // domain, True, axis=1)
-    away = np.arange(nodes) != (source // domain)[:, None]
-    # over the rail: what arrives at a node is forwarded to its ranks but the one it came in by
-    entry = np.arange(ep) % domain == (source % domain)[:, None]
+    np.put_along_axis(to_node, place[rank_of[chosen]] // domain, True, axis=1)
+    away = np.arange(nodes) != (place[source] // domain)[:, None]
+    # what arrives at a node is forwarded to its ranks but the one it came in by, any of them
+    ranks = np.bincount(place // domain, minlength=nodes)
+    first = np.maximum(np.arange(nodes) * domain - start, 0)
+    entries = first + generator.integers(ranks, size=(tokens, nodes))
+    entries[np.arange(tokens), place[source] // domain] = source
+    entry = np.zeros((tokens, ep), bool)
+    np.put_along_axis(entry, entries, True, axis=1)
     return (
         to_rank.sum(1).mean(),
         (to_rank & ~entry).sum(1).mean(),
@@ -56,6 +65,31 @@ def test_expected_copies_are_those_of_random_draws(ep):
     near(sent.nvlink, inside, 0.005)
     assert sent.network == pytest.approx(across, abs=0.02)
     assert distinct(384, 8, ep) == pytest.approx(sent.ranks)
+
+
+@pytest.mark.parametrize("ep", [4, 8, 16, 64])
+def test_copies_of_a_choice_limited_to_groups(ep):
+    """DeepSeek-V3: experts of 4 of 8 groups, so at most 4 nodes of 8 are met."""
+    sent = copies(256, 8, ep, 8, groups=(8, 4))
+    ranks, inside, across = drawn(256, 8, ep, 8, groups=(8, 4))
+    near(sent.ranks, ranks, 0.005)
+    near(sent.nvlink, inside, 0.005)
+    assert sent.network == pytest.approx(across, abs=0.02)
+    free = copies(256, 8, ep, 8)
+    assert (sent.ranks < free.ranks) == (ep > 1) and sent.network <= free.network
+    assert distinct(256, 8, 8, (8, 4)) < 4 < distinct(256, 8, 8)
+
+
+@pytest.mark.parametrize(("ep", "start"), [(5, 5), (20, 4), (12, 4), (12, 0), (3, 6)])
+def test_copies_of_a_group_that_begins_inside_a_node(ep, start):
+    sent = copies(384, 8, ep, 8, start=start)
+    ranks, inside, across = drawn(384, 8, ep, 8, start=start)
+    near(sent.ranks, ranks, 0.005)
+    near(sent.nvlink, inside, 0.01)
+    assert sent.network == pytest.approx(across, abs=0.02)
+    assert sent.nodes == -(-(start + ep) // 8)
+    chosen = copies(384, 8, ep, 8, start=start, deduplicated=False)
+    assert chosen.nvlink + chosen.network == pytest.approx(8 * (1 - 1 / ep))
 
 
 def test_copies_by_choice_sum_to_the_choices():
@@ -109,11 +143,12 @@ def test_deepep_low_latency(ep, dispatch, combine):
 
 def test_serving_as_sglang_does_on_128_h200():
     """K2, 2000 tokens in, 100 out: 56k tokens/s a node of 8 in prefill (4 nodes), 24k in decode
-    (12 nodes, batch 480). Both hide some of the traffic; neither is fitted."""
-    for mode, gpus, tokens, context, published in (
-        ("prefill", 32, 8192, 2000, 56e3), ("decode", 96, 480, 2050, 24e3),
+    (12 nodes, batch 480, 96 redundant experts). Both hide traffic; neither is fitted."""
+    for mode, gpus, tokens, context, redundant, published in (
+        ("prefill", 32, 8192, 2000, 0, 56e3), ("decode", 96, 480, 2050, 96, 24e3),
     ):  # fmt: skip
-        made = plan("k2", "h200", gpus, mode=mode, tokens_per_rank=tokens, context=context)
+        sizes = {"tokens_per_rank": tokens, "context": context, "redundant": redundant}
+        made = plan("k2", "h200", gpus, mode=mode, **sizes)
         found = next(e for e in made.estimates if e.layout.ep == gpus)
         near(found.tokens_per_gpu, published / 8, 0.1)
 
@@ -150,6 +185,9 @@ def test_slots_of_dispatch_and_combine():
     assert buffer_bytes(K2, work, 8) == 8 * 4096 * (BF16 + 72) + 8 * 4096 * BF16
     assert buffer_bytes(K2, work, 16) == 16 * 4096 * (BF16 + 72) + 8 * 4096 * BF16
     assert buffer_bytes(K2, work, 1) == 0
+    one_each = replace(work, mode="decode", tokens=128)  # by choice: E slots a token, K come home
+    assert buffer_bytes(K2, one_each, 64) == 128 * (384 * (BF16 + 72) + 8 * BF16)
+    assert buffer_bytes(K2, one_each, 2) == 128 * (2 * 8 * (BF16 + 72) + 8 * BF16)
 
 
 def test_the_measured_rates_are_those_of_the_results():

@@ -145,6 +145,16 @@ def good() -> dict[str, dict[str, Any]]:
             **{"weights": f(2, 12).abs(), "num_replicas": 16, "num_groups": 4},
             **{"num_nodes": 2, "num_gpus": 8},
         },
+        "ExpertLoads": {"num_layers": 2, "num_experts": 4},
+        "ExpertLoads.add": {
+            **{"self": kimi_ops.ExpertLoads(2, 4), "layer": 0},
+            "counts": i(1, 2, 3, 4),
+        },
+        "replica_ids": {"indices": ids(), "placement": kimi_ops.eplb(f(2, 4).abs(), 6, 1, 1, 2)},
+        "move_experts": {
+            **{"tensors": [f(4, 2)], "old": i(0, 1, 2, 3), "new": i(3, 1, 2, 0)},
+            "group": ranks["group"],
+        },
         "ns_flops": {"shape": (4, 6)},
         "tune_ns_restarts": {"coefficients": [(3.4445, -4.775, 2.0315)] * 5},
         "attention_max_logits": attention,

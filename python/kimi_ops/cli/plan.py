@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,9 @@ from kimi_ops.train.plot import require_matplotlib
 
 def plan(
     model: Annotated[str, typer.Option(help="k2, mini, tiny or a config.json.")] = "k2",
-    hardware: Annotated[str, typer.Option(help=f"{', '.join(HARDWARE)}.")] = "h200",
+    hardware: Annotated[
+        str, typer.Option(help=f"{', '.join(HARDWARE)}, or a JSON file that describes one.")
+    ] = "h200",
     gpus: Annotated[int, typer.Option(help="How many.")] = 256,
     mode: Annotated[str, typer.Option(help="train, prefill, or decode (serve).")] = "train",
     tokens_per_rank: Annotated[
@@ -27,7 +29,14 @@ def plan(
         option("Tokens of a micro-batch or prompts; sequences that decode.", "4096; 128 to decode"),
     ] = None,
     skew: Annotated[float, typer.Option(help="Rows of the busiest rank by the mean.")] = 1.0,
-    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
+    loads: Annotated[
+        Path | None,
+        option("Measured skew: tokens of each expert, by layer, as JSON.", "none"),
+    ] = None,
+    redundant: Annotated[int, typer.Option(help="Replicas of busy experts that serve.")] = 0,
+    context: Annotated[
+        int | None, option("Tokens of a sequence.", "4096, or fewer where the model has fewer")
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Of a training step.")] = 2**26,
     weights: Annotated[
         str | None, option("bf16, fp8 or int4 experts.", "bf16 to train, fp8 to serve")
@@ -51,6 +60,8 @@ def plan(
             mode=mode,
             tokens_per_rank=tokens_per_rank,
             skew=skew,
+            loads=None if loads is None else _read(loads),
+            redundant=redundant,
             context=context,
             batch_tokens=batch_tokens,
             weights=weights,
@@ -61,3 +72,12 @@ def plan(
             typer.echo(f"drawn: {plot_plan(made, plot)}", err=True)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise fail(error) from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"plan: loads: expected JSON, got {path}: {error}; write ExpertLoads.totals.tolist()"
+        ) from None

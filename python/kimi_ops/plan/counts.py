@@ -32,11 +32,11 @@ class Counts:
     table: int
     total: int
 
-    def stage(self, layers: range, ep: int) -> tuple[int, int, int]:
+    def stage(self, layers: range, ep: int, redundant: int = 0) -> tuple[int, int, int]:
         """Of a pipeline stage: its routed experts on one rank, other matrices of Muon, the rest."""
         config = self.config
         sparse = sum(config.is_moe_layer(n) for n in layers)
-        held = -(-config.n_routed_experts // ep)
+        held = -(-(config.n_routed_experts + redundant) // ep)
         matrices = len(layers) * self.attention + sparse * self.shared
         matrices += (len(layers) - sparse) * self.dense
         ends = (0 in layers) + (config.num_hidden_layers - 1 in layers)

@@ -8,6 +8,7 @@ from kimi_ops.plan.counts import Counts
 from kimi_ops.plan.hardware import Hardware
 from kimi_ops.plan.layer import COMMUNICATION, Piece, again, dense_layer, merged, moe_layer
 from kimi_ops.plan.memory import Memory, memory
+from kimi_ops.plan.skew import busiest
 from kimi_ops.plan.work import Layout, Work
 
 __all__ = ["Estimate", "estimate"]
@@ -18,6 +19,7 @@ class Estimate:
     """Seconds and bytes of one layout; every one computed, no one measured on this machine."""
 
     layout: Layout
+    skew: float  # rows of the busiest rank by the mean
     memory: Memory
     capacity: float  # bytes of a GPU
     host_capacity: float
@@ -31,7 +33,7 @@ class Estimate:
     outside: dict[str, float]  # seconds a step: gradients, optimizer, host
     seconds: float
     overlapped: float
-    tokens: int  # of all GPUs in a step
+    tokens: int  # of all GPUs in a step; the last micro-batches may be in part empty
     gpus: int
 
     @property
@@ -67,23 +69,19 @@ def _split(pieces: list[Piece]) -> tuple[float, float]:
 
 
 def estimate(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> Estimate:
-    """What a step of `work` takes in `layout`.
-
-    Where the ranks do not divide the experts, those with one more get more rows: that is skew too.
-    """
+    """What a step of `work` takes in `layout`."""
     config = counts.config
-    experts = config.n_routed_experts
-    uneven = -(-experts // layout.ep) * layout.ep / experts
-    work = replace(work, skew=work.skew * uneven)
+    work = replace(work, skew=busiest(config, work, layout.ep, hardware.domain))
+    gpus = layout.pp * layout.dp
     layers = {}
     for sparse in {config.is_moe_layer(n) for n in range(config.num_hidden_layers)}:
         if sparse:
-            forward = moe_layer(hardware, counts, work, layout.ep)
+            forward = moe_layer(hardware, counts, work, layout.ep, gpus=gpus)
         else:
             forward = dense_layer(hardware, counts, work)
         pieces = list(forward)
         if work.training and sparse:
-            pieces += moe_layer(hardware, counts, work, layout.ep, backward=True)
+            pieces += moe_layer(hardware, counts, work, layout.ep, backward=True, gpus=gpus)
         elif work.training:
             pieces += dense_layer(hardware, counts, work, backward=True)
         if work.training:
@@ -97,9 +95,9 @@ def estimate(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> 
     count = layout.micro_batches(work) if work.training else 1
     slots = count + layout.pp - 1
     after = sum(outside.values())
-    gpus = layout.pp * layout.dp
     return Estimate(
         layout,
+        work.skew,
         memory(counts, work, layout),
         hardware.memory,
         hardware.host_memory,
@@ -111,7 +109,7 @@ def estimate(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> 
         outside,
         slots * stage + after,
         slots * overlapped + after,
-        layout.dp * work.tokens * count,
+        work.batch_tokens if work.training else layout.dp * work.tokens,
         gpus,
     )
 
@@ -136,10 +134,11 @@ def _stage(
         everything, sending = everything + all_, sending + sent
     if _depth(counts) - 1 in layers:
         passes = 3 if work.training else 1
-        flops = 2.0 * work.tokens * config.hidden_size * config.vocab_size * passes
+        flops = 2.0 * work.predicted * config.hidden_size * config.vocab_size * passes
         everything += hardware.seconds(flops, 2.0 * counts.table * passes)[0]
     if layout.pp > 1:  # activations on, their gradients back
-        link = hardware.network if layout.dp >= hardware.domain else hardware.nvlink
+        inside = layout.pp * layout.dp <= hardware.domain
+        link = hardware.nvlink if inside else hardware.network
         moved = 4.0 * work.tokens * config.hidden_size / link
         everything, sending = everything + moved, sending + moved
     return everything, max(sending, everything - sending)
@@ -150,8 +149,9 @@ def _outside(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> 
     config = counts.config
     stages = [counts.stage(s, layout.ep) for s in layout.stages(_depth(counts))]
     experts, matrices, rest = max(stages, key=sum)
-    link = hardware.nvlink if layout.dp <= hardware.domain else hardware.network
-    shared = experts * (1 - 1 / layout.replicas) + (matrices + rest) * (1 - 1 / layout.dp)
+    size = work.gradient_bytes + 2.0
+    moving = hardware.collective(size * experts, layout.replicas, layout.ep)
+    moving += hardware.collective(size * (matrices + rest), layout.dp, 1)
     owned = experts / layout.replicas + (matrices + rest) / layout.dp
     expert = 3 * ns_flops((config.moe_intermediate_size, config.hidden_size)) / counts.expert
     # of the other matrices too: their sides are alike
@@ -159,7 +159,7 @@ def _outside(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> 
     passes = owned * (22 + 2 * (work.momentum_bytes - 4)) / (hardware.hbm * hardware.copy)
     state = memory(counts, work, layout).host
     return {
-        "gradients and weights": shared * (work.gradient_bytes + 2) / link,
+        "gradients and weights": moving,
         "optimizer": newton_schulz / (hardware.bf16 * hardware.gemm) + passes,
         "state from and to the host": 2 * state / hardware.host_link,
     }

@@ -8,9 +8,18 @@ here; `gemm`, `gemm_fp8`, `stream` and `copy` were measured on an H100 (benchmar
 assumed of the others.
 """
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+
+from kimi_ops import _check
 
 __all__ = ["HARDWARE", "Hardware"]
+
+_KINDS = {"name": str, "gpu": str, "source": str, "measured": bool}
+_SHARES = ("gemm", "gemm_fp8", "attention", "stream", "copy")
+_OF_THE_CHIP = ("memory", "hbm", "bf16", "fp8", *_SHARES)
+_LINKS = ("domain", "nvlink", "network", "nvlink_latency", "network_latency")
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,70 @@ class Hardware:
     host_link: float = 50e9  # PCIe 5, one direction
     nvlink_latency: float = 15e-6  # barriers of a call
     network_latency: float = 30e-6  # that of DeepEP's low-latency table, EP 16 to 256
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name == "domain":
+                _check.between("Hardware", name, value, 1, 2**20)
+            elif name in _KINDS:
+                if not isinstance(value, _KINDS[name]):
+                    raise TypeError(
+                        f"Hardware: {name}: expected a {_KINDS[name].__name__}, got {value!r}; "
+                        "quote text, and only text"
+                    )
+            elif not 0 < _check.number("Hardware", name, value) <= (1 if name in _SHARES else 1e30):
+                most = "a share above 0, 1 at most" if name in _SHARES else "more than 0"
+                raise ValueError(
+                    f"Hardware: {name}: expected {most}, got {value}; bytes, FLOP and seconds"
+                )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Hardware":
+        """Read a JSON object: the fields of a machine, or those that differ from one of ``like``.
+
+        ``{"like": "h200", "name": "ours", "network": 25e9}`` is an H200 with half the network.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"Hardware: {path}: expected JSON, got {error}; see docs/plan.md"
+            ) from None
+        known = {field.name for field in fields(cls)} - {"measured"}
+        if not isinstance(values, dict) or (unknown := values.keys() - known - {"like"}):
+            got = ", ".join(sorted(unknown)) if isinstance(values, dict) else "no object"
+            raise ValueError(
+                f"Hardware: {path}: expected an object of {', '.join(sorted(known))}, like; got "
+                f"{got}; leave the rest out"
+            )
+        like = values.pop("like", None)
+        if like is None:
+            needed = [f.name for f in fields(cls) if f.name in known and f.default is MISSING]
+            if missing := [name for name in needed if name not in values]:
+                raise ValueError(
+                    f'Hardware: {path}: expected all fields or "like", got none of '
+                    f'{", ".join(missing)}; add them, or "like": "h200"'
+                )
+            return cls(**values)
+        _check.choice("Hardware", "like", like, tuple(HARDWARE))
+        found = replace(HARDWARE[like], **{"name": Path(path).stem, **values})
+        changed = {
+            name for name, value in asdict(found).items() if value != getattr(HARDWARE[like], name)
+        }
+        if changed.intersection(_LINKS) and "source" not in values:
+            found = replace(found, source=f"{path}, which says so")
+        return replace(found, measured=found.measured and not changed.intersection(_OF_THE_CHIP))
+
+    def collective(self, size: float, ranks: int, stride: int) -> float:
+        """Seconds to reduce `size` bytes to their owners, or to bring them back, in a ring.
+
+        The `ranks` are `stride` apart: those of a node hand on to each other over NVLink, and all
+        of their NICs share what leaves it.
+        """
+        near = max(1, self.domain // stride)
+        link = self.nvlink if ranks <= near else min(self.nvlink, near * self.network)
+        return size * (1 - 1 / ranks) / link
 
     def seconds(self, flops: float, bytes_: float, *, fp8: bool = False) -> tuple[float, str]:
         """The longer of a product's arithmetic and traffic, and which one it is."""

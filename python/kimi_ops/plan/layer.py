@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from kimi_ops.plan.counts import WEIGHT_BYTES, Counts
 from kimi_ops.plan.hardware import Hardware
 from kimi_ops.plan.rates import MODEL, expert_products
-from kimi_ops.plan.traffic import copies, transfer
+from kimi_ops.plan.traffic import copies, starts, transfer
 from kimi_ops.plan.work import Work
 
 __all__ = ["COMMUNICATION", "Piece", "again", "dense_layer", "merged", "moe_layer"]
@@ -89,12 +89,34 @@ def dense_layer(
 
 
 def moe_layer(
-    hardware: Hardware, counts: Counts, work: Work, ep: int, *, backward: bool = False
+    hardware: Hardware,
+    counts: Counts,
+    work: Work,
+    ep: int,
+    *,
+    backward: bool = False,
+    gpus: int | None = None,
 ) -> list[Piece]:
-    """A layer with experts, forward or backward, with `ep` ranks sharing its experts."""
+    """A layer with experts, forward or backward, on the slowest of the groups of `ep` ranks.
+
+    They are neighbours among `gpus`, one group alone by default.
+    """
     config = counts.config
-    experts, k, hidden = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
-    sent = copies(experts, k, ep, hardware.domain, deduplicated=not work.decoding)
+    k, hidden = config.num_experts_per_tok, config.hidden_size
+    experts = work.slots(config.n_routed_experts)
+    found = [
+        copies(
+            experts,
+            k,
+            ep,
+            hardware.domain,
+            deduplicated=not work.decoding,
+            groups=(config.n_group, config.topk_group),
+            start=start,
+        )
+        for start in starts(ep, hardware.domain, gpus or ep)
+    ]
+    sent = max(found, key=lambda sent: transfer(hardware, sent, work.tokens, 2.0 * hidden))
     rows = work.tokens * k * work.skew
     touched = 1 - (1 - k / experts) ** (work.tokens * ep)  # share of experts that get a row
     seconds, bound, source = expert_products(
@@ -105,6 +127,7 @@ def moe_layer(
         touched * -(-experts // ep) * counts.expert,
         work.weights,
         backward=backward,
+        gradient_bytes=work.gradient_bytes,
     )
     received = work.tokens * sent.ranks * work.skew  # rows that are copied into the experts' order
     sort = (received + rows) * 2 * hidden / (hardware.hbm * hardware.copy)

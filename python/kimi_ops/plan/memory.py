@@ -6,7 +6,8 @@ gradients of its stage; fp32 masters with Muon's momentum (8 bytes a parameter) 
 (12) belong to one of the ranks that hold the parameter. Stage s of pp keeps the activations of
 min(pp - s, micro-batches) micro-batches (1F1B).
 
-Serving: quantised weights, the latent cache, buffers.
+Serving: quantised weights, the latent cache, buffers. A prompt longer than a step's tokens is in
+the cache whole, and its keys and values are expanded for the last of them.
 """
 
 from dataclasses import dataclass
@@ -42,12 +43,19 @@ def activation_bytes(counts: Counts, work: Work, recompute: str, *, sparse: bool
 
 
 def buffer_bytes(counts: Counts, work: Work, ep: int) -> float:
-    """Slots for the most that may arrive: dispatch from every rank, combine from min(ep, K)."""
+    """Slots for the most that may arrive: dispatch from every rank, combine from min(ep, K).
+
+    Sent by choice, a token comes to a rank once for each of its experts, all K results come home.
+    """
     if ep == 1:
         return 0.0
-    hidden, k = counts.config.hidden_size, counts.config.num_experts_per_tok
+    config = counts.config
+    hidden, k = config.hidden_size, config.num_experts_per_tok
     message = work.row_bytes(hidden) + 8 * k + 8  # ids, weights, source
-    return work.tokens * (ep * message + min(ep, k) * 2.0 * hidden)
+    arriving, home = ep, min(ep, k)
+    if work.decoding:
+        arriving, home = ep * min(k, -(-work.slots(config.n_routed_experts) // ep)), k
+    return work.tokens * (arriving * message + home * 2.0 * hidden)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def memory(counts: Counts, work: Work, layout: Layout) -> Memory:
 
 
 def _stage(counts: Counts, work: Work, layout: Layout, number: int, layers: range) -> Memory:
-    experts, matrices, rest = counts.stage(layers, layout.ep)
+    experts, matrices, rest = counts.stage(layers, layout.ep, work.redundant)
     config = counts.config
     kinds = [config.is_moe_layer(n) for n in layers]
     kept = {k: activation_bytes(counts, work, layout.recompute, sparse=k) for k in set(kinds)}
@@ -80,10 +88,13 @@ def _stage(counts: Counts, work: Work, layout: Layout, number: int, layers: rang
     if not work.training:
         of_experts, of_others = WEIGHT_BYTES[work.weights]
         cache = 2.0 * (config.kv_lora_rank + config.qk_rope_head_dim) * len(layers)
+        expanded = 0 if work.decoding else work.cached - work.tokens
+        expanded *= config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+        logits = 4.0 * config.vocab_size * work.predicted * head
         parts = {
             "weights": experts * of_experts + matrices * of_others + 2.0 * rest,
-            "latent cache": work.tokens * (work.context if work.decoding else 1) * cache,
-            "activations": work.tokens * (max(whole.values()) + 4.0 * config.vocab_size * head),
+            "latent cache": work.cached * cache,
+            "activations": work.tokens * max(whole.values()) + 2.0 * expanded + logits,
         }
         return Memory({**parts, "EP buffers": buffers})
     held = experts + matrices + rest

@@ -4,32 +4,42 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from kimi_ops import _check
-from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.plan.counts import WEIGHT_BYTES, Counts, count
+from kimi_ops.plan.counts import Counts
 from kimi_ops.plan.estimate import Estimate, estimate
-from kimi_ops.plan.hardware import HARDWARE, Hardware
+from kimi_ops.plan.hardware import Hardware
+from kimi_ops.plan.memory import memory
+from kimi_ops.plan.skew import busiest
 from kimi_ops.plan.work import RECOMPUTE, Layout, Work
 
-__all__ = ["Plan", "plan"]
+__all__ = ["MOST_TOKENS", "Plan", "divisors"]
 
-PRESETS = ("k2", "mini", "tiny")
-MOST_GPUS = 16384
+MOST_GPUS, MOST_TOKENS = 16384, 2**40
 Change = tuple[str, dict[str, Any]]  # what it is called, fields of Work
+TRAINING: list[Change] = [
+    ("momentum in bf16", {"momentum_bytes": 2}),
+    ("optimizer state in the host's memory", {"offload": True}),
+    ("gradients in bf16", {"gradient_bytes": 2}),
+]
 
 
-def _divisors(number: int, most: int) -> list[int]:
+def divisors(number: int, most: int) -> list[int]:
     return [d for d in range(1, min(number, most) + 1) if number % d == 0]
 
 
 def layouts(counts: Counts, work: Work, gpus: int) -> Iterator[Layout]:
-    """Every pp x dp with every ep that divides dp; serving has no pipeline."""
+    """Every pp x dp with every ep that divides dp; serving has no pipeline.
+
+    A step that trains has a micro-batch at least for each rank; replicas fill all ranks alike.
+    """
     config = counts.config
-    for pp in _divisors(gpus, config.num_hidden_layers if work.training else 1):
-        for ep in _divisors(gpus // pp, config.n_routed_experts):
+    for pp in divisors(gpus, config.num_hidden_layers if work.training else 1):
+        if work.training and gpus // pp * work.tokens > work.batch_tokens:
+            continue
+        for ep in divisors(gpus // pp, config.n_routed_experts):
+            if work.redundant and work.slots(config.n_routed_experts) % ep:
+                continue
             for recompute in RECOMPUTE if work.training else ("none",):
                 yield Layout(ep, pp, gpus // pp, recompute)
 
@@ -40,6 +50,7 @@ class Sensitivity:
 
     change: str
     ratio: float  # tokens a second of the chosen layout, by those before
+    fits: bool  # whether that still does
     layout: Layout | None  # the best then; None where nothing fits
 
 
@@ -94,46 +105,69 @@ class Plan:
         fields = {k: v for k, v in changes.items() if k not in work}
         return replace(self, work=replace(self.work, **work), **fields)
 
-    def _changes(self) -> list[Change]:
-        tokens, context = self.work.tokens, self.work.context
-        if not self.work.training:
-            what = "sequences" if self.work.decoding else "tokens"
-            changes: list[Change] = [(f"half the {what} a rank", {"tokens": max(1, tokens // 2)})]
-            if self.work.decoding:
-                changes.append(("half the context", {"context": max(1, context // 2)}))
-            if self.work.weights != "int4":
-                changes.insert(0, ("INT4 experts", {"weights": "int4"}))
-            return changes
-        return [
-            ("momentum in bf16", {"momentum_bytes": 2}),
-            ("optimizer state in the host's memory", {"offload": True}),
-            ("gradients in bf16", {"gradient_bytes": 2}),
-            ("half the tokens of a micro-batch", {"tokens": max(1, tokens // 2)}),
-        ]
+    def most_tokens(self, layout: Layout) -> int:
+        """The most tokens of a step, or sequences, of a rank that fit; 0 where one does not."""
+
+        def fits(tokens: int) -> bool:
+            skew = busiest(self.counts.config, self.work, layout.ep, self.hardware.domain)
+            work = replace(self.work, tokens=tokens, skew=skew)
+            return memory(self.counts, work, layout).total <= self.hardware.memory
+
+        low, high = 0, 1
+        while fits(high) and high < MOST_TOKENS:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    @cached_property
+    def most(self) -> int:
+        """The same in the layout that has most room."""
+        return max(map(self.most_tokens, {e.layout for e in self.estimates}))
+
+    def _changed(self) -> "Iterator[tuple[str, Plan]]":
+        """What is left to try, one change more each."""
+        plan, work = self, self.work
+        if work.training:
+            for name, fields in TRAINING:
+                plan = plan._with(**fields)
+                yield name, plan
+            if work.tokens // 2 >= work.context:  # a sequence stays on one rank
+                yield "half the tokens of a micro-batch", plan._with(tokens=work.tokens // 2)
+            return
+        if work.weights != "int4":
+            plan = plan._with(weights="int4")
+            yield "INT4 experts", plan
+        most = plan.most
+        plan = plan._with(tokens=min(work.tokens, most or 1))
+        yield f"{work.items} a rank: {plan.work.tokens:,}{', the most' * (most > 0)}", plan
+        plan = plan._with(context=max(1, work.context // 2))
+        yield "half the context", plan
 
     @cached_property
     def remedies(self) -> list[Remedy]:
         """What is left to try where nothing fits: one change more each time, until it does."""
         tried: list[Remedy] = []
-        names: tuple[str, ...] = ()
-        plan = self
-        for name, fields in [] if self.chosen.fits else self._changes():
-            names, plan = (*names, name), plan._with(**fields)
-            tried.append(Remedy(names, plan.chosen))
+        for name, plan in () if self.chosen.fits else self._changed():
+            tried.append(Remedy((*(tried[-1].changes if tried else ()), name), plan.chosen))
             if tried[-1].best.fits:
                 break
         return tried
 
     def fewest_gpus(self, *, remedies: bool = False) -> int | None:
-        """The smallest power of two times a node that is enough, as asked or with all remedies."""
-        plan = self
-        for _, fields in self._changes() if remedies else ():
-            plan = plan._with(**fields)
-        gpus = self.hardware.domain
-        while gpus <= MOST_GPUS:
-            if plan._with(gpus=gpus).chosen.fits:
+        """Of 1, 2, 4, ... GPUs of a node, then 1, 2, 4, ... nodes: the fewest that are enough.
+
+        As asked, or with the remedies.
+        """
+        node = self.hardware.domain
+        inside = [2**n for n in range(node.bit_length()) if 2**n < node]
+        for gpus in [*inside, *(node * 2**n for n in range(15) if node * 2**n <= MOST_GPUS)]:
+            plan = self._with(gpus=gpus)
+            if not plan.estimates:
+                continue
+            if plan.chosen.fits or (remedies and any(p.chosen.fits for _, p in plan._changed())):
                 return gpus
-            gpus *= 2
         return None
 
     @cached_property
@@ -150,102 +184,14 @@ class Plan:
             ("tokens a rank x 0.5", {"tokens": max(1, work.tokens // 2)}),
             ("tokens a rank x 2", {"tokens": 2 * work.tokens}),
         ]
+        if work.training and work.tokens // 2 < work.context:  # a sequence stays on one rank
+            del changes[-2]
         found = []
         for name, fields in changes:
             other = self._with(**fields)
-            same = next(e for e in other.estimates if e.layout == self.chosen.layout)
+            same = estimate(other.hardware, self.counts, other.work, self.chosen.layout)
             ratio = same.tokens_per_gpu / self.chosen.tokens_per_gpu
-            best = other.chosen
-            found.append(Sensitivity(name, ratio, best.layout if best.fits else None))
+            best = other.chosen if other.estimates else same
+            layout = best.layout if best.fits else None
+            found.append(Sensitivity(name, ratio, same.fits, layout))
         return found
-
-
-def plan(
-    model: str | Path | KimiK2Config = "k2",
-    hardware: str | Hardware = "h200",
-    gpus: int = 256,
-    *,
-    mode: str = "train",
-    tokens_per_rank: int | None = None,
-    skew: float = 1.0,
-    context: int = 4096,
-    batch_tokens: int = 2**26,
-    weights: str | None = None,
-    wire: str | None = None,
-) -> Plan:
-    """Predict how a model trains or serves on a number of GPUs, for every way to spread it.
-
-    Parameters
-    ----------
-    model : str, Path or KimiK2Config
-        ``"k2"``, ``"mini"``, ``"tiny"`` or a ``config.json``.
-    hardware : str or Hardware
-        A name in `HARDWARE`, or a machine of one's own.
-    gpus : int
-    mode : {"train", "prefill", "decode"}
-        A training step (1F1B pipeline, ZeRO-1 MuonClip); or serving, attention by data and experts
-        by expert parallelism: a step that reads prompts, or one that adds a token to sequences.
-        ``"serve"`` is ``"decode"``, which needs the most memory.
-    tokens_per_rank : int, optional
-        Of a micro-batch or prompts (4096), or sequences that a rank decodes (128).
-    skew : float
-        Rows of the busiest rank by the mean, at least 1; scales expert products, copies and links.
-    context : int
-        Tokens of a sequence, in the cache of each where one decodes.
-    batch_tokens : int
-        Of a training step.
-    weights : {"bf16", "fp8", "int4"}, optional
-        What serves: fp8 unless given. Training has bf16.
-    wire : {"bf16", "fp8"}, optional
-        Dispatched rows: bf16 to train, fp8 to serve unless given.
-
-    Returns
-    -------
-    Plan
-        `chosen`, `by_ep`, `estimates`, `remedies`, `sensitivity`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        What is not known, or numbers out of range.
-
-    Examples
-    --------
-    >>> from kimi_ops.plan import plan
-    >>> chosen = plan("k2", "h200", 16, mode="serve").chosen
-    >>> chosen.fits, chosen.layout.ep
-    (True, 16)
-    """
-    if isinstance(hardware, str):
-        _check.choice("plan", "hardware", hardware, tuple(HARDWARE))
-        hardware = HARDWARE[hardware]
-    _check.choice("plan", "mode", mode, ("train", "serve", "prefill", "decode"))
-    mode = "decode" if mode == "serve" else mode
-    training = mode == "train"
-    tokens = (128 if mode == "decode" else 4096) if tokens_per_rank is None else tokens_per_rank
-    sizes = {"gpus": gpus, "tokens_per_rank": tokens, "context": context}
-    for name, value in {**sizes, "batch_tokens": batch_tokens}.items():
-        _check.between("plan", name, value, 1, 2**40)
-    if not 1 <= _check.number("plan", "skew", skew) < float("inf"):
-        raise ValueError(
-            f"plan: skew: expected at least 1, busiest rank by mean, got {skew}; 1 is balanced"
-        )
-    weights = weights or ("bf16" if training else "fp8")
-    _check.choice("plan", "weights", weights, ("bf16",) if training else tuple(WEIGHT_BYTES))
-    wire = wire or ("bf16" if training else "fp8")
-    _check.choice("plan", "wire", wire, ("bf16", "fp8"))
-    work = Work(mode, tokens, context, float(skew), weights, wire, batch_tokens)
-    return Plan(count(_config(model)), hardware, gpus, work)
-
-
-def _config(model: str | Path | KimiK2Config) -> KimiK2Config:
-    if isinstance(model, KimiK2Config):
-        return model
-    if str(model) in PRESETS:
-        return getattr(KimiK2Config, str(model))()
-    path = Path(model)
-    if path.suffix != ".json" and not path.is_dir():
-        raise ValueError(
-            f"plan: model: expected {', '.join(PRESETS)} or a config.json, got {model}; name one"
-        )
-    return KimiK2Config.from_file(path / "config.json" if path.is_dir() else path)

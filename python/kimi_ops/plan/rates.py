@@ -51,6 +51,7 @@ def expert_products(
     weights: str,
     *,
     backward: bool = False,
+    gradient_bytes: int = 4,
 ) -> tuple[float, str, str]:
     """Seconds of gate, up and down products of `rows` rows; their bound; where the rate is from.
 
@@ -64,14 +65,15 @@ def expert_products(
     weights : str
         bf16, fp8 (products in FP8) or int4 (expanded to bf16 on the way).
     backward : bool
-        dgrad and wgrad, the latter added to fp32 gradients, instead of the forward.
+        dgrad and wgrad, the latter added to gradients, instead of the forward.
     """
     hidden, inner = shape
     pair = 2.0 * rows * hidden * 2 * inner  # FLOP of gate and up; down is half
     held = parameters * WEIGHT_BYTES[weights][0]
     moved = 2 * rows * (2 * hidden + 2 * inner)  # inputs and outputs in 16 bits
     if backward:
-        seconds, bound = hardware.seconds(2 * 1.5 * pair, 2 * moved + held + 8 * parameters)
+        added = 2 * gradient_bytes * parameters
+        seconds, bound = hardware.seconds(2 * 1.5 * pair, 2 * moved + held + added)
     else:
         seconds, bound = hardware.seconds(1.5 * pair, moved + held, fp8=weights == "fp8")
     if not hardware.measured or shape != K2_EXPERT or weights != "bf16":

@@ -42,31 +42,35 @@ def _head(plan: Plan) -> Iterator[str]:
         "decode": "sequences a rank, one token each",
     }[work.mode]
     yield (
-        f"{work.tokens:,} {what}, context {work.context:,}, skew {work.skew:g}, "
-        f"{work.weights} weights, rows dispatched in {work.wire}"
+        f"{work.tokens:,} {what}, context {work.context:,}, skew {work.skew:g}"
+        f"{' x that of the loads' if work.loads else ''}, {work.weights} weights, "
+        f"rows dispatched in {work.wire}"
+        f"{f', {work.redundant} redundant experts' if work.redundant else ''}"
     )
 
 
 def _sizes(plan: Plan) -> Iterator[str]:
     training = plan.work.training
     yield (
-        f"  {'EP':>4}{'PP':>4}{'DP':>6} {'recompute':<10}{'GB a GPU':>9}{'left':>8}"
-        f"{'dispatch':>10}{'experts':>9}{'combine':>9}  {'bound':<8}{'tokens/s a GPU':>15}"
-        f"{'overlapped':>11}"
+        f"  {'EP':>4} {'PP':>3} {'DP':>5} {'recompute':<10}{'skew':>5} {'GB a GPU':>9} {'left':>8} "
+        f"{'dispatch':>9} {'experts':>8} {'combine':>8}  {'bound':<8} {'tokens/s a GPU':>14} "
+        f"{'overlapped':>10}"
     )
-    unit = "ms a micro-batch and layer"
-    yield f"  {'':>4}{'':>4}{'':>6} {'':<10}{'':>9}{'':>8}{unit:>28}"
+    unit = f"ms a {'micro-batch' if training else 'step'} and layer"
+    yield f"{'':>51}{unit:>29}"
     for found in plan.by_ep:
         layout = found.layout
         mark = ">" if found.layout == plan.chosen.layout and found.fits else " "
         times = [1e3 * found.piece(n).seconds for n in ("dispatch", "experts", "combine")]
-        cells = f"{times[0]:>10.3f}{times[1]:>9.3f}{times[2]:>9.3f}"
+        cells = " ".join(
+            f"{time:>{width}.3f}" for time, width in zip(times, (9, 8, 8), strict=True)
+        )
         overlapped = found.tokens / found.overlapped / found.gpus
         yield (
-            f"{mark} {layout.ep:>4}{layout.pp:>4}{layout.dp:>6} "
-            f"{layout.recompute if training else '-':<10}{found.memory.total / GB:>9.1f}"
-            f"{-found.missing / GB:>8.1f}{cells}  {found.bound:<8}"
-            f"{found.tokens_per_gpu:>15,.0f}{overlapped:>11,.0f}"
+            f"{mark} {layout.ep:>4} {layout.pp:>3} {layout.dp:>5} "
+            f"{layout.recompute if training else '-':<10}{found.skew:>5.2f} "
+            f"{found.memory.total / GB:>9.1f} {-found.missing / GB:>8.1f} {cells}  "
+            f"{found.bound:<8} {found.tokens_per_gpu:>14,.0f} {overlapped:>10,.0f}"
         )
 
 
@@ -79,16 +83,19 @@ def _chosen(plan: Plan) -> Iterator[str]:
     yield f"  memory of the fullest rank, GB: {', '.join(parts)}{host}; of {found.capacity / GB:g}"
     passes = "forward, backward and what is repeated" if training else "forward"
     yield f"  a layer with experts, {passes}:"
-    yield f"    {'':<16}{'ms':>9}  {'bound':<9}{'MB NVLink':>10}{'MB network':>11}  rate"
+    yield f"    {'':<16}{'ms':>9}  {'bound':<9}{'MB NVLink':>10} {'MB network':>10}  rate"
     for piece in found.layer:
-        sent = "".join(
-            f"{size / 1e6:>{width}.1f}" if size else f"{'-':>{width}}"
-            for size, width in ((piece.nvlink_bytes, 10), (piece.network_bytes, 11))
+        sent = " ".join(
+            f"{size / 1e6:>10.1f}" if size else f"{'-':>10}"
+            for size in (piece.nvlink_bytes, piece.network_bytes)
         )
         yield (
             f"    {piece.name:<16}{1e3 * piece.seconds:>9.3f}  {piece.bound:<9}{sent}  "
             f"{piece.source}"
         )
+    if not training and found.fits:
+        most = plan.most_tokens(found.layout)
+        yield f"  the most {plan.work.items} a rank that fit: {most:,}"
     if training:
         outside = ", ".join(f"{name} {_number(s)} s" for name, s in found.outside.items() if s)
         yield (
@@ -99,8 +106,8 @@ def _chosen(plan: Plan) -> Iterator[str]:
         yield f"  model FLOP/s: {_utilization(plan, found):.1%} of the dense bf16 peak"
     else:
         yield (
-            f"  step: {1e3 * found.seconds:.1f} ms, {1e3 * found.overlapped:.1f} ms where dispatch "
-            "and combine hide behind the rest"
+            f"  step: {_number(1e3 * found.seconds)} ms, {_number(1e3 * found.overlapped)} ms "
+            "where dispatch and combine hide behind the rest"
         )
 
 
@@ -112,6 +119,8 @@ def _mending(plan: Plan) -> Iterator[str]:
         layout = layout_name(best.layout, plan.work.training)
         end = "fits" if best.fits else f"{_number(best.missing / GB)} GB are missing"
         yield f"  + {remedy.changes[-1]}: {end} ({layout})"
+    if not plan.work.training and plan.most:
+        yield f"  without any, {plan.most:,} {plan.work.items} a rank are the most that fit"
     for remedies, name in ((False, "as asked"), (True, "with all of these changes")):
         fewest = plan.fewest_gpus(remedies=remedies)
         answer = "no number tried is" if fewest is None else f"{fewest} GPUs are"
@@ -121,15 +130,12 @@ def _mending(plan: Plan) -> Iterator[str]:
 def _sensitivity(plan: Plan) -> Iterator[str]:
     yield "what the choice hangs on: tokens/s of the chosen layout, and the best layout then"
     for row in plan.sensitivity:
-        same = row.layout == plan.chosen.layout
-        best = (
-            "the same"
-            if same
-            else layout_name(row.layout, plan.work.training)
-            if row.layout
-            else "none fits"
-        )
-        yield f"  {row.change:<20}{row.ratio:>7.0%}  {best}"
+        if row.layout == plan.chosen.layout:
+            best = "the same"
+        else:
+            best = layout_name(row.layout, plan.work.training) if row.layout else "none fits"
+            best += "" if row.fits else "; the chosen one does not fit"
+        yield f"  {row.change:<20}{row.ratio:>7.1%}  {best}"
 
 
 def as_text(plan: Plan) -> str:
@@ -153,10 +159,11 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "parameters": plan.counts.total,
         "hardware": asdict(plan.hardware),
         "gpus": plan.gpus,
-        "work": asdict(plan.work),
+        "work": {**asdict(plan.work), "loads": plan.work.loads is not None},
         "fits": fits,
         "chosen": _estimate(plan.chosen),
         "by_ep": [_estimate(found) for found in plan.by_ep],
+        "most_tokens": None if plan.work.training else plan.most_tokens(plan.chosen.layout),
         "sensitivity": [asdict(row) for row in plan.sensitivity] if fits else [],
         "remedies": [
             {"changes": remedy.changes, **_estimate(remedy.best)} for remedy in plan.remedies

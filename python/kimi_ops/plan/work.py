@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from kimi_ops.plan.traffic import split
 
-__all__ = ["RECOMPUTE", "Layout", "Work"]
+__all__ = ["RECOMPUTE", "Layout", "Loads", "Work"]
+
+Loads = tuple[tuple[float, ...], ...]  # [layers, experts]
 
 RECOMPUTE = ("none", "selective", "full")  # what the backward computes again
 
@@ -17,21 +19,42 @@ class Work:
     mode: str  # train | prefill | decode
     tokens: int  # of a rank in one micro-batch or step; where it decodes, its running sequences
     context: int  # tokens of a sequence; where it decodes, in the cache of each
-    skew: float  # rows of the busiest rank by the mean
+    skew: float  # rows of the busiest rank by the mean; with loads, by what they say
     weights: str  # stored as bf16 | fp8 | int4
     wire: str  # of dispatched rows: bf16 | fp8; combined rows and gradients are bf16
     batch_tokens: int  # of a training step
     momentum_bytes: int = 4
     gradient_bytes: int = 4
     offload: bool = False  # the optimizer's state lies in the host's memory
+    redundant: int = 0  # replicas of busy experts beside one of each
+    loads: Loads | None = None  # tokens that each expert got
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the latent cache of a rank; a prompt may come in several steps."""
+        return self.tokens * self.context if self.decoding else max(self.tokens, self.context)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that need the head: of a prompt only the last."""
+        return -(-self.tokens // self.context) if self.mode == "prefill" else self.tokens
 
     @property
     def training(self) -> bool:
         return self.mode == "train"
 
     @property
+    def items(self) -> str:
+        """What `tokens` counts."""
+        return f"sequences of {self.context:,}" if self.decoding else "tokens"
+
+    @property
     def decoding(self) -> bool:
         return self.mode == "decode"
+
+    def slots(self, experts: int) -> int:
+        """Experts with their replicas, which ranks share."""
+        return experts + self.redundant
 
     def row_bytes(self, hidden: int) -> float:
         """A dispatched row; FP8 has an fp32 scale for 128 values."""

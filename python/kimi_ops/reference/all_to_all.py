@@ -2,7 +2,8 @@
 """Dispatch and combine of any number of ranks, in one process: lists hold one entry a rank.
 
 Written from the definition, in loops over ranks, tokens and slots: it shares nothing with what it
-judges. Differentiable by torch; float64 stays float64.
+judges but the FP8 of `kimi_ops.formats`, which its tests hold to numbers by hand. Differentiable by
+torch; float64 stays float64.
 
     dispatch   the pairs (source rank, token, slot) whose expert a rank owns become its rows, sorted
                by (expert, source rank, token, slot)
