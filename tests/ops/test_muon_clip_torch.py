@@ -207,6 +207,32 @@ def test_adamw_measures_before_it_moves(engine, dtype):
     assert torch.equal(ours[0][1], params[1]) and not torch.equal(ours[0][3], params[3])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_looked_at_to_the_last_element(cpu_engine, two_thread_counts, dtype):
+    """A thread updates some 2^17 elements while it looks at the gradients of the next: block beside
+    block, of which either may be the longer or missing."""
+    torch.set_num_threads(two_thread_counts[0])
+    sizes = [140_001, 3, 11_000, 1, 190_002, 9]
+    params = [torch.ones(n) for n in sizes]
+    first, second = copies(params, params)
+    pieces = [range(i, i + 1) for i in range(6)]
+    keys = {
+        "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "maximize": False,
+        "cautious": False, "pieces": pieces, "measure": True,
+    }  # fmt: skip
+    grads = [torch.ones(n, dtype=dtype) for n in sizes]
+    for t, place in [
+        (0, 0), (0, 8191), (0, 140_000), (1, 2), (2, 2), (2, 3), (2, 8191), (2, 10_999), (3, 0),
+        (4, 0), (4, 2815), (4, 100_001), (4, 185_000), (4, 190_001), (5, 8),
+    ]:  # fmt: skip
+        squares, before = torch.ones(6).double(), params[t].clone()
+        grads[t][place] = torch.inf
+        passes.adamw_(params, grads, first, second, counters(*range(6)), squares=squares, **keys)
+        assert torch.isfinite(squares).logical_not().nonzero().tolist() == [[t]], (t, place)
+        assert torch.equal(params[t], before)
+        grads[t][place] = 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_on_the_device_are_factors(engine, dtype):
     """lr, weight decay and scale as tensors give what they give as numbers; fp64 is the twin's."""
