@@ -134,9 +134,15 @@ void adamw_cpu(const AdamwParams& p) {
   const auto grad = [&](const Blocks::Block& b) {
     return at(p.grads[b.tensor], p.grad_dtype, b.begin);
   };
-  const auto look = [&](int64_t block) {
-    const Blocks::Block b = blocks.at(block);
-    sums[block] = engine.finite(grad(b), p.grad_dtype, b.end - b.begin) ? 0.0 : std::nan("");
+  // Blocks of a tensor in one go: its streams are the longer.
+  const auto look = [&](int64_t block, int64_t end) {
+    for (int64_t last; block < end; block = last) {
+      const Blocks::Block b = blocks.at(block);
+      last = std::min(end, blocks.before(b.tensor + 1));
+      const int64_t n = std::min(p.sizes[b.tensor] - b.begin, (last - block) * kBlock);
+      const double found = engine.finite(grad(b), p.grad_dtype, n) ? 0.0 : std::nan("");
+      std::fill(sums + block, sums + last, found);
+    }
   };
   const auto update = [&](int64_t block, int64_t ahead) {  // ahead: a block to look at, or -1
     const Blocks::Block b = blocks.at(block), c = ahead < 0 ? Blocks::Block{} : blocks.at(ahead);
@@ -152,10 +158,7 @@ void adamw_cpu(const AdamwParams& p) {
     return t;
   };
   int64_t from = 0, to = end_of_run(0), next = 0;
-  if (p.measure)
-    cpu::parallel_for(blocks.before(to), kGrain, [&](int64_t block, int64_t end) {
-      for (; block < end; ++block) look(block);
-    });
+  if (p.measure) cpu::parallel_for(blocks.before(to), kGrain, look);
   for (; from < p.count; from = to, to = next) {
     for (int64_t t = from; t < to; ++t) {
       if (p.measure)
@@ -170,7 +173,7 @@ void adamw_cpu(const AdamwParams& p) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t low = second + more * i / count, high = second + more * (i + 1) / count;
         update(first + i, low < high ? low : -1);
-        for (int64_t block = low + 1; block < high; ++block) look(block);
+        look(low + 1, high);
       }
     });
   }

@@ -56,7 +56,7 @@ void update(const Decay& decay, float rate, void* param, kimi_dtype param_dtype,
 template <class O>
 bool finite(const void* x, kimi_dtype dtype, int64_t n) {
   return dispatch(dtype, [&]<class T>() {
-    constexpr int kStreams = 4;
+    constexpr int kStreams = 8;
     const T* from = static_cast<const T*>(x);
     const int64_t each = n / (kStreams * O::kLanes) * O::kLanes;
     typename O::F zeros[kStreams];

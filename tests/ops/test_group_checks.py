@@ -72,6 +72,10 @@ def _append_a_vector(group: dict) -> None:
     group["params"].append(nn.Parameter(rand(3, seed=1)))
 
 
+def _replace_by_a_vector(group: dict) -> None:
+    group["params"][0] = nn.Parameter(rand(3, seed=1))
+
+
 def _make_complex(group: dict) -> None:
     group["params"][0].data = group["params"][0].data.to(torch.complex64)
 
@@ -85,6 +89,7 @@ def _leave_gaps(group: dict) -> None:
     [
         (_shrink_a_split, r"split_sizes: \(2, 3\) must be positive and add up to the 6 rows"),
         (_append_a_vector, "parameter #1: expected a matrix"),
+        (_replace_by_a_vector, "parameter #0: expected a matrix"),
         (_make_complex, "parameter #0: expected a dense real floating-point tensor"),
         (_leave_gaps, "batch_dims: 'flatten' needs a parameter without gaps"),
     ],

@@ -98,6 +98,14 @@ def test_adamw_follows_the_twin(engine, dtype, cautious, maximize):
         mine[0], theirs[0] = copies(theirs[0], theirs[0])
 
 
+def test_updates_have_the_shapes_of_their_gradients(engine):
+    shapes = [(2, 3), (0, 4), (1, 0, 5), (4, 1, 1), ()]
+    grads, buffers = ([torch.ones(shape) for shape in shapes] for _ in range(2))
+    updates = passes.momenta_(grads, buffers, momentum=0.5, nesterov=False, maximize=False)
+    assert [tuple(update.shape) for update in updates] == shapes
+    assert equal(updates, grads)
+
+
 def squared_norms(x: list[Tensor]) -> Tensor:
     """The sum of squares of each tensor."""
     found = torch.zeros(len(x)).double()

@@ -99,18 +99,18 @@ def orthogonalize(
     images: list[Tensor | None] = [None] * len(matrices)
     alike: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
-        if served("newton_schulz", matrix) and dtype in _native.DTYPES:
-            alike.setdefault((matrix.shape, matrix.dtype, matrix.stride()), []).append(i)
-            continue
-        images[i] = twin.newton_schulz(
-            matrix, rows, method=method, restarts=restarts, dtype=dtype, eps=eps, products=PRODUCTS
-        )
+        key = matrix.shape, matrix.dtype, matrix.stride(), matrix.device
+        alike.setdefault(key, []).append(i)
     numbers = [number for row in rows for number in row]
     code = newton_schulz.METHODS[method]
     for members in alike.values():
         group = [matrices[i] for i in members]
-        done = newton_schulz.newton_schulz(group, numbers, restarts, code, dtype, eps)
-        for i, image in zip(members, done.unbind(0), strict=True):
+        if served("newton_schulz", group[0]) and dtype in _native.DTYPES:
+            done = newton_schulz.newton_schulz(group, numbers, restarts, code, dtype, eps).unbind(0)
+        else:
+            keys: dict[str, Any] = {"method": method, "restarts": restarts, "dtype": dtype}
+            done = [twin.newton_schulz(x, rows, **keys, eps=eps, products=PRODUCTS) for x in group]
+        for i, image in zip(members, done, strict=True):
             images[i] = image
     return [image for image in images if image is not None]
 
@@ -232,7 +232,7 @@ def adamw_(
     """One AdamW update of each parameter, with `scale` times the gradients; `steps` count them.
     `measure` finds out before which gradients are finite, and the first of their pieces of
     `squares` becomes so or not."""
-    for members, native in _alike(params, grads, exp_avgs, exp_avg_sqs, steps):
+    for members, native in _alike(params, grads, exp_avgs):
         lists = _chosen(members, params, grads, exp_avgs, exp_avg_sqs, steps)
         device = lists[0][0].device
         here = scale if scale is None else scale.to(device)
@@ -299,7 +299,7 @@ def clip_factor(squares: Tensor, pieces: Sequence[range], max_norm: float) -> Te
 
 def _alike(*lists: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], bool]]:
     """Numbers of the tensors of equal dtypes on one device, and whether a native pass takes them:
-    beside the first two of `lists` are states, in fp32."""
+    the third of `lists` are states, in fp32."""
     keys = list(zip(map(_device, lists[0]), *[map(_dtype, x) for x in lists], strict=True))
     groups: dict[tuple[Any, ...], Sequence[int]] = {}
     if keys and keys.count(keys[0]) == len(keys):
@@ -308,7 +308,7 @@ def _alike(*lists: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], bool]]:
         for key in dict.fromkeys(keys):
             groups[key] = [i for i, other in enumerate(keys) if other == key]
     for (device, *dtypes), members in groups.items():
-        native = set(dtypes).issubset(_native.DTYPES) and set(dtypes[2:]) <= {torch.float32}
+        native = set(dtypes).issubset(_native.DTYPES) and dtypes[2:] in ([], [torch.float32])
         yield members, native and device.type in _devices("muon_clip")
 
 

@@ -338,11 +338,10 @@ class MuonClip(torch.optim.Optimizer):
             # beside the parameter, as torch's fused kernel keeps it: what is left alone does not
             # count, and only the device knows
             step = state.get("step", 0.0)
-            if (
-                not isinstance(step, Tensor)
-                or step.dtype != torch.float32
-                or step.device != param.device
-            ):
+            beside = isinstance(step, Tensor) and (
+                (step.is_cpu and param.is_cpu) or step.device == param.device
+            )
+            if not beside or step.dtype is not torch.float32:
                 state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
         return state
 
