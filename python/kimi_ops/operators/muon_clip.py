@@ -17,12 +17,7 @@ def _updates(grads: Sequence[Tensor], *_: Any) -> Tensor:
 
 def unpacked(updates: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
     """The updates that `muon_momentum_` gives as one tensor, as views in the gradients' shapes."""
-    parts = _unflatten_dense_tensors(updates, grads)
-    # which makes every empty tensor one of a single dimension
-    return [
-        part if part.ndim == grad.ndim else part.view(grad.shape)
-        for part, grad in zip(parts, grads, strict=True)
-    ]
+    return list(_unflatten_dense_tensors(updates, grads))
 
 
 def _nothing(*_: Any) -> None:
