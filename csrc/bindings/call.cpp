@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <deque>
+#include <map>
 
 #include "bindings/foreign.h"
 #include "bindings/tensors.h"
@@ -164,10 +166,17 @@ Tensor Call::optional(const char* name) {
 }
 
 std::vector<Tensor> Call::tensors(const char* name) {
+  // What the items are called in messages, kept for ever (guarded by Python's lock): every call
+  // needs names, and hardly one shows them.
+  static std::map<const char*, std::deque<std::string>> known;
+  std::deque<std::string>& names = known[name];
+  const std::vector<PyObject*> objects = items(name, "tensors");
   std::vector<Tensor> tensors;
-  for (PyObject* item : items(name, "tensors"))
-    tensors.push_back(
-        view_of(item, keep(std::string(name) + "[" + std::to_string(tensors.size()) + "]")));
+  tensors.reserve(objects.size());
+  for (size_t i = 0; i < objects.size(); ++i) {
+    if (i == names.size()) names.push_back(std::string(name) + "[" + std::to_string(i) + "]");
+    tensors.push_back(view_of(objects[i], names[i]));
+  }
   return tensors;
 }
 
@@ -409,20 +418,21 @@ Tensor Call::on_host(const Tensor& tensor) {
   return keep(checked(PyObject_CallMethod(tensor.object, "cpu", nullptr)), tensor.name);
 }
 
-void Call::write_back(const std::vector<Tensor>& targets, const std::vector<Tensor>& written) {
+void Call::write_back(std::initializer_list<Written> lists) {
   std::vector<PyObject*> in_place;  // one call of torch for all
-  for (size_t i = 0; i < targets.size(); ++i) {
-    const Tensor& target = targets[i];
-    if (target.object == written[i].object) {
-      if (torch.increment_version && torch.is(Py_TYPE(target.object)))
-        in_place.push_back(target.object);
-      continue;
+  for (const auto& [targets, written] : lists)
+    for (size_t i = 0; i < targets.size(); ++i) {
+      const Tensor& target = targets[i];
+      if (target.object == written[i].object) {
+        if (torch.increment_version && torch.is(Py_TYPE(target.object)))
+          in_place.push_back(target.object);
+        continue;
+      }
+      if (!PyObject_HasAttrString(target.object, "copy_"))
+        value_error(target.name, "expected contiguous memory, got strides ", target.strides_text(),
+                    "; pass a contiguous array");
+      checked(PyObject_CallMethod(target.object, "copy_", "O", written[i].object));
     }
-    if (!PyObject_HasAttrString(target.object, "copy_"))
-      value_error(target.name, "expected contiguous memory, got strides ", target.strides_text(),
-                  "; pass a contiguous array");
-    checked(PyObject_CallMethod(target.object, "copy_", "O", written[i].object));
-  }
   if (in_place.empty()) return;
   const Object list = checked(PyList_New(Py_ssize_t(in_place.size())));
   for (size_t i = 0; i < in_place.size(); ++i)

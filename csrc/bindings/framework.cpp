@@ -12,7 +12,7 @@ Torch torch;
 namespace {
 
 PyObject* name_of_requires_grad = nullptr;
-PyObject* name_of_is_neg = nullptr;
+PyObject* is_neg = nullptr;  // torch.Tensor's method
 PyObject* name_of_level = nullptr;
 
 struct Seen {
@@ -49,7 +49,7 @@ void look(PyObject* tensor, Seen& seen) {
   if (code == dlpack::kComplex) seen.watched = true;  // may be lazily conjugated
   if (!whole && !seen.gradient && is_true(checked(PyObject_GetAttr(tensor, name_of_requires_grad))))
     seen.gradient = true;
-  if (is_true(checked(PyObject_CallMethodNoArgs(tensor, name_of_is_neg)))) seen.watched = true;
+  if (is_true(checked(PyObject_CallOneArg(is_neg, tensor)))) seen.watched = true;
   // Elements without memory: zeros that torch computes with by rule.
   if (!view.data && std::find(view.shape, view.shape + view.ndim, 0) == view.shape + view.ndim)
     seen.watched = true;
@@ -132,7 +132,7 @@ const dlpack::Exchange* exchange_of(PyTypeObject* type) {
 void bind_torch(PyObject* tensor, PyObject* parameter, PyObject* functions) {
   const auto name = [](const char* text) { return checked(PyUnicode_InternFromString(text)); };
   name_of_requires_grad = name("requires_grad").release();
-  name_of_is_neg = name("is_neg").release();
+  is_neg = checked(PyObject_GetAttrString(tensor, "is_neg")).release();
   name_of_level = name("_current_level").release();
   Torch bound;
   const std::initializer_list<std::pair<const char*, PyObject**>> fields = {

@@ -35,6 +35,7 @@ void check_numbers(Call& call, const char* name, const std::vector<Number>& numb
 
 Tensors dense(const Tensors& tensors) {
   Tensors copies;
+  copies.reserve(tensors.size());
   for (const Tensor& tensor : tensors) copies.push_back(tensor.dense());
   return copies;
 }
@@ -47,12 +48,14 @@ void check_writable(std::initializer_list<const Tensors*> lists) {
 template <class T>
 std::vector<T*> addresses(const Tensors& tensors) {
   std::vector<T*> list;
+  list.reserve(tensors.size());
   for (const Tensor& tensor : tensors) list.push_back(tensor.data<T>());
   return list;
 }
 
 std::vector<int64_t> sizes(const Tensors& tensors) {
   std::vector<int64_t> list;
+  list.reserve(tensors.size());
   for (const Tensor& tensor : tensors) list.push_back(tensor.count());
   return list;
 }
@@ -116,7 +119,7 @@ PyObject* muon_momentum(Call& call) {
   p.grad_dtype = native(grads[0].dtype);
   p.buffer_dtype = native(buffers[0].dtype);
   call.run(kimi_muon_momentum, p);
-  call.write_back(buffers, moved);
+  call.write_back({{buffers, moved}});
   return call.result(updates);
 }
 
@@ -155,7 +158,7 @@ PyObject* muon_update(Call& call) {
   p.param_dtype = native(params[0].dtype);
   p.direction_dtype = native(directions[0].dtype);
   call.run(kimi_muon_update, p);
-  call.write_back(params, targets);
+  call.write_back({{params, targets}});
   return call.none();
 }
 
@@ -214,11 +217,12 @@ PyObject* adamw(Call& call) {
   p.grad_dtype = native(grads[0].dtype);
   p.workspace = call.workspace(kimi_adamw_workspace_bytes(&p, call.device()));
   call.run(kimi_adamw, p);
-  call.write_back(params, moved[0]);
-  call.write_back(exp_avgs, moved[1]);
-  call.write_back(exp_avg_sqs, moved[2]);
-  call.write_back(steps, steps);
-  if (p.measure) call.write_back(flags.squares, flags.squares);
+  const std::span<const Tensor> measured(&flags.squares, p.measure ? 1 : 0);
+  call.write_back({{params, moved[0]},
+                   {exp_avgs, moved[1]},
+                   {exp_avg_sqs, moved[2]},
+                   {steps, steps},
+                   {measured, measured}});
   return call.none();
 }
 

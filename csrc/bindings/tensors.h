@@ -16,6 +16,7 @@
 
 #include <initializer_list>
 #include <list>
+#include <span>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -173,11 +174,14 @@ class Call {
   // Whether the host may read values: on a GPU only where the environment asks for checks.
   bool reads(const Tensor& tensor) const;
   Tensor on_host(const Tensor& tensor);
-  // After `run` wrote to `written`: the target itself, or a copy whose values it takes.
+  // After `run` wrote to `written`: the targets themselves, or copies whose values they take.
+  struct Written {
+    std::span<const Tensor> targets, written;
+  };
+  void write_back(std::initializer_list<Written> lists);
   void write_back(const Tensor& target, const Tensor& written) {
-    write_back(std::vector<Tensor>{target}, std::vector<Tensor>{written});
+    write_back({Written{{&target, 1}, {&written, 1}}});
   }
-  void write_back(const std::vector<Tensor>& targets, const std::vector<Tensor>& written);
 
   PyObject* result(const Output& output, bool transposed = false);  // .mT of it
   PyObject* result(std::initializer_list<Output> outputs);          // a tuple

@@ -84,8 +84,10 @@ struct CpuEngine {
   // copy: bf16 or NULL
   void (*update)(const Decay& decay, float rate, void* param, kimi_dtype param_dtype,
                  const void* direction, kimi_dtype direction_dtype, void* copy, int64_t n);
-  void (*adamw)(const Moments& m, void* param, kimi_dtype param_dtype, const void* grad,
-                kimi_dtype grad_dtype, float* exp_avg, float* exp_avg_sq, int64_t n);
+  // And whether next_n elements of another gradient, which comes later, are finite.
+  bool (*adamw)(const Moments& m, void* param, kimi_dtype param_dtype, const void* grad,
+                kimi_dtype grad_dtype, float* exp_avg, float* exp_avg_sq, int64_t n,
+                const void* next, int64_t next_n);
   double (*squares)(const void* x, kimi_dtype dtype, int64_t n);  // n <= kBlock
   bool (*finite)(const void* x, kimi_dtype dtype, int64_t n);
 };

@@ -15,7 +15,7 @@ namespace {
 using namespace muon_clip_cpu;
 
 constexpr int64_t kGrain = 4;         // blocks that are worth a thread
-constexpr int64_t kCached = 1 << 17;  // elements of a gradient that a thread finds again in its L2
+constexpr int64_t kCached = 1 << 17;  // elements of gradients that a thread finds again in its L2
 
 const void* at(const void* x, kimi_dtype dtype, int64_t i) {
   return static_cast<const char*>(x) + i * size_of(dtype);
@@ -28,63 +28,45 @@ void* at(void* x, kimi_dtype dtype, int64_t i) {
 class Blocks {
  public:
   template <class Items, class Unit>
-  Blocks(int64_t count, const Items& items, const Unit& unit) : tensors_(size_t(count)) {
-    for (int64_t t = 0, first = 0; t < count; ++t) {
-      const int64_t n = items(t), u = std::max<int64_t>(1, unit(t));
-      const int64_t end = first + ceil_div(n, u);
-      tensors_[size_t(t)] = {n, u, first, end};
-      first = end;
+  Blocks(int64_t count, const Items& items, const Unit& unit) : tensors_(size_t(count + 1)) {
+    int64_t before = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      tensors_[size_t(t)] = {items(t), std::max<int64_t>(1, unit(t)), before};
+      before += ceil_div(tensors_[size_t(t)].items, tensors_[size_t(t)].unit);
     }
+    tensors_[size_t(count)] = {0, 1, before};
   }
   Blocks(int64_t count, const int64_t* sizes)
       : Blocks(count, [&](int64_t t) { return sizes[t]; }, [](int64_t) { return kBlock; }) {}
 
-  int64_t first(int64_t tensor) const { return tensors_[size_t(tensor)].first; }
-  int64_t end(int64_t tensor) const { return tensors_[size_t(tensor)].end; }
+  int64_t before(int64_t tensor) const { return tensors_[size_t(tensor)].before; }
 
-  // body(tensor, begin, end, block) for the blocks of tensors [from, to), and after each its share
-  // of beside(...) for those of [next_from, next_to). A thread takes the same share of a run of
-  // tensors in every call, in ascending or descending order.
-  template <class Body, class Beside>
-  void run(int64_t from, int64_t to, bool backwards, const Body& body, int64_t next_from,
-           int64_t next_to, const Beside& beside) const {
-    const int64_t first = first_of(from), count = first_of(to) - first;
-    const int64_t next = first_of(next_from), more = first_of(next_to) - next;
-    cpu::parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = backwards ? begin + end - 1 - i : i;
-        call(first + block, body);
-        const int64_t low = more * block / count, high = more * (block + 1) / count;
-        for (int64_t j = low; j < high; ++j)
-          call(next + (backwards ? low + high - 1 - j : j), beside);
-      }
-    });
+  struct Block {
+    int64_t tensor, begin, end;  // items of it
+  };
+  Block at(int64_t block) const {
+    const auto after = std::upper_bound(tensors_.begin(), tensors_.end(), block,
+                                        [](int64_t b, const Tensor& t) { return b < t.before; });
+    const Tensor& tensor = *(after - 1);
+    const int64_t begin = (block - tensor.before) * tensor.unit;
+    return {after - 1 - tensors_.begin(), begin, std::min(tensor.items, begin + tensor.unit)};
   }
-  template <class Body>
-  void run(int64_t from, int64_t to, bool backwards, const Body& body) const {
-    run(from, to, backwards, body, to, to, body);
-  }
+
+  // body(tensor, begin, end, block) for all blocks.
   template <class Body>
   void run(const Body& body) const {
-    run(0, int64_t(tensors_.size()), false, body);
+    cpu::parallel_for(tensors_.back().before, kGrain, [&](int64_t block, int64_t end) {
+      for (; block < end; ++block) {
+        const Block b = at(block);
+        body(b.tensor, b.begin, b.end, block);
+      }
+    });
   }
 
  private:
   struct Tensor {
-    int64_t items, unit, first, end;
+    int64_t items, unit, before;  // blocks of the tensors before it
   };
-  int64_t first_of(int64_t tensor) const {
-    if (tensor < int64_t(tensors_.size())) return first(tensor);
-    return tensors_.empty() ? 0 : tensors_.back().end;
-  }
-  template <class Body>
-  void call(int64_t block, const Body& body) const {
-    const auto after = std::upper_bound(tensors_.begin(), tensors_.end(), block,
-                                        [](int64_t b, const Tensor& t) { return b < t.first; });
-    const Tensor& tensor = *(after - 1);
-    const int64_t item = (block - tensor.first) * tensor.unit;
-    body(after - 1 - tensors_.begin(), item, std::min(tensor.items, item + tensor.unit), block);
-  }
   std::vector<Tensor> tensors_;
 };
 
@@ -140,44 +122,60 @@ void muon_update_cpu(const MuonUpdateParams& p) {
   });
 }
 
+// One run of tensors is updated while the gradients of the next are looked at: an element of the one,
+// an element of the other, so that memory is waited for once and the gradients are in a cache still
+// when their turn comes.
 void adamw_cpu(const AdamwParams& p) {
   const CpuEngine& engine = kEngines.best();
   const Blocks blocks(p.count, p.sizes);
   double* sums = static_cast<double*>(p.workspace);
   std::vector<Moments> moments(size_t(p.count));
   std::vector<char> alive(size_t(p.count));
-  const auto check = [&](int64_t t, int64_t begin, int64_t end, int64_t block) {
-    const void* grad = at(p.grads[t], p.grad_dtype, begin);
-    sums[block] = engine.finite(grad, p.grad_dtype, end - begin) ? 0.0 : std::nan("");
+  const auto grad = [&](const Blocks::Block& b) {
+    return at(p.grads[b.tensor], p.grad_dtype, b.begin);
   };
-  const auto update = [&](int64_t t, int64_t begin, int64_t end, int64_t) {
-    if (alive[size_t(t)])
-      engine.adamw(moments[size_t(t)], at(p.params[t], p.param_dtype, begin), p.param_dtype,
-                   at(p.grads[t], p.grad_dtype, begin), p.grad_dtype, p.exp_avgs[t] + begin,
-                   p.exp_avg_sqs[t] + begin, end - begin);
+  // Blocks of a tensor in one go: its streams are the longer.
+  const auto look = [&](int64_t block, int64_t end) {
+    for (int64_t last; block < end; block = last) {
+      const Blocks::Block b = blocks.at(block);
+      last = std::min(end, blocks.before(b.tensor + 1));
+      const int64_t n = std::min(p.sizes[b.tensor] - b.begin, (last - block) * kBlock);
+      const double found = engine.finite(grad(b), p.grad_dtype, n) ? 0.0 : std::nan("");
+      std::fill(sums + block, sums + last, found);
+    }
   };
-  // One run of tensors is updated while the next one's gradients are looked at: each thread finds
-  // what it looked at in its cache, the last first.
-  const int64_t cached = p.measure ? kCached * cpu::num_threads() : INT64_MAX;
+  const auto update = [&](int64_t block, int64_t ahead) {  // ahead: a block to look at, or -1
+    const Blocks::Block b = blocks.at(block), c = ahead < 0 ? Blocks::Block{} : blocks.at(ahead);
+    const int64_t t = b.tensor, n = alive[size_t(t)] ? b.end - b.begin : 0;
+    const bool finite = engine.adamw(moments[size_t(t)], at(p.params[t], p.param_dtype, b.begin),
+                                     p.param_dtype, grad(b), p.grad_dtype, p.exp_avgs[t] + b.begin,
+                                     p.exp_avg_sqs[t] + b.begin, n, grad(c), c.end - c.begin);
+    if (ahead >= 0) sums[ahead] = finite ? 0.0 : std::nan("");
+  };
+  const int64_t most = p.measure ? kCached * cpu::num_threads() : INT64_MAX;
   const auto end_of_run = [&](int64_t t) {
-    for (int64_t elements = 0; t < p.count && elements < cached; ++t) elements += p.sizes[t];
+    for (int64_t elements = 0; t < p.count && elements < most; ++t) elements += p.sizes[t];
     return t;
   };
-  bool backwards = false;
-  int64_t from = 0, to = end_of_run(0);
-  if (p.measure) blocks.run(from, to, backwards, check);
-  while (from < p.count) {
+  int64_t from = 0, to = end_of_run(0), next = 0;
+  if (p.measure) cpu::parallel_for(blocks.before(to), kGrain, look);
+  for (; from < p.count; from = to, to = next) {
     for (int64_t t = from; t < to; ++t) {
       if (p.measure)
-        p.squares[p.pieces[2 * t]] = sum_of_blocks(sums, blocks.first(t), blocks.end(t));
+        p.squares[p.pieces[2 * t]] = sum_of_blocks(sums, blocks.before(t), blocks.before(t + 1));
       alive[size_t(t)] = moves(p.squares, p.pieces, t);
       if (alive[size_t(t)]) moments[size_t(t)] = moments_of(p, *p.steps[t] += 1);
     }
-    backwards = !backwards && p.measure;
-    const int64_t next = end_of_run(to);
-    blocks.run(from, to, backwards, update, to, p.measure ? next : to, check);
-    from = to;
-    to = next;
+    next = end_of_run(to);
+    const int64_t first = blocks.before(from), second = blocks.before(to);
+    const int64_t count = second - first, more = p.measure ? blocks.before(next) - second : 0;
+    cpu::parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t low = second + more * i / count, high = second + more * (i + 1) / count;
+        update(first + i, low < high ? low : -1);
+        look(low + 1, high);
+      }
+    });
   }
 }
 
@@ -189,7 +187,7 @@ void squares_cpu(const SquaresParams& p) {
     sums[block] = engine.squares(at(p.x[t], p.dtype, begin), p.dtype, end - begin);
   });
   for (int64_t t = 0; t < p.count; ++t)
-    p.squares[p.places[t]] = sum_of_blocks(sums, blocks.first(t), blocks.end(t));
+    p.squares[p.places[t]] = sum_of_blocks(sums, blocks.before(t), blocks.before(t + 1));
 }
 
 void clip_factor_cpu(const ClipFactorParams& p) {

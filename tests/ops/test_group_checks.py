@@ -2,6 +2,7 @@
 """Numbers, options and keys of a group, checked when it is added and before anything moves."""
 
 import math
+from collections import UserList
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import kimi_ops
 from kimi_ops import MuonClip
+from kimi_ops.optim import group_checks
 
 INF, NAN = math.inf, math.nan
 
@@ -60,6 +62,65 @@ def test_options_changed_between_steps_are_checked_before_anything_moves(key: st
     with pytest.raises(ValueError, match=key.removeprefix("ns_")):
         train(optimizer, params, 1)
     assert same(before, values(params, optimizer))
+
+
+def _shrink_a_split(group: dict) -> None:
+    group["split_sizes"][0] = 2
+
+
+def _append_a_vector(group: dict) -> None:
+    group["params"].append(nn.Parameter(rand(3, seed=1)))
+
+
+def _replace_by_a_vector(group: dict) -> None:
+    group["params"][0] = nn.Parameter(rand(3, seed=1))
+
+
+def _make_complex(group: dict) -> None:
+    group["params"][0].data = group["params"][0].data.to(torch.complex64)
+
+
+def _leave_gaps(group: dict) -> None:
+    group["params"][0].data = rand(6, 4, 5, seed=1)[..., :3]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_shrink_a_split, r"split_sizes: \(2, 3\) must be positive and add up to the 6 rows"),
+        (_append_a_vector, "parameter #1: expected a matrix"),
+        (_replace_by_a_vector, "parameter #0: expected a matrix"),
+        (_make_complex, "parameter #0: expected a dense real floating-point tensor"),
+        (_leave_gaps, "batch_dims: 'flatten' needs a parameter without gaps"),
+    ],
+)
+def test_a_group_changed_where_it_lies_is_checked_again(change, text: str):
+    flat = change is _leave_gaps
+    param = nn.Parameter(rand(6, 4, 3, seed=0) if flat else rand(6, 4, seed=0))
+    keys = {"batch_dims": "flatten"} if flat else {"split_sizes": [3, 3]}
+    optimizer = MuonClip([{"params": [param], **keys}])
+    train(optimizer, [param])
+    change(optimizer.param_groups[0])
+    before = values([param], optimizer)
+    param.grad = torch.ones_like(param)
+    with pytest.raises((TypeError, ValueError), match=text):
+        optimizer.step()
+    assert same(before, values([param], optimizer))
+
+
+def test_only_numbers_are_checked_where_nothing_else_changes(monkeypatch):
+    seen = []
+    check = group_checks.check_group
+    monkeypatch.setattr(group_checks, "check_group", lambda g: (seen.append(g), check(g)))
+    params, optimizer = make(ns_coefficients=[(3.0, -4.0, 2.0)] * 5)
+    train(optimizer, params)
+    assert len(seen) == 2
+    optimizer.param_groups[0].update(lr=0.2, momentum=0.5, weight_decay=0.0, betas=(0.5, 0.5))
+    train(optimizer, params)
+    assert len(seen) == 2
+    optimizer.param_groups[0]["ns_coefficients"] = UserList([(3.0, -4.0, 2.0)] * 5)
+    train(optimizer, params)  # what may change in ways of its own is checked each time
+    assert len(seen) == 4
 
 
 LOGITS = torch.ones(2, 4)

@@ -98,6 +98,22 @@ def test_adamw_follows_the_twin(engine, dtype, cautious, maximize):
         mine[0], theirs[0] = copies(theirs[0], theirs[0])
 
 
+def test_updates_have_the_shapes_of_their_gradients(engine):
+    shapes = [(2, 3), (0, 4), (1, 0, 5), (4, 1, 1), ()]
+    grads, buffers = ([torch.ones(shape) for shape in shapes] for _ in range(2))
+    updates = passes.momenta_(grads, buffers, momentum=0.5, nesterov=False, maximize=False)
+    assert [tuple(update.shape) for update in updates] == shapes
+    assert equal(updates, grads)
+
+
+def squared_norms(x: list[Tensor]) -> Tensor:
+    """The sum of squares of each tensor."""
+    found = torch.zeros(len(x)).double()
+    places = [range(i, i + 1) for i in range(len(x))]
+    passes.squares_(found, x, places, [[y.numel()] for y in x])
+    return found
+
+
 def test_threads_and_repeats_show_in_no_bit(engine, two_thread_counts):
     results = []
     for threads in two_thread_counts:
@@ -107,21 +123,21 @@ def test_threads_and_repeats_show_in_no_bit(engine, two_thread_counts):
             grads, buffers = tensors(torch.bfloat16), tensors(torch.float32)
             keys = {"momentum": 0.9, "nesterov": True, "maximize": False}
             updates = passes.momenta_(grads, buffers, **keys)
-            results.append([*updates, *buffers, passes.squares(updates)])
+            results.append([*updates, *buffers, squared_norms(updates)])
     assert all(equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_squares(engine, dtype):
     x = tensors(dtype)
-    sums = passes.squares(x)
+    found = squared_norms(x)
     exact = torch.stack([y.double().square().sum() for y in x])
-    torch.testing.assert_close(sums, exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
     huge = torch.full((3,), 3e38) if dtype == torch.float32 else x[0]
-    assert torch.isfinite(passes.squares([huge])).all()
+    assert torch.isfinite(squared_norms([huge])).all()
     x[2].view(-1)[7] = torch.inf
     x[1][3] = torch.nan
-    assert torch.isfinite(passes.squares(x)).tolist() == [True, False, False, True, True]
+    assert torch.isfinite(squared_norms(x)).tolist() == [True, False, False, True, True]
 
 
 def test_squares_of_pieces_are_those_of_their_copies(engine):
@@ -130,7 +146,7 @@ def test_squares_of_pieces_are_those_of_their_copies(engine):
     pieces, sums = [range(3), range(3, 4), range(5, 7)], torch.full((7,), -1.0).double()
     passes.squares_(sums, x, pieces, cuts)
     parts = [part.clone() for y, cut in zip(x, cuts, strict=True) for part in y.view(-1).split(cut)]
-    alone = passes.squares(parts)
+    alone = squared_norms(parts)
     assert sums[4] == -1 and torch.equal(sums[[0, 1, 2, 3, 5, 6]], alone)
 
 
@@ -197,7 +213,7 @@ def test_adamw_measures_before_it_moves(engine, dtype):
     }  # fmt: skip
     pieces = [range(i, i + 1) for i in range(6)]
     squares = torch.ones(6).double()
-    alone = {"squares": passes.squares(grads), "pieces": pieces}
+    alone = {"squares": squared_norms(grads), "pieces": pieces}
     passes.adamw_(theirs[0], grads, *theirs[1:], **keys, **alone)
     alone = {"squares": squares, "pieces": pieces}
     passes.adamw_(ours[0], grads, *ours[1:], **keys, **alone, measure=True)
@@ -205,6 +221,32 @@ def test_adamw_measures_before_it_moves(engine, dtype):
     assert torch.equal(squares.nan_to_num(), torch.zeros_like(squares))
     assert all(equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert torch.equal(ours[0][1], params[1]) and not torch.equal(ours[0][3], params[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_looked_at_to_the_last_element(cpu_engine, two_thread_counts, dtype):
+    """A thread updates some 2^17 elements while it looks at the gradients of the next: block beside
+    block, of which either may be the longer or missing."""
+    torch.set_num_threads(two_thread_counts[0])
+    sizes = [140_001, 3, 11_000, 1, 190_002, 9]
+    params = [torch.ones(n) for n in sizes]
+    first, second = copies(params, params)
+    pieces = [range(i, i + 1) for i in range(6)]
+    keys = {
+        "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "maximize": False,
+        "cautious": False, "pieces": pieces, "measure": True,
+    }  # fmt: skip
+    grads = [torch.ones(n, dtype=dtype) for n in sizes]
+    for t, place in [
+        (0, 0), (0, 8191), (0, 140_000), (1, 2), (2, 2), (2, 3), (2, 8191), (2, 10_999), (3, 0),
+        (4, 0), (4, 2815), (4, 100_001), (4, 185_000), (4, 190_001), (5, 8),
+    ]:  # fmt: skip
+        squares, before = torch.ones(6).double(), params[t].clone()
+        grads[t][place] = torch.inf
+        passes.adamw_(params, grads, first, second, counters(*range(6)), squares=squares, **keys)
+        assert torch.isfinite(squares).logical_not().nonzero().tolist() == [[t]], (t, place)
+        assert torch.equal(params[t], before)
+        grads[t][place] = 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -239,7 +239,7 @@ TEST(adamw) {
         if (Flags::moves(t))
           kPortableEngine.adamw(moments_of(p, before + 1), want[0].at[t], param, grads.at[t], grad,
                                 static_cast<float*>(want[1].at[t]),
-                                static_cast<float*>(want[2].at[t]), kSizes[t]);
+                                static_cast<float*>(want[2].at[t]), kSizes[t], nullptr, 0);
       }
       require(got[0] == want[0] && got[1] == want[1] && got[2] == want[2], "parameters, moments");
     }

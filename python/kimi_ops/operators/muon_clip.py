@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from kimi_ops.operators.registry import Operator
 
@@ -16,8 +17,7 @@ def _updates(grads: Sequence[Tensor], *_: Any) -> Tensor:
 
 def unpacked(updates: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
     """The updates that `muon_momentum_` gives as one tensor, as views in the gradients' shapes."""
-    parts = updates.split([grad.numel() for grad in grads])
-    return [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)]
+    return list(_unflatten_dense_tensors(updates, grads))
 
 
 def _nothing(*_: Any) -> None:

@@ -5,7 +5,8 @@ take the native kernels, all others the twins in `kimi_ops.reference`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kimi_ops.reference import newton_schulz as twin
 from kimi_ops.reference import qk_clip as twin_clip
 
 Triple = tuple[float, float, float]
+_device, _dtype = attrgetter("device"), attrgetter("dtype")
 _BUILT_FOR_CUDA = bool(_native._C.cuda_architectures())  # compilers do not look into the module
 
 
@@ -25,8 +27,12 @@ def served(
     op: str, *tensors: Tensor | None, dtypes: Sequence[torch.dtype] = _native.DTYPES
 ) -> bool:
     """Whether the native kernels of `op` take these tensors."""
-    devices = ("cpu", "cuda") if _BUILT_FOR_CUDA and op in _native.CUDA_OPS else ("cpu",)
+    devices = _devices(op)
     return all(t is None or (t.device.type in devices and t.dtype in dtypes) for t in tensors)
+
+
+def _devices(op: str) -> tuple[str, ...]:
+    return ("cpu", "cuda") if _BUILT_FOR_CUDA and op in _native.CUDA_OPS else ("cpu",)
 
 
 # ---- products
@@ -93,18 +99,18 @@ def orthogonalize(
     images: list[Tensor | None] = [None] * len(matrices)
     alike: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
-        if served("newton_schulz", matrix) and dtype in _native.DTYPES:
-            alike.setdefault((matrix.shape, matrix.dtype, matrix.stride()), []).append(i)
-            continue
-        images[i] = twin.newton_schulz(
-            matrix, rows, method=method, restarts=restarts, dtype=dtype, eps=eps, products=PRODUCTS
-        )
+        key = matrix.shape, matrix.dtype, matrix.stride(), matrix.device
+        alike.setdefault(key, []).append(i)
     numbers = [number for row in rows for number in row]
     code = newton_schulz.METHODS[method]
     for members in alike.values():
         group = [matrices[i] for i in members]
-        done = newton_schulz.newton_schulz(group, numbers, restarts, code, dtype, eps)
-        for i, image in zip(members, done.unbind(0), strict=True):
+        if served("newton_schulz", group[0]) and dtype in _native.DTYPES:
+            done = newton_schulz.newton_schulz(group, numbers, restarts, code, dtype, eps).unbind(0)
+        else:
+            keys: dict[str, Any] = {"method": method, "restarts": restarts, "dtype": dtype}
+            done = [twin.newton_schulz(x, rows, **keys, eps=eps, products=PRODUCTS) for x in group]
+        for i, image in zip(members, done, strict=True):
             images[i] = image
     return [image for image in images if image is not None]
 
@@ -160,7 +166,7 @@ def momenta_(
     keys: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "maximize": maximize}
     for members, native in _alike(grads, buffers):
         if native:
-            chosen = [[x[i] for i in members] for x in (grads, buffers)]
+            chosen = _chosen(members, grads, buffers)
             flags = _flags(squares, pieces, members, chosen[0][0])
             done = muon_clip.muon_momentum_(*chosen, momentum, nesterov, maximize, *flags)
             updates.update(zip(members, muon_clip.unpacked(done, chosen[0]), strict=True))
@@ -186,7 +192,7 @@ def apply_(
     are factors of lr where that is a tensor."""
     for members, native in _alike(params, directions):
         if native:
-            chosen = [[x[i] for i in members] for x in (params, directions, rates)]
+            chosen = _chosen(members, params, directions, rates)
             flags = _flags(squares, pieces, members, params[members[0]])
             lr_number, lr_factor = _split(lr)
             decay_number, decay_factor = _split(weight_decay)
@@ -226,8 +232,8 @@ def adamw_(
     """One AdamW update of each parameter, with `scale` times the gradients; `steps` count them.
     `measure` finds out before which gradients are finite, and the first of their pieces of
     `squares` becomes so or not."""
-    for members, native in _alike(params, grads, exp_avgs, exp_avg_sqs, steps):
-        lists = [[x[i] for i in members] for x in (params, grads, exp_avgs, exp_avg_sqs, steps)]
+    for members, native in _alike(params, grads, exp_avgs):
+        lists = _chosen(members, params, grads, exp_avgs, exp_avg_sqs, steps)
         device = lists[0][0].device
         here = scale if scale is None else scale.to(device)
         measured = measure
@@ -272,7 +278,7 @@ def squares_(
         if native:
             edges = [edge for i in members for edge in (pieces[i].start, pieces[i].stop)]
             runs = [length for i in members for length in lengths[i]]
-            muon_clip.squares_(target, [tensors[i] for i in members], edges, runs)
+            muon_clip.squares_(target, *_chosen(members, tensors), edges, runs)
         else:
             for i in members:
                 parts = tensors[i].reshape(-1).split(list(lengths[i]))
@@ -283,15 +289,6 @@ def squares_(
             squares += target.to(squares.device)
 
 
-def squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of each tensor in fp64, [tensors], on the first one's device."""
-    device = tensors[0].device if tensors else torch.device("cpu")
-    sums = torch.zeros(len(tensors), dtype=torch.float64, device=device)
-    places = [range(i, i + 1) for i in range(len(tensors))]
-    squares_(sums, tensors, places, [[tensor.numel()] for tensor in tensors])
-    return sums
-
-
 def clip_factor(squares: Tensor, pieces: Sequence[range], max_norm: float) -> Tensor:
     """min(1, max_norm / norm) in fp32, 0-dim: of all gradients that are not left alone."""
     if served("muon_clip", squares, dtypes=(torch.float64,)):
@@ -300,16 +297,24 @@ def clip_factor(squares: Tensor, pieces: Sequence[range], max_norm: float) -> Te
     return twin_passes.clip_factor(squares, pieces, max_norm)
 
 
-def _alike(*lists: Sequence[Tensor]) -> Iterable[tuple[list[int], bool]]:
+def _alike(*lists: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], bool]]:
     """Numbers of the tensors of equal dtypes on one device, and whether a native pass takes them:
-    beside the first two of `lists` are states, in fp32."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        key = tensors[0].device, *[tensor.dtype for tensor in tensors]
-        groups.setdefault(key, []).append(i)
-    for (_, *dtypes), members in groups.items():
-        states = all(dtype == torch.float32 for dtype in dtypes[2:])
-        yield members, states and served("muon_clip", *[x[members[0]] for x in lists])
+    the third of `lists` are states, in fp32."""
+    keys = list(zip(map(_device, lists[0]), *[map(_dtype, x) for x in lists], strict=True))
+    groups: dict[tuple[Any, ...], Sequence[int]] = {}
+    if keys and keys.count(keys[0]) == len(keys):
+        groups[keys[0]] = range(len(keys))
+    else:
+        for key in dict.fromkeys(keys):
+            groups[key] = [i for i, other in enumerate(keys) if other == key]
+    for (device, *dtypes), members in groups.items():
+        native = set(dtypes).issubset(_native.DTYPES) and dtypes[2:] in ([], [torch.float32])
+        yield members, native and device.type in _devices("muon_clip")
+
+
+def _chosen(members: Sequence[int], *lists: Sequence[Any]) -> list[Sequence[Any]]:
+    """Of each list the `members`, which ascend."""
+    return [x if len(members) == len(x) else [x[i] for i in members] for x in lists]
 
 
 def _flags(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kimi_ops import _check
 from kimi_ops.optim import engine
 from kimi_ops.optim.learning_rate import adjusted_lr
 from kimi_ops.optim.muon_blocks import blocks, is_flat, names, ns_options
+from kimi_ops.optim.muon_mesh import sharded
 from kimi_ops.optim.newton_schulz import check_options
 
 _ADJUST = (None, "original", "match_rms_adamw")
@@ -30,24 +32,89 @@ _NUMBERS = (
 )
 _SWITCHES = ("nesterov", "maximize", "capturable", "cautious_weight_decay", "transposed")
 _TENSORS = ("lr", "weight_decay")  # may be tensors of one element
+# What decides with the parameters on a group's matrices: seldom changed, and then checked again.
+_structure = itemgetter(
+    "algorithm", "adjust_lr_fn", "ns_dtype", "momentum_dtype", "ns_steps", "ns_coefficients",
+    "ns_method", "ns_restarts", "eps", "batch_dims", "num_heads", "head_dim", "split_sizes",
+    "interleave", "ns_max_batch", "transposed",
+)  # fmt: skip
 
 
-def check_groups(groups: list[dict[str, Any]]) -> None:
-    """What a caller may have changed since the last step, before anything moves."""
-    for group in groups:
-        check_group(group)
-        adjust, lr = group["adjust_lr_fn"], group["lr"]
-        unread = isinstance(lr, Tensor) and not engine.on_host(lr)
-        if group["algorithm"] == "muon" and callable(adjust) and not unread:
-            examples = [torch.empty(p.shape, device="meta") for p in group["params"]]
-            shapes = [block.shape[-2:] for x in examples for block in blocks(x, group)]
-            for rows, columns in dict.fromkeys(shapes):
-                adjusted_lr(float(lr), adjust, (rows, columns))
+class Checked:
+    """A group that `step` can serve, and what must be as it was for that to be known still."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.options = _kept(_structure(group))
+        self.params: list[Tensor] = list(group["params"])
+        self.memory = _memory(group)
+        self.sharded = any(map(sharded, self.params))
+        # of the matrices whose rates a function of the caller's gives
+        adjusts = group["algorithm"] == "muon" and callable(group["adjust_lr_fn"])
+        examples = [torch.empty(p.shape, device="meta") for p in self.params if adjusts]
+        cut = dict.fromkeys(block.shape[-2:] for x in examples for block in blocks(x, group))
+        self.shapes = [(rows, columns) for rows, columns in cut]
+
+    def holds(self, group: dict[str, Any]) -> bool:
+        """Whether nothing but numbers has changed."""
+        params, options = group["params"], _structure(group)
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and (all(map(is_, options, self.options)) or _kept(options) == self.options)
+            and _memory(group) == self.memory
+        )
+
+
+def _kept(value: Any) -> Any:
+    """`value` with copies of the lists in it, which may change; what is no plain value equals
+    nothing."""
+    if isinstance(value, (tuple, list)):
+        return [_kept(item) for item in value]
+    plain = value is None or isinstance(value, (str, int, float, torch.dtype)) or callable(value)
+    return value if plain else object()
+
+
+def _memory(group: dict[str, Any]) -> list[Any]:
+    """What ``param.data = ...`` may change under the optimizer, beside shapes."""
+    if group["batch_dims"] == "flatten":
+        return [(p.dtype, p.stride()) for p in group["params"]]
+    return [p.dtype for p in group["params"]]
+
+
+def check_groups(groups: list[dict[str, Any]], known: list[Checked]) -> list[Checked]:
+    """What a caller may have changed since the last step, before anything moves; `known` is what
+    that step's check gave."""
+    checked = []
+    for i, group in enumerate(groups):
+        if i < len(known) and known[i].holds(group):
+            check_numbers(group)
+            checked.append(known[i])
+        else:
+            check_group(group)
+            checked.append(Checked(group))
+        lr = group["lr"]
+        if checked[i].shapes and not (isinstance(lr, Tensor) and not engine.on_host(lr)):
+            for shape in checked[i].shapes:
+                adjusted_lr(float(lr), group["adjust_lr_fn"], shape)
+    return checked
 
 
 def check_group(group: dict[str, Any]) -> None:
     """Raise for a group that ``step`` could not serve. Reads nothing from a device."""
     _check.choice("MuonClip", "algorithm", group["algorithm"], ALGORITHMS)
+    check_numbers(group)
+    for name, param in names(group):
+        if not param.is_floating_point() or param.layout != torch.strided:
+            raise TypeError(
+                f"MuonClip: parameter {name}: expected a dense real floating-point tensor, got "
+                f"{param.dtype}, {param.layout}; convert it"
+            )
+    if group["algorithm"] == "muon":
+        _check_muon(group)
+
+
+def check_numbers(group: dict[str, Any]) -> None:
+    """Raise for numbers and switches, which schedulers change from step to step."""
     _check_tensors(group)
     for key, low, high, mend in _NUMBERS:
         _check_number(key, group[key], low, high, mend)
@@ -70,14 +137,6 @@ def check_group(group: dict[str, Any]) -> None:
                 "MuonClip: max_grad_norm: expected a positive number, got 0; 1 is usual, None "
                 "clips nothing"
             )
-    for name, param in names(group):
-        if not param.is_floating_point() or param.layout != torch.strided:
-            raise TypeError(
-                f"MuonClip: parameter {name}: expected a dense real floating-point tensor, got "
-                f"{param.dtype}, {param.layout}; convert it"
-            )
-    if group["algorithm"] == "muon":
-        _check_muon(group)
 
 
 def _check_tensors(group: dict[str, Any]) -> None:
@@ -98,6 +157,8 @@ def _check_tensors(group: dict[str, Any]) -> None:
 
 def _check_number(key: str, value: Any, low: float, high: float, mend: str) -> None:
     """A finite number low <= value < high; a tensor on a device is not read."""
+    if type(value) is float and low <= value < high:
+        return
     wanted = f"a finite number >= {low}" + (f" and < {high}" if high < math.inf else "")
     if isinstance(value, Tensor) and key in _TENSORS:
         if value.numel() != 1 or not value.is_floating_point():

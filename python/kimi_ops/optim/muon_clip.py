@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kimi_ops.optim import engine
-from kimi_ops.optim.group_checks import check_group, check_groups
+from kimi_ops.optim.group_checks import Checked, check_group, check_groups
 from kimi_ops.optim.group_keys import check_keys, follow_cycle
 from kimi_ops.optim.learning_rate import AdjustLr
 from kimi_ops.optim.muon_blocks import names, state_dtype
@@ -34,6 +34,8 @@ from kimi_ops.optim.muon_state import (
 from kimi_ops.optim.muon_update import Work, adamw_update, measured, muon_update
 from kimi_ops.optim.ns_schedule import Coefficients
 from kimi_ops.optim.qk_clip_layers import QKClip
+
+_MUON_STATE, _ADAMW_STATE = ("momentum_buffer",), ("exp_avg", "exp_avg_sq")
 
 __all__ = ["MuonClip", "QKClip", "muon_param_groups"]
 
@@ -197,6 +199,7 @@ class MuonClip(torch.optim.Optimizer):
         self._shards = Shards(process_group, reduce_gradients)
         self._squares: Tensor | None = None  # norms of the last step's gradients
         self._warned = False
+        self._checked: list[Checked] = []  # the groups of the last step
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,7 +218,7 @@ class MuonClip(torch.optim.Optimizer):
         if "_shards" not in self.__dict__:  # a copy or an unpickled one
             self.qk_clip = None
             self._shards = Shards(None, True)
-            self._squares, self._warned = None, False
+            self._squares, self._warned, self._checked = None, False, []
             self.defaults = unpack_function(state["defaults"])
             state = {**state, "defaults": self.defaults}
         olds = current or [self.defaults] * len(state["param_groups"])
@@ -256,26 +259,29 @@ class MuonClip(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             follow_cycle(group)
-        check_groups(self.param_groups)
-        for param in self._params():
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise TypeError(
-                    "MuonClip: gradient: expected a dense one, got a sparse one; use sparse=False"
-                )
-            check_gradient(param)
         shards = self._shards
-        shards.update(self.param_groups)
+        checked = check_groups(self.param_groups, self._checked)
+        grads = [_gradients(known) for known in checked]
+        if checked == self._checked:
+            shards.check_shapes()
+        else:
+            shards.update(self.param_groups)
+            self._checked = checked
         alone = not shards.circles
         present = [] if alone else shards.present()
         gradients = {} if alone else shards.gradients(present)
-        work = [(list(self._work(group, gradients)), group) for group in self.param_groups]
+        work = [
+            (list(self._work(group, own, known.sharded, gradients)), group)
+            for group, own, known in zip(self.param_groups, grads, checked, strict=True)
+        ]
         squares = measured(work, shards) if alone else shards.squares(gradients)
         for items, group in work:
             if group["algorithm"] == "muon":
                 muon_update([item for item in items if item.route is None], group, squares)
             else:
                 adamw_update(items, group, squares, self._clip_factor(group, squares), alone)
-        routed_update(work, squares)
+        if shards.routes:
+            routed_update(work, squares)
         shards.publish(present)
         self._report(squares)
         if self.qk_clip is not None:
@@ -285,18 +291,28 @@ class MuonClip(torch.optim.Optimizer):
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
-    def _work(self, group: dict[str, Any], gradients: dict[int, Tensor]) -> Iterator[Work]:
+    def _work(
+        self,
+        group: dict[str, Any],
+        grads: list[Tensor | None],
+        sharded: bool,
+        gradients: dict[int, Tensor],
+    ) -> Iterator[Work]:
         """What this rank updates in a group: whole parameters where it owns all of one."""
         shards = self._shards
-        for param in group["params"]:
+        for param, grad in zip(group["params"], grads, strict=True):
             pieces = shards.numbers[param]
             if shards.process_group is None:
+                if not sharded:
+                    if grad is not None:
+                        yield Work(param, grad, self._state_of(param, group), pieces)
+                    continue
                 # of a DTensor its rows here: zeros where only other ranks have a gradient
-                grad = gradients.get(pieces.start) if param.grad is None else local(param.grad)
-                if grad is not None:
+                here = gradients.get(pieces.start) if grad is None else local(grad)
+                if here is not None:
                     state = {k: local(v) for k, v in self._state_of(param, group).items()}
                     route, heads = shards.routes.get(param), shards.heads.get(param)
-                    yield Work(local(param), grad, state, pieces, route, heads)
+                    yield Work(local(param), here, state, pieces, route, heads)
                 continue
             numbers = [i for i in shards.mine(param) if i in gradients]
             state = self._state_of(param, group) if numbers else {}
@@ -314,7 +330,7 @@ class MuonClip(torch.optim.Optimizer):
         """The state of the rows that this rank owns, made where it is absent."""
         state = self.state[param]
         adamw = group["algorithm"] == "adamw"
-        for key in ("exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",):
+        for key in _ADAMW_STATE if adamw else _MUON_STATE:
             if key not in state:
                 empty = torch.zeros_like(param, dtype=state_dtype(param, group))
                 state[key] = self._shards.local(param, empty)
@@ -322,8 +338,10 @@ class MuonClip(torch.optim.Optimizer):
             # beside the parameter, as torch's fused kernel keeps it: what is left alone does not
             # count, and only the device knows
             step = state.get("step", 0.0)
-            beside = isinstance(step, Tensor) and step.device == param.device
-            if not beside or step.dtype != torch.float32:
+            beside = isinstance(step, Tensor) and (
+                (step.is_cpu and param.is_cpu) or step.device == param.device
+            )
+            if not beside or step.dtype is not torch.float32:
                 state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
         return state
 
@@ -430,3 +448,17 @@ class MuonClip(torch.optim.Optimizer):
             lines.append(f"{group['algorithm']:<6} {len(params)} tensors, {count} parameters{how}")
             lines += [f"  {name} {list(p.shape)}" for name, p in names(group)]
         return "\n".join(lines)
+
+
+def _gradients(checked: Checked) -> list[Tensor | None]:
+    """The gradients of a group's parameters; raises for those that `step` could not serve."""
+    grads = [param.grad for param in checked.params]
+    for grad in grads:
+        if grad is not None and grad.layout is not torch.strided:
+            raise TypeError(
+                "MuonClip: gradient: expected a dense one, got a sparse one; use sparse=False"
+            )
+    if checked.sharded:
+        for param in checked.params:
+            check_gradient(param)
+    return grads

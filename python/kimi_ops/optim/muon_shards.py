@@ -95,7 +95,7 @@ class Shards:
 
     def update(self, param_groups: list[dict[str, Any]]) -> None:
         """Give every new piece to the rank with the least work so far, the most expensive first."""
-        self._check_shapes()
+        self.check_shapes()
         fresh = [
             (param, group)
             for group in param_groups
@@ -136,7 +136,8 @@ class Shards:
                 self.routes[param] = route_of(param, group, owner, turns[owner])
                 turns[owner] += 1
 
-    def _check_shapes(self) -> None:
+    def check_shapes(self) -> None:
+        """Raise for a parameter whose shape is not what it was."""
         for param, shape in self.shapes.items():
             if param.shape != shape:
                 raise ValueError(
@@ -209,12 +210,9 @@ class Shards:
         """
         device = self.pieces[0].param.device if self.pieces else None
         squares = torch.zeros(len(self.pieces), dtype=torch.float64, device=device)
-        if gradients:
-            found = engine.squares(list(gradients.values())).to(squares.device)
-            if len(gradients) == len(squares):
-                squares = found
-            else:  # a list as an index travels to the device, and the host waits for it
-                squares[list(gradients)] = found
+        grads = list(gradients.values())
+        places = [range(i, i + 1) for i in gradients]
+        engine.squares_(squares, grads, places, [[grad.numel()] for grad in grads])
         for circle, numbers in self.circles.items():
             every = len(numbers) == len(squares)
             mine = squares if every else squares[numbers]

@@ -20,7 +20,7 @@ from kimi_ops.optim.newton_schulz import as_matrices, newton_schulz
 _BATCH_ELEMENTS = 1 << 26  # of the updates that go through Newton-Schulz at once
 
 
-@dataclass
+@dataclass(slots=True)
 class Work:
     """One parameter, or the rows of it that this rank owns, with what its update needs."""
 
@@ -47,14 +47,15 @@ def measured(work: list[tuple[list[Work], dict[str, Any]]], shards: Shards) -> T
     for items, group in work:
         if _measures(group):
             continue
-        for item in items:
-            clips = group["algorithm"] == "adamw"
-            numbers = item.pieces if clips else item.pieces[:1]
-            sizes = [shards.pieces[i].shape.numel() for i in numbers]
-            grads.append(item.grad)
-            places.append(numbers)
-            lengths.append(sizes if clips else [item.grad.numel()])
-    engine.squares_(squares, grads, places, lengths)
+        grads += [item.grad for item in items]
+        if group["algorithm"] == "adamw":
+            places += [item.pieces for item in items]
+            lengths += [[shards.pieces[i].shape.numel() for i in item.pieces] for item in items]
+        else:
+            places += [item.pieces[:1] for item in items]
+            lengths += [[item.grad.numel()] for item in items]
+    if grads:
+        engine.squares_(squares, grads, places, lengths)
     return squares
 
 

@@ -154,16 +154,19 @@ def _by_road(
     tensors: Sequence[Tensor], method: str, dtype: torch.dtype | None
 ) -> dict[tuple[str, torch.dtype], list[int]]:
     """Which tensors go through which method in which dtype, ``auto`` and None decided."""
-    roads: dict[tuple[str, torch.dtype], list[int]] = {}
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        arithmetic, road = dtype, method
+        alike.setdefault((tensor.shape, tensor.dtype), []).append(index)
+    roads: dict[tuple[str, torch.dtype], list[int]] = {}
+    for members in alike.values():
+        tensor, arithmetic, road = tensors[members[0]], dtype, method
         if arithmetic is None:
             on_cpu = tensor.device.type == "cpu"
             fine = torch.float32 if on_cpu else torch.float16
             arithmetic = fine if road == "gram" else torch.bfloat16
         if road == "auto":
             road = engine.cheapest(tensor, arithmetic)
-        roads.setdefault((road, arithmetic), []).append(index)
+        roads.setdefault((road, arithmetic), []).extend(members)
     return roads
 
 
