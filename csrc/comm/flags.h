@@ -35,8 +35,11 @@
 // published before it ended counts. Ranks not in the set are not waited for: what one left out
 // still reads may be overwritten, so it must not come back with the same flags.
 //
+// Where every rank reads each message before it writes the next, two halves need no wait at the
+// entry: whoever has read n + 1 of all knows that they had read n before.
+//
 // Shared memory starts as zeros: no message, no sleeper. One thread of a rank at a time sets its
-// flags, in ascending order.
+// flags, never backwards. tests/comm runs all this in every order there is.
 #pragma once
 
 #include <algorithm>

@@ -118,11 +118,8 @@ uint64_t faulty();
 /// Those of them that have ended. Who has been told sees all that they did.
 uint64_t ended();
 
-enum class Fault {
-  kNone,
-  kEnds,
-  kStops
-};  // a thread at any point; ended() does not tell of kStops
+/// What may befall one thread at any point. ended() tells of kEnds only.
+enum class Fault { kNone, kEnds, kStops };
 
 struct Options {
   Fault fault = Fault::kNone;

@@ -4,6 +4,7 @@
 // ever, and those that live end, and name who does not, wherever a rank ends or stops. Each thing
 // that the header does for that is left out once, which must be found.
 #include <string>
+#include <vector>
 
 #include "check.h"
 #include "comm/flags.h"
@@ -115,9 +116,35 @@ struct World {
   interleave::Cell half[P][2][2];
 };
 
+enum class Shape {
+  kInTurn,   // write 1, read 1, write 2, read 2, ...
+  kAhead,    // write 1, write 2, read 1, write 3, read 2, ...
+  kSwapped,  // write 1, write 2, read 2, read 1, write 3, ...; 2 is consumed with 1
+};
+
+struct Step {
+  bool writes;
+  uint64_t n, consumed = 0;
+};
+
+std::vector<Step> steps(Shape shape, uint64_t messages) {
+  std::vector<Step> result;
+  for (uint64_t n = 1; n <= messages; ++n) {
+    result.push_back({true, n});
+    if (shape == Shape::kInTurn) result.push_back({false, n, n});
+    if (shape == Shape::kAhead && n > 1) result.push_back({false, n - 1, n - 1});
+    if (shape == Shape::kSwapped && n % 2 == 0) {
+      result.push_back({false, n, n - 2});
+      result.push_back({false, n - 1, n});
+    }
+  }
+  if (shape == Shape::kAhead) result.push_back({false, messages, messages});
+  return result;
+}
+
 struct Case {
   int messages = 3, buffers = 2;
-  bool ahead = false;  // message n + 1 is published before message n is read
+  Shape shape = Shape::kInTurn;
   Fault fault = Fault::kNone;
   int spurious = 0;
 };
@@ -142,14 +169,14 @@ class Rank {
     interleave::mark(n << 16 | 1 << 8 | ranks_);
     return true;
   }
-  bool read(uint64_t n) {
+  bool read(uint64_t n, uint64_t consumed) {
     const auto arrive = [&](int64_t deadline) { return flags_.arrive(ranks_, n, deadline, ended); };
     if (!wait(n, n, arrive)) return false;
     for (int r = 0; r < P; ++r)
       for (int c = 0; c < 2 && ranks_ >> r & 1; ++c)
         interleave::require(world_.half[r][n % uint64_t(case_.buffers)][c].read() == value(n, r, c),
                             "a torn message");
-    flags_.consume(n);
+    if (kBreak != Break::kNoEntry) flags_.consume(consumed);
     interleave::mark(n << 16 | 2 << 8 | ranks_);
     return true;
   }
@@ -201,12 +228,11 @@ Result run(const Case& c) {
   Options options;
   options.fault = c.fault;
   options.spurious = c.spurious;
+  const auto script = steps(c.shape, uint64_t(c.messages));
   return interleave::explore<World<P, kBreak>>(P, options, [&](World<P, kBreak>& world, int me) {
     Rank<P, kBreak> rank(world, me, c);
-    for (int n = 1; n <= c.messages + c.ahead; ++n)
-      if ((n <= c.messages && !rank.write(uint64_t(n))) ||
-          (n > c.ahead && !rank.read(uint64_t(n - c.ahead))))
-        return;
+    for (const Step& step : script)
+      if (!(step.writes ? rank.write(step.n) : rank.read(step.n, step.consumed))) return;
   });
 }
 
@@ -221,10 +247,10 @@ void holds(const Case& c) {
 }
 
 TEST(messages_come_whole_and_nobody_sleeps_for_ever) {
-  for (const bool ahead : {false, true}) {
-    holds<2>({.messages = 5, .ahead = ahead});
-    holds<2, Break::kPlain>({.messages = 4, .ahead = ahead});
-    holds<2>({.messages = 4, .ahead = ahead, .spurious = 2});
+  for (const Shape shape : {Shape::kInTurn, Shape::kAhead, Shape::kSwapped}) {
+    holds<2>({.messages = 6, .shape = shape});
+    holds<2, Break::kPlain>({.messages = 4, .shape = shape});
+    holds<2>({.messages = 4, .shape = shape, .spurious = 2});
   }
   holds<2>({.buffers = 1});
   holds<3>({.messages = 2});
@@ -237,13 +263,13 @@ TEST(two_halves_in_turn_need_no_wait_at_the_entry) { holds<2, Break::kNoEntry>({
 TEST(who_lives_goes_on_wherever_another_ends) {
   holds<2>({.fault = Fault::kEnds});
   holds<2, Break::kPlain>({.fault = Fault::kEnds});
-  holds<2>({.ahead = true, .fault = Fault::kEnds, .spurious = 1});
+  holds<2>({.shape = Shape::kAhead, .fault = Fault::kEnds, .spurious = 1});
   holds<3>({.messages = 2, .buffers = 1, .fault = Fault::kEnds});
 }
 
 TEST(who_lives_gives_up_wherever_another_stops) {
   holds<2>({.fault = Fault::kStops});
-  holds<2>({.ahead = true, .fault = Fault::kStops, .spurious = 1});
+  holds<2>({.shape = Shape::kAhead, .fault = Fault::kStops, .spurious = 1});
   holds<3>({.messages = 1, .fault = Fault::kStops});
 }
 
@@ -260,7 +286,7 @@ TEST(what_is_left_out_is_found) {
   found<Break::kConsumeRelaxed>({.buffers = 1}, "a race: written, and read by thread");
   found<Break::kEnterRelaxed>({.buffers = 1}, "a race: written, and read by thread");
   found<Break::kNoEntry>({.buffers = 1}, "a race: ");
-  found<Break::kNoEntry>({.messages = 4, .ahead = true}, "a race: ");
+  found<Break::kNoEntry>({.messages = 4, .shape = Shape::kAhead}, "a race: ");
   found<Break::kEarly>({}, "a torn message");
   found<Break::kReadThenSet>({}, "a lost wake-up");
   found<Break::kNoteIsSet>({}, "threads sleep for ever");
@@ -272,7 +298,7 @@ TEST(what_is_left_out_is_found) {
 }
 
 TEST(writing_ahead_into_one_half_is_found) {
-  found<Break::kNothing>({.buffers = 1, .ahead = true}, "threads sleep for ever");
+  found<Break::kNothing>({.buffers = 1, .shape = Shape::kAhead}, "threads sleep for ever");
 }
 
 }  // namespace

@@ -178,6 +178,23 @@ TEST(read_modify_writes_take_turns) {
   CHECK((outcomes({swap, swap}) == Set{"01", "10"}));
 }
 
+TEST(what_a_thread_remembers_is_part_of_the_state) {
+  const auto is = [](uint64_t wanted) { return [=](uint64_t value) { return value == wanted; }; };
+  CHECK((outcomes({[=](Small& s, uint64_t& r) {
+                     const uint64_t early = s.x.load(relaxed);
+                     s.y.store(1, release);
+                     s.x.wait_until(is(2), acquire);
+                     s.y.store(2, release);
+                     r = early;
+                   },
+                   [=](Small& s, uint64_t&) {
+                     s.x.store(1, relaxed);
+                     s.y.wait_until(is(1), acquire);
+                     s.x.store(2, release);
+                     s.y.wait_until(is(2), acquire);
+                   }}) == Set{"00", "10"}));
+}
+
 TEST(races_are_found_whichever_access_comes_first) {
   const Thread write = [](Small& s, uint64_t&) { s.cell.write(1); };
   const Thread read = [](Small& s, uint64_t&) { s.cell.read(); };
@@ -231,26 +248,41 @@ TEST(a_fault_may_come_before_and_after_each_operation) {
   CHECK(result.failure.empty() && seen == (std::set<uint64_t>{0, 10, 11}));
 }
 
-// Two GPUs of two blocks each. A block writes its part of the message and arrives at its GPU's
-// counter, the last one tells the other GPU, and none goes on before; every block that was told
-// reads both parts.
+// Two GPUs of two blocks and of one, which read each other's memory. A block writes its part of a message
+// and arrives at its GPU's counter; the last one sets it back and tells both GPUs; each block that
+// was told reads all parts. Messages lie in two halves in turn. Between two kernels of a GPU all of
+// its blocks have ended, which a barrier stands for.
 struct Gpus {
-  Word arrived[2], told[2];
-  Cell part[2][2];
+  Word arrivals[2], told[2][2][2];  // told [half][GPU that waits][GPU that tells]
+  Cell part[2][2][2];               // [half][GPU][block]
+  interleave::Barrier kernel[2] = {interleave::Barrier(2), interleave::Barrier(1)};
 };
 
-std::string signal(std::memory_order arrive, std::memory_order tell, std::memory_order poll) {
-  const Result result = interleave::explore<Gpus>(4, {}, [=](Gpus& world, int thread) {
-    const int gpu = thread / 2, block = thread % 2;
-    for (uint64_t epoch = 1; epoch < 3; ++epoch) {
-      if (epoch == 1) world.part[gpu][block].write(uint64_t(thread) + 1);
-      if (world.arrived[gpu].fetch_add(1, arrive) + 1 == 2 * epoch)
-        world.told[1 - gpu].fetch_add(1, tell);
-      world.arrived[gpu].wait_until([=](uint64_t n) { return n >= 2 * epoch; }, relaxed);
-      world.told[gpu].wait_until([=](uint64_t told) { return told >= epoch; }, poll);
-      for (int b = 0; b < 2; ++b)
-        interleave::require(world.part[1 - gpu][b].read() == uint64_t((1 - gpu) * 2 + b + 1),
-                            "torn");
+struct Orders {
+  std::memory_order arrive = acq_rel, tell = release, poll = acquire;
+  uint64_t halves = 2;
+};
+
+std::string tell_each_other(const Orders& orders) {
+  const Result result = interleave::explore<Gpus>(3, {}, [&](Gpus& gpus, int thread) {
+    const int gpu = thread / 2;
+    const uint64_t block = uint64_t(thread) % 2;
+    const auto blocks = [](int g) { return g == 0 ? uint64_t{2} : 1; };
+    for (uint64_t epoch = 1; epoch <= 3; ++epoch) {
+      const uint64_t half = epoch % orders.halves;
+      const auto content = [&](int g, uint64_t b) { return epoch * 100 + uint64_t(g) * 10 + b; };
+      gpus.part[half][gpu][block].write(content(gpu, block));
+      if (gpus.arrivals[gpu].fetch_add(1, orders.arrive) + 1 == blocks(gpu)) {
+        gpus.arrivals[gpu].store(0, relaxed);
+        for (auto& waits : gpus.told[half]) waits[gpu].store(epoch, orders.tell);
+      }
+      for (Word& tells : gpus.told[half][gpu])
+        tells.wait_until([=](uint64_t told) { return told >= epoch; }, orders.poll);
+      for (int g = 0; g < 2; ++g)
+        for (uint64_t b = 0; b < blocks(g); ++b)
+          interleave::require(gpus.part[half][g][b].read() == content(g, b), "a torn message");
+      gpus.kernel[gpu].wait();
+      interleave::mark(epoch);
     }
   });
   CHECK(result.failure.empty() == (result.complete > 0 && result.runs > 1));
@@ -258,11 +290,13 @@ std::string signal(std::memory_order arrive, std::memory_order tell, std::memory
 }
 
 TEST(blocks_of_two_gpus_tell_each_other) {
-  CHECK(signal(acq_rel, release, acquire).empty());
-  CHECK(signal(relaxed, release, acquire) == "a race: read, and written");
-  CHECK(signal(release, release, acquire) == "a race: read, and written");
-  CHECK(signal(acq_rel, relaxed, acquire) == "a race: read, and written");
-  CHECK(signal(acq_rel, release, relaxed) == "a race: read, and written");
+  CHECK(tell_each_other({}).empty());
+  CHECK(tell_each_other({.arrive = relaxed}) == "a race: read, and written");
+  CHECK(tell_each_other({.arrive = release}) == "a race: read, and written");
+  CHECK(tell_each_other({.arrive = acquire}) == "a race: read, and written");
+  CHECK(tell_each_other({.tell = relaxed}) == "a race: read, and written");
+  CHECK(tell_each_other({.poll = relaxed}) == "a race: read, and written");
+  CHECK(tell_each_other({.halves = 1}).find("a race: ") == 0);
 }
 
 }  // namespace
