@@ -89,17 +89,32 @@ def test_yarn_of_k2_is_a_cut_after_pair_19():
         K2.rope_scaling,
         RopeScaling(factor=8.0, original_max_position_embeddings=4096),
         RopeScaling(factor=40.0, beta_fast=32, beta_slow=1, mscale=0.7, mscale_all_dim=1.0),
+        RopeScaling(factor=40.0, mscale_all_dim=1.0),
+        RopeScaling(factor=40.0, mscale=0.7),
+        RopeScaling(factor=8.0, attention_factor=1.3),
+        RopeScaling(factor=8.0, truncate=False),
+        RopeScaling(factor=4.0, rope_type="linear"),
+        RopeScaling(factor=4.0, rope_type="dynamic"),
+        RopeScaling(factor=8.0, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0),
+        None,
     ],
+    ids=str,
 )
 def test_frequencies_equal_transformers(scaling):
     transformers = pytest.importorskip("transformers")
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+        DeepseekV3RotaryEmbedding,
+        yarn_apply_mscale,
+    )
 
     config = dataclasses.replace(K2, rope_scaling=scaling)
     values = config.to_dict()
     for name in ("model_type", "architectures", "torch_dtype"):
         del values[name]
-    rotary = DeepseekV3RotaryEmbedding(transformers.DeepseekV3Config(**values))
+    theirs = transformers.DeepseekV3Config(**values)
+    scale = yarn_apply_mscale(theirs.rope_parameters, config.qk_head_dim**-0.5)
+    assert config.softmax_scale == pytest.approx(scale)
+    rotary = DeepseekV3RotaryEmbedding(theirs)
     torch.testing.assert_close(inverse_frequencies(config), rotary.inv_freq, rtol=1e-6, atol=0)
     positions = torch.arange(300)
     cos, sin = rotary_tables(config, positions)
@@ -123,17 +138,72 @@ def test_presets_survive_a_round_trip_through_json(preset):
     assert KimiK2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_new_spellings_and_unknown_keys_are_kept():
+def test_new_spellings_are_read_and_harmless_keys_kept():
     values = KimiK2Config.tiny().to_dict()
     rope = {**values.pop("rope_scaling"), "rope_theta": values.pop("rope_theta")}
     rope["rope_type"] = rope.pop("type")
-    values |= {"rope_parameters": rope, "dtype": values.pop("torch_dtype"), "answer": 42}
+    values |= {"rope_parameters": rope, "dtype": values.pop("torch_dtype"), "do_sample": True}
     config = KimiK2Config.from_dict(values)
-    assert config == dataclasses.replace(KimiK2Config.tiny(), extra={"answer": 42})
-    assert config.to_dict()["answer"] == 42
+    assert config == dataclasses.replace(KimiK2Config.tiny(), extra={"do_sample": True})
+    assert config.to_dict()["do_sample"] is True
     plain = KimiK2Config.from_dict({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
     assert plain.rope_scaling is None and plain.rope_theta == 7.0
     assert math.isclose(plain.softmax_scale, 192**-0.5)
+
+
+YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+YARN_OF_TINY = KimiK2Config.tiny().to_dict()["rope_scaling"]
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
+
+def grouped(**weights):
+    return {"config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"} | weights}}}
+
+
+@pytest.mark.parametrize("absent", [None, {}], ids=str)
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_an_empty_spelling_does_not_hide_the_other(spelling, absent):
+    values = KimiK2Config.tiny().to_dict()
+    theta, scaling = values.pop("rope_theta"), values.pop("rope_scaling")
+    other = {"rope_scaling": "rope_parameters", "rope_parameters": "rope_scaling"}[spelling]
+    values |= {spelling: absent, other: {**scaling, "rope_theta": theta}}
+    assert KimiK2Config.from_dict(values) == KimiK2Config.tiny()
+    both = KimiK2Config.tiny().to_dict() | {"rope_parameters": {**scaling, "rope_theta": theta}}
+    assert KimiK2Config.from_dict(both) == KimiK2Config.tiny()
+
+
+def test_windows_are_found_where_transformers_finds_them():
+    values = {"max_position_embeddings": 512, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    read = KimiK2Config.from_dict
+    assert read(values).rope_scaling.original_max_position_embeddings == 512
+    values["original_max_position_embeddings"] = 128
+    assert read(values).rope_scaling.original_max_position_embeddings == 128
+    values["rope_scaling"] = {"type": "yarn", "factor": None}
+    assert read(values).rope_scaling.factor == 4.0
+
+
+def test_what_transformers_writes_is_read():
+    transformers = pytest.importorskip("transformers")
+    values = KimiK2Config.tiny().to_dict()
+    for name in ("model_type", "architectures"):
+        del values[name]
+    for changes in ({}, {"rope_interleave": False}, {"num_key_value_heads": None}):
+        theirs = transformers.DeepseekV3Config(**values | changes)
+        again = KimiK2Config.from_dict(json.loads(theirs.to_json_string(use_diff=False)))
+        expected = KimiK2Config.from_dict(values | changes)
+        ours = dataclasses.replace(
+            again, extra={}, model_type=expected.model_type, architectures=expected.architectures
+        )
+        assert ours == expected
+    defaults = transformers.DeepseekV3Config()
+    assert KimiK2Config.from_dict(defaults.to_dict()).n_routed_experts == 256
+
+
+def test_a_null_is_what_transformers_makes_of_it():
+    values = KimiK2Config.tiny().to_dict() | {"n_shared_experts": None, "num_key_value_heads": None}
+    config = KimiK2Config.from_dict(values)
+    assert config.n_shared_experts == 0 and config.num_key_value_heads == 2
 
 
 BAD_VALUES = [
@@ -160,7 +230,51 @@ BAD_VALUES = [
     ({"hidden_act": "relu"}, ValueError, "hidden_act: expected one of"),
     ({"torch_dtype": "int4"}, ValueError, "torch_dtype: expected one of"),
     ({"n_shared_experts": -1}, ValueError, "n_shared_experts: expected an int >= 0"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ValueError, "type yarn"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ValueError, "rope_type: expected one"),
+    (
+        {"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2}},
+        ValueError,
+        "type: ex",
+    ),
+    ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, TypeError, "low_freq_factor: expected"),
+    ({"rope_scaling": YARN | {"attn_factor": 0.5}}, ValueError, r"rope_scaling\.attn_factor: "),
+    ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, ValueError, "partial_rotary_factor"),
+    ({"rope_scaling": YARN | {"answer": 42}}, ValueError, r"rope_scaling\.answer: expected only"),
+    ({"rope_scaling": YARN | {"truncate": 1}}, TypeError, "truncate: expected a bool, got int"),
+    (
+        {"rope_scaling": YARN | {"attention_factor": -1}},
+        ValueError,
+        "attention_factor: expected a ",
+    ),
+    ({"rope_parameters": {"full_attention": YARN}}, ValueError, "parameters for full_attention"),
+    ({"rope_parameters": YARN | {"factor": 3.0}}, ValueError, "expected what rope_parameters says"),
+    ({"rope_parameters": YARN_OF_TINY | {"rope_theta": 7}}, ValueError, "rope_theta: expected one"),
+    ({"dtype": "bfloat16"}, ValueError, "dtype: expected torch_dtype = 'float32'"),
+    ({"answer": 42}, ValueError, "answer: expected only fields that this model knows, got 42"),
+    ({"sliding_window": 512}, ValueError, "sliding_window: expected None or no such field"),
+    ({"swiglu_limit": 7.0}, ValueError, "swiglu_limit: expected None"),
+    ({"partial_rotary_factor": 0.5}, ValueError, "partial_rotary_factor: expected 1"),
+    ({"layer_types": ["full_attention", "linear"]}, ValueError, "layer_types: expected full_att"),
+    ({"rope_interleave": None}, ValueError, "rope_interleave: expected a bool"),
+    ({"model_type": "deepseek_v32"}, ValueError, "model_type: expected one of"),
+    ({"n_routed_experts": 1025}, ValueError, "n_routed_experts: expected at most 1024"),
+    ({"num_experts_per_tok": 33, "n_routed_experts": 64}, ValueError, "num_experts_per_tok: .*32"),
+    ({"quantization_config": "fp8"}, TypeError, "quantization_config: expected a dict or null"),
+    ({"quantization_config": {}}, ValueError, "quantization_config.quant_method: expected one of"),
+    ({"quantization_config": {"quant_method": "gptq"}}, ValueError, "got 'gptq'; dequantise"),
+    ({"quantization_config": FP8 | {"weight_block_size": "128x128"}}, ValueError, "two sizes, as"),
+    ({"quantization_config": FP8 | {"weight_block_size": [128]}}, ValueError, "two sizes, as"),
+    ({"quantization_config": FP8 | {"weight_block_size": [128, 0]}}, ValueError, "two sizes, as"),
+    ({"quantization_config": FP8 | {"fmt": "e5m2"}}, ValueError, "fmt: expected e4m3, got 'e5m2'"),
+    ({"quantization_config": PACKED | {"format": "marlin"}}, ValueError, "format: expected one of"),
+    ({"quantization_config": PACKED | grouped(num_bits=8)}, ValueError, "expected 4 bits, int"),
+    (
+        {"quantization_config": PACKED | grouped(group_size=64)},
+        ValueError,
+        "group_size: expected 3",
+    ),
+    ({"quantization_config": PACKED | grouped(symmetric=False)}, ValueError, "symmetric: expected"),
+    ({"quantization_config": PACKED | {"config_groups": [1]}}, ValueError, "config_groups: expect"),
     ({"rope_scaling": {"type": "yarn"}}, ValueError, "rope_scaling: expected a factor"),
     ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, ValueError, "factor >= 1"),
     ({"rope_scaling": {"type": "yarn", "factor": "2"}}, TypeError, "factor: expected a number"),

@@ -51,6 +51,8 @@ def variant(**changes) -> KimiK2Config:
     return KimiK2Config.from_dict({**KimiK2Config.tiny().to_dict(), **changes})
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 VARIANTS = {
     "tiny": {},
     "without yarn": {"rope_scaling": None},
@@ -62,6 +64,12 @@ VARIANTS = {
     "biases": {"attention_bias": True},
     "wide values": {"v_head_dim": 32},
     "eps of later releases": {"rms_norm_eps": 1e-5},
+    "rotary halves": {"rope_interleave": False},
+    "yarn of its own growth": {"rope_scaling": YARN | {"attention_factor": 1.4, "truncate": False}},
+    "mscale_all_dim alone": {"rope_scaling": YARN | {"mscale_all_dim": 1.0}},
+    "linear positions": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    "llama3 positions": {"rope_scaling": LLAMA3},
+    "every expert in spite of groups": {"n_group": 2, "num_experts_per_tok": 8},
 }
 
 

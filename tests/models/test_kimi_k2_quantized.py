@@ -200,12 +200,18 @@ def configure(**values):
     return change
 
 
+blocks_of_64 = configure(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]})
 DAMAGE = [
-    ("fp8", drop(f"{NAME}_scale_inv"), "got no such tensor"),
-    ("fp8", put(f"{NAME}_scale_inv", torch.ones(1, 1)), r"expected shape \[1, 2\] .*got \[1, 1\]"),
+    ("fp8", drop(f"{NAME}_scale_inv"), f"got fp8 without a {NAME}_scale_inv for blocks"),
+    ("fp8", put(f"{NAME}_scale_inv", torch.ones(1, 1)), "got fp8 without a .* for blocks"),
+    (
+        "fp8",
+        put(f"{NAME}_scale", torch.ones(1)),
+        f"{NAME}_scale: expected no such tensor beside F8",
+    ),
     ("fp8", drop(NAME), f"without {NAME}"),
     ("fp8", put(NAME, torch.zeros(128, 136)), f"expected {NAME} stored as fp8, got plain"),
-    ("fp8", configure(quantization_config={"weight_block_size": [64, 64]}), r"got fp8 in blocks"),
+    ("fp8", blocks_of_64, r"got fp8 in blocks"),
     ("fp8", configure(moe_intermediate_size=64), "moe_intermediate_size as a multiple of 128"),
     ("int4", configure(moe_intermediate_size=60), "multiples of 8 beside 'int4', got 136 and 60"),
     ("int4", drop(f"{NAME}_packed"), f"without {NAME}"),

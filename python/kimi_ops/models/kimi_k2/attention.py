@@ -104,6 +104,7 @@ class Attention(FixedBuffers):
         self.v_head_dim = config.v_head_dim
         self.kv_lora_rank = config.kv_lora_rank
         self.softmax_scale = config.softmax_scale
+        self.interleave = config.rope_interleave
         self.track_max_logits = False
         bias = config.attention_bias
         if config.q_lora_rank is None:
@@ -133,11 +134,12 @@ class Attention(FixedBuffers):
     ) -> Tensor:
         """[B, S, H] from x [B, S, H]; each token sees itself, those before it and the cache."""
         q_nope, q_rope = self._queries(x)
-        q_rope = rotate(q_rope, cos, sin)
+        q_rope = rotate(q_rope, cos, sin, self.interleave)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        latent, k_rope = self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)
+        k_rope = rotate(k_rope, cos, sin, self.interleave)
+        latent = self.kv_a_layernorm(latent)
         if cache is not None:
             entries = cache.write(layer, torch.cat((latent, k_rope), dim=-1))
             if cache.length > 0:

@@ -26,6 +26,7 @@ from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.decoder import Decoder
 from kimi_ops.models.kimi_k2.files import staging, sync_folder
 from kimi_ops.models.kimi_k2.layers import check_dtype
+from kimi_ops.models.kimi_k2.quantization import fp8_block
 from kimi_ops.models.kimi_k2.quantized_experts import FORMS, QuantizedExperts
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME, Shards
 
@@ -103,6 +104,8 @@ def save(model: Decoder, folder: str | Path, *, max_shard_bytes: int = 5_000_000
         return
     values = model.config.to_dict()
     values["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    values["model_type"] = "deepseek_v3"  # the same network, by the name that transformers knows
+    values.pop("auto_map", None)  # names code that is not written beside it
     values.pop("quantization_config", None)  # what is written is not quantised
     try:
         _write(model, folder, plan, json.dumps(values, indent=2) + "\n")
@@ -250,7 +253,7 @@ def load_weights(
         has another shape.
     """
     config = model.config
-    block = _fp8_block(config)
+    block = fp8_block(config.quantization_config)
     with Shards(Path(folder)) as shards:
         forms = _compare(model, shards, block)
         if model.lm_head.weight.is_meta:
@@ -258,14 +261,9 @@ def load_weights(
         for name, target in checkpoint_tensors(model):
             if name in forms:
                 value = stored.read(name, forms[name], list(target.shape), shards, block)
-            else:
-                value = shards.tensor(name)
+            else:  # of experts that are kept as they are
+                value = stored.scales(name, shards)
             target.copy_(value)
-
-
-def _fp8_block(config: KimiK2Config) -> tuple[int, int]:
-    rows, columns = (config.quantization_config or {}).get("weight_block_size", (128, 128))
-    return int(rows), int(columns)
 
 
 def _ignored(name: str, config: KimiK2Config) -> bool:
@@ -307,17 +305,21 @@ def _compare(model: Decoder, shards: Shards, block: tuple[int, int]) -> dict[str
         raise _mismatch("only tensors of the model", "with", unknown, shards.folder)
     forms = {name: form for name, form in found.items() if form is not None}
     for name in kept:
-        _check_kept(name, forms[name], str(model.experts_form), shards, block)
+        _check_kept(name, forms[name], str(model.experts_form), shards, shapes[name], block)
     for name, form in forms.items():
         stored.check(name, form, shapes[name], shards, block)
     return {name: form for name, form in forms.items() if name not in kept}
 
 
-def _check_kept(name: str, form: str, wanted: str, shards: Shards, block: tuple[int, int]) -> None:
+def _check_kept(
+    name: str, form: str, wanted: str, shards: Shards, shape: list[int], block: tuple[int, int]
+) -> None:
     """Refuse experts that cannot be kept as the caller asked for."""
     came = form
     if form == "fp8" and block != (FP8_BLOCK, FP8_BLOCK):
         came = f"fp8 in blocks of {list(block)}, not {FP8_BLOCK} x {FP8_BLOCK}"
+    elif form == "fp8" and not stored.in_blocks(name, shards, shape, block):
+        came = f"fp8 without a {name}_scale_inv for blocks of {FP8_BLOCK} x {FP8_BLOCK}"
     elif form == "int4" and f"{name}_scale" in shards:
         dtype = shards.header(f"{name}_scale")[1]
         came = form if dtype == "BF16" else f"int4 with {dtype} scales, not BF16"

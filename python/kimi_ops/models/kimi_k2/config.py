@@ -60,6 +60,7 @@ class KimiK2Config:
     v_head_dim: int = 128
     rope_theta: float = 50000.0
     rope_scaling: RopeScaling | None = None
+    rope_interleave: bool = True
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
@@ -78,7 +79,7 @@ class KimiK2Config:
     model_type: str = "kimi_k2"
     architectures: list[str] = field(default_factory=lambda: ["DeepseekV3ForCausalLM"])
     quantization_config: dict[str, Any] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # other keys of the file, kept as they are
+    extra: dict[str, Any] = field(default_factory=dict)  # harmless keys of the file, kept as is
 
     @classmethod
     def k2(cls) -> "KimiK2Config":
@@ -106,11 +107,9 @@ class KimiK2Config:
 
     @property
     def softmax_scale(self) -> float:
-        """qk_head_dim^-0.5, times YaRN's magnitude squared: q and k both grow by it."""
-        scale = self.qk_head_dim**-0.5
-        if self.rope_scaling is None or self.rope_scaling.mscale_all_dim == 0:
-            return scale
-        return scale * self.rope_scaling.magnitude(self.rope_scaling.mscale_all_dim) ** 2
+        """qk_head_dim^-0.5, times what `rope_scaling` makes of it."""
+        growth = 1.0 if self.rope_scaling is None else self.rope_scaling.softmax_growth
+        return self.qk_head_dim**-0.5 * growth
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has experts instead of a dense MLP."""
@@ -128,13 +127,14 @@ class KimiK2Config:
         """Read the content of a Hugging Face ``config.json``, old and new spellings.
 
         ``rope_parameters`` and ``dtype`` (transformers 5) are understood beside ``rope_scaling``,
-        ``rope_theta`` and ``torch_dtype``. Keys that are no field go to `extra`. Absent fields take
-        the defaults of Kimi K2.
+        ``rope_theta`` and ``torch_dtype``. Keys that are known to change nothing go to `extra`.
+        Absent fields take the defaults of Kimi K2.
 
         Raises
         ------
         TypeError, ValueError
-            Not a mapping, or a field with a value that no model can have.
+            Not a mapping, a field with a value that no model can have, two spellings that say
+            different things, or a key that may change the mathematics and is not served.
         """
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         return cls(**hf_json.from_json(values, names))

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: MIT
 """The fields of a `KimiK2Config` as Hugging Face's ``config.json`` spells them, old and new."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from kimi_ops.models.kimi_k2.rope_scaling import read_scaling
+from kimi_ops.models.kimi_k2.rope_scaling import read_rope, write_scaling
 
 __all__ = ["from_json", "read_object", "to_json"]
+
+# other names of fields, in newer files or by transformers' attribute map
+_ALIASES = {
+    "dtype": "torch_dtype",
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "num_local_experts": "n_routed_experts",
+}
 
 
 def to_json(fields: dict[str, Any]) -> dict[str, Any]:
     """The content of a ``config.json``; a model that is not quantised has no key for it."""
     values = {name: value for name, value in fields.items() if name != "extra"}
     if values["rope_scaling"] is not None:
-        values["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(values["rope_scaling"])}
+        values["rope_scaling"] = write_scaling(values["rope_scaling"])
     if values["quantization_config"] is None:
         del values["quantization_config"]
     return {**fields["extra"], **values}
@@ -29,20 +35,23 @@ def from_json(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
             "object that config.json holds"
         )
     values = dict(values)
-    rope = values.pop("rope_parameters", None)
-    if rope is not None:
-        if not isinstance(rope, dict):
-            raise TypeError(
-                "KimiK2Config: rope_parameters: expected a dict or null, got "
-                f"{type(rope).__name__}; pass the object that config.json holds"
-            )
-        values.setdefault("rope_scaling", rope)
-        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 50000.0))
-    if "dtype" in values:
-        values.setdefault("torch_dtype", values.pop("dtype"))
-    if "num_mtp_layers" in values:
-        values.setdefault("num_nextn_predict_layers", values.pop("num_mtp_layers"))
-    values["rope_scaling"] = read_scaling(values.get("rope_scaling"))
+    for alias, name in _ALIASES.items():
+        if alias in values:
+            value = values.pop(alias)
+            if values.setdefault(name, value) != value:
+                raise ValueError(
+                    f"KimiK2Config: {alias}: expected {name} = {values[name]!r} under its other "
+                    f"name, got {value!r}; drop one of them"
+                )
+    values["rope_scaling"], theta = read_rope(values)
+    if theta is not None:
+        values["rope_theta"] = theta
+    values.pop("rope_parameters", None)
+    values.pop("original_max_position_embeddings", None)  # of the scaling
+    if values.get("num_key_value_heads", 0) is None:
+        values["num_key_value_heads"] = values.get("num_attention_heads", 64)
+    if values.get("n_shared_experts", 0) is None:
+        values["n_shared_experts"] = 0
     known = {key: value for key, value in values.items() if key in names}
     return {**known, "extra": {key: value for key, value in values.items() if key not in names}}
 

@@ -20,11 +20,6 @@ def check_dtype(op: str, dtype: torch.dtype) -> None:
         )
 
 
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward: activation checkpointing repeats it there."""
-    return torch._C._current_graph_task_id() != -1
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, rounded to the dtype of x, then times the gain in the gain's dtype."""
 

@@ -11,8 +11,9 @@ from kimi_ops import TopkGate, fused_experts, sequence_balance_loss, topk_gate
 from kimi_ops._autocast import no_autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
-from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, recomputing
+from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
+from kimi_ops.operators.count_once import count_once_, recomputing
 
 
 class Router(FixedBuffers):
@@ -33,13 +34,14 @@ class Router(FixedBuffers):
         config = self.config
         with no_autocast(x.device.type):  # it would round the scores to 16 bits
             logits = F.linear(x.float(), self.weight.float())
+        everyone = config.num_experts_per_tok == config.n_routed_experts
         gate = topk_gate(
             logits,
             config.num_experts_per_tok,
             score_function=config.scoring_func,
             expert_bias=self.e_score_correction_bias,
-            num_groups=config.n_group,
-            topk_groups=config.topk_group,
+            num_groups=1 if everyone else config.n_group,
+            topk_groups=1 if everyone else config.topk_group,
             renormalize=config.norm_topk_prob,
             scaling_factor=config.routed_scaling_factor,
         )
@@ -105,7 +107,11 @@ class MoE(nn.Module):
                 score_function=self.config.scoring_func,
                 coefficient=self.config.aux_loss_alpha,
             )
-        if not recomputing():  # a repeated forward must make the same graph, but counts once
+        if torch.compiler.is_compiling():
+            self.balance_loss = balance_loss
+            if self.training:
+                count_once_(self.tokens_per_expert, gate.tokens_per_expert)
+        elif not recomputing():  # a repeated forward must make the same graph, but counts once
             self.balance_loss = balance_loss
             if self.training:
                 self.tokens_per_expert += gate.tokens_per_expert

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kimi_ops.models.kimi_k2.field_checks import check_int, check_number, error
+from kimi_ops.models.kimi_k2.other_fields import check_others
+from kimi_ops.models.kimi_k2.quantization import check_quantization
 from kimi_ops.models.kimi_k2.rope_scaling import check_scaling
 
 _POSITIVE = (
@@ -38,7 +40,16 @@ _CHOICES = {
     "topk_method": ("noaux_tc",),
     "hidden_act": ("silu",),
     "torch_dtype": ("bfloat16", "float16", "float32", None),
+    "model_type": ("kimi_k2", "deepseek_v3"),
 }
+_SWITCHES = (
+    "norm_topk_prob",
+    "seq_aux",
+    "rope_interleave",
+    "attention_bias",
+    "tie_word_embeddings",
+)
+_MOST_EXPERTS, _MOST_CHOSEN = 1024, 32  # of topk_gate
 
 
 def validate(values: Mapping[str, Any]) -> None:
@@ -50,11 +61,16 @@ def validate(values: Mapping[str, Any]) -> None:
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             raise error(name, f"one of {list(choices)}", values[name], "choose one")
-    for name in ("n_shared_experts", "first_k_dense_replace"):
+    for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
         if not isinstance(values[name], int) or values[name] < 0:
             raise error(name, "an int >= 0", values[name], "correct it")
+    for name in _SWITCHES:
+        if not isinstance(values[name], bool):
+            raise error(name, "a bool", values[name], "use true or false")
     _validate_attention(values)
     _validate_router(values)
+    check_quantization(values["quantization_config"])
+    check_others(values["extra"])
 
 
 def _validate_attention(values: Mapping[str, Any]) -> None:
@@ -97,12 +113,15 @@ def _validate_router(values: Mapping[str, Any]) -> None:
         raise error(
             "aux_loss_alpha", "at least 0", values["aux_loss_alpha"], "0 turns the loss off"
         )
+    for name, most in (("n_routed_experts", _MOST_EXPERTS), ("num_experts_per_tok", _MOST_CHOSEN)):
+        if values[name] > most:
+            raise error(name, f"at most {most}", values[name], "topk_gate takes no more")
     if experts % groups:
         raise error("n_group", f"a divisor of n_routed_experts = {experts}", groups, "change one")
     if values["topk_group"] > groups:
         raise error("topk_group", f"at most n_group = {groups}", values["topk_group"], "lower it")
     available = experts // groups * values["topk_group"]
-    if values["num_experts_per_tok"] > available:
+    if available < values["num_experts_per_tok"] != experts:  # all of them need no choice
         raise error(
             "num_experts_per_tok",
             f"at most {available} selectable experts",

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: MIT
+"""Counting in a forward that activation checkpointing repeats inside a backward."""
+
+import torch
+from torch import Tensor
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing repeats it there."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("kimi_ops::count_once_", mutates_args={"total"})
+def count_once_(total: Tensor, counts: Tensor) -> None:
+    """total += counts, unless the forward repeats another; a compiled graph asks when it runs."""
+    if not recomputing():
+        total += counts
