@@ -18,9 +18,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
-from kimi_ops.train import PeerError, RankError, Ranks, TrainResult, TrainSettings, checkpoint, train
+from kimi_ops.train import PeerError, RankError, Ranks, TrainResult, checkpoint, loop, train
 from kimi_ops.train.metrics import read_metrics
 from kimi_ops.train.sample import load_model, sample_text
+from kimi_ops.train.trainer import Trainer
 from tests.dist.world import launch
 
 STEPS, HALF = 20, 10
@@ -169,6 +170,17 @@ def saves(rank: int, folder: str) -> None:
     ):
         with pytest.raises(first, match=wrong):
             run(root / "bad", Ranks(dist.group.WORLD, ep), **options)
+    read = loop.load_corpus
+
+    def other(source: Path, **options):
+        if rank == 2:
+            source = source.with_name("other.txt")
+            source.write_text("something else\n" * 1000)
+        return read(source, **options)
+
+    loop.load_corpus = other
+    with pytest.raises(first, match="--data: expected the same on every rank, .* rank 2 "):
+        run(root / "bad", Ranks(dist.group.WORLD, 2))
     config = KimiK2Config.from_dict({**config.to_dict(), "n_routed_experts": 6})
     with pytest.raises(first, match="expected a divisor of the model's 6 experts, got 4"):
         ranks.spread(config, 16, torch.device("cpu"))
@@ -204,8 +216,6 @@ def loses(rank: int, folder: str) -> None:
             os._exit(0)
         send(*arguments)
 
-    from kimi_ops.train import loop
-
     loop.send_checkpoint = send_or_end
     begin = time.monotonic()
     with pytest.raises(RankError, match=r"the process of rank 1 has ended .* start all ranks again"):
@@ -224,6 +234,33 @@ def test_a_rank_lost_during_a_save_leaves_the_checkpoint_before(tmp_path: Path):
     checkpoint.read_state(tmp_path / "run" / "step_000004")
     assert not list((tmp_path / "run").glob(".*.tmp"))
     assert run(tmp_path / "run", None, resume=True).step == 8
+
+
+def hangs(rank: int, folder: str) -> None:
+    """Rank 1 does not come to its second step."""
+    ranks = Ranks(dist.group.WORLD, 2, timeout=3.0)
+    step = Trainer.step
+
+    def late(self: Trainer, batch: torch.Tensor, number: int):
+        if number == 1 and rank == 1:
+            time.sleep(8.0)
+            os._exit(0)
+        return step(self, batch, number)
+
+    Trainer.step = late
+    begin = time.monotonic()
+    with pytest.raises(RankError, match="kimi-ops: rank 1 did not come within 3 s"):
+        run(Path(folder) / "run", ranks)
+    assert 2 < time.monotonic() - begin < 20
+    (Path(folder) / "told").touch()
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_in_time(tmp_path: Path):
+    text(tmp_path)
+    launch(hangs, tmp_path, 2)
+    assert (tmp_path / "told").exists()
 
 
 def command(out: Path, *more: str) -> list[str]:

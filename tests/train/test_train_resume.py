@@ -19,6 +19,7 @@ from safetensors.torch import load, load_file
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.train import CheckpointError, DataError, TrainSettings, folder, loop, train
 from kimi_ops.train.checkpoint import (
+    _digest,
     find_checkpoint,
     load_optimizer,
     read_state,
@@ -203,6 +204,19 @@ def test_a_damaged_checkpoint_is_a_clear_error(tmp_path: Path, text: Path, name:
         content[len(content) // 2 if name != "training.json" else 0] ^= 0x55
         file.write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
+        run(tmp_path / "run", text, resume=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, text: Path):
+    """Whole files, but not those that its settings ask for."""
+    folder = run(tmp_path / "run", text, steps=4).checkpoint
+    state = json.loads((folder / "training.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_routed_experts": 16}))
+    state["files"]["config.json"] = _digest(folder / "config.json")
+    (folder / "training.json").write_text(json.dumps(state))
+    wrong = "expected the model tiny, got .*config.json with n_routed_experts 16 in place of 8"
+    with pytest.raises(CheckpointError, match=wrong):
         run(tmp_path / "run", text, resume=True)
 
 

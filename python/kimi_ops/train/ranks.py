@@ -264,6 +264,13 @@ def join_ranks(
     ------
     ValueError, PeerError
         Numbers that do not fit: the first rank says it, the others raise a `PeerError`.
+
+    Examples
+    --------
+    >>> from kimi_ops.train import join_ranks
+    >>> with join_ranks() as ranks:
+    ...     ranks.rank, ranks.world
+    (0, 1)
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(expert_parallel=expert_parallel, timeout=timeout)

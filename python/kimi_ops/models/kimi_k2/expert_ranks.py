@@ -53,10 +53,17 @@ class ExpertRanks:
 
     Examples
     --------
-    On every rank of ``torchrun``::
+    On every rank of ``torchrun``; here on the only one.
 
-        ranks = ExpertRanks(dist.group.WORLD, config, max_tokens=4096)
-        model = KimiK2.from_pretrained(folder, expert_ranks=ranks)
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2, KimiK2Config
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> config = KimiK2Config.tiny()
+    >>> with ExpertRanks(dist.group.WORLD, config, max_tokens=8) as ranks:
+    ...     KimiK2(config, expert_ranks=ranks)(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 64])
+    >>> dist.destroy_process_group()
     """
 
     def __init__(
