@@ -29,7 +29,7 @@ test: .venv/tools.ready
 test-native: .venv/test.ready
 	$(call part,build of the library and of what its tests need)
 	KIMI_OPS_TESTS=PYTHON $(BUILD_EXT)
-	$(call part,C API)
+	$(call part,C API and the flags of ranks)
 	ctest --test-dir $(BUILD) --output-on-failure -j2
 
 # Threads that wait sleep: with a worker a processor, and threads in each, they would spin instead.

@@ -7,9 +7,12 @@
 //   published = n   my messages up to n are in my region
 //   consumed  = n   I have read everybody's messages up to n, and need them no more
 //
-//   rank a   enter(n)  write a's half  publish(n)   arrive(n)  read all halves  consume(n)
-//               ^                           \           ^                             \.
-//   rank b       \__ consumed(n - buffers)   \__________/ published(n)                 \__> enter(n + buffers)
+//   enter(n)     until all have consumed n - buffers
+//                write my half
+//   publish(n)
+//   arrive(n)    until all have published n
+//                read all halves
+//   consume(n)
 //
 // Order. A flag is set by one exchange with release and read by loads with acquire, and nothing
 // else in the region is atomic:
