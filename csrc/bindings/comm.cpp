@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The flags of comm/flags.h for one rank, and sums that go into memory that is there.
+// The flags of comm/flags.h for one rank; permute and unpermute into memory that is there.
 #include <poll.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -88,6 +88,40 @@ class RankFlags {
   comm::Flags<> flags_;
 };
 
+// Memory that is there, for rows [rows, H] like those of `like`.
+void* written(const Tensor& out, int64_t rows, const Tensor& like, const Tensor& row_map) {
+  out.of({like.dtype})
+      .shape({rows, like.size(1)}, "pass a row for each")
+      .beside(like)
+      .writable({&like, &row_map});
+  if (!out.is_dense())
+    out.call->value_error("out", "expected dense rows, got ", out.strides_text());
+  return out.data();
+}
+
+// permute into `out` [cap, H].
+PyObject* permute_into(Call& call) {
+  const Tensor x = call.tensor("x").shape({"T", "H"}).dense_rows();
+  const Tensor row_map =
+      call.tensor("row_map").of({kInt32}).shape({x.size(0), "K"}).beside(x).dense();
+  const Tensor source = call.tensor("source").of({kInt32}).shape({"cap"}).beside(x).dense();
+  const Tensor out = call.tensor("out");
+  call.check(permutation::check_row_map("permute_into", row_map.data<int32_t>(), row_map.count(),
+                                        source.size(0)));
+  kimi_permute_params p = {};
+  p.x = x.data();
+  p.row_map = row_map.data<int32_t>();
+  p.source = source.data<int32_t>();
+  p.y = written(out, source.size(0), x, row_map);
+  p.num_tokens = x.size(0);
+  p.num_rows = source.size(0);
+  p.row_bytes = x.size(1) * x.bytes();
+  p.x_stride_bytes = x.stride(0) * x.bytes();
+  p.top_k = int32_t(row_map.size(1));
+  call.run(kimi_permute, p);
+  return call.none();
+}
+
 // unpermute into `out` [T, H], which may be shared memory.
 PyObject* unpermute_into(Call& call) {
   const Tensor y = call.tensor("y").of(kNatives).shape({"R", "H"}).dense_rows();
@@ -106,12 +140,7 @@ PyObject* unpermute_into(Call& call) {
                              .data<float>();
   p.num_tokens = row_map.size(0);
   p.hidden = y.size(1);
-  p.x = out.of({y.dtype})
-            .shape({p.num_tokens, p.hidden}, "pass a row for each of row_map")
-            .beside(y)
-            .writable({&y, &row_map})
-            .data();
-  if (!out.is_dense()) call.value_error("out", "expected dense rows, got ", out.strides_text());
+  p.x = written(out, p.num_tokens, y, row_map);
   p.y_stride = y.stride(0);
   p.top_k = int32_t(row_map.size(1));
   p.dtype = native(y.dtype);
@@ -122,6 +151,7 @@ PyObject* unpermute_into(Call& call) {
 }  // namespace
 
 void define_comm(py::module_& m, Methods& methods) {
+  methods.add<permute_into, 4>("permute_into");
   methods.add<unpermute_into, 4>("unpermute_into");
   py::class_<RankFlags>(m, "RankFlags", py::module_local())
       .def(py::init<py::buffer, int, std::vector<int>, int>())

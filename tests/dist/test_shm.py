@@ -12,6 +12,7 @@ import torch
 
 from kimi_ops import ExpertParallel, LocalWorld
 from kimi_ops.parallel import EPError, EPMisuse, connection, segment
+from kimi_ops.parallel.blocks import Blocks
 from kimi_ops.parallel.segment import Opened, Segment
 from tests.dist.test_expert_parallel import (  # noqa: F401
     test_a_capacity_that_grew_stays,
@@ -102,6 +103,24 @@ def test_a_rank_that_fails_while_it_writes_says_so(monkeypatch):
 
     told = LocalWorld(3).run(work)
     assert told[0].startswith("dispatch: no rank can go on: rank 1: TypeError: ")
+
+
+def test_memory_of_rows_is_used_again_when_the_last_tensor_on_it_is_gone():
+    blocks = Blocks()
+    rows = blocks.empty(4096, 1024, torch.float32)
+    rows.fill_(1.0)
+    address, view = rows.data_ptr(), rows[7].view(-1)
+    del rows
+    other = blocks.empty(4096, 1000, torch.float32)  # a view is still there
+    assert other.data_ptr() != address and torch.equal(view, torch.ones(1024))
+    del view
+    again = blocks.empty(4096, 1000, torch.float32)
+    assert again.data_ptr() == address and again.shape == (4096, 1000)
+    small = blocks.empty(4, 1000, torch.bfloat16)
+    assert small.shape == (4, 1000) and small.dtype == torch.bfloat16
+    many = [blocks.empty(4096, 1024, torch.float32) for _ in range(5)]
+    del many, other, again
+    assert len(blocks._free) == 2
 
 
 def test_more_ranks_than_flags():

@@ -11,7 +11,7 @@ those of the backends that move bytes, and so are all roundings.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from kimi_ops import _native
 from kimi_ops.moe.permute import PermutePlan
 from kimi_ops.operators import permute as operators
+from kimi_ops.parallel.blocks import Blocks
 from kimi_ops.parallel.segment import Layout, Message, Segment
 from kimi_ops.parallel.wire import FP8, Form, moves_of
 
@@ -34,6 +35,7 @@ class Sender:
 
     segment: Segment
     start: Start  # Connection.start
+    blocks: Blocks = field(default_factory=Blocks)  # for the rows that come
 
     def __call__(
         self, op: str, layout: Layout, write: Callable[[list[Tensor]], None]
@@ -145,14 +147,19 @@ class Trip:
 
     def write(self, own: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
         encoded = self.form.encode(*tokens) if self.form.wire == FP8 else tokens
-        for place, field in zip(own, encoded, strict=False):
-            place[: len(field)] = field  # rounds to the wire's dtype
+        for place, part in zip(own, encoded, strict=False):
+            place[: len(part)] = part  # rounds to the wire's dtype
 
     def rows(self, fields: Sequence[Tensor], plan: PermutePlan) -> tuple[Tensor, ...]:
         """What came, in the order of the plan."""
-        moves = moves_of(fields[0].dtype)
-        taken = [moves.permute(field, plan) for field in fields[: len(self.form.fields)]]
-        return self.form.decode(taken)
+        return self.form.decode([self._taken(x, plan) for x in fields[: len(self.form.fields)]])
+
+    def _taken(self, x: Tensor, plan: PermutePlan) -> Tensor:
+        if x.dtype == torch.float64:
+            return moves_of(x.dtype).permute(x, plan)
+        rows = self.send.blocks.empty(len(plan.source), x.shape[1], x.dtype)
+        _native._C.permute_into(x, plan.row_map, plan.source, rows)
+        return rows
 
     def send_home(
         self, places: Places, out: Tensor, weights: Tensor | None, beside: Tensor | None = None
@@ -176,18 +183,18 @@ class Trip:
 
         return self.send(self.op, layout, write)
 
-    def records(self, field: Tensor, places: Places) -> Tensor:
+    def records(self, sums: Tensor, places: Places) -> Tensor:
         """What came home, a row for each record of this rank."""
-        return self.form.decode([field.index_select(0, places.home[:-1])])[0]
+        return self.form.decode([sums.index_select(0, places.home[:-1])])[0]
 
-    def sums(self, field: Tensor, places: Places, weights: Tensor | None) -> Tensor:
+    def sums(self, parts: Tensor, places: Places, weights: Tensor | None) -> Tensor:
         there = places.there
         if not self.plain:
-            values = self.records(field, places)
+            values = self.records(parts, places)
             return moves_of(values.dtype).unpermute(values, there, weights)
-        y = field.new_empty(len(there.row_map), field.shape[1])
+        y = parts.new_empty(len(there.row_map), parts.shape[1])
         row_map = places.home[there.row_map]  # -1 is the last of `home`, which is -1
-        _native._C.unpermute_into(field, row_map, weights, y)
+        _native._C.unpermute_into(parts, row_map, weights, y)
         return y
 
 
@@ -252,8 +259,8 @@ class _Away(torch.autograd.Function):
         if trip.form.hidden:  # FP8 values have no gradient
             tokens[0] = trip.sums(message.fields[0], places, None)
         if ctx.weighted:
-            field = message.fields[-1].index_select(0, places.home[:-1])
-            weights = moves_of(field.dtype).unpermute(field, places.there)
+            sums = message.fields[-1].index_select(0, places.home[:-1])
+            weights = moves_of(sums.dtype).unpermute(sums, places.there)
         message.release()
         return (None, None, None, tie, weights, *tokens)
 
@@ -291,8 +298,8 @@ class _Home(torch.autograd.Function):
         if here is None:
             (out,) = trip.rows(message.fields, plan)
         else:
-            (field,) = trip.form.decode(message.fields)
-            out, here = _backward(field, out, plan, here)
+            (dy,) = trip.form.decode(message.fields)
+            out, here = _backward(dy, out, plan, here)
         message.release()
         return (None, None, None, dy.new_empty(0, dtype=torch.float32), here, there, out)
 
