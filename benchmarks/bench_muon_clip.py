@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """MuonClip.step against torch.optim.Muon and AdamW on the same parameters and gradients.
 
-Cases: 64 matrices of mixed shapes (Kimi K2's, an eighth of its hidden size), the parameters of
-`mini` with their own groups, and AdamW alone on 16 M parameters in 64 tensors, on many short ones
-and on a long one. Peers: "torch" is
+Cases: 64 matrices of mixed shapes (Kimi K2's, an eighth of its hidden size), 64 so small that the
+step around them is what counts, the parameters of `mini` with their own groups, and AdamW alone on
+16 M parameters in 64 tensors, on shorter ones and on a long one. Peers: "torch" is
 torch.optim.Muon on the 2-D matrices (3-D stacks as lists of their matrices, which it cannot take
 otherwise) beside torch.optim.AdamW with its default foreach; "fused" the same with AdamW's fused
 kernel. The rate of "AdamW" is bytes of the parameters' 28 an element against the read bandwidth;
@@ -33,8 +33,8 @@ def with_gradients(params: Iterable[Tensor]) -> None:
         param.grad = torch.randn_like(param)
 
 
-def mixed(count: int) -> Groups:
-    shapes = (SHAPES * (count // len(SHAPES) + 1))[:count]
+def matrices(count: int, kinds: list[tuple[int, int]] = SHAPES) -> Groups:
+    shapes = (kinds * (count // len(kinds) + 1))[:count]
     return [{"params": [Parameter(torch.randn(shape)) for shape in shapes], "algorithm": "muon"}]
 
 
@@ -99,9 +99,11 @@ def ways(groups: Groups) -> Functions:
 def compare(session: Session) -> None:
     quick = session.quick
     makers = {
-        "8 matrices" if quick else "64 matrices": lambda: mixed(8 if quick else 64),
+        "8 matrices" if quick else "64 matrices": lambda: matrices(8 if quick else 64),
+        "64 matrices of 16 x 16": lambda: matrices(64, [(16, 16)]),
         "mini": mini,
         "AdamW, 16 tensors" if quick else "AdamW, 64 tensors": lambda: adamw(16 if quick else 64),
+        "AdamW, 64 tensors of 10 000": lambda: adamw(64, 10_000),
         "AdamW, 200 short tensors": lambda: adamw(200, 1000),
         "AdamW, a long tensor": lambda: adamw(1, 10**6 if quick else 10**7),
     }
