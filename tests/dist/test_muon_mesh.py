@@ -4,10 +4,7 @@ the averaged gradients. Four processes with gloo over loopback; smaller meshes a
 
 import copy
 import math
-import os
-import time
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -349,36 +346,8 @@ def error_worker(rank: int, folder: str) -> None:
         row.grad = grad
         with pytest.raises(TypeError, match="gradient: expected the placements of its parameter"):
             optimizer.step()
-    # groups that differ between ranks: all of them are told, and nothing moves
-    for count, decay, expected in (
-        (2, 0.1 * (rank == 1), "other ones from parameter 0 of 2 on"),
-        (1 + (rank == 2), 0.0, "from 1 to 2 parameters"),
-    ):
-        params = [nn.Parameter(spread(full, grid, (Replicate(), Shard(0)))) for _ in range(count)]
-        for param in params:
-            param.grad = torch.ones_like(param)
-        with pytest.raises(ValueError, match=expected):
-            MuonClip(params, weight_decay=decay).step()
-        assert all((param.to_local() == 1).all() for param in params)
-    # a rank that is gone: an error on all others, soon
-    circle = dist.new_group(list(range(PROCESSES)), timeout=timedelta(seconds=10))
-    mesh = DeviceMesh.from_group(circle, "cpu")
-    params = [nn.Parameter(spread(full, mesh, (Shard(0),))) for _ in range(4)]
-    optimizer = MuonClip(params)
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    if rank == 2:
-        os._exit(0)
-    began = time.monotonic()
-    with pytest.raises(RuntimeError):
-        optimizer.step()
-    assert time.monotonic() - began < 30
-    Path(folder, f"told {rank}").touch()
-    os._exit(0)
 
 
 @pytest.mark.slow
-def test_errors_reach_every_rank(tmp_path: Path):
+def test_what_is_not_served_is_refused(tmp_path: Path):
     launch(error_worker, tmp_path, PROCESSES)
-    assert len(list(tmp_path.glob("told *"))) == PROCESSES - 1
