@@ -5,6 +5,7 @@ the averaged gradients. Four processes with gloo over loopback; smaller meshes a
 import copy
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,22 @@ def bits_worker(rank: int, folder: str) -> None:
     muon_routes._BUCKET = 1  # a turn of matrices in each bucket
     check_bits(grid["shard"], (Shard(0),))
     check_bits(grid["shard"], (Replicate(),))
+
+
+def test_a_bucket_is_under_way_while_the_one_before_is_worked():
+    done: list[str] = []
+
+    def trip(number: int) -> Iterator[None]:
+        for stage in ("there", "back"):
+            done.append(f"{stage} {number}")
+            yield
+        done.append(f"apply {number}")
+
+    muon_routes.overlapped(trip(number) for number in range(3))
+    assert done == [
+        *("there 0", "there 1", "back 0", "there 2", "back 1"),
+        *("apply 0", "back 2", "apply 1", "apply 2"),
+    ]
 
 
 @pytest.mark.slow
