@@ -17,8 +17,8 @@ extern "C" {
  * are 64-byte aligned and, on a CPU, hold for the number of threads that was set when their size
  * was asked for. */
 
-/* D = alpha A B + beta C + delta I, summed in fp32 and rounded once. D may lie on A, B or C; on a
- * GPU on C alone. */
+/* D = alpha A B + beta C + delta I, summed in fp32 and rounded once. D may be C where their strides
+ * agree; on a CPU it may also lie on A or B. */
 typedef struct kimi_matrix_product_params {
   const void* a;   /* [M, K] dtype, element (i, k) at a_row_stride i + a_col_stride k */
   const void* b;   /* [K, N] dtype, any strides too */

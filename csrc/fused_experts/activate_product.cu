@@ -23,12 +23,12 @@ Status activate_product(const gemm::Product& p, ActivateParams params, Pass pass
                 gemm::divides16(params.grad_gate_up, p.cols, size) &&
                 gemm::divides16(params.hidden, p.cols, size);
   bool hopper = false;
-  KIMI_RETURN_IF_ERROR(gemm::is_hopper(&hopper));
+  KIMI_RETURN_IF_ERROR(gemm::is_hopper("fused_experts", &hopper));
   if (hopper && serves_sm90(p, pass))
     return p.dtype == KIMI_BFLOAT16 ? activate_sm90<bf16>(p, params, pass, stream)
                                     : activate_sm90<fp16>(p, params, pass, stream);
   gemm::sm80::Job job;
-  KIMI_RETURN_IF_ERROR(gemm::sm80::make_job(p, b_major(pass), &job));
+  KIMI_RETURN_IF_ERROR(gemm::sm80::make_job("fused_experts", p, b_major(pass), &job));
   return dispatch(p.dtype, [&]<class T>() { return activate_sm80<T>(job, params, pass, stream); });
 }
 

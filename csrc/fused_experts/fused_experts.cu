@@ -94,7 +94,8 @@ Status sum_of_products(const Params& p, Matrix left, Matrix right, int64_t depth
   Product product = product_of(p, Grouping::kM, left, right);
   product.depth = depth;
   product.cols = p.hidden;
-  KIMI_RETURN_IF_ERROR(product_cuda(product, {rows_of_product, p.hidden, 0, p.dtype}, stream));
+  KIMI_RETURN_IF_ERROR(
+      product_cuda("fused_experts", product, {rows_of_product, p.hidden, 0, p.dtype}, stream));
   UnpermuteParams sum{};
   sum.y = rows_of_product;
   sum.row_map = p.row_map;
@@ -114,7 +115,7 @@ Status outer_products(const FusedExpertsBackwardParams& p, Matrix left, int64_t 
   Product product = product_of(p, Grouping::kK, left, right);
   product.rows = rows;
   product.cols = cols;
-  return product_cuda(product, {out, cols, rows * cols, p.dtype}, stream);
+  return product_cuda("fused_experts", product, {out, cols, rows * cols, p.dtype}, stream);
 }
 
 // grad_weights[pair] = sum of its row's partial sums in ascending order; a thread a pair.

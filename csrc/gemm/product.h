@@ -97,15 +97,16 @@ inline bool is_empty(const Product& p) {
   return rows == 0 || p.cols == 0 || p.groups.count == 0;
 }
 
-// Whether the current device runs the Hopper kernels; an error where it runs none.
-Status is_hopper(bool* hopper);
+// Whether the current device runs the Hopper kernels; an error where it runs none. Errors, here and
+// below, are those of `op`.
+Status is_hopper(const char* op, bool* hopper);
 
 // Queues the product. Groups, rows and columns may be 0.
-Status product_cuda(const Product& p, const StoreParams& out, void* stream);
+Status product_cuda(const char* op, const Product& p, const StoreParams& out, void* stream);
 
 // Queues a batch. p.lower: D is symmetric, of C the lower triangle is read; the lower tiles are
 // multiplied and their mirror image is stored with them. D may be C, but lies on neither A nor B.
 // A matrix gives the same bits alone, in a batch and at any place of it.
-Status affine_cuda(const Product& p, const AffineParams& out, void* stream);
+Status affine_cuda(const char* op, const Product& p, const AffineParams& out, void* stream);
 
 }  // namespace kimi::gemm

@@ -20,7 +20,7 @@ Status grouped_gemm_cuda(const GroupedGemmParams& p, void* stream) {
   out.row_stride = p.n;
   out.dtype = p.out_dtype;
   out.bias = p.bias;
-  return gemm::product_cuda(product, out, stream);
+  return gemm::product_cuda("grouped_gemm", product, out, stream);
 }
 
 Status grouped_gemm_wgrad_cuda(const GroupedGemmWgradParams& p, void* stream) {
@@ -42,7 +42,7 @@ Status grouped_gemm_wgrad_cuda(const GroupedGemmWgradParams& p, void* stream) {
   out.group_stride = p.out_expert_stride;
   out.dtype = p.out_dtype;
   out.accumulate = p.accumulate != 0;
-  return gemm::product_cuda(product, out, stream);
+  return gemm::product_cuda("grouped_gemm_wgrad", product, out, stream);
 }
 
 }  // namespace kimi

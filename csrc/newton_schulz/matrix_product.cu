@@ -22,7 +22,7 @@ Status matrix_product_cuda(const MatrixProductParams& p, void* stream) {
   out.alpha = p.alpha;
   out.beta = p.beta;
   out.delta = p.delta;
-  return gemm::affine_cuda(product, out, stream);
+  return gemm::affine_cuda("matrix_product", product, out, stream);
 }
 
 }  // namespace kimi

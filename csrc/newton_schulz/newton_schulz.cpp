@@ -3,6 +3,7 @@
 #include "newton_schulz/newton_schulz.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "common/dtype.h"
 #include "common/engine.h"
@@ -22,6 +23,61 @@ Status check_dtype(const char* op, const char* name, kimi_dtype dtype) {
   return invalid(op, ": ", name, ": expected a kimi_dtype (0..2), got ", int(dtype));
 }
 
+// Where a matrix lies, in bytes: equal lines, one at every multiple of the stride.
+struct Lines {
+  uintptr_t first;
+  int64_t count, length, stride;
+
+  Lines(const void* data, int64_t rows, int64_t row_stride, int64_t cols, int64_t col_stride,
+        int64_t size)
+      : first(reinterpret_cast<uintptr_t>(data)) {
+    for (auto [n, s] : {std::pair(rows, &row_stride), std::pair(cols, &col_stride)})
+      if (*s < 0) {
+        first += uintptr_t((n - 1) * *s * size);
+        *s = -*s;
+      }
+    if (row_stride < col_stride) {
+      std::swap(rows, cols);
+      std::swap(row_stride, col_stride);
+    }
+    count = rows;
+    length = ((cols - 1) * col_stride + 1) * size;
+    stride = row_stride * size;
+  }
+  uintptr_t end() const { return first + uintptr_t((count - 1) * stride + length); }
+};
+
+// Whether two matrices share memory. Lines that lie as far apart may fill each other's gaps.
+bool share(const Lines& x, const Lines& y) {
+  if (x.end() <= y.first || y.end() <= x.first) return false;
+  const int64_t stride = x.count > 1 ? x.stride : y.stride;
+  if ((x.count == 1 && y.count == 1) || (y.count > 1 && y.stride != stride)) return true;
+  const auto apart = int64_t(y.first - x.first) % stride;
+  const int64_t offset = apart < 0 ? apart + stride : apart;
+  return offset < x.length || offset + y.length > stride;
+}
+
+// Of D, which other threads write while these still read: a CPU packs A and B first, and of C an
+// element is read where it is written.
+Status check_memory(const MatrixProductParams& p, bool cuda) {
+  const int64_t size = size_of(p.dtype);
+  const Lines d(p.d, p.rows, p.d_stride, p.cols, 1, size);
+  const auto refused = [](const char* why, const char* name) {
+    return invalid("matrix_product: d: expected memory of its own, or c's", why, ", got some that ",
+                   name, " uses too; pass other memory");
+  };
+  if (cuda && p.depth > 0) {
+    if (share(d, Lines(p.a, p.rows, p.a_row_stride, p.depth, p.a_col_stride, size)))
+      return refused(" on a GPU", "a");
+    if (share(d, Lines(p.b, p.depth, p.b_row_stride, p.cols, p.b_col_stride, size)))
+      return refused(" on a GPU", "b");
+  }
+  const bool is_c = p.d == p.c && (p.d_stride == p.c_stride || p.rows == 1);
+  if (p.beta != 0 && !is_c && share(d, Lines(p.c, p.rows, p.c_stride, p.cols, 1, size)))
+    return refused(" with c's stride", "c");
+  return Status::ok();
+}
+
 // Elements of which rows must be dense: col_stride 1 unless there is one column.
 Status check(const MatrixProductParams& p, kimi_device device) {
   const char* op = "matrix_product";
@@ -38,12 +94,12 @@ Status check(const MatrixProductParams& p, kimi_device device) {
   if (p.rows > 0 && p.cols > 0 &&
       (!p.d || (!cuda && !p.workspace) || (p.depth > 0 && (!p.a || !p.b))))
     return invalid(op, ": expected pointers for a, b, d and workspace, got NULL");
-  if (cuda && p.d && (p.d == p.a || p.d == p.b))  // which other blocks still read
-    return invalid(op, ": d: expected memory of its own, or c's, on a GPU, got that of ",
-                   p.d == p.a ? "a" : "b");
   if (p.beta != 0 && !p.c)
     return invalid(op, ": c: expected a matrix for beta ", p.beta, ", got NULL");
-  return Status::ok();
+  if (p.rows == 0 || p.cols == 0) return Status::ok();
+  if (p.rows > 1 && p.d_stride < p.cols)
+    return invalid(op, ": d_stride: expected at least the ", p.cols, " columns, got ", p.d_stride);
+  return check_memory(p, cuda);
 }
 
 bool lines_agree(const NewtonSchulzParams& p) {

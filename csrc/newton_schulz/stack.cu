@@ -227,7 +227,7 @@ class Stack {
     out.alpha = alpha;
     out.beta = beta;
     out.delta = delta;
-    return gemm::affine_cuda(q, out, stream_);
+    return gemm::affine_cuda("newton_schulz", q, out, stream_);
   }
   Status square(const char* a, const char* b, float alpha, float beta, const char* c, float delta,
                 char* d) const {
@@ -271,7 +271,7 @@ class Stack {
     out.c_row_stride = memory_.x_stride;
     out.c_group_stride = memory_.x_group;
     out.beta = beta;
-    KIMI_RETURN_IF_ERROR(gemm::affine_cuda(work, out, stream_));
+    KIMI_RETURN_IF_ERROR(gemm::affine_cuda("newton_schulz", work, out, stream_));
     std::swap(x_, spare_x_);
     if (!last || distance != 0) return Status::ok();
     return pass(finish_kernel, lines_of_stack(), lines_of_x(p, s, first_, count_), x_);

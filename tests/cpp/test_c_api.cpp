@@ -237,21 +237,53 @@ void test_fp8_products_refuse_what_tma_cannot_read() {
   EXPECT(error_has("a_scale_stride"));
 }
 
-// A GPU's blocks read A and B while others write D. A CPU packs both first.
-void test_products_on_a_gpu_want_memory_of_their_own() {
-  float memory[4] = {};
-  kimi_matrix_product_params p = {};
-  p.a = p.b = p.d = memory;
-  p.rows = p.cols = p.depth = 1;
-  p.a_row_stride = p.a_col_stride = p.b_row_stride = p.b_col_stride = p.d_stride = 1;
-  EXPECT(kimi_matrix_product_workspace_bytes(&p, KIMI_DEVICE_CUDA) == 0);
-  EXPECT(kimi_matrix_product(&p, KIMI_DEVICE_CUDA, nullptr) == KIMI_INVALID_ARGUMENT);
-  EXPECT(error_has("matrix_product: d: expected memory of its own") && error_has("that of a"));
-  p.a = memory + 1;
-  EXPECT(kimi_matrix_product(&p, KIMI_DEVICE_CUDA, nullptr) == KIMI_INVALID_ARGUMENT);
-  EXPECT(error_has("that of b"));
-  EXPECT(kimi_matrix_product(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT);
-  EXPECT(error_has("workspace"));
+// A GPU's blocks read A and B while others write D; a CPU packs both first. Of C, which may be D on
+// both, an element is read where it is written.
+void test_products_want_memory_of_their_own() {
+  using P = kimi_matrix_product_params;
+  constexpr kimi_device kGpu = KIMI_DEVICE_CUDA, kCpu = KIMI_DEVICE_CPU;
+  static float memory[200];
+  // 3 x 4 = 3 x 5 by 5 x 4, side by side in lines of 20: A from 0 on, B from 5, C from 10, D from 15
+  const auto status_of = [](kimi_device device, const auto& change) {
+    P p = {};
+    p.a = memory, p.b = memory + 5, p.c = memory + 10, p.d = memory + 15;
+    p.rows = 3, p.cols = 4, p.depth = 5;
+    p.a_row_stride = p.b_row_stride = p.c_stride = p.d_stride = 20;
+    p.a_col_stride = p.b_col_stride = 1;
+    p.beta = 1;
+    std::vector<char> workspace(kimi_matrix_product_workspace_bytes(&p, kCpu) + 64);
+    p.workspace = workspace.data() + 64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64;
+    change(p);
+    return kimi_matrix_product(&p, device, nullptr);
+  };
+  const auto refused = [&](kimi_device device, const char* expected, const auto& change) {
+    return status_of(device, change) == KIMI_INVALID_ARGUMENT && error_has(expected);
+  };
+  const char *of_a = "own, or c's on a GPU, got some that a uses too", *of_b = "some that b uses",
+             *of_c = "own, or c's with c's stride, got some that c uses too";
+  EXPECT(refused(kGpu, of_a, [](P& p) { p.d = memory; }));
+  EXPECT(refused(kGpu, of_a, [](P& p) { p.d = memory + 2 * 20 + 4; }));  // its last element
+  EXPECT(refused(kGpu, of_a, [](P& p) { p.a = memory + 18; }));          // and its first
+  EXPECT(refused(kGpu, of_a, [](P& p) { p.a_row_stride = 19; }));        // lines cross
+  EXPECT(refused(kGpu, of_a, [](P& p) { p.a = memory + 57, p.a_row_stride = -20; }));
+  EXPECT(refused(kGpu, of_a, [](P& p) {  // by columns, which are the lines
+    p.a_row_stride = 1, p.a_col_stride = 20, p.d = memory + 82;
+  }));
+  EXPECT(refused(kGpu, of_b, [](P& p) { p.d = memory + 4 * 20 + 8; }));
+  for (kimi_device device : {kGpu, kCpu}) {
+    EXPECT(refused(device, of_c, [](P& p) { p.d = memory + 12; }));
+    EXPECT(refused(device, "d_stride: expected at least the 4", [](P& p) { p.d_stride = 3; }));
+  }
+  EXPECT(refused(kCpu, of_c, [](P& p) { p.d = memory + 10, p.d_stride = 30; }));
+  EXPECT(status_of(kCpu, [](P&) {}) == KIMI_OK);
+  EXPECT(status_of(kCpu, [](P& p) { p.d = memory + 14; }) == KIMI_OK);  // up to C's end
+  EXPECT(status_of(kCpu, [](P& p) { p.d = memory + 26, p.c = memory + 10; }) == KIMI_OK);
+  EXPECT(status_of(kCpu, [](P& p) { p.d = memory + 10; }) == KIMI_OK);
+  EXPECT(status_of(kCpu, [](P& p) { p.d = memory + 2; }) == KIMI_OK);
+  EXPECT(status_of(kCpu, [](P& p) { p.d = memory + 12, p.beta = 0; }) == KIMI_OK);
+  EXPECT(refused(kCpu, "workspace", [](P& p) { p.workspace = nullptr; }));
+  const P none = {};
+  EXPECT(kimi_matrix_product_workspace_bytes(&none, kGpu) == 0);
 }
 
 }  // namespace
@@ -265,7 +297,7 @@ int main() {
   test_sizes_are_refused_below_python_too();
   test_losses_refuse_sizes_and_say_their_workspace();
   test_fp8_products_refuse_what_tma_cannot_read();
-  test_products_on_a_gpu_want_memory_of_their_own();
+  test_products_want_memory_of_their_own();
   test_cuda_without_a_device();
   if (failures == 0) std::puts("c_api: all passed");
   return failures == 0 ? 0 : 1;

@@ -176,6 +176,14 @@ def worker(rank: int, folder: str) -> None:
         assert all(torch.equal(params[name], single[name]) for name in params)
         with pytest.raises(TypeError, match="gather_state_dict"):
             optimizer.__getstate__()
+        # 16-bit gradients are added up in fp32: 4 + 6 / 128 has no place in bf16
+        param = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+        param.grad = torch.full_like(param, 1 + rank / 128)
+        optimizer = MuonClip([param], momentum=0.0, process_group=group)
+        optimizer.step()
+        for state in optimizer.state.values():
+            average = sum(1 + r / 128 for r in range(world)) / world
+            assert (state["momentum_buffer"] == average).all()
         dist.barrier(group)
 
 

@@ -225,6 +225,30 @@ def test_groups_without_parameters_or_gradients_and_groups_that_come_later():
         MuonClip(torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize(
+    "shape", [(0, 4), (4, 0), (2, 0, 4), (2, 4, 0), (0, 4, 4), (1, 1), (900, 1)]
+)
+def test_parameters_with_few_elements_or_none(shape, adjust):
+    params = [nn.Parameter(rand(*shape, seed=1)), nn.Parameter(rand(*shape, seed=2))]
+    groups = [{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw"}]
+    optimizer = MuonClip(groups, lr=0.1, adjust_lr_fn=adjust)
+    start = [p.detach().clone() for p in params]
+    train(optimizer, params, 2)
+    for param, old in zip(params, start, strict=True):
+        assert param.isfinite().all() and torch.equal(param, old) == (param.numel() == 0)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_a_group_has_twice_is_refused():
+    param = nn.Parameter(rand(3, 3, seed=1))
+    param.grad = torch.ones_like(param)
+    optimizer = MuonClip([param, param], lr=0.1)
+    with pytest.raises(ValueError, match="params: expected each parameter once, got one several"):
+        optimizer.step()
+    assert torch.equal(param, rand(3, 3, seed=1)) and not optimizer.state
+
+
 def test_zero_grad_names_and_repr():
     params, optimizer = make()
     train(optimizer, params, 1)

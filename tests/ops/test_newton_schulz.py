@@ -123,6 +123,12 @@ def test_a_matrix_keeps_its_bits_in_any_company_and_layout(dtype: torch.dtype, m
     assert torch.equal(out.flatten(0, 1), torch.stack(singles))
     for tall in (g.mT, g.mT.contiguous()):
         assert torch.equal(newton_schulz(tall, **options), out.mT)
+    square = g[0, 0, :, :40]  # its own m x n form: by strides, not by orientation
+    turned = square.mT.contiguous().mT
+    assert torch.equal(newton_schulz(turned, **options), newton_schulz(square, **options))
+    slack = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-3}[dtype]
+    far = newton_schulz(square.mT, **options).mT - newton_schulz(square, **options)
+    assert far.norm() < slack * square.shape[0] ** 0.5
     assert torch.equal(newton_schulz(g.flip(0), **options), out.flip(0))
     assert torch.equal(newton_schulz(g, **options), out)  # run to run
     mixed = [g[0], randn(5, 4, seed=1), g[1, 2].T, g.mT[:, 1:].mT]

@@ -38,10 +38,14 @@ struct Batch {
 
 using Kernel = Status (*)(const Product&, const AffineParams&, void*);
 
+Status on_any(const Product& p, const AffineParams& out, void* stream) {
+  return affine_cuda("batch", p, out, stream);
+}
+
 // As on a GPU that has no other kernels.
 Status on_sm80(const Product& p, const AffineParams& out, void* stream) {
   CHECK(set_max_sm(80).is_ok());
-  const Status status = affine_cuda(p, out, stream);
+  const Status status = on_any(p, out, stream);
   CHECK(set_max_sm(0).is_ok());
   return status;
 }
@@ -176,7 +180,7 @@ TEST(sm80_sizes_around_the_tiles_and_odd_strides) {
 TEST(sm90_sizes_around_the_tiles_and_odd_strides) {
   check_edges(kNarrow, {1, 7, 64, 65, 129, 200}, KIMI_FLOAT16, 400);
   check_edges(kWide, {127, 257, 392}, KIMI_BFLOAT16, 500);
-  check_edges(affine_cuda, {9, 72}, KIMI_BFLOAT16, 600);
+  check_edges(on_any, {9, 72}, KIMI_BFLOAT16, 600);
 }
 
 // Every order in which the runner may switch threads, and both ways of asynchronous copies.
@@ -229,6 +233,27 @@ TEST(a_matrix_keeps_its_bits_in_any_company) {
     CHECK(batch[0] != batch[1]);
   }
   CHECK(products(kNarrow, {5}) == products(kWide, {5}));  // the width of tiles depends on the batch
+}
+
+// Of a symmetric D tiles above the diagonal are not multiplied.
+TEST(a_lower_triangle_is_less_work) {
+  const auto work = [](Kernel kernel, bool lower) {
+    Batch x{.count = 1, .rows = 384, .cols = 384, .depth = 256, .lower = lower};
+    check_batch(x, kernel);
+    const simt::Statistics s = simt::last_statistics();
+    return static_cast<double>(kernel == on_sm80 ? s.warp_operations : s.warpgroup_operations);
+  };
+  for (Kernel kernel : {on_sm80, kNarrow}) CHECK(work(kernel, true) < 0.8 * work(kernel, false));
+}
+
+TEST(a_refusal_names_the_op) {
+  Product p{};
+  p.grouping = Grouping::kBatch;
+  p.groups.count = 1;
+  p.rows = p.cols = 1;
+  p.depth = int64_t{1} << 31;
+  const std::string expected = "batch: sizes: expected depth and columns below 2^31";
+  CHECK(on_sm80(p, {}, nullptr).message.starts_with(expected));
 }
 
 TEST(without_depth_or_matrices) {

@@ -11,13 +11,13 @@ using namespace product_cases;
 // As product_cuda and activate_product would, on a GPU that has no other kernels.
 Status store(const Product& p, const StoreParams& out) {
   sm80::Job job;
-  KIMI_RETURN_IF_ERROR(sm80::make_job(p, std::nullopt, &job));
+  KIMI_RETURN_IF_ERROR(sm80::make_job("grouped_gemm", p, std::nullopt, &job));
   return dispatch(p.dtype, [&]<class T>() { return sm80::store<T>(job, out, nullptr); });
 }
 Status activate(const Product& p, const ActivateParams& params, Pass pass) {
   sm80::Job job;
   const Major b = pass == Pass::kForward ? Major::kDepth : Major::kOuter;
-  KIMI_RETURN_IF_ERROR(sm80::make_job(p, b, &job));
+  KIMI_RETURN_IF_ERROR(sm80::make_job("grouped_gemm", p, b, &job));
   return dispatch(p.dtype,
                   [&]<class T>() { return experts::activate_sm80<T>(job, params, pass, nullptr); });
 }

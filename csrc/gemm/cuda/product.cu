@@ -23,26 +23,26 @@ bool is_wide(const Product& p, const StoreParams& out) {
 
 }  // namespace
 
-Status is_hopper(bool* hopper) {
+Status is_hopper(const char* op, bool* hopper) {
   int sm = 0;
   KIMI_RETURN_IF_ERROR(device_sm(sm));
   *hopper = sm / 10 == 9;
   if (sm >= kMinSm) return Status::ok();
-  return error(KIMI_UNSUPPORTED, "grouped_gemm: device: expected compute capability ", kMinSm / 10,
-               ".", kMinSm % 10, " or above, got ", sm / 10, ".", sm % 10);
+  return error(KIMI_UNSUPPORTED, op, ": device: expected compute capability ", kMinSm / 10, ".",
+               kMinSm % 10, " or above, got ", sm / 10, ".", sm % 10);
 }
 
-Status product_cuda(const Product& p, const StoreParams& params, void* stream) {
+Status product_cuda(const char* op, const Product& p, const StoreParams& params, void* stream) {
   if (p.grouping == Grouping::kBatch)
-    return invalid("grouped product: grouping: expected groups along M or K, got a batch");
+    return invalid(op, ": grouping: expected groups along M or K, got a batch");
   if (is_empty(p)) return Status::ok();
   StoreParams out = params;
   out.wide = is_wide(p, out);
   bool hopper = false;
-  KIMI_RETURN_IF_ERROR(is_hopper(&hopper));
+  KIMI_RETURN_IF_ERROR(is_hopper(op, &hopper));
   if (hopper && sm90::serves(p)) return sm90::store(p, out, sm90::is_narrow(p), stream);
   sm80::Job job;
-  KIMI_RETURN_IF_ERROR(sm80::make_job(p, std::nullopt, &job));
+  KIMI_RETURN_IF_ERROR(sm80::make_job(op, p, std::nullopt, &job));
   return dispatch(p.dtype, [&]<class T>() { return sm80::store<T>(job, out, stream); });
 }
 

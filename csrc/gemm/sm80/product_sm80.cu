@@ -30,11 +30,11 @@ bool is_wide(const Matrix& m, int64_t matrices, Major major, int64_t extent,
 
 }  // namespace
 
-Status make_job(const Product& p, std::optional<Major> b_major, Job* job) {
+Status make_job(const char* op, const Product& p, std::optional<Major> b_major, Job* job) {
   const bool of_k = p.grouping == Grouping::kK;
   if ((!of_k && p.depth > INT_MAX) || p.cols > INT_MAX)
-    return invalid("grouped product: sizes: expected depth and columns below 2^31, got ", p.depth,
-                   " and ", p.cols);
+    return invalid(op, ": sizes: expected depth and columns below 2^31, got ", p.depth, " and ",
+                   p.cols);
   const int64_t bytes = size_of(p.dtype), groups = p.groups.count, rows = p.groups.num_rows;
   *job = {p, Major::kOuter, Major::kOuter, false, false, false};
   if (of_k) {

@@ -24,7 +24,7 @@ struct Job {
 };
 
 // `b_major`: what the epilogue's kernels want of B's tiles; nothing: either, as in a batch.
-Status make_job(const Product& p, std::optional<Major> b_major, Job* job);
+Status make_job(const char* op, const Product& p, std::optional<Major> b_major, Job* job);
 
 // One for each type, in files of their own that compile side by side.
 template <class T>

@@ -27,4 +27,4 @@ def adjusted_lr(lr: float, adjust: AdjustLr, shape: tuple[int, int]) -> float:
         return rate
     if adjust == "match_rms_adamw":
         return lr * 0.2 * math.sqrt(max(rows, columns))
-    return lr * math.sqrt(max(1.0, rows / columns))
+    return lr * math.sqrt(max(1.0, rows / max(columns, 1)))

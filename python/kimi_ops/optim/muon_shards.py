@@ -104,6 +104,11 @@ class Shards:
         ]
         if not fresh:
             return
+        if len({param for param, _ in fresh}) < len(fresh):
+            raise ValueError(
+                "MuonClip: params: expected each parameter once, got one several times in a group, "
+                "which would be updated as often; drop the repetitions"
+            )
         meshes = meshes_of(param_groups)
         for groups in [[self.process_group]] if self.process_group is not None else meshes:
             agree(groups, param_groups)

@@ -87,7 +87,8 @@ def newton_schulz(
     -------
     Tensor [..., m, n], or a list of them for a sequence
         In the dtype of its input. Zero matrices give zero; ``2**k * g`` gives the bits of `g` (with
-        ``eps=0``); a matrix gives the same bits alone, in a batch, in a list and transposed.
+        ``eps=0``); a matrix gives the same bits alone, in a batch, in a list, with any strides and,
+        unless it is square, transposed (of a square one X X^T and X^T X are other sums).
 
     Raises
     ------
