@@ -294,7 +294,7 @@ def test_special_tokens_are_bytes_that_no_text_holds():
         tokenizer.encode("\ud800")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(0, 0xF4) | st.integers(0x80, 0xBF), max_size=12))
 def test_a_stream_of_bytes_gives_the_text_of_all(ids):
     tokenizer = ByteTokenizer()

@@ -295,8 +295,13 @@ class TurnStream:
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, which is passed over, then the ids of a step."""
+        if not self._in_prompt and value.numel() != 1:
+            raise ValueError(
+                f"TurnStream: value: expected the next id of one sequence, got {value.numel()}; "
+                "generate one at a time"
+            )
         if not self._in_prompt:
-            self.feed(int(value.item()))
+            self.feed(int(value))
         self._in_prompt = False
 
     def feed(self, token_id: int) -> None:
