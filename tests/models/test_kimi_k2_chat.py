@@ -186,6 +186,8 @@ def test_declarations_in_typescript():
     [
         ([], "messages: expected at least one"),
         ([{"role": "developer", "content": ""}], "role: expected system"),
+        (["Hello"], "role: expected system"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], 'an object with a "function"'),
         ([{"role": "user", "content": "", "images": [1]}], "got images"),
         ([{"role": "user", "content": [{"type": "image_url", "text": "x"}]}], "K2 reads text"),
         ([{"role": "user", "tool_calls": [FIRST]}], "tool_calls: expected none"),

@@ -124,6 +124,7 @@ def test_typescript():
     ("tools", "message"),
     [
         ([{"name": "a"}], r"tools\[0\]: expected"),
+        (["a"], r"tools\[0\]: expected"),
         ([{"type": "plugin", "function": {"name": "a"}}], r"tools\[0\]: expected"),
         ([tool("")], "a name of its own, got ''"),
         ([tool("a"), tool("a")], r"tools\[1\].function.name: .* got 'a'"),

@@ -229,7 +229,7 @@ def normalised(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _check(message: Message, where: str) -> None:
-    role = message.get("role")
+    role = message.get("role") if isinstance(message, Mapping) else None
     if role not in _ROLES:
         raise _error(f"{where}.role", " | ".join(_ROLES), repr(role), "choose one")
     unknown = sorted(key for key in message if key not in _KEYS and message[key])
@@ -256,7 +256,9 @@ def _content(message: Message, where: str) -> str:
 
 
 def _function(call: Message, where: str) -> dict[str, Any]:
-    function = call.get("function") or {}
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise _error(where, 'an object with a "function"', call, "write it as OpenAI's")
     name, arguments = function.get("name"), function.get("arguments")
     if call.get("type", "function") != "function":
         raise _error(f"{where}.type", "function", call["type"], "K2 calls functions alone")

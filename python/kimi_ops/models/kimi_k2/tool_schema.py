@@ -83,8 +83,8 @@ def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, A
     """
     found: dict[str, Mapping[str, Any]] = {}
     for place, tool in enumerate(tools):
-        function = tool.get("function")
-        if tool.get("type") != "function" or not isinstance(function, Mapping):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or tool.get("type") != "function":
             raise ValueError(
                 f'tools: tools[{place}]: expected {{"type": "function", "function": {{...}}}}, got '
                 f"{tool}; wrap the function in it"
