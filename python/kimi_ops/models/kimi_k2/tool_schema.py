@@ -156,10 +156,10 @@ class _Schema:
             shape, holds = _SHAPES.get(key, ("", lambda _: True))
             if not holds(schema[key]):
                 raise _schema_error(f"{where}.{key}", shape, schema[key])
-        for kind in _kinds(schema):
+        for kind in kinds_of(schema):
             if kind not in _TYPES:
                 raise _schema_error(f"{where}.type", " | ".join(_TYPES), kind)
-        if "$ref" in schema and self._target(schema["$ref"]) is None:
+        if "$ref" in schema and resolved(self._root, schema["$ref"]) is None:
             raise _schema_error(f"{where}.$ref", "a place in the same schema", schema["$ref"])
         for key in ("properties", "$defs"):
             for name, one in schema.get(key, {}).items():
@@ -175,7 +175,7 @@ class _Schema:
                 yield f"{where}: expected nothing here, got {_shown(value)}"
             return
         if "$ref" in schema:
-            yield from self.complaints(value, self._target(schema["$ref"]) or False, where)
+            yield from self.complaints(value, resolved(self._root, schema["$ref"]) or False, where)
         yield from self._as_a_whole(value, schema, where)
         if isinstance(value, dict):
             yield from self._members(value, schema, where)
@@ -184,7 +184,7 @@ class _Schema:
                 yield from self.complaints(item, schema["items"], f"{where}[{place}]")
 
     def _as_a_whole(self, value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
-        kinds = _kinds(schema)
+        kinds = kinds_of(schema)
         if kinds and not any(_TYPES[kind](value) for kind in kinds):
             yield f"{where}: expected {' or '.join(kinds)}, got {_shown(value)}"
         allowed = [schema["const"]] if "const" in schema else schema.get("enum")
@@ -212,15 +212,17 @@ class _Schema:
             else:
                 yield from self.complaints(member, properties.get(name, others), f"{where}.{name}")
 
-    def _target(self, reference: str) -> Schema | None:
-        """What a reference like ``#/$defs/name`` leads to."""
-        path, found = reference.split("/"), self._root
-        for step in path[1:]:
-            found = found.get(step) if isinstance(found, Mapping) else None  # type: ignore[assignment]
-        return found if path[0] == "#" and isinstance(found, Mapping | bool) else None
+
+def resolved(root: Schema, reference: str) -> Schema | None:
+    """What a reference like ``#/$defs/name`` leads to."""
+    path, found = reference.split("/"), root
+    for step in path[1:]:
+        found = found.get(step) if isinstance(found, Mapping) else None  # type: ignore[assignment]
+    return found if path[0] == "#" and isinstance(found, Mapping | bool) else None
 
 
-def _kinds(schema: Mapping[str, Any]) -> list[str]:
+def kinds_of(schema: Mapping[str, Any]) -> list[str]:
+    """The types that a schema names."""
     kinds = schema.get("type", [])
     return kinds if isinstance(kinds, list) else [kinds]
 
