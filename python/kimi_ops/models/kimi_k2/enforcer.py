@@ -62,8 +62,8 @@ class Enforcer:
         for name, function in functions_of(tools).items():
             schema = function.get("parameters") or {}
             check_schema(schema)
-            whole = {**schema, "type": "object"} if isinstance(schema, Mapping) else {}
-            self._arguments[name] = json_grammar(whole or {"type": "object"})
+            fields = schema if isinstance(schema, Mapping) else {}
+            self._arguments[name] = json_grammar({"properties": {}, **fields, "type": "object"})
         self._seen: Tensor | None = None  # [B, n]
         self._rows: list[_Row] = []
 

@@ -165,7 +165,7 @@ class _Writer:
         required = schema.get("required", [])
         known = {name: one for name, one in properties.items() if one is not False}
         known |= {name: others for name in required if name not in properties}
-        if known or others is False:
+        if known or "properties" in schema or others is False:
             fields = [(name, one, name in required) for name, one in known.items()]
             return (literal("{"), self._fields(fields, True), literal("}"))
         name = (_QUOTE, _repeated(_CHARACTER), _QUOTE)
