@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command ``kimi-ops``: info, plan, train, generate, demo, bench."""
+"""The command ``kimi-ops``: info, plan, train, generate, chat, demo, bench."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 import kimi_ops
 from kimi_ops import _program
 from kimi_ops.cli.bench import bench
+from kimi_ops.cli.chatting import chat
 from kimi_ops.cli.generating import generate
 from kimi_ops.cli.options import NAME, fail
 from kimi_ops.cli.plan import plan
@@ -76,6 +77,7 @@ def info(
 app.command()(plan)
 app.command()(train)
 app.command()(generate)
+app.command()(chat)
 app.command()(demo)
 app.command(
     add_help_option=False,  # --help is the benchmarks'
