@@ -43,7 +43,7 @@ from kimi_ops.parallel.results import Dispatched
 HIDDEN, TOP_K, EXPERTS = 7168, 8, (64, 384)
 OPS = ("dispatch", "combine")
 RANKS, TOKENS = (2, 4), (64, 512, 2048)
-BUDGET, QUICK, LEAST, MOST = 3.0, 0.5, 9, 300  # seconds a way; rounds
+BUDGET, QUICK, LEAST, MOST = 2.0, 0.5, 9, 300  # seconds a way; rounds
 
 
 @dataclass(frozen=True)

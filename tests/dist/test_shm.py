@@ -118,9 +118,9 @@ def test_memory_of_rows_is_used_again_when_the_last_tensor_on_it_is_gone():
     assert again.data_ptr() == address and again.shape == (4096, 1000)
     small = blocks.empty(4, 1000, torch.bfloat16)
     assert small.shape == (4, 1000) and small.dtype == torch.bfloat16
-    many = [blocks.empty(4096, 1024, torch.float32) for _ in range(5)]
+    many = [blocks.empty(4096, 1024, torch.float32) for _ in range(9)]
     del many, other, again
-    assert len(blocks._free) == 2
+    assert len(blocks._free) == 4
 
 
 def test_more_ranks_than_flags():

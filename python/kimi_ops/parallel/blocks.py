@@ -9,9 +9,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-_LEAST = 8 << 20  # bytes; the allocator keeps smaller ones itself
+_LEAST = 1 << 20  # bytes; the allocator keeps smaller ones itself
 _HUGE = 2 << 20
-_KEPT = 2  # blocks that nobody uses
+_KEPT = 4  # blocks that nobody uses
 
 
 class Blocks:

@@ -35,7 +35,7 @@ class Sender:
 
     segment: Segment
     start: Start  # Connection.start
-    blocks: Blocks = field(default_factory=Blocks)  # for the rows that come
+    blocks: Blocks = field(default_factory=Blocks)  # for results
 
     def __call__(
         self, op: str, layout: Layout, write: Callable[[list[Tensor]], None]
@@ -192,7 +192,7 @@ class Trip:
         if not self.plain:
             values = self.records(parts, places)
             return moves_of(values.dtype).unpermute(values, there, weights)
-        y = parts.new_empty(len(there.row_map), parts.shape[1])
+        y = self.send.blocks.empty(len(there.row_map), parts.shape[1], parts.dtype)
         row_map = places.home[there.row_map]  # -1 is the last of `home`, which is -1
         _native._C.unpermute_into(parts, row_map, weights, y)
         return y
