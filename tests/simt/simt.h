@@ -69,6 +69,7 @@ struct Statistics {
   uint64_t switches = 0;
   uint64_t barriers = 0;
   uint64_t warp_operations = 0;
+  uint64_t warpgroup_operations = 0;
   uint64_t launches = 0;  // the thread's so far
 };
 Statistics last_statistics();

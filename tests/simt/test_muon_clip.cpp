@@ -82,10 +82,10 @@ struct Flags {
 };
 
 void compare_momentum(const std::vector<int64_t>& sizes, kimi_dtype grad, kimi_dtype buffer,
-                      int64_t offset, bool nesterov, bool maximize) {
+                      int64_t offset, bool nesterov, bool maximize, int64_t update_offset = 0) {
   const List grads(sizes, grad, offset, 1);
   List want(sizes, buffer, offset, 2), got = want;
-  List updates(sizes, KIMI_FLOAT32, 0, 3), expected = updates;
+  List updates(sizes, KIMI_FLOAT32, update_offset, 3), expected = updates;
   const Flags flags(sizes.size());
   MuonMomentumParams p{};
   p.grads = grads.list<const void>(), p.buffers = got.list(), p.updates = updates.list<float>();
@@ -115,6 +115,11 @@ TEST(momentum) {
     }
 }
 
+TEST(updates_that_lie_anywhere) {
+  g_case = "updates one element behind";
+  compare_momentum(kSizes, KIMI_FLOAT32, KIMI_FLOAT32, 0, true, false, 1);
+}
+
 TEST(a_list_of_several_launches) {
   g_case = "1500 tensors";
   const uint64_t before = simt::launches();
@@ -128,7 +133,8 @@ TEST(update) {
   };
   const std::vector<Shape> shapes = {{3, 5, 5, 5},    {5, 7, 10, 7},       {0, 4, 4, 4},
                                      {4, 0, 4, 4},    {300, 40, 48, 64},   {1, 20001, 20001, 20001},
-                                     {7, 16, 16, 24}, {90, 200, 200, 200}, {1, 1, 9, 9}};
+                                     {7, 16, 16, 24}, {90, 200, 200, 200}, {7, 16, 16, 24},
+                                     {5, 16, 24, 20}, {3, 3, 3, 3},        {1, 1, 9, 9}};
   std::vector<int64_t> flat, sizes;
   std::vector<double> rates;
   for (const Shape& s : shapes) {
@@ -196,8 +202,9 @@ TEST(adamw) {
       const int64_t offset = seed % 4 == 0 ? 1 : 0;
       const size_t count = kSizes.size();
       List grads(kSizes, grad, offset, 7);
-      List want[] = {List(kSizes, param, offset, 8), List(kSizes, KIMI_FLOAT32, offset, 9),
-                     List(kSizes, KIMI_FLOAT32, offset, 10, true)};
+      List want[] = {List(kSizes, param, offset, 8),
+                     List(kSizes, KIMI_FLOAT32, seed % 4 == 3 ? 1 : 0, 9),
+                     List(kSizes, KIMI_FLOAT32, seed % 4 == 2 ? 1 : 0, 10, true)};
       List got[] = {want[0], want[1], want[2]};
       if (measure)
         for (size_t t = 2; t < count; t += 4)
@@ -243,6 +250,23 @@ TEST(adamw) {
       }
       require(got[0] == want[0] && got[1] == want[1] && got[2] == want[2], "parameters, moments");
     }
+}
+
+// More tensors than a block counts, of which those without elements have nothing but their counts.
+TEST(adamw_of_many_and_of_empty_tensors) {
+  for (int64_t size : {0, 2}) {
+    const std::vector<int64_t> sizes(300, size);
+    List x(sizes, KIMI_FLOAT32, 0, 12);
+    std::vector<float> steps(sizes.size(), 4.0f);
+    std::vector<float*> counters;
+    for (float& step : steps) counters.push_back(&step);
+    AdamwParams p{};
+    p.params = x.list(), p.grads = x.list<const void>();
+    p.exp_avgs = p.exp_avg_sqs = x.list<float>();
+    p.steps = counters.data(), p.sizes = sizes.data(), p.count = 300;
+    CHECK(adamw_cuda(p, nullptr).is_ok());
+    CHECK(steps == std::vector<float>(sizes.size(), 5.0f));
+  }
 }
 
 TEST(squares_and_the_factor_that_clips) {

@@ -389,6 +389,28 @@ TEST(more_matrices_than_fit_in_the_parameters_of_a_launch) {
     require(relative(images[size_t(e)], exact(c, matrices[size_t(e)])) < 0.01, c, "error");
 }
 
+// The norm of a large matrix is a sum over several blocks.
+TEST(a_norm_of_many_blocks) {
+  near({.rows = 1,
+        .cols = 8300,
+        .method = KIMI_NEWTON_SCHULZ_STANDARD,
+        .dtype = KIMI_FLOAT32,
+        .steps = 1,
+        .cubic = true,
+        .at_once = 1});
+}
+
+// Warp operations that a step of 32 x 64 costs on chip. A step of 16 in depth is 4 ldmatrix and 8 mma
+// for a tile of 32 x 32: 4 of them for X X^T, 2 for its square and 2 for each half of the image.
+TEST(a_step_on_chip_multiplies_no_more_than_it_must) {
+  const auto work = [](int steps) {
+    const Case c{.rows = 32, .cols = 64, .method = KIMI_NEWTON_SCHULZ_STANDARD, .steps = steps};
+    run(c, {randoms(32 * 64, 1)});
+    return simt::last_statistics().warp_operations;
+  };
+  CHECK(work(3) - work(2) == uint64_t{32} * 12 * (4 + 2 + 2 * 2));
+}
+
 TEST(launches) {
   const auto launches = [](const Case& c) {
     const uint64_t before = simt::last_statistics().launches;

@@ -30,7 +30,8 @@ struct Case {
   bool causal;
   Order order = Order::kRows;
   float special = 0.0f;  // in the last key of head 0, batch 0
-  bool edge = false;     // logits are negative but for the first key that a query does not see
+  // Logits are negative but, with causal, for the first key that a query does not see.
+  bool edge = false;
 };
 
 // A tensor [B, H, S, D] in some order of memory; what lies beside its elements is NaN.
@@ -70,9 +71,10 @@ void compare(const Case& c, int sm, uint64_t seed) {
           for (int64_t d = 0, last = c.dim - 1; d <= last; ++d) {
             const int64_t before = s - 1 - (c.keys - c.queries);
             if (s < c.queries) q.at(b, h, s, d) = from_float<T>(d == s || d == last ? 1.0f : 0.0f);
-            k.at(b, h / (c.heads / c.kv_heads), s, d) = from_float<T>(d == last     ? -1.0f
-                                                                      : d == before ? 4.0f
-                                                                                    : 0.0f);
+            k.at(b, h / (c.heads / c.kv_heads), s, d) =
+                from_float<T>(d == last                 ? -1.0f
+                              : d == before && c.causal ? 4.0f
+                                                        : 0.0f);
           }
   if (c.special != 0.0f) k.at(0, 0, c.keys - 1, 0) = from_float<T>(c.special);
   AttentionMaxLogitsParams p{};
@@ -132,6 +134,7 @@ const Case kCases[] = {
     {2, 2, 2, 19, 23, 13, true, Order::kColumns},
     {2, 2, 1, 150, 170, 192, true, Order::kRows, 0.0f, true},
     {2, 2, 2, 60, 60, 72, true, Order::kHeads, 0.0f, true},
+    {1, 2, 2, 20, 40, 24, false, Order::kRows, 0.0f, true},
 };
 
 TEST(maxima_sm80) {
@@ -152,17 +155,37 @@ TEST(maxima_sm90) {
     compare<fp16>(c, 90, seed + 4);
   }
   compare<bf16>({1, 1, 1, 600, 600, 40, true}, 90, ++seed);
-  compare<bf16>({1, 7, 7, 129, 400, 256, true}, 90, ++seed);  // more tasks than blocks
+  for (int i = 0; i < 4; ++i) {  // more tasks than blocks, and several tiles of keys for each
+    Case c{1, 6, 6, 256, 520, 8, false};
+    if (i == 0) c = {1, 7, 7, 129, 400, 256, true};
+    compare<bf16>(c, 90, ++seed);
+    const uint64_t of_all = simt::last_statistics().warpgroup_operations;
+    const auto heads = static_cast<uint64_t>(std::exchange(c.heads, c.kv_heads = 1));
+    compare<bf16>(c, 90, seed);
+    CHECK(of_all <= heads * simt::last_statistics().warpgroup_operations);  // each task once
+  }
+}
+
+// Keys that no query of a task sees are not multiplied.
+TEST(causal_is_half_the_work) {
+  const auto work = [](int sm, bool causal) {
+    compare<bf16>({1, 1, 1, 1024, 1024, 8, causal}, sm, 5);
+    const simt::Statistics s = simt::last_statistics();
+    return static_cast<double>(sm == 80 ? s.warp_operations : s.warpgroup_operations);
+  };
+  for (int sm : {80, 90}) CHECK(work(sm, true) < 0.7 * work(sm, false));
 }
 
 // ---- clip_rows ---------------------------------------------------------------------------------
 
 template <class T>
-void compare_clip(int64_t cols, int64_t stride, int32_t members, int64_t first_row, uint64_t seed) {
+void compare_clip(int64_t cols, int64_t stride, int32_t members, int64_t first_row, uint64_t seed,
+                  bool of_keys = false) {
   simt::settings().seed = seed;
   std::mt19937 random(static_cast<unsigned>(seed));
   constexpr int32_t kHeads = 36, kBlockRows = 5, kShared = 2, kWhole = 2;
-  const int64_t rows = kHeads * kBlockRows - first_row - (first_row > 0 ? 3 : 0);
+  const int32_t of_block = of_keys ? members : 1, blocks = kHeads / of_block;  // heads
+  const int64_t rows = blocks * kBlockRows - first_row - (first_row > 0 ? 3 : 0);
   const kimi_clip_layer layers[] = {{4, 1}, {kHeads, members}};
   std::vector<float> maxima(4 + kHeads), gamma(4 + kHeads, -7.0f);
   for (float& s : maxima) {
@@ -177,22 +200,22 @@ void compare_clip(int64_t cols, int64_t stride, int32_t members, int64_t first_r
   for (int32_t h = 0; h < 4; ++h) want_gamma.push_back(gamma_of(maxima.data(), h, 1, 100.0f));
   for (int32_t h = 0; h < kHeads; ++h)
     want_gamma.push_back(gamma_of(maxima.data() + 4, h, members, 100.0f));
-  const auto factor = [&](int64_t row, const float* of, float power) {
+  const auto factor = [&](int64_t row, const float* of, int64_t heads, float power) {
     const int64_t in = row % kBlockRows;
-    const float g = of[row / kBlockRows];
+    const float g = of[row / kBlockRows * heads];
     return in < kShared ? power_of(g, power) : in < kShared + kWhole ? g : 1.0f;
   };
   for (int64_t r = 0; r < 4 * kBlockRows; ++r)
-    if (const float f = factor(r, want_gamma.data(), 0.25f); f != 1.0f)
+    if (const float f = factor(r, want_gamma.data(), 1, 0.25f); f != 1.0f)
       want_bias[size_t(r)] = from_float<T>(to_float(bias[size_t(r)]) * f);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < cols; ++c)
-      if (const float f = factor(first_row + r, want_gamma.data() + 4, 0.5f); f != 1.0f)
+      if (const float f = factor(first_row + r, want_gamma.data() + 4, of_block, 0.5f); f != 1.0f)
         want_weight[size_t(r * stride + c)] =
             from_float<T>(to_float(weight[size_t(r * stride + c)]) * f);
   const kimi_clip_weight weights[] = {
       {bias.data(), 0, 4 * kBlockRows, 1, 1, 0, 4, kBlockRows, kShared, kWhole, 0.25f, kDtype<T>},
-      {weight.data(), first_row, rows, cols, stride, 1, kHeads, kBlockRows, kShared, kWhole, 0.5f,
+      {weight.data(), first_row, rows, cols, stride, 1, blocks, kBlockRows, kShared, kWhole, 0.5f,
        kDtype<T>}};
   ClipRowsParams p{layers, weights, maxima.data(), gamma.data(), 2, 2, 100.0f};
   CHECK(clip_rows_cuda(p, nullptr).is_ok());
@@ -210,6 +233,7 @@ TEST(clipped_rows) {
     compare_clip<float>(cols, cols + 4, 1, 0, ++seed);
     compare_clip<bf16>(cols, (cols + 7) / 8 * 8, 3, 13, ++seed);
     compare_clip<fp16>(cols, cols, 36, 7, ++seed);
+    compare_clip<bf16>(cols, cols, 4, 7, ++seed, true);
   }
 }
 

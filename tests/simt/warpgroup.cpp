@@ -47,6 +47,7 @@ void warpgroup_operation(const char* what, std::initializer_list<Operand> operan
   const int thread = self.builtins.linear_thread;
   auto& all = self.block->warpgroups[static_cast<size_t>(thread) / detail::kThreads];
   const size_t index = self.warpgroup_operations++;
+  ++detail::Runner::instance().statistics.warpgroup_operations;
   if (index == all.size()) {
     all.push_back({what, thread, operands});
     return;
