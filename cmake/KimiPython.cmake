@@ -29,7 +29,8 @@ if(NOT KIMI_OPS_PYTHON STREQUAL off)
 endif()
 
 if(kimi_has_python)
-  file(GLOB kimi_bindings CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/*.cpp)
+  file(GLOB kimi_bindings CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/*.cpp
+       ${PROJECT_SOURCE_DIR}/csrc/comm/*.cpp)
   list(FILTER kimi_bindings EXCLUDE REGEX "/(c_api|module)\\.cpp$")
   add_library(kimi_python OBJECT ${kimi_bindings})
   target_link_libraries(kimi_python PRIVATE kimi_build_flags pybind11::module)

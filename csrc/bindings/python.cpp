@@ -14,6 +14,7 @@ namespace py = pybind11;
 namespace kimi::bindings {
 
 void define_exported(py::module_& m);
+void define_comm(py::module_& m, Methods& methods);
 
 namespace {
 
@@ -97,6 +98,7 @@ void kimi_bind(py::module_& m) {
   });
   define_exported(m);
   Methods& ops = methods();
+  define_comm(m, ops);
   add_functions(m, ops.direct());
   py::module_ eager = m.def_submodule("eager", "The ops for calls that nobody watches.");
   add_functions(eager, ops.eager());

@@ -99,11 +99,13 @@ def random_case(seed: int, world: int | None = None, **fixed: Any) -> Case:
     return case
 
 
-def check(case: Case, group: Any, rank: int, expert: Callable[[Tensor], Tensor]) -> None:
+def check(
+    case: Case, group: Any, rank: int, expert: Callable[[Tensor], Tensor], backend: str = "auto"
+) -> None:
     """One rank's dispatch, combine and repeated dispatch against the oracle, bit for bit."""
     received = case.received()
     outs = [expert(rows.x) for rows in received]
-    with ExpertParallel(group, **case.options) as ep:
+    with ExpertParallel(group, backend=backend, **case.options) as ep:
         weights = None if case.weights is None else case.weights[rank]
         given = ep.dispatch(case.x[rank], case.indices[rank], weights)
         for _ in range(2):

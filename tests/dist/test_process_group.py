@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from tests.dist.all_to_all_cases import check, random_case, triple
 
 PROCESSES = 4
 DEADLINE = 3.0
-SMALL = {"num_experts": 4, "hidden": 2, "max_tokens_per_rank": 8}
+SIZES: dict[str, int] = {"num_experts": 4, "hidden": 2, "max_tokens_per_rank": 8}
+SMALL: dict[str, Any] = {**SIZES, "backend": "gloo"}
 ID = torch.zeros(1, 1, dtype=torch.int32)
 
 
@@ -37,13 +39,13 @@ def same_bits(groups: Groups, rank: int) -> None:
     for world in (1, 2, 4):
         if rank < world:
             for seed in range(8):
-                check(random_case(1000 * world + seed, world), groups[world], rank, triple)
+                check(random_case(1000 * world + seed, world), groups[world], rank, triple, "gloo")
 
 
 def gradients(group: dist.ProcessGroup, rank: int) -> None:
     """Of a layer of squares, in closed form; rank 2 has no token."""
     with ExpertParallel(group, **SMALL) as ep:
-        assert ep.backend == "gloo" and "cpu:gloo" in ep.backend_reason
+        assert ep.backend == "gloo" and ep.backend_reason == "it was asked for"
         count = 0 if rank == 2 else 2
         x = torch.full((count, 2), 1.0 + rank, requires_grad=True)
         w = torch.full((count, 2), 0.5, requires_grad=True)
@@ -63,10 +65,11 @@ def errors_of_all(group: dist.ProcessGroup, rank: int) -> None:
     bad = rank == 1
     with pytest.raises(EPMismatch, match="hidden: .*rank 0 has 2, rank 1 has 3"):
         ExpertParallel(group, **{**SMALL, **({"hidden": 3} if bad else {})})
-    with pytest.raises(ValueError, match="expected one of auto, gloo, nccl, reference, got 'mpi'"):
-        ExpertParallel(group, backend="mpi", **SMALL)
-    with pytest.raises(ValueError, match="expected gloo or nccl for a process group"):
-        ExpertParallel(group, backend="reference", **SMALL)
+    told = "expected one of auto, shm, gloo, nccl, reference, got 'mpi'"
+    with pytest.raises(ValueError, match=told):
+        ExpertParallel(group, backend="mpi", **SIZES)
+    with pytest.raises(ValueError, match="expected shm or gloo or nccl for a process group"):
+        ExpertParallel(group, backend="reference", **SIZES)
     with ExpertParallel(group, capacity=6, **SMALL) as ep:
         with pytest.raises(ValueError if bad else EPPeerError, match="got 7 .. 7"):
             ep.dispatch(torch.ones(1, 2), ID + 7 * bad)
@@ -124,7 +127,7 @@ def ranks_go(groups: Groups, rank: int, told: Connection) -> None:
         ExpertParallel(groups[4], timeout=DEADLINE, **SMALL)
     assert caught.value.ranks == (3,)
     failure(3, EPRankLost, "combine", lambda _: os.kill(os.getpid(), signal.SIGKILL))
-    check(random_case(7, 2), groups[2], rank, triple)
+    check(random_case(7, 2), groups[2], rank, triple, "gloo")
     told.send("done")
 
 

@@ -58,6 +58,8 @@ def connection(group: Any, backend: str, timeout: float, device: torch.device | 
         )
     if backend == "nccl" and device is not None and device.type != "cuda":
         raise ValueError(f"{_OP}: device: expected a GPU for nccl, got {device}")
+    if backend == "shm" and device is not None and device.type != "cpu":
+        raise ValueError(f"{_OP}: device: expected cpu for shm, got {device}; pass backend='auto'")
 
 
 def fault_of(world: int, options: dict[str, Any]) -> Exception | None:

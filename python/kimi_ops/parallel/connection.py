@@ -11,9 +11,13 @@ from torch import Tensor
 
 from kimi_ops.parallel import messages
 from kimi_ops.parallel.errors import EPError, EPMisuse
+from kimi_ops.parallel.liveness import Roll
 from kimi_ops.parallel.local import LocalGroup, LocalTransport
 from kimi_ops.parallel.process_group import GroupTransport, choose
-from kimi_ops.parallel.transport import Transport
+from kimi_ops.parallel.segment import Segment, share
+from kimi_ops.parallel.shm import Pulls
+from kimi_ops.parallel.transport import Motions, Transport
+from kimi_ops.parallel.wire import Records
 
 Result = TypeVar("Result")
 _log = logging.getLogger("kimi_ops.parallel")
@@ -30,7 +34,7 @@ class Connection:
         device: torch.device | None,
         buffers: int,
     ) -> None:
-        self.transport, self.reason = _connect(group, backend, timeout, device)
+        self.transport, self.reason = _connect(group, backend, timeout, device, buffers)
         self.rank, self.world = self.transport.rank, self.transport.world
         self.device = self.transport.device
         self._buffers, self._in_flight = buffers, 0
@@ -39,47 +43,62 @@ class Connection:
 
     def ready(self, op: str) -> None:
         """Raise `EPMisuse` unless `op` may begin."""
-        if self._broken is not None:
-            raise EPMisuse(
-                f"{op}: the group is out of use: {self._broken}; make another one"
-            ) from self._broken
+        self._works(op)
         if self._in_flight >= self._buffers:
             raise EPMisuse(
                 f"{op}: expected at most {self._buffers} operations under way, this would be "
                 f"{self._in_flight + 1}; wait() for one, or pass a larger num_buffers"
             )
 
-    def gather(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """int64 words of all ranks, on the host, a matrix [P, n] for each part."""
-        message = torch.cat([part.to(self.device) for part in parts])
-        return self._guarded(lambda: self.transport.gather(message)).split(
-            [len(part) for part in parts], 1
-        )
+    def _works(self, op: str) -> None:
+        if self._broken is not None:
+            raise EPMisuse(
+                f"{op}: the group is out of use: {self._broken}; make another one"
+            ) from self._broken
 
-    def start(
-        self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
-    ) -> Callable[[], Tensor]:
-        """`Transport.start`, which takes one of the buffers until its result is there."""
+    def gather(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """int64 words of all ranks, on the host, a matrix [P, n] for each of the sizes."""
+        message = torch.cat([part.to(self.device) for part in parts])
+        return self._guarded(lambda: self.transport.gather(message)).split(list(sizes), 1)
+
+    @property
+    def motions(self) -> Motions:
+        """What brings rows from rank to rank."""
+        if isinstance(self.transport, Segment):
+            return Pulls(self.transport, self.start)
+        transport: Transport = self.transport
+        return Records(lambda *what: self.start(lambda: transport.start(*what)))
+
+    def start(self, begin: Callable[[], Callable[[], Result]]) -> Callable[[], Result]:
+        """An exchange, which takes one of the buffers until its result is there."""
         self.ready("exchange")
-        wait = self._guarded(lambda: self.transport.start(buffer, sent, received))
+        wait = self._guarded(begin)
         self._in_flight += 1
 
-        def arrived() -> Tensor:
+        def arrived() -> Result:
             self._in_flight -= 1
+            self._works("wait")
             return self._guarded(wait)
 
         return arrived
 
     def agree(self, options: dict[str, Any], fault: Exception | None) -> None:
         """Raise on every rank, unless all have the same options and nothing to find fault with."""
-        mine = {name: str(value) for name, value in options.items()} if fault is None else {}
-        (words,) = self.gather([messages.text([messages.short(fault), mine])])
-        if fault is not None:
-            raise fault
-        faults, found = zip(*messages.texts(words), strict=True)
-        messages.raise_faults("ExpertParallel", faults)
+        self.raise_faults("ExpertParallel", fault)
+        found = self._texts({name: str(value) for name, value in options.items()})
         for name in options:
             messages.agree("ExpertParallel", name, [each[name] for each in found])
+
+    def raise_faults(self, op: str, fault: Exception | None) -> None:
+        """Raise what this rank has to find fault with, or what others have; all ranks call it."""
+        faults = self._texts(messages.short(fault))
+        if fault is not None:
+            raise fault
+        messages.raise_faults(op, faults)
+
+    def _texts(self, value: Any) -> list[Any]:
+        words = messages.text(value)
+        return messages.texts(self.gather([words], [len(words)])[0])
 
     def close(self) -> None:
         self.transport.close()
@@ -94,12 +113,21 @@ class Connection:
 
 
 def _connect(
-    group: Any, backend: str, timeout: float, device: torch.device | None
-) -> tuple[Transport, str]:
+    group: Any, backend: str, timeout: float, device: torch.device | None, buffers: int
+) -> tuple[Transport | Segment, str]:
     """The connection of this rank, and why it is that."""
     if isinstance(group, LocalGroup):
         why = f"{group.size} ranks are threads of one process"
         return LocalTransport(group, timeout, device or torch.device("cpu")), why
     group = group or dist.group.WORLD
     name, place, why = choose(group, device, backend)
-    return GroupTransport(group, name, timeout, place), why
+    wanted = "auto" if backend == "auto" and place.type == "cpu" else name
+    roll = Roll(group, timeout, {"backend": wanted})
+    if wanted in ("auto", "shm"):
+        segment, found = share(roll, buffers, timeout)
+        if segment is not None:
+            return segment, found if wanted == "auto" else why
+        if wanted == "shm":
+            raise EPError(f"ExpertParallel: backend: expected ranks that share memory: {found}")
+        why = f"{why}; no shared memory: {found}"
+    return GroupTransport(roll, name, timeout, place), why

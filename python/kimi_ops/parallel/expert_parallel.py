@@ -2,13 +2,12 @@
 """Experts spread over ranks: tokens go to the ranks of their experts, results come home."""
 
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Literal, Self, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kimi_ops.moe import permute as native
 from kimi_ops.moe.quantized import Fp8Rows
 from kimi_ops.parallel import call_checks
 from kimi_ops.parallel.connection import Connection
@@ -16,8 +15,7 @@ from kimi_ops.parallel.layout import Placement, Rules
 from kimi_ops.parallel.local import LocalGroup
 from kimi_ops.parallel.results import Dispatched, Handle, Pending
 from kimi_ops.parallel.router import Router
-from kimi_ops.parallel.wire import FP8, Crossing, Form, finish
-from kimi_ops.reference import permute as twin
+from kimi_ops.parallel.wire import FP8, Form
 
 __all__ = ["ExpertParallel"]
 
@@ -148,6 +146,7 @@ class ExpertParallel:
         placement = Placement(num_experts, self.world)
         rules = Rules(placement, self._direct, expert_alignment, overflow)
         self._router = Router(self._connection, rules, capacity)
+        self._motions = self._connection.motions
         self.experts = self._router.experts
 
     @property
@@ -222,36 +221,26 @@ class ExpertParallel:
         """
         self._connection.ready("dispatch")
         if handle is None:
-            route, departure = self._router.meet(self._limits, x, indices, weights)
+            route = self._router.meet(self._limits, x, indices, weights)
         else:
             call_checks.again(self._limits, self._router, x, indices, weights, handle)
-            route, departure = handle.route, None
+            route = handle.route
         given = isinstance(x, Fp8Rows)
         dtype = torch.bfloat16 if isinstance(x, Fp8Rows) else x.dtype
-        moves = _moves(dtype)
         if weights is not None:
             weights = weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        there = route.there
-        parts = (x.data, x.scale) if isinstance(x, Fp8Rows) else (x,)
-        tokens = [moves.permute(part, there) for part in parts]
-        carried = None
-        if weights is not None and not self._direct:
-            carried = weights = moves.permute(weights, there)
-        beside = [] if carried is None else [carried]
-        if departure is not None and departure.ids is not None:
-            beside.append(departure.ids(there.source))
+        tokens = (x.data, x.scale) if isinstance(x, Fp8Rows) else (x,)
         wire = FP8 if given else self._limits.wire_dtype or dtype
         back = Form(0, torch.float32, torch.float32) if given else self._home(dtype, dtype)
         form = Form(self._limits.hidden, None if given else dtype, wire)
-        crossing = Crossing(self._connection.start, route.sent, route.received, form, back)
-        with torch.no_grad():
-            arrival = crossing.start(tokens, beside)
+        carried = None if self._direct else weights
+        ids = None if indices is None else indices.int()
+        leaving = self._motions.away("dispatch", route, form, back, tokens, carried, ids)
 
         def result() -> Dispatched:
-            tie = torch.empty(0, device=self.device)
-            tie, arrived, ids, values = finish(crossing, arrival, tie, carried, *tokens)
-            whole = route if departure is None else self._router.arrived(route, ids)
-            rows = [moves.permute(value, whole.here) for value in values]
+            ids = leaving.ids()
+            whole = route if handle is not None else self._router.arrived(route, ids)
+            tie, arrived, rows = leaving.finish(whole)
             kept = weights if self._direct else arrived
             return Dispatched(
                 Fp8Rows(*rows) if given else rows[0],
@@ -307,26 +296,12 @@ class ExpertParallel:
         form = self._home(out.dtype, out.dtype)
         if form.wire != out.dtype and out.dtype != torch.float64:
             form, summed = self._home(torch.float32, out.dtype), out.float()
-        moves = _moves(summed.dtype)
-        records = moves.unpermute(summed, route.here, None if direct else handle.weights)
-        crossing = Crossing(self._connection.start, route.received, route.sent, form, form)
-        with torch.no_grad():
-            arrival = crossing.start([records])
-
-        def result() -> Tensor:
-            values = finish(crossing, arrival, handle.tie, None, records)[3]
-            y = moves.unpermute(values[0], route.there, handle.weights if direct else None)
-            return y.to(out.dtype)
-
-        pending = Pending(result)
+        weights = (None, handle.weights) if direct else (handle.weights, None)
+        sums = self._motions.home("combine", route, form, handle.tie, summed, *weights)
+        pending = Pending(lambda: sums().to(out.dtype))
         return pending if async_op else pending.wait()
 
     def _home(self, dtype: torch.dtype, own: torch.dtype) -> Form:
         """How sums of `dtype` of tokens of dtype `own` travel: results, and all gradients."""
         wire = self._limits.wire_dtype if self._limits.wire_dtype not in (None, FP8) else own
         return Form(self._limits.hidden, dtype, wire or own)
-
-
-def _moves(dtype: torch.dtype) -> Any:
-    """What sorts rows of a dtype: the twin, where there are no kernels."""
-    return twin if dtype == torch.float64 else native

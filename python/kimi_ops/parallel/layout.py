@@ -12,7 +12,6 @@ rank, source token, slot), whatever carried them. Combine walks the same way bac
 order in fp32, one rounding for the wire, a sum in the order of the plan at home.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +52,7 @@ class Rules:
 
     def rows(self, counts: list[int]) -> int:
         """Rows of a rank whose experts get so many."""
-        return sum(map(self.padded, counts))
+        return sum(counts) if self.align == 1 else sum(map(self.padded, counts))
 
     def level(self, counts: list[int], capacity: int) -> int:
         """The most rows an expert may have so that those of a rank fit its capacity."""
@@ -72,8 +71,6 @@ class Departure:
     there: PermutePlan
     counts: Tensor  # [E] int32, pairs of this rank for every expert
     records: Tensor  # [P] int32, records for every rank
-    # of records (their `source`): [records, K] int32, experts of their rank or -1; None: direct
-    ids: Callable[[Tensor], Tensor] | None
 
 
 def depart(rules: Rules, indices: Tensor, owners: Tensor) -> Departure:
@@ -84,19 +81,12 @@ def depart(rules: Rules, indices: Tensor, owners: Tensor) -> Departure:
     if rules.direct:
         there = permute_plan(indices, experts)
         records = _count(owner, world)
-        return Departure(there, there.tokens_per_expert, records, None)
+        return Departure(there, there.tokens_per_expert, records)
     ranks = torch.arange(world, dtype=torch.int32, device=indices.device)
     goes = torch.zeros(len(indices), world + 1, dtype=torch.bool, device=indices.device)
     goes.scatter_(1, owner, True)
     there = permute_plan(ranks.where(goes[:, :world], -1), world)
-    firsts = torch.tensor([0, *(r.stop for r in rules.placement.ranges)], device=indices.device)
-
-    def ids(source: Tensor) -> Tensor:
-        token, rank = source.long() // world, (source.long() % world)[:, None]
-        local = known[token] - firsts[rank]
-        return local.where(owner[token] == rank, -1).int()
-
-    return Departure(there, _count(known, experts), there.tokens_per_expert, ids)
+    return Departure(there, _count(known, experts), there.tokens_per_expert)
 
 
 def _count(ids: Tensor, groups: int) -> Tensor:
@@ -104,6 +94,12 @@ def _count(ids: Tensor, groups: int) -> Tensor:
     ids = ids.flatten()
     counts = torch.zeros(groups + 1, dtype=torch.int32, device=ids.device)
     return counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))[:groups]
+
+
+def local_ids(ids: Tensor, experts: range) -> Tensor:
+    """[records, K] int32 among the experts of this rank, -1 for those of others."""
+    local = ids - experts.start
+    return local.masked_fill_((local < 0) | (local >= len(experts)), -1)
 
 
 def direct_ids(counts: Tensor, device: torch.device) -> Tensor:
@@ -134,5 +130,7 @@ def arrive(rules: Rules, ids: Tensor, counts: list[int], capacity: int | None) -
 
 def shortened(plan: PermutePlan, rows: int) -> PermutePlan:
     """The plan with so many rows in place of its upper bound."""
+    if rows == len(plan.source):
+        return plan
     source = plan.source[:rows]
     return plan._replace(source=F.pad(source, (0, rows - len(source)), value=-1))

@@ -34,17 +34,41 @@ class Roll:
         number = store.add(f"kimi_ops/{self.rank}", 1)
         self.store = dist.PrefixStore(f"kimi_ops/{number}", store)
         mine = {"process": [*_host(), os.getpid(), _start_of(os.getpid())], "facts": facts}
-        answers = self._call("here", json.dumps(mine))(timeout)
-        if silent := self._missing(answers):
-            raise EPTimeout(
-                f"ExpertParallel: {named(silent)} did not come within {timeout:g} s; make it on "
-                "every rank of the group",
-                silent,
-            )
-        found = [json.loads(answers[rank]) for rank in range(self.world)]
+        found = [json.loads(answer) for answer in self.exchange("here", json.dumps(mine))]
         for name in facts:
             agree("ExpertParallel", name, [entry["facts"][name] for entry in found])
         self._processes = [entry["process"] for entry in found]
+
+    def exchange(self, word: str, answer: str) -> list[str]:
+        """The answers of all ranks; `word` is used once."""
+        answers = self._call(word, answer)(self._timeout)
+        if silent := self._missing(answers):
+            raise EPTimeout(
+                f"ExpertParallel: {named(silent)} did not come within {self._timeout:g} s; make it "
+                "on every rank of the group",
+                silent,
+            )
+        return [answers[rank] for rank in range(self.world)]
+
+    def elsewhere(self) -> list[int]:
+        """The ranks on another host than this one, or in another container of it."""
+        mine = self._processes[self.rank][:-2]
+        return [rank for rank, entry in enumerate(self._processes) if entry[:-2] != mine]
+
+    def open_processes(self) -> list[int]:
+        """A pidfd of every rank, -1 for this one's; OSError where one has ended or hides."""
+        found: list[int] = []
+        try:
+            for rank, (*_, pid, start) in enumerate(self._processes):
+                found.append(-1 if rank == self.rank else os.pidfd_open(pid))
+                if _start_of(pid) != start:
+                    raise ProcessLookupError(f"the process of rank {rank} has ended")
+        except OSError:
+            for descriptor in found:
+                if descriptor >= 0:
+                    os.close(descriptor)
+            raise
+        return found
 
     def error(self, op: str, error: Exception) -> EPError:
         """What the failure of an exchange means: who is not there any more.

@@ -17,18 +17,16 @@ from torch import Tensor
 from kimi_ops.parallel.errors import EPError
 from kimi_ops.parallel.liveness import Roll
 
-BACKENDS = ("gloo", "nccl")
+BACKENDS = ("shm", "gloo", "nccl")
+_GROUPS = ("gloo", "nccl")  # of torch.distributed
 
 
 class GroupTransport:
     """One rank's connection to the ranks of a process group."""
 
-    def __init__(
-        self, group: dist.ProcessGroup, name: str, timeout: float, device: torch.device
-    ) -> None:
-        self.name, self.device = name, device
-        self.rank, self.world = group.rank(), group.size()
-        self._roll = Roll(group, timeout, {"backend": name})
+    def __init__(self, roll: Roll, name: str, timeout: float, device: torch.device) -> None:
+        self.name, self.device, self._roll = name, device, roll
+        self.rank, self.world = roll.rank, roll.world
         self._peers: Any = self._told("ExpertParallel", lambda: self._connect(timeout))
         # NCCL makes only the stream wait, unless it is given a time
         self._patience = [timedelta(seconds=timeout)] if name == "nccl" else []
@@ -87,15 +85,15 @@ def choose(
     offered = dict(part.split(":") for part in configured.split(","))
     if device is None:
         with_gpu = torch.cuda.is_available() and "nccl" in (offered.get("cuda"), backend)
-        device = torch.device("cuda" if with_gpu and backend != "gloo" else "cpu")
+        device = torch.device("cuda" if with_gpu and backend not in ("shm", "gloo") else "cpu")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if backend != "auto":
         return backend, device, "it was asked for"
     name = offered.get(device.type)
-    if name not in BACKENDS:
+    if name not in _GROUPS:
         raise ValueError(
-            f"ExpertParallel: group: expected a backend of {', '.join(BACKENDS)} for {device.type} "
+            f"ExpertParallel: group: expected a backend of {', '.join(_GROUPS)} for {device.type} "
             f"tensors, got {configured}; backend='gloo' makes one beside it"
         )
     return name, device, f"the group has {configured}, tensors are on {device.type}"

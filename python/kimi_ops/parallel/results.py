@@ -14,18 +14,23 @@ from kimi_ops.moe.quantized import Fp8Rows
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Route:
     """The layout of a dispatch, from which others can be made; nothing of it depends on x."""
 
     owner: Any  # the ExpertParallel
     pairs: tuple[int, int]  # T, K
+    direct: bool  # records are pairs, not tokens
     there: PermutePlan
     here: PermutePlan
-    sent: list[int]  # records for each rank
-    received: list[int]
+    tokens: list[int]  # T of every rank
+    records: list[list[int]]  # [P, P]: those of each rank for each rank
+    sent: list[int]  # the row of this rank
+    received: list[int]  # and its column
     loads: Tensor
     dropped: int
+    ids: Tensor | None = None  # [N, K] of the tokens that came, among the experts of this rank
+    places: Any = None  # what a backend keeps of it
 
 
 @dataclass(eq=False)

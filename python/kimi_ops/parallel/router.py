@@ -10,7 +10,7 @@ from torch import Tensor
 from kimi_ops.parallel import call_checks, messages
 from kimi_ops.parallel.connection import Connection
 from kimi_ops.parallel.errors import EPOverflow, named
-from kimi_ops.parallel.layout import Departure, Rules, arrive, depart, direct_ids, shortened
+from kimi_ops.parallel.layout import Rules, arrive, depart, direct_ids, local_ids, shortened
 from kimi_ops.parallel.results import Route
 
 
@@ -26,42 +26,45 @@ class Router:
         self.owners = self.rules.placement.owners(self.connection.device)
         self.experts = self.rules.placement.ranges[self.connection.rank]
 
-    def meet(
-        self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any
-    ) -> tuple[Route, Departure]:
+    def meet(self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any) -> Route:
         """Check the arguments, plan what leaves, tell everybody, and hear what will arrive."""
         experts, world = len(self.owners) - 1, self.connection.world
-        outcome: Departure | Exception
-        head = [0] * len(call_checks.AGREED)
+        head, fault = [0] * len(call_checks.AGREED), None
         counts = torch.zeros(experts + world, dtype=torch.int64)
         try:
             head = call_checks.dispatch(limits, x, indices, weights)
-            outcome = depart(self.rules, indices.int(), self.owners)
-            counts = torch.cat([outcome.counts, outcome.records]).long()
+            leaving = depart(self.rules, indices.int(), self.owners)
+            counts = torch.cat([leaving.counts, leaving.records]).long()
         except (TypeError, ValueError) as error:
-            outcome = error
-        fault = outcome if isinstance(outcome, Exception) else None
-        told = [torch.tensor(head), counts, messages.text(messages.short(fault))]
-        agreed, loads, faults = self.connection.gather(told)
-        if isinstance(outcome, Exception):
-            raise outcome
-        messages.raise_faults("dispatch", messages.texts(faults))
-        for name, values in zip(call_checks.AGREED, agreed.t().tolist(), strict=True):
+            fault = error
+        tokens = 0 if fault else len(indices)
+        words = torch.tensor([int(fault is not None), tokens, *head])
+        heads, loads, records = self.connection.gather(
+            [words, counts], [len(words), experts, world]
+        )
+        wrong, tokens, *agreed = heads.t().tolist()
+        if any(wrong):
+            self.connection.raise_faults("dispatch", fault)
+        for name, values in zip(call_checks.AGREED, agreed, strict=True):
             messages.agree("dispatch", name, call_checks.readable(name, values))
-        loads, records = loads.split([experts, world], 1)
-        dropped, rank = self._fit(loads), self.connection.rank
-        sent, received = records[rank].tolist(), records[:, rank].tolist()
-        there = shortened(outcome.there, sum(sent))
+        dropped, rank, counted = self._fit(loads), self.connection.rank, records.tolist()
+        sent, received = counted[rank], [row[rank] for row in counted]
+        there = shortened(leaving.there, sum(sent))
         pairs = (len(indices), indices.shape[1])
-        return Route(self, pairs, there, there, sent, received, loads.int(), dropped), outcome
+        return Route(
+            self, pairs, self.rules.direct, there, there, tokens, counted, sent, received,
+            loads.int(), dropped,
+        )  # fmt: skip
 
     def arrived(self, route: Route, ids: Tensor | None) -> Route:
         """The route with the plan of the rows that came."""
         mine = route.loads[:, self.experts.start : self.experts.stop]
         if ids is None:
             ids = direct_ids(mine, self.connection.device)
+        else:
+            ids = local_ids(ids, self.experts)
         here = arrive(self.rules, ids, mine.sum(0).tolist(), self.capacity)
-        return replace(route, here=here)
+        return replace(route, here=here, ids=ids)
 
     def _fit(self, loads: Tensor) -> int:
         """Compare all ranks' rows with the capacity; the pairs that this rank drops."""

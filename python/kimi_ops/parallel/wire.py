@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Records: what travels between ranks, as bytes and as gradients.
+"""Records: what travels between ranks that share no memory, as bytes and as gradients.
 
 A record is a row of bytes: the fields of a token (values in the wire's dtype; FP8 values and a
 scale for each 128 of them), then its router weights and expert ids where they are sent.
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kimi_ops import formats
+from kimi_ops.moe import permute as native
+from kimi_ops.reference import permute as twin
 
 FP8 = torch.float8_e4m3fn
 Field = tuple[int, torch.dtype]  # columns, dtype
@@ -98,21 +100,19 @@ Arrival = Callable[[], list[Tensor]]
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, crossing: Crossing, arrival: Arrival, tie: Tensor, weights: Any, *tokens: Tensor
-    ) -> tuple[Any, ...]:
+        ctx: Any, crossing: Crossing, fields: list[Tensor], tie: Tensor, weights: Any,
+        *tokens: Tensor,
+    ) -> tuple[Any, ...]:  # fmt: skip
         ctx.crossing, ctx.weighted = crossing, weights is not None
-        fields = arrival()
-        values = crossing.form.decode(fields[: len(crossing.form.fields)])
-        beside = fields[len(crossing.form.fields) :]
-        arrived = beside.pop(0) if ctx.weighted else None
-        ids = beside.pop(0) if beside else None
+        count = len(crossing.form.fields)
+        values = crossing.form.decode(fields[:count])
         if crossing.form.dtype is None:
             ctx.mark_non_differentiable(*values)
-        return (tie.clone(), arrived, ids, *values)
+        return (tie.clone(), fields[count] if ctx.weighted else None, *values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, tie: Tensor, weights: Any, _: None, *tokens: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, tie: Tensor, weights: Any, *tokens: Tensor) -> tuple[Any, ...]:
         crossing, given = ctx.crossing.reversed(), ctx.crossing.form.dtype is None
         if given:  # FP8 values have no gradient: beside that of the weights nothing travels
             tokens = (tie.new_empty(sum(crossing.sent), 0, dtype=torch.float32),)
@@ -121,13 +121,69 @@ class _Exchange(torch.autograd.Function):
         return (None, None, tie, fields[1] if ctx.weighted else None, *values)
 
 
-def finish(
-    crossing: Crossing, arrival: Arrival, tie: Tensor, weights: Tensor | None, *tokens: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
-    """(tie, weights, ids, tokens) that arrived, with gradients to those that were sent.
+def moves_of(dtype: torch.dtype) -> Any:
+    """What sorts rows of a dtype: the twin, where there are no kernels."""
+    return twin if dtype == torch.float64 else native
 
-    `tie` is an empty tensor that goes from exchange to exchange: a rank whose experts did nothing
-    takes part in the backward all the same.
-    """
-    tie, arrived, ids, *values = _Exchange.apply(crossing, arrival, tie, weights, *tokens)
-    return tie, arrived, ids, tuple(values)
+
+class Records:
+    """The `Motions` of a backend that moves bytes: sort, pack, exchange, unpack, sort."""
+
+    def __init__(
+        self, exchange: Callable[[Tensor, list[int], list[int]], Callable[[], Tensor]]
+    ) -> None:
+        self._exchange = exchange
+
+    def away(
+        self, op: str, route: Any, form: Form, back: Form, tokens: Sequence[Tensor],
+        weights: Tensor | None, ids: Tensor | None,
+    ) -> "Leaving":  # fmt: skip
+        crossing = Crossing(self._exchange, route.sent, route.received, form, back)
+        if route.direct:  # which are in the order of their experts
+            ids = None
+        return Leaving(crossing, route.there, tokens, weights, ids)
+
+    def home(
+        self, op: str, route: Any, form: Form, tie: Tensor, out: Tensor, here: Tensor | None,
+        there: Tensor | None,
+    ) -> Callable[[], Tensor]:  # fmt: skip
+        moves = moves_of(out.dtype)
+        records = moves.unpermute(out, route.here, here)
+        crossing = Crossing(self._exchange, route.received, route.sent, form, form)
+        with torch.no_grad():
+            arrival = crossing.start([records])
+
+        def sums() -> Tensor:
+            values = _Exchange.apply(crossing, arrival(), tie, None, records)[2]
+            return moves.unpermute(values, route.there, there)
+
+        return sums
+
+
+class Leaving:
+    """Tokens on their way as records."""
+
+    def __init__(
+        self, crossing: Crossing, there: Any, tokens: Sequence[Tensor], weights: Tensor | None,
+        ids: Tensor | None,
+    ) -> None:  # fmt: skip
+        self._crossing, self._with_ids = crossing, ids is not None
+        self._moves = moves = moves_of(tokens[0].dtype)
+        self._tokens = [moves.permute(part, there) for part in tokens]
+        self._weights = None if weights is None else moves.permute(weights, there)
+        beside = [] if self._weights is None else [self._weights]
+        if ids is not None:
+            beside.append(moves.permute(ids, there))
+        with torch.no_grad():
+            self._arrival = crossing.start(self._tokens, beside)
+
+    def ids(self) -> Tensor | None:
+        self._fields = self._arrival()
+        return self._fields.pop() if self._with_ids else None
+
+    def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        tie = self._fields[0].new_empty(0, dtype=torch.float32)
+        tie, weights, *values = _Exchange.apply(
+            self._crossing, self._fields, tie, self._weights, *self._tokens
+        )
+        return tie, weights, [self._moves.permute(value, route.here) for value in values]

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: MIT
+"""The `shm` backend: ranks of one host that read each other's tokens where they lie.
+
+    away   every rank writes its tokens once, whoever needs them; then each takes its rows from the
+           memory of all, straight into expert order: T H written, R H written
+    home   every rank writes the sums of its rows, one for each record; then each adds its own up
+           from the memory of all
+
+There is no packing, no buffer to receive and no sorting of what came. Records and their order are
+those of the backends that move bytes, and so are all roundings.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kimi_ops import _native
+from kimi_ops.moe.permute import PermutePlan
+from kimi_ops.operators import permute as operators
+from kimi_ops.parallel.segment import Layout, Message, Segment
+from kimi_ops.parallel.wire import FP8, Form, moves_of
+
+Start = Callable[[Callable[[], Callable[[], Any]]], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Sender:
+    """What sends a message: the segment, within the limits of the connection."""
+
+    segment: Segment
+    start: Start  # Connection.start
+
+    def __call__(
+        self, op: str, layout: Layout, write: Callable[[list[Tensor]], None]
+    ) -> Callable[[], Message]:
+        """A message under way; the result waits for those of the others."""
+
+        def begin() -> Callable[[], Message]:
+            message = self.segment.begin(op, layout)
+            if not message.fault:
+                write(message.own)
+            message.publish()
+
+            def arrived() -> Message:
+                message.wait()
+                return message
+
+            return arrived
+
+        return self.start(begin)
+
+
+class Places:
+    """Where the rows of a route lie in messages, as far as a rank has needed to know."""
+
+    def __init__(self, route: Any, rank: int) -> None:
+        self._route, self._rank = route, rank
+        self.here: PermutePlan = route.here  # over the tokens of all ranks [P * rows, K]
+        self.there: PermutePlan = route.there
+        self.rows = max(route.tokens)  # of a rank, in a message of its tokens
+        self.coming = max(map(sum, zip(*route.records, strict=True)))  # in one of sums
+
+    @cached_property
+    def units(self) -> Tensor:
+        """[records]: the rows of the tokens that came to this rank (rank_dedup)."""
+        return (self._route.ids >= 0).any(1).nonzero()[:, 0]
+
+    @cached_property
+    def records(self) -> PermutePlan:
+        """The rows of this rank's experts that make the sum of each record."""
+        if self._route.direct:
+            plan: PermutePlan = self._route.owner.arrived(self._route, None).here
+            return plan
+        return self.here._replace(row_map=self.of_records(self.here.row_map))
+
+    def of_records(self, table: Tensor) -> Tensor:
+        return table.index_select(0, self.units)
+
+    @cached_property
+    def home(self) -> Tensor:
+        """[sent + 1] int32: where the sums of this rank's records lie in their message; -1."""
+        shifts, at = [], 0
+        for rank, count in enumerate(self._route.sent):
+            before = sum(row[rank] for row in self._route.records[: self._rank])
+            shifts.append(rank * self.coming + before - at)
+            at += count
+        counts = torch.tensor([*self._route.sent, 1])
+        steps = torch.tensor([*shifts, -1 - at], dtype=torch.int32).repeat_interleave(counts)
+        return steps + torch.arange(at + 1, dtype=torch.int32)
+
+
+class Pulls:
+    """The `Motions` of ranks that share their memory."""
+
+    def __init__(self, segment: Segment, start: Start) -> None:
+        self._send = Sender(segment, start)
+        self._rank = segment.rank
+
+    def away(
+        self, op: str, route: Any, form: Form, back: Form, tokens: Sequence[Tensor],
+        weights: Tensor | None, ids: Tensor | None,
+    ) -> "Leaving":  # fmt: skip
+        trip = Trip(self._send, op, form, back)
+        return Leaving(trip, route, self._rank, tokens, weights, ids)
+
+    def home(
+        self, op: str, route: Any, form: Form, tie: Tensor, out: Tensor, here: Tensor | None,
+        there: Tensor | None,
+    ) -> Callable[[], Tensor]:  # fmt: skip
+        trip = Trip(self._send, op, form, form)
+        with torch.no_grad():
+            arrival = trip.send_home(route.places, out, here)
+        return lambda: _Home.apply(trip, route.places, arrival, tie, here, there, out)
+
+
+@dataclass(frozen=True)
+class Trip:
+    """How rows go in one direction, and their gradients in the other."""
+
+    send: Sender
+    op: str
+    form: Form
+    back: Form
+
+    def reversed(self) -> "Trip":
+        return Trip(self.send, f"the gradient of {self.op}", self.back, self.form)
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows can be added where they lie."""
+        return self.form.wire == self.form.dtype and self.form.dtype in _native.DTYPES
+
+    def layout(self, rows: int) -> list[tuple[int, int, torch.dtype]]:
+        return [(rows, columns, dtype) for columns, dtype in self.form.fields]
+
+    def write(self, own: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
+        encoded = self.form.encode(*tokens) if self.form.wire == FP8 else tokens
+        for place, field in zip(own, encoded, strict=False):
+            place[: len(field)] = field  # rounds to the wire's dtype
+
+    def rows(self, fields: Sequence[Tensor], plan: PermutePlan) -> tuple[Tensor, ...]:
+        """What came, in the order of the plan."""
+        moves = moves_of(fields[0].dtype)
+        taken = [moves.permute(field, plan) for field in fields[: len(self.form.fields)]]
+        return self.form.decode(taken)
+
+    def send_home(
+        self, places: Places, out: Tensor, weights: Tensor | None, beside: Tensor | None = None
+    ) -> Callable[[], Message]:
+        """Send the sums of rows [R, H] (none where H = 0); weights and `beside` [P * rows, K]."""
+        plan = places.records
+        layout = self.layout(places.coming) if self.form.hidden else []
+        if beside is not None:
+            layout.append((places.coming, beside.shape[1], beside.dtype))
+        if weights is not None:
+            weights = places.of_records(weights)
+
+        def write(own: list[Tensor]) -> None:
+            count = len(plan.row_map)
+            if beside is not None:
+                own[-1][:count] = places.of_records(beside)
+            if self.form.hidden and self.plain:
+                _native._C.unpermute_into(out, plan.row_map, weights, own[0][:count])
+            elif self.form.hidden:
+                self.write(own, [moves_of(out.dtype).unpermute(out, plan, weights)])
+
+        return self.send(self.op, layout, write)
+
+    def records(self, field: Tensor, places: Places) -> Tensor:
+        """What came home, a row for each record of this rank."""
+        return self.form.decode([field.index_select(0, places.home[:-1])])[0]
+
+    def sums(self, field: Tensor, places: Places, weights: Tensor | None) -> Tensor:
+        there = places.there
+        if not self.plain:
+            values = self.records(field, places)
+            return moves_of(values.dtype).unpermute(values, there, weights)
+        y = field.new_empty(len(there.row_map), field.shape[1])
+        row_map = places.home[there.row_map]  # -1 is the last of `home`, which is -1
+        _native._C.unpermute_into(field, row_map, weights, y)
+        return y
+
+
+class Leaving:
+    """Tokens on their way."""
+
+    def __init__(
+        self, trip: Trip, route: Any, rank: int, tokens: Sequence[Tensor], weights: Tensor | None,
+        ids: Tensor | None,
+    ) -> None:  # fmt: skip
+        self._trip, self._rank, self._tokens, self._weights = trip, rank, tokens, weights
+        self._with_ids, rows = ids is not None, max(route.tokens)
+        beside = [part for part in (weights, ids) if part is not None]
+        layout = trip.layout(rows) + [(rows, part.shape[1], part.dtype) for part in beside]
+
+        def write(own: list[Tensor]) -> None:
+            for place, part in zip(own[-len(beside) :], beside, strict=False):
+                place[: len(part)] = part
+            if ids is not None:
+                own[-1][len(ids) :] = -1
+            trip.write(own, tokens)
+
+        with torch.no_grad():
+            self._arrival = trip.send(trip.op, layout, write)
+
+    def ids(self) -> Tensor | None:
+        self._message = self._arrival()
+        return self._message.fields[-1] if self._with_ids else None
+
+    def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        if self._with_ids:
+            route.places = Places(replace(route), self._rank)  # of a copy: not in a circle
+        tie = torch.empty(0)
+        tie, weights, *rows = _Away.apply(
+            self._trip, route.places, self._message, tie, self._weights, *self._tokens
+        )
+        return tie, weights, rows
+
+
+class _Away(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, trip: Trip, places: Places, message: Message, tie: Tensor, weights: Any,
+        *tokens: Tensor,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        ctx.trip, ctx.places, ctx.weighted = trip, places, weights is not None
+        ctx.count = len(tokens)
+        rows = trip.rows(message.fields, places.here)
+        if ctx.weighted:
+            weights = message.fields[len(trip.form.fields)].clone()
+        message.release()
+        if trip.form.dtype is None:
+            ctx.mark_non_differentiable(*rows)
+        return (tie.clone(), weights, *rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, tie: Tensor, weights: Any, *rows: Tensor) -> tuple[Any, ...]:
+        trip, places = ctx.trip.reversed(), ctx.places
+        message = trip.send_home(places, rows[0], None, weights if ctx.weighted else None)()
+        tokens: list[Tensor | None] = [None] * ctx.count
+        if trip.form.hidden:  # FP8 values have no gradient
+            tokens[0] = trip.sums(message.fields[0], places, None)
+        if ctx.weighted:
+            field = message.fields[-1].index_select(0, places.home[:-1])
+            weights = moves_of(field.dtype).unpermute(field, places.there)
+        message.release()
+        return (None, None, None, tie, weights, *tokens)
+
+
+class _Home(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, trip: Trip, places: Places, arrival: Callable[[], Message], tie: Tensor,
+        here: Any, there: Any, out: Tensor,
+    ) -> Tensor:  # fmt: skip
+        message, values = arrival(), None
+        if there is not None and any(ctx.needs_input_grad):
+            values = trip.records(message.fields[0], places)
+            y = moves_of(values.dtype).unpermute(values, places.there, there)
+        else:
+            y = trip.sums(message.fields[0], places, there)
+        message.release()
+        ctx.trip, ctx.places = trip, places
+        ctx.save_for_backward(here, there, values, None if here is None else out)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        here, there, values, out = ctx.saved_tensors
+        trip, places, plan = ctx.trip.reversed(), ctx.places, ctx.places.here
+        rows = places.rows
+        if there is not None:  # each pair has a gradient of its own
+            sorted_dy, there = _backward(dy, values, places.there, there)
+            rows *= plan.row_map.shape[1]
+            plan = plan._replace(row_map=plan.row_map.view(-1, 1))
+            dy = values.new_zeros(rows, values.shape[1])
+            dy.index_copy_(0, places.there.source.long(), sorted_dy)
+        message = trip.send(trip.op, trip.layout(rows), lambda own: trip.write(own, [dy]))()
+        if here is None:
+            (out,) = trip.rows(message.fields, plan)
+        else:
+            (field,) = trip.form.decode(message.fields)
+            out, here = _backward(field, out, plan, here)
+        message.release()
+        return (None, None, None, dy.new_empty(0, dtype=torch.float32), here, there, out)
+
+
+def _backward(grad: Tensor, y: Tensor, plan: PermutePlan, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of unpermute in y and the weights."""
+    if y.dtype in _native.DTYPES:
+        grads = operators.unpermute_backward(grad, y, plan.row_map, plan.source, weights)
+        return grads
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in (y, weights)]
+        sums = moves_of(y.dtype).unpermute(leaves[0], plan, leaves[1])
+        dy, dw = torch.autograd.grad(sums, leaves, grad)
+    return dy, dw
