@@ -60,7 +60,8 @@ struct Machine {
   using Word = std::atomic<uint64_t>;
   static_assert(Word::is_always_lock_free, "a lock would not lie in the shared memory");
   static constexpr int kSpins = 64;             // looks with a pause between
-  static constexpr int kYields = 64;            // then looks that let other ranks run first
+  static constexpr int kYields = 2;             // then looks that let other ranks run first; few,
+                                                // as strangers take the core for a whole slice
   static constexpr int64_t kSlice = 5'000'000;  // then sleeps, of so many ns at most
 
   static void pause();

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kimi_ops import ExpertParallel, LocalWorld
-from kimi_ops.parallel import EPMisuse, connection, segment
+from kimi_ops.parallel import EPError, EPMisuse, connection, segment
 from kimi_ops.parallel.segment import Opened, Segment
 from tests.dist.test_expert_parallel import (  # noqa: F401
     test_a_capacity_that_grew_stays,
@@ -81,6 +81,27 @@ def test_what_is_under_way_when_it_is_closed_is_out_of_use():
             pending.wait()
 
     LocalWorld(2).run(work)
+
+
+def test_a_rank_that_fails_while_it_writes_says_so(monkeypatch):
+    def work(group):
+        ep = ExpertParallel(group, num_experts=3, hidden=2, max_tokens_per_rank=8)
+        x, ids = torch.ones(1, 2), torch.zeros(1, 1, dtype=torch.int32)
+        if ep.rank == 1:
+            begin = ep._connection.transport.begin
+
+            def full(*what):
+                message = begin(*what)
+                message.own = None
+                return message
+
+            ep._connection.transport.begin = full
+        with pytest.raises(TypeError if ep.rank == 1 else EPError, match="None.*subscript") as caught:
+            ep.dispatch(x, ids)
+        return str(caught.value)
+
+    told = LocalWorld(3).run(work)
+    assert told[0].startswith("dispatch: no rank can go on: rank 1: TypeError: ")
 
 
 def test_more_ranks_than_flags():

@@ -39,10 +39,11 @@ class ExpertParallel:
         H, columns of a token.
     max_tokens_per_rank : int
         The most tokens of a dispatch.
-    backend : {"auto", "gloo", "nccl", "reference"}
-        What moves the bytes. "auto" takes nccl for a GPU where the group has it, else gloo;
-        "reference" is a `LocalWorld`. `backend` and `backend_reason` say what was taken, and
-        so does the log ``kimi_ops.parallel``.
+    backend : {"auto", "shm", "gloo", "nccl", "reference"}
+        What moves the rows. "auto" takes nccl for a GPU where the group has it, shm (shared
+        memory) for CPU tensors of ranks on one host, else gloo; "reference" is a `LocalWorld`.
+        `backend` and `backend_reason` say what was taken, and so does the log
+        ``kimi_ops.parallel``.
     layout : {"rank_dedup", "expert_direct"}
         A token travels once to a rank, and the rank adds up its experts' results; or once to every
         expert, and all results come home, where they are added up: more bytes, and bits that do not

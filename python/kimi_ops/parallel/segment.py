@@ -40,6 +40,7 @@ _RANKS = 64  # kMaxRanks of csrc/comm/flags.h
 _WORDS = 2048  # of a rank in a gather: more than the counts of MAX_EXPERTS, or a text
 _LABEL = 128  # bytes
 _WINDOW = 1 << 42  # bytes of the file, of which there is memory for what was used
+_FAULT = "!"  # begins the label of a rank that has written nothing
 _LINE = 128
 _SLICE = 0.05  # seconds between looks after signals, closed ranks and the deadline
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
@@ -232,16 +233,54 @@ class Segment:
 
 
 class Window:
-    """The memory of one message at a time, mapped and reserved as far as messages needed it."""
+    """The memory of one message at a time, mapped and reserved as far as messages needed it.
+
+    Attributes
+    ----------
+    layout : Layout
+        Of the last message: `text` says it, `fields` and `own` are its matrices.
+    fault : str
+        Why there is no memory for it.
+    """
 
     def __init__(self, file: int, start: int) -> None:
         self._file, self._start = file, start
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._map: mmap.mmap | None = None
         self.reserved = 0
+        self.layout: Layout | None = None
+        self.fault = self.text = ""
+        self.fields: list[Tensor] = []
+        self.own: list[Tensor] = []
 
-    def memory(self, size: int) -> Tensor:
-        """uint8 [at least `size`], some of which may have to be reserved before it is written."""
+    def place(self, segment: Segment, layout: Layout) -> None:
+        """Make matrices of all ranks: one behind another, each as the ranks follow."""
+        self.layout, self.fields, self.own = list(layout), [], []
+        self.text = ", ".join(f"{r} x {c} {str(dtype)[6:]}" for r, c, dtype in layout)
+        sizes = [rows * columns * dtype.itemsize for rows, columns, dtype in layout]
+        ends = [0]
+        for size in sizes:
+            ends.append(ends[-1] + -(-segment.world * size // _LINE) * _LINE)
+        try:
+            if not segment._room(self, ends[-1]):
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            memory = self._mapped(ends[-1])
+            if ends[-1] > self.reserved:
+                for start, size in zip(ends, sizes, strict=False):
+                    self._reserve(start + segment.rank * size, size)
+                self.reserved = ends[-1]
+        except OSError as error:
+            if error.errno not in _NO_MEMORY:
+                raise
+            self.fault = f"no shared memory left for {ends[-1]} bytes: {error.strerror}"
+            return
+        for start, size, (rows, columns, dtype) in zip(ends, sizes, layout, strict=False):
+            whole = memory[start : start + segment.world * size].view(dtype)
+            self.fields.append(whole.view(segment.world * rows, columns))
+            self.own.append(self.fields[-1][segment.rank * rows : (segment.rank + 1) * rows])
+
+    def _mapped(self, size: int) -> Tensor:
+        """uint8 [at least `size`]."""
         if size > len(self._memory) or self._map is None:
             length = 1 << max(21, (size - 1).bit_length())
             self._map = mmap.mmap(self._file, length, offset=self._start)
@@ -250,7 +289,7 @@ class Window:
             self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
         return self._memory
 
-    def reserve(self, start: int, size: int) -> None:
+    def _reserve(self, start: int, size: int) -> None:
         """Make pages of what this rank will write: writing cannot fail then."""
         assert self._map is not None
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
@@ -268,42 +307,18 @@ class Message:
 
     def __init__(self, segment: Segment, number: int, op: str, layout: Layout) -> None:
         self._segment, self.number, self.op = segment, number, op
-        self.fields: list[Tensor] = []
-        self.own: list[Tensor] = []
-        self.fault = ""  # why nothing can be written
         self._here = False
-        self._layout = ", ".join(f"{r} x {c} {str(d)[6:]}" for r, c, d in layout)
-        self._place(layout)
-
-    def _place(self, layout: Layout) -> None:
-        segment, ends = self._segment, [0]
-        sizes = [rows * columns * dtype.itemsize for rows, columns, dtype in layout]
-        for size in sizes:
-            ends.append(ends[-1] + -(-segment.world * size // _LINE) * _LINE)
-        window = segment._windows[self.number % segment._buffers]
-        if not segment._room(window, ends[-1]):
-            self.fault = f"no shared memory left for {ends[-1]} bytes"
-            return
-        memory = window.memory(ends[-1])
-        try:
-            if ends[-1] > window.reserved:
-                for start, size in zip(ends, sizes, strict=False):
-                    window.reserve(start + segment.rank * size, size)
-                window.reserved = ends[-1]
-        except OSError as error:
-            if error.errno not in _NO_MEMORY:
-                raise
-            self.fault = f"no shared memory left for {ends[-1]} bytes: {error.strerror}"
-        for start, size, (rows, columns, dtype) in zip(ends, sizes, layout, strict=False):
-            whole = memory[start : start + segment.world * size].view(dtype)
-            rows_of_all = whole.view(segment.world * rows, columns)
-            self.fields.append(rows_of_all)
-            self.own.append(rows_of_all[segment.rank * rows : (segment.rank + 1) * rows])
+        window = segment._windows[number % segment._buffers]
+        if window.layout != layout:
+            window.place(segment, layout)
+        self.fields, self.own = window.fields, window.own
+        self.fault = window.fault  # why nothing can be written
+        self._label = f"{op} of {window.text}"
 
     def publish(self) -> None:
         """What this rank has written is for all to read."""
         segment = self._segment
-        label = (self.fault or f"{self.op} of {self._layout}").encode()[:_LABEL]
+        label = (f"{_FAULT}{self.fault}" if self.fault else self._label).encode()[:_LABEL]
         segment._head[segment._label(self.number, segment.rank)] = label.ljust(_LABEL)
         segment._rows.publish(self.number)
 
@@ -315,12 +330,12 @@ class Message:
         segment._await(segment._rows.arrive, self.number, self.op)
         labels = [head[segment._label(self.number, rank)] for rank in range(segment.world)]
         if labels.count(labels[0]) < len(labels) or self.fault:
-            told = {rank: label.decode().strip() for rank, label in enumerate(labels)}
+            told = [label.decode(errors="replace").strip() for label in labels]
             kind: type[EPError] = EPMismatch
-            ranks, why = list(told), "the ranks made different calls"
-            if full := [rank for rank, text in told.items() if text.startswith("no shared")]:
-                kind, ranks, why = EPError, full, "no rank can go on"
-            texts = "; ".join(f"rank {rank}: {told[rank]}" for rank in ranks)
+            ranks, why = list(range(len(told))), "the ranks made different calls"
+            if failed := [rank for rank in ranks if told[rank].startswith(_FAULT)]:
+                kind, ranks, why = EPError, failed, "no rank can go on"
+            texts = "; ".join(f"rank {rank}: {told[rank].removeprefix(_FAULT)}" for rank in ranks)
             raise kind(f"{self.op}: {why}: {texts}", ranks)
         self._here = True
 

@@ -42,9 +42,14 @@ class Sender:
 
         def begin() -> Callable[[], Message]:
             message = self.segment.begin(op, layout)
-            if not message.fault:
-                write(message.own)
-            message.publish()
+            try:
+                if not message.fault:
+                    write(message.own)
+            except BaseException as error:  # the others must not wait for it
+                message.fault = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                message.publish()
 
             def arrived() -> Message:
                 message.wait()
@@ -201,7 +206,7 @@ class Leaving:
         def write(own: list[Tensor]) -> None:
             for place, part in zip(own[-len(beside) :], beside, strict=False):
                 place[: len(part)] = part
-            if ids is not None:
+            if ids is not None and len(ids) < rows:
                 own[-1][len(ids) :] = -1
             trip.write(own, tokens)
 

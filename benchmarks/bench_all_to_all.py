@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""ExpertParallel's dispatch and combine over shared memory, against gloo and against memcpy.
+
+Processes of this machine, bound to its cores in turn; H 7168, bf16, top 8, uniform routing. All
+ways take turns, each behind a barrier; a time is that of the slowest rank, the row shows the
+median. Peers:
+
+    gloo      the gloo backend: the same call
+    raw       all_to_all_single of the same records with gloo, nothing sorted and nothing added
+    fresh     each process clones what the call writes to new memory, and copies the rest
+    memcpy    the same bytes, all into memory that is there
+
+A dispatch writes the tokens of a rank once (T H) and its rows (R H, new memory: about 8 T / P of
+each rank); a combine the sums of its records (about u T H, u ranks a token) and of its tokens (T H,
+new memory). The roof is that of memcpy.
+GB/s are bytes of records that ranks get from all ranks (logical), or from others only (wire).
+
+    python -m benchmarks.bench_all_to_all [--ranks 2,4] [--tokens 64,512,2048] [--help]
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from benchmarks.measure import Time, peak_memory
+from benchmarks.options import parse, parser
+from benchmarks.report import OURS, Row
+from benchmarks.session import Session
+from kimi_ops import ExpertParallel, topk_gate
+from kimi_ops.parallel.results import Dispatched
+
+HIDDEN, TOP_K, EXPERTS = 7168, 8, (64, 384)
+OPS = ("dispatch", "combine")
+RANKS, TOKENS = (2, 4), (64, 512, 2048)
+BUDGET, QUICK, LEAST, MOST = 3.0, 0.5, 9, 300  # seconds a way; rounds
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int
+    tokens: int
+    experts: int
+
+    def __str__(self) -> str:
+        return f"ranks{self.ranks} tokens{self.tokens} experts{self.experts}"
+
+
+@dataclass
+class MovedRow(Row):
+    """A row with the 99th percentile, what ranks got (bytes, all ranks together), and the median
+    processor time of every way: what others do on the machine hardly changes it."""
+
+    p99: float = 0.0
+    processor: dict[str, float] = field(default_factory=dict)
+    logical: int = 0
+    wire: int = 0
+
+
+class Rank:
+    """One rank's tensors and ways of a case."""
+
+    def __init__(self, case: Case, rank: int) -> None:
+        generator = torch.Generator().manual_seed(rank)
+        logits = torch.randn(case.tokens, case.experts, generator=generator)
+        self.case, self.gate = case, topk_gate(logits, TOP_K)
+        self.x = torch.randn(case.tokens, HIDDEN, generator=generator).bfloat16()
+        options = {"num_experts": case.experts, "hidden": HIDDEN}
+        self.ranks = {
+            name: ExpertParallel(backend=name, max_tokens_per_rank=case.tokens, **options)
+            for name in ("shm", "gloo")
+        }
+        rows = self.dispatch("shm")
+        self.route = rows.handle.route
+        self.sent, self.received = sum(self.route.sent), sum(self.route.received)
+        self.row_bytes = 2 * HIDDEN + 8 * TOP_K  # a record: values, ids, weights
+        self.buffer = torch.zeros(self.sent, self.row_bytes, dtype=torch.uint8)
+        self.arrived = torch.zeros(self.received, self.row_bytes, dtype=torch.uint8)
+        self.rows = rows.x
+        self.there = torch.empty_like(rows.x)
+        self.records = torch.zeros(self.received, HIDDEN, dtype=torch.bfloat16)
+        self.tokens, self.sums = torch.empty_like(self.x), torch.empty_like(self.records)
+        self.last: dict[str, Dispatched] = {}
+
+    def dispatch(self, name: str) -> Dispatched:
+        return self.ranks[name].dispatch(self.x, self.gate.indices, self.gate.weights)
+
+    def keep(self, name: str) -> None:
+        self.last[name] = self.dispatch(name)
+
+    def combine(self, name: str) -> Tensor:
+        last = self.last.pop(name)
+        return self.ranks[name].combine(last.x, last.handle)
+
+    def raw(self, back: bool) -> None:
+        width = 2 * HIDDEN if back else self.row_bytes
+        ends = [(self.buffer, self.route.sent), (self.arrived, self.route.received)]
+        (source, sent), (target, received) = reversed(ends) if back else ends
+        sizes = [[count * width for count in counts] for counts in (received, sent)]
+        flat = [
+            part.view(-1)[: sum(size)] for part, size in ((target, sizes[0]), (source, sizes[1]))
+        ]
+        dist.all_to_all_single(*flat, *sizes)
+
+    def copies(self, fresh: bool) -> list[Callable[[], object]]:
+        """The bytes that a dispatch and a combine write, in as many pieces."""
+        if fresh:
+            return [
+                lambda: (self.tokens.copy_(self.x), self.rows.clone()),
+                lambda: (self.sums.copy_(self.records), self.x.clone()),
+            ]
+        return [
+            lambda: (self.tokens.copy_(self.x), self.there.copy_(self.rows)),
+            lambda: (self.sums.copy_(self.records), self.tokens.copy_(self.x)),
+        ]
+
+    def ways(self) -> list[tuple[str, str, Callable[[], object]]]:
+        """(op, way, function) in turns; a combine stands behind its dispatch."""
+        pairs: dict[str, list[Callable[[], object]]] = {
+            OURS: [lambda: self.keep("shm"), lambda: self.combine("shm")],
+            "gloo": [lambda: self.keep("gloo"), lambda: self.combine("gloo")],
+            "raw": [lambda: self.raw(back=False), lambda: self.raw(back=True)],
+            "fresh": self.copies(fresh=True),
+            "memcpy": self.copies(fresh=False),
+        }
+        return [(op, way, pairs[way][i]) for way in pairs for i, op in enumerate(OPS)]
+
+
+def _samples(rank: Rank, budget: float) -> dict[str, dict[str, list[list[float]]]]:
+    """Seconds and seconds of processor time, of the slowest rank, by op and way."""
+    ways = rank.ways()
+
+    def round_of() -> Tensor:
+        times = []
+        for _, _, function in ways:
+            dist.barrier()
+            worked, start = time.process_time(), time.perf_counter()
+            function()
+            times.append([time.perf_counter() - start, time.process_time() - worked])
+        return torch.tensor(times, dtype=torch.float64)
+
+    def slowest(times: Tensor) -> Tensor:
+        dist.all_reduce(times, dist.ReduceOp.MAX)
+        return times
+
+    for _ in range(2):
+        once = slowest(round_of())
+    rounds = int(min(MOST, max(LEAST, len(ways) * budget / once[:, 0].sum())))
+    times = slowest(torch.stack([round_of() for _ in range(rounds)])).permute(1, 2, 0).tolist()
+    found: dict[str, dict[str, list[list[float]]]] = {op: {} for op in OPS}
+    for (op, way, _), samples in zip(ways, times, strict=True):
+        found[op][way] = samples
+    return found
+
+
+def _work(index: int, folder: str, cases: list[Case], budget: float) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    mine = cores[index :: cases[0].ranks] or [cores[index % len(cores)]]
+    os.sched_setaffinity(0, mine)  # each rank has its cores, as launchers do it
+    torch.set_num_threads(len(mine))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(f"{folder}/store", cases[0].ranks)
+    dist.init_process_group("gloo", store=store, rank=index, world_size=cases[0].ranks)
+    with torch.no_grad():
+        for number, case in enumerate(cases):
+            rank = Rank(case, index)
+            counts = torch.tensor([rank.received, rank.received - rank.route.received[index]])
+            dist.all_reduce(counts)
+            times = _samples(rank, budget)
+            functions = {(op, way): function for op, way, function in rank.ways()}
+            peaks = {
+                way: {op: peak_memory(functions[op, way], "cpu") for op in OPS}
+                for way in (OURS, "gloo")
+            }
+            if index == 0:
+                told = {"times": times, "records": counts.tolist(), "peaks": peaks}
+                Path(folder, f"{number}.json").write_text(json.dumps(told))
+            for ep in rank.ranks.values():
+                ep.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _row(case: Case, op: str, times: dict[str, list[list[float]]], records: list[int]) -> MovedRow:
+    # a combine brings each record's sum back, to the rank that its token is of
+    logical, wire = (count * 2 * HIDDEN for count in records)
+    samples = sorted(times[OURS][0])
+    named = {way: Time.of(found) for way, (found, _) in times.items()}
+    processor = {way: Time.of(worked).median for way, (_, worked) in times.items()}
+    ours = named.pop(OURS)
+    p99 = samples[round(0.99 * (len(samples) - 1))]
+    roof = logical / named["memcpy"].median
+    return MovedRow(
+        f"{op} {case}", ours, logical, "GB/s", roof, named, p99=p99, processor=processor,
+        logical=logical, wire=wire,
+    )  # fmt: skip
+
+
+def compare(session: Session) -> None:
+    ranks, tokens = (
+        getattr(session.options, name, None) or default
+        for name, default in (("ranks", RANKS), ("tokens", TOKENS))
+    )
+    if session.quick:
+        ranks, tokens = ranks[:1], tokens[:2]
+    budget = QUICK if session.quick else BUDGET
+    tables = {op: session.table(f"all_to_all ({op})", width=42, memory="gloo") for op in OPS}
+    for count in ranks:
+        cases = session.select([Case(count, t, e) for t in tokens for e in EXPERTS])
+        if not cases:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            mp.start_processes(_work, (folder, cases, budget), count, start_method="spawn")
+            for number, case in enumerate(cases):
+                told: dict[str, Any] = json.loads(Path(folder, f"{number}.json").read_text())
+                for op, table in tables.items():
+                    row = _row(case, op, told["times"][op], told["records"])
+                    row.peak_bytes, row.peer_bytes = (
+                        told["peaks"][way][op] for way in (OURS, "gloo")
+                    )
+                    table.add(row)
+                    print(
+                        f"    p99 {1e3 * row.p99:.2f} ms of "
+                        f"{len(told['times'][op][OURS][0])} rounds; "
+                        f"logical {row.logical / row.time.median / 1e9:.2f} GB/s, "
+                        f"wire {row.wire / row.time.median / 1e9:.2f} GB/s; processor ms: "
+                        + ", ".join(f"{way} {1e3 * t:.2f}" for way, t in row.processor.items()),
+                        flush=True,
+                    )
+
+
+def numbers(text: str) -> list[int]:
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError("expected numbers above 0, as 2,4")
+    return found
+
+
+def options() -> argparse.ArgumentParser:
+    made = parser("benchmarks.bench_all_to_all", __doc__ or "")
+    words = "ranks, each a process (default: 2,4)"
+    made.add_argument("--ranks", type=numbers, metavar="P,..", help=words)
+    words = "tokens of a rank (default: 64,512,2048)"
+    made.add_argument("--tokens", type=numbers, metavar="T,..", help=words)
+    return made
+
+
+if __name__ == "__main__":
+    run = Session(parse(options(), None))
+    compare(run)
+    run.finish()
