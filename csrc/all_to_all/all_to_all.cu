@@ -52,7 +52,8 @@ Status run(const char* op, void (*kernel)(Local<Params, kRanks>), const Params* 
   const int64_t blocks =
       waits || !meets ? std::clamp<int64_t>(jobs, 1, std::max<int64_t>(1, wanted)) : 1;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(count));
-  return launch(kernel, LaunchConfig{grid, dim3(kThreads), shared_bytes, stream, meets}, local);
+  const bool together = meets && blocks * count > 1;  // its blocks wait for each other
+  return launch(kernel, LaunchConfig{grid, dim3(kThreads), shared_bytes, stream, together}, local);
 }
 
 }  // namespace

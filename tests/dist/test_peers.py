@@ -28,6 +28,30 @@ def test_bits_of_the_oracle(seed: int) -> None:
     LocalWorld(case.world).run(lambda group: check(case, group, group.rank, triple, "cuda"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("seed", range(24))
+def test_bits_of_the_oracle_on_a_gpu(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "engine", _native._C)
+    case = case_of(seed)
+    received = case.received()
+    outs = [triple(rows.x) for rows in received]
+
+    def work(group):
+        rank, want = group.rank, received[group.rank]
+        given = [part[rank].cuda() for part in (case.x, case.indices)]
+        weights = None if case.weights is None else case.weights[rank].cuda()
+        with ExpertParallel(group, backend="cuda", **case.options) as ep:
+            rows = ep.dispatch(*given, weights)
+            for found, expected in (
+                (rows.x, want.x), (rows.offsets, want.offsets),
+                (rows.tokens_per_expert, want.tokens_per_expert),
+                (ep.combine(triple(rows.x), rows.handle), case.combined(outs, received)[rank]),
+            ):  # fmt: skip
+                assert torch.equal(found.cpu(), expected)
+
+    LocalWorld(case.world).run(work)
+
+
 def run(case: Case, backend: str) -> list[list[Tensor]]:
     """y and the gradients of x and the weights, on every rank."""
 
