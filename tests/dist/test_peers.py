@@ -112,6 +112,19 @@ def test_buffers_grow_and_serve_operations_under_way() -> None:
     LocalWorld(2).run(work)
 
 
+def test_with_a_fixed_capacity_the_host_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(group):
+        x = torch.arange(32.0).view(4, 8)
+        with ExpertParallel(group, capacity=3, overflow="drop", **SMALL) as ep:
+            monkeypatch.setattr(ep._connection, "gather", None)
+            rows = ep.dispatch(x[group.rank :], torch.zeros(4 - group.rank, 1, dtype=torch.int32))
+            assert rows.x.shape == (3, 8) and rows.handle.dropped == (0 if group.rank else 4)
+            assert rows.handle.loads.tolist() == [[4, 0], [3, 0]]
+            return ep.combine(rows.x, rows.handle).sum(1).ne(0).tolist()
+
+    assert LocalWorld(2).run(work) == [[True, True, True, False], [False] * 3]
+
+
 def test_what_the_kernels_do_not_take_is_refused() -> None:
     def work(group):
         with ExpertParallel(group, **SMALL) as ep:

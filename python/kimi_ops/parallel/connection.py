@@ -73,6 +73,11 @@ class Connection:
         transport: Transport = self.transport
         return Records(lambda *what: self.start(lambda: transport.start(*what)))
 
+    @property
+    def lays_rows_out(self) -> bool:
+        """Whether the motions plan for themselves what comes, without counts on the host."""
+        return isinstance(self.transport, PeerTransport)
+
     def start(self, begin: Callable[[], Callable[[], Result]]) -> Callable[[], Result]:
         """An exchange, which takes one of the buffers until its result is there."""
         self.ready("exchange")

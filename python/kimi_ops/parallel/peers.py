@@ -44,6 +44,7 @@ class Places:
     slots: Tensor  # [S P] int32
     home: Tensor  # [T] int32
     report: Tensor  # [4 + P] int64
+    loads: Tensor  # [P, E] int32
 
     @property
     def rows(self) -> int:
@@ -152,13 +153,16 @@ class Trip:
         if plan is None:
             places = route.places
         else:
-            owner = route.owner
-            mine = route.loads[:, owner.experts.start : owner.experts.stop].sum(0).tolist()
-            rows = owner.rules.rows(mine) if owner.capacity is None else owner.capacity
-            here = PermutePlan(new(units, top_k), new(rows), new(len(mine)), new(len(mine)))
+            owner, own = route.owner, len(route.owner.experts)
+            rows = owner.capacity
+            if rows is None:
+                mine = route.loads[:, owner.experts.start : owner.experts.stop]
+                rows = owner.rules.rows(mine.sum(0).tolist())
+            here = PermutePlan(new(units, top_k), new(rows), new(own), new(own))
             places = Places(
-                most, here, new(units), new(count), new(4 + peers.world, dtype=torch.int64)
-            )
+                most, here, new(units), new(count), new(4 + peers.world, dtype=torch.int64),
+                new(peers.world, experts),
+            )  # fmt: skip
         here = places.plan
         rows = [new(places.rows, *field.shape[1:], dtype=field.dtype) for field in fields]
         y_weights = None if weights is None else new(units, top_k, dtype=torch.float32)
@@ -171,7 +175,7 @@ class Trip:
             "y_weights": y_weights, "y_row_map": here.row_map, "y_source": here.source,
             "y_slots": places.slots, "home": places.home, "y_offsets": here.offsets,
             "y_counts": here.tokens_per_expert,
-            "loads": None if plan is None else new(peers.world, experts), "report": places.report,
+            "loads": None if plan is None else places.loads, "report": places.report,
         }  # fmt: skip
         row, side = x.shape[1] * x.itemsize, 0 if beside is None else beside.shape[1] * 4
         bytes = peers.bytes_of(most, row, side, top_k, route, self.form)
@@ -227,7 +231,9 @@ class Leaving:
         """Nothing is left to plan with them: the route has the kernels' layout."""
         self._pulled, route = self._wait(), self._route
         if route.places is None:
-            route.here, route.places = self._pulled.places.plan, self._pulled.places
+            places = self._pulled.places
+            route.here, route.places = places.plan, places
+            route.loads, route.dropped = places.loads, places.report[3]
 
     def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         tie = torch.empty(0, device=route.places.home.device)
