@@ -3,6 +3,7 @@
 // The order of csrc/all_to_all in every interleaving: one flag a rank and operation is enough for two
 // halves, whether tokens are put into the own buffer (dispatch) or sums into the others' (combine),
 // and one counter for the blocks of a rank. What is weakened or left out is found.
+#include <algorithm>
 #include <string>
 
 #include "check.h"
@@ -32,7 +33,7 @@ struct Buffers {
   Cell tokens[2][kRanks];
   Cell sums[2][kRanks][kRanks];
   Word& flag(uint64_t half, int owner, int from) {
-    return flags[half][owner][from < owner ? from : from - 1];
+    return flags[half][owner][from < owner ? from : std::max(from - 1, 0)];  // from != owner
   }
 };
 
