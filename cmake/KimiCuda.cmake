@@ -10,6 +10,9 @@ endif()
 # its chip the driver's compilation when a kernel is first used.
 set(KIMI_OPS_GENERIC_ARCHITECTURES 80 CACHE STRING "Architectures of the kernels for every GPU")
 
+# Waits for a random while before each flag between GPUs: for tests of their order.
+option(KIMI_OPS_JITTER "Delay the flags of peer memory" OFF)
+
 set(kimi_has_cuda OFF)
 if(NOT KIMI_OPS_CUDA STREQUAL off)
   include(CheckLanguage)
@@ -40,6 +43,9 @@ if(kimi_has_cuda)
   target_compile_options(kimi_build_flags INTERFACE
     $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings --expt-relaxed-constexpr
     -Xcompiler=-Wall,-Wextra,-Werror>)
+  if(KIMI_OPS_JITTER)
+    target_compile_definitions(kimi_build_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:KIMI_OPS_JITTER>)
+  endif()
 elseif(KIMI_OPS_CUDA STREQUAL off)
   set(KIMI_OPS_CUDA_SUMMARY "off (KIMI_OPS_CUDA=off)")
 else()

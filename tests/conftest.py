@@ -113,6 +113,13 @@ def gemm_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 
 @pytest.fixture
+def simt_engine() -> Iterator[Engine]:
+    """The CUDA kernels on the host alone."""
+    with _engine("simt") as engine:
+        yield engine
+
+
+@pytest.fixture
 def two_thread_counts() -> Iterator[tuple[int, int]]:
     """(1, more than 1); restores torch's number."""
     before = torch.get_num_threads()

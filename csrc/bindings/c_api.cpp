@@ -4,6 +4,7 @@
 #include <exception>
 #include <string>
 
+#include "all_to_all/all_to_all.h"
 #include "balance/balance.h"
 #include "common/sm.h"
 #include "common/status.h"
@@ -152,6 +153,13 @@ int32_t kimi_grouped_gemm_fp8_served(kimi_device device) {
 
 KIMI_OP_WITH_WORKSPACE(fused_experts)
 KIMI_OP_WITH_WORKSPACE(fused_experts_backward)
+
+KIMI_OP(all_to_all_dispatch)
+KIMI_OP(all_to_all_combine)
+size_t kimi_all_to_all_buffer_bytes(const kimi_all_to_all_dispatch_params* dispatch,
+                                    const kimi_all_to_all_combine_params* combine) {
+  return dispatch && combine ? kimi::all_to_all_buffer_bytes(*dispatch, *combine) : 0;
+}
 
 KIMI_OP_WITH_WORKSPACE(matrix_product)
 KIMI_OP_WITH_WORKSPACE(newton_schulz)

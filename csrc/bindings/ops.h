@@ -43,6 +43,7 @@ class Methods {
 };
 
 void define_topk_gate(Methods& methods);
+void define_all_to_all(Methods& methods);
 void define_balance(Methods& methods);
 void define_permute(Methods& methods);
 void define_grouped_gemm(Methods& methods);

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bindings/ops.h"
+#include "kimi_ops_parallel.h"
 
 namespace py = pybind11;
 
@@ -33,6 +34,7 @@ kimi_isa isa_from_name(const std::string& name) {
 Methods& methods() {
   static Methods table;
   define_topk_gate(table);
+  define_all_to_all(table);
   define_balance(table);
   define_permute(table);
   define_grouped_gemm(table);
@@ -65,6 +67,24 @@ void kimi_bind(py::module_& m) {
   m.def("num_threads", &kimi_num_threads);
   m.def("set_num_threads", [](int n) { raise_if_error(kimi_set_num_threads(n)); });
   m.def("cuda_architectures", &kimi_cuda_architectures);
+  m.def("all_to_all_buffer_bytes",
+        [](int world, int halves, int64_t max_tokens, int64_t row_bytes, int64_t beside_bytes,
+           int num_experts, int top_k, bool direct, int64_t hidden, bool wide_wire) {
+          kimi_all_to_all_dispatch_params there = {};
+          there.peers.world = world;
+          there.peers.halves = halves;
+          there.max_tokens = max_tokens;
+          there.row_bytes = row_bytes;
+          there.beside_bytes = beside_bytes;
+          there.num_experts = num_experts;
+          there.top_k = top_k;
+          there.direct = direct;
+          kimi_all_to_all_combine_params home = {};
+          home.max_tokens = max_tokens;
+          home.hidden = hidden;
+          home.wire_dtype = wide_wire ? KIMI_FLOAT32 : KIMI_BFLOAT16;
+          return kimi_all_to_all_buffer_bytes(&there, &home);
+        });
   m.def("cuda_serves_fp8", [] { return kimi_grouped_gemm_fp8_served(KIMI_DEVICE_CUDA) != 0; });
   m.def("serve_cpu_tensors_by_cuda",
         [](bool cuda) { device_of_cpu_tensors = cuda ? KIMI_DEVICE_CUDA : KIMI_DEVICE_CPU; });

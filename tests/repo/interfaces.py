@@ -82,9 +82,8 @@ def layouts() -> dict[str, Any]:
     constants += re.findall(r"#define (KIMI_\w+) [\d(]", text)
     rows += [f'"constants", "{name}", (double)({name})' for name in constants]
     lines = "\n".join(f'printf("%s %s %.9g\\n", {row});' for row in rows)
-    source = (
-        f'#include <stdio.h>\n#include "kimi_ops.h"\nint main(void) {{\n{lines}\nreturn 0;\n}}\n'
-    )
+    included = "".join(f'#include "{header.name}"\n' for header in HEADERS)
+    source = f"#include <stdio.h>\n{included}int main(void) {{\n{lines}\nreturn 0;\n}}\n"
     found: dict[str, Any] = {}
     for line in _run_c(source).splitlines():
         struct, field, number = line.split()

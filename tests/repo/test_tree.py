@@ -15,8 +15,9 @@ from kimi_ops.info import CUDA_OPS, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ops with kernels; those with CUDA kernels are checked on the host too.
-# gemm and fp8_rows are no ops of their own: they serve grouped_gemm and fused_experts.
-PARTS = {"gemm", "fp8_rows"}
+# gemm and fp8_rows are no ops of their own: they serve grouped_gemm and fused_experts. all_to_all
+# serves ExpertParallel, whose other backends have no kernels.
+PARTS = {"gemm", "fp8_rows", "all_to_all"}
 NATIVE = sorted({p.stem for p in (ROOT / "csrc").glob("*/*.h") if p.stem == p.parent.name} - PARTS)
 CUDA = sorted({path.parent.name for path in (ROOT / "csrc").glob("*/*.cu")} - PARTS)
 SOURCES = {".py", ".pyi", ".h", ".c", ".cpp", ".cu", ".cuh", ".cmake", ".toml"}

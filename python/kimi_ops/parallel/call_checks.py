@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kimi_ops import _check
+from kimi_ops import _check, _native
 from kimi_ops.moe.quantized import Fp8Rows
 from kimi_ops.parallel.errors import EPMisuse
 from kimi_ops.parallel.layout import LAYOUTS
@@ -51,13 +51,19 @@ def connection(group: Any, backend: str, timeout: float, device: torch.device | 
             f"{_OP}: group: expected a ProcessGroup or a rank of a LocalWorld, got "
             f"{type(group).__name__}; this process may be no member of it"
         )
-    if backend != "auto" and local != (backend == "reference"):
+    offered = ("reference", "cuda") if local else BACKENDS
+    if backend not in ("auto", *offered):
         raise ValueError(
-            f"{_OP}: backend: expected {'reference' if local else ' or '.join(BACKENDS)} for a "
+            f"{_OP}: backend: expected {' or '.join(offered)} for a "
             f"{'LocalWorld' if local else 'process group'}, got {backend}; 'auto' chooses"
         )
     if backend == "nccl" and device is not None and device.type != "cuda":
         raise ValueError(f"{_OP}: device: expected a GPU for nccl, got {device}")
+    gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    if backend == "cuda" and not gpu and not _native.engine.cpu_tensors_go_to_cuda():
+        raise ValueError(
+            f"{_OP}: device: expected a GPU for cuda, got {device or 'none'}; 'auto' chooses"
+        )
     if backend == "shm" and device is not None and device.type != "cpu":
         raise ValueError(f"{_OP}: device: expected cpu for shm, got {device}; pass backend='auto'")
 

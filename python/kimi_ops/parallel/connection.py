@@ -13,6 +13,8 @@ from kimi_ops.parallel import messages
 from kimi_ops.parallel.errors import EPError, EPMisuse
 from kimi_ops.parallel.liveness import Roll
 from kimi_ops.parallel.local import LocalGroup, LocalTransport
+from kimi_ops.parallel.peer_transport import PeerTransport, between_processes, in_one_process
+from kimi_ops.parallel.peers import Peers
 from kimi_ops.parallel.process_group import GroupTransport, choose
 from kimi_ops.parallel.segment import Segment, share
 from kimi_ops.parallel.shm import Pulls
@@ -66,8 +68,15 @@ class Connection:
         """What brings rows from rank to rank."""
         if isinstance(self.transport, Segment):
             return Pulls(self.transport, self.start)
+        if isinstance(self.transport, PeerTransport):
+            return Peers(self.transport, self.start, self._buffers)
         transport: Transport = self.transport
         return Records(lambda *what: self.start(lambda: transport.start(*what)))
+
+    @property
+    def lays_rows_out(self) -> bool:
+        """Whether the motions plan for themselves what comes, without counts on the host."""
+        return isinstance(self.transport, PeerTransport)
 
     def start(self, begin: Callable[[], Callable[[], Result]]) -> Callable[[], Result]:
         """An exchange, which takes one of the buffers until its result is there."""
@@ -114,15 +123,19 @@ class Connection:
 
 def _connect(
     group: Any, backend: str, timeout: float, device: torch.device | None, buffers: int
-) -> tuple[Transport | Segment, str]:
+) -> tuple[Transport | Segment | PeerTransport, str]:
     """The connection of this rank, and why it is that."""
     if isinstance(group, LocalGroup):
         why = f"{group.size} ranks are threads of one process"
+        if backend == "cuda":
+            return in_one_process(group, timeout, device), why
         return LocalTransport(group, timeout, device or torch.device("cpu")), why
     group = group or dist.group.WORLD
     name, place, why = choose(group, device, backend)
     wanted = "auto" if backend == "auto" and place.type == "cpu" else name
     roll = Roll(group, timeout, {"backend": wanted})
+    if wanted == "cuda":
+        return between_processes(group, roll, timeout, place), why
     if wanted in ("auto", "shm"):
         segment, found = share(roll, buffers, timeout)
         if segment is not None:

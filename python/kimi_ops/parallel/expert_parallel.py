@@ -39,9 +39,10 @@ class ExpertParallel:
         H, columns of a token.
     max_tokens_per_rank : int
         The most tokens of a dispatch.
-    backend : {"auto", "shm", "gloo", "nccl", "reference"}
+    backend : {"auto", "shm", "gloo", "nccl", "cuda", "reference"}
         What moves the rows. "auto" takes nccl for a GPU where the group has it, shm (shared
         memory) for CPU tensors of ranks on one host, else gloo; "reference" is a `LocalWorld`.
+        "cuda" has kernels for GPUs that reach each other's memory, and for a `LocalWorld` on one.
         `backend` and `backend_reason` say what was taken, and so does the log
         ``kimi_ops.parallel``.
     layout : {"rank_dedup", "expert_direct"}

@@ -43,7 +43,7 @@ class LocalWorld:
     def __init__(self, size: int) -> None:
         _check.between("LocalWorld", "size", size, 1, 1024)
         self.size = size
-        self._mail: dict[tuple[Any, ...], Tensor] = {}
+        self._mail: dict[tuple[Any, ...], Any] = {}
         self._changed = threading.Condition()
         self._gone: set[int] = set()
 
@@ -97,12 +97,12 @@ class LocalWorld:
             raise errors[first]
         return [results[rank] for rank in range(self.size)]
 
-    def _post(self, key: tuple[Any, ...], message: Tensor) -> None:
+    def _post(self, key: tuple[Any, ...], message: Any) -> None:
         with self._changed:
             self._mail[key] = message
             self._changed.notify_all()
 
-    def _take(self, keys: dict[int, tuple[Any, ...]], timeout: float) -> list[Tensor]:
+    def _take(self, keys: dict[int, tuple[Any, ...]], timeout: float) -> list[Any]:
         """The messages of ranks, by the ranks' keys."""
         deadline = time.monotonic() + timeout
         with self._changed:
@@ -150,6 +150,15 @@ class LocalTransport:
     ) -> Callable[[], Tensor]:
         parts = self._exchange(buffer, sent, received)
         return lambda: torch.cat(parts())
+
+    def share(self, value: Any) -> list[Any]:
+        """What all ranks have, by rank: the very objects."""
+        call = (self._connection, next(self._calls))
+        for rank in range(self.world):
+            self._mailbox._post((*call, self.rank, rank), value)
+        return self._mailbox._take(
+            {rank: (*call, rank, self.rank) for rank in range(self.world)}, self._timeout
+        )
 
     def close(self) -> None:
         pass

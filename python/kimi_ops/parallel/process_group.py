@@ -17,7 +17,7 @@ from torch import Tensor
 from kimi_ops.parallel.errors import EPError
 from kimi_ops.parallel.liveness import Roll
 
-BACKENDS = ("shm", "gloo", "nccl")
+BACKENDS = ("shm", "gloo", "nccl", "cuda")
 _GROUPS = ("gloo", "nccl")  # of torch.distributed
 
 
@@ -84,7 +84,8 @@ def choose(
     configured = str(dist.get_backend_config(group))  # "cpu:gloo,cuda:nccl"
     offered = dict(part.split(":") for part in configured.split(","))
     if device is None:
-        with_gpu = torch.cuda.is_available() and "nccl" in (offered.get("cuda"), backend)
+        wanted = backend == "cuda" or "nccl" in (offered.get("cuda"), backend)
+        with_gpu = torch.cuda.is_available() and wanted
         device = torch.device("cuda" if with_gpu and backend not in ("shm", "gloo") else "cpu")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

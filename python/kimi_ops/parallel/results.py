@@ -28,7 +28,7 @@ class Route:
     sent: list[int]  # the row of this rank
     received: list[int]  # and its column
     loads: Tensor
-    dropped: int
+    dropped: int | Tensor
     ids: Tensor | None = None  # [N, K] of the tokens that came, among the experts of this rank
     places: Any = None  # what a backend keeps of it
 
@@ -43,6 +43,10 @@ class Handle:
         Pairs that each rank sent to each expert.
     dropped : int
         Pairs of this rank's experts that passed its capacity.
+
+    Notes
+    -----
+    Where a GPU has counted, reading these waits for it.
     """
 
     route: Route
@@ -53,11 +57,11 @@ class Handle:
 
     @property
     def loads(self) -> Tensor:
-        return self.route.loads
+        return self.route.loads.cpu()
 
     @property
     def dropped(self) -> int:
-        return self.route.dropped
+        return int(self.route.dropped)
 
 
 @dataclass(frozen=True, eq=False)

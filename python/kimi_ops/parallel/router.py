@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_ops.moe.permute import PermutePlan
 from kimi_ops.parallel import call_checks, messages
 from kimi_ops.parallel.connection import Connection
 from kimi_ops.parallel.errors import EPOverflow, named
@@ -28,6 +29,9 @@ class Router:
 
     def meet(self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any) -> Route:
         """Check the arguments, plan what leaves, tell everybody, and hear what will arrive."""
+        fixed = self.capacity is not None and self.rules.overflow == "drop"
+        if fixed and self.connection.lays_rows_out:
+            return self._unasked(limits, x, indices, weights)
         experts, world = len(self.owners) - 1, self.connection.world
         head, fault = [0] * len(call_checks.AGREED), None
         counts = torch.zeros(experts + world, dtype=torch.int64)
@@ -56,8 +60,19 @@ class Router:
             loads.int(), dropped,
         )  # fmt: skip
 
+    def _unasked(self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any) -> Route:
+        """The route of a dispatch whose counts the host need not know: the backend fills it in."""
+        call_checks.dispatch(limits, x, indices, weights)
+        world, experts = self.connection.world, len(self.owners) - 1
+        unknown = PermutePlan(*(indices.new_empty(0) for _ in PermutePlan._fields))
+        tokens, loads = [limits.max_tokens] * world, indices.new_empty(world, experts)
+        pairs = (len(indices), indices.shape[1])
+        return Route(self, pairs, self.rules.direct, unknown, unknown, tokens, [], [], [], loads, 0)
+
     def arrived(self, route: Route, ids: Tensor | None) -> Route:
-        """The route with the plan of the rows that came."""
+        """The route with the plan of the rows that came, unless the backend has made it."""
+        if route.places is not None:
+            return route
         mine = route.loads[:, self.experts.start : self.experts.stop]
         if ids is None:
             ids = direct_ids(mine, self.connection.device)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""The `cuda` backend over the threads of a LocalWorld, its kernels run on the host."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kimi_ops import ExpertParallel, Fp8Rows, LocalWorld, _native, formats
+from kimi_ops.parallel.errors import EPMismatch, EPTimeout
+from kimi_ops.parallel.peer_memory import PeerMemory, slices
+from tests.dist.all_to_all_cases import Case, check, random_case, triple
+
+pytestmark = pytest.mark.usefixtures("simt_engine")
+WORLDS = (1, 2, 3, 4)  # the host's device has room for 5 blocks that wait
+
+
+def case_of(seed: int) -> Case:
+    case = random_case(seed, world=WORLDS[seed % 4])
+    if case.x[0].dtype == torch.float64:  # there are no kernels for it
+        case.x = [x.float() for x in case.x]
+        case.weights = None if case.weights is None else [w.float() for w in case.weights]
+    return case
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_bits_of_the_oracle(seed: int) -> None:
+    case = case_of(seed)
+    LocalWorld(case.world).run(lambda group: check(case, group, group.rank, triple, "cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("seed", range(24))
+def test_bits_of_the_oracle_on_a_gpu(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "engine", _native._C)
+    case = case_of(seed)
+    received = case.received()
+    outs = [triple(rows.x) for rows in received]
+
+    def work(group):
+        rank, want = group.rank, received[group.rank]
+        given = [part[rank].cuda() for part in (case.x, case.indices)]
+        weights = None if case.weights is None else case.weights[rank].cuda()
+        with ExpertParallel(group, backend="cuda", **case.options) as ep:
+            rows = ep.dispatch(*given, weights)
+            for found, expected in (
+                (rows.x, want.x), (rows.offsets, want.offsets),
+                (rows.tokens_per_expert, want.tokens_per_expert),
+                (ep.combine(triple(rows.x), rows.handle), case.combined(outs, received)[rank]),
+            ):  # fmt: skip
+                assert torch.equal(found.cpu(), expected)
+
+    LocalWorld(case.world).run(work)
+
+
+def run(case: Case, backend: str) -> list[list[Tensor]]:
+    """y and the gradients of x and the weights, on every rank."""
+
+    def work(group):
+        rank = group.rank
+        with ExpertParallel(group, backend=backend, **case.options) as ep:
+            assert ep.backend == backend
+            leaves = [case.x[rank].clone().requires_grad_()]
+            if case.weights is not None:
+                leaves.append(case.weights[rank].clone().requires_grad_())
+            rows = ep.dispatch(leaves[0], case.indices[rank], *leaves[1:])
+            y = ep.combine(triple(rows.x), rows.handle)
+            given = torch.randn(y.shape, generator=torch.Generator().manual_seed(rank))
+            return [y.detach(), *torch.autograd.grad(y, leaves, given.to(y.dtype))]
+
+    return LocalWorld(case.world).run(work)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_gradients_are_those_of_the_reference(seed: int) -> None:
+    case = case_of(seed)
+    if case.x[0].dtype == torch.float16 and case.wire == torch.bfloat16:
+        case.wire = None  # whose gradients the other backends round twice
+    for ours, theirs in zip(run(case, "cuda"), run(case, "reference"), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_fp8_rows_travel_as_they_are() -> None:
+    x = torch.randn(5, 200)
+    data, scale = formats.quantize_rows(x)
+
+    def work(group):
+        options = {"num_experts": 2, "hidden": 200, "max_tokens_per_rank": 5}
+        with ExpertParallel(group, backend="cuda", **options) as ep:
+            ids = torch.full((5, 1), 1 - group.rank)
+            rows = ep.dispatch(Fp8Rows(data, scale), ids)
+            assert torch.equal(rows.x.data.view(torch.uint8), data.view(torch.uint8))
+            assert torch.equal(rows.x.scale, scale)
+
+    LocalWorld(2).run(work)
+
+
+SMALL = {"num_experts": 2, "hidden": 8, "max_tokens_per_rank": 4, "backend": "cuda"}
+
+
+def test_buffers_grow_and_serve_operations_under_way() -> None:
+    def work(group):
+        x = torch.arange(32.0).view(4, 8)
+        with ExpertParallel(group, num_buffers=2, **SMALL) as ep:
+            ids = torch.tensor([[0], [1], [1], [-1]])
+            small = ep.dispatch(x[:1], ids[:1], async_op=True)
+            large = ep.dispatch(x, ids, async_op=True)  # more tokens: a larger buffer
+            first, second = small.wait(), large.wait()
+            back = ep.combine(second.x, second.handle), ep.combine(first.x, first.handle)
+            assert torch.equal(back[0], x * (ids >= 0)) and torch.equal(back[1], x[:1])
+
+    LocalWorld(2).run(work)
+
+
+def test_with_a_fixed_capacity_the_host_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(group):
+        x = torch.arange(32.0).view(4, 8)
+        with ExpertParallel(group, capacity=3, overflow="drop", **SMALL) as ep:
+            monkeypatch.setattr(ep._connection, "gather", None)
+            rows = ep.dispatch(x[group.rank :], torch.zeros(4 - group.rank, 1, dtype=torch.int32))
+            assert rows.x.shape == (3, 8) and rows.handle.dropped == (0 if group.rank else 4)
+            assert rows.handle.loads.tolist() == [[4, 0], [3, 0]]
+            return ep.combine(rows.x, rows.handle).sum(1).ne(0).tolist()
+
+    assert LocalWorld(2).run(work) == [[True, True, True, False], [False] * 3]
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    def work(group):
+        with ExpertParallel(group, **SMALL) as ep:
+            ids = torch.zeros(4, 1, dtype=torch.int32)
+            with pytest.raises(TypeError, match="dispatch: x: expected a dtype of at most 32 bits"):
+                ep.dispatch(torch.zeros(4, 8, dtype=torch.float64), ids)
+            with pytest.raises(TypeError, match="K = 33"):
+                ep.dispatch(torch.zeros(4, 8), torch.full((4, 33), -1))
+
+    LocalWorld(2).run(work)
+
+
+def test_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "engine", _native._C)
+    with pytest.raises(ValueError, match="device: expected a GPU for cuda, got cpu"):
+        LocalWorld(1).run(lambda group: ExpertParallel(group, device="cpu", **SMALL))
+
+
+@pytest.mark.parametrize(("word", "error"), [(2, EPTimeout), (3, EPMismatch)])
+def test_what_the_kernels_find_is_an_error(
+    word: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels themselves are asked in tests/simt: here no rank can be late by itself."""
+
+    def broken(world: int, size: int, device: torch.device) -> list[PeerMemory]:
+        memories = slices(world, size, device)
+        for memory in memories:
+            memory.state[word] = 2
+        return memories
+
+    monkeypatch.setattr("kimi_ops.parallel.peer_transport.slices", broken)
+
+    def work(group):
+        with ExpertParallel(group, **SMALL) as ep:
+            with pytest.raises(error, match="rank 1") as raised:
+                ep.dispatch(torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.int32))
+            return raised.value.ranks
+
+    assert LocalWorld(2).run(work) == [(1,), (1,)]

@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: MIT
+//
+// Dispatch and combine on the host, several ranks as blocks of one launch over slices of one
+// allocation, bit for bit against the definition in loops; what happens when a rank does not come or
+// does something else; and that broken flags are noticed.
+#include "all_to_all/combine.cuh"
+#include "all_to_all/dispatch.cuh"
+#include "all_to_all_world.h"
+#include "races.h"
+#include "simt.h"
+
+namespace {
+
+using namespace a2a;
+using namespace kimi::exchange;
+
+enum Way {
+  kOneLaunch,
+  kPhases,
+  kGrid
+};  // kGrid: several blocks a rank, as many ranks as one likes
+
+template <class F>
+void dispatch_ranks(const DispatchParams* ranks, uint32_t alive) {
+  if (alive >> blockIdx.y & 1) dispatch_rank<F>(ranks[blockIdx.y]);
+}
+template <class F>
+void combine_ranks(const CombineParams* ranks, uint32_t alive) {
+  if (alive >> blockIdx.y & 1) combine_rank<F>(ranks[blockIdx.y]);
+}
+
+unsigned ranks_of(const World& w) { return static_cast<unsigned>(w.s.ranks); }
+
+template <class F = Flags>
+void run_grid(const std::vector<DispatchParams>& p, unsigned blocks, uint32_t alive = ~0u) {
+  simt::launch(dispatch_ranks<F>,
+               {{blocks, static_cast<unsigned>(p.size())},
+                kThreads,
+                table_bytes(p[0].peers.world, p[0].num_experts),
+                true},
+               p.data(), alive);
+}
+template <class F = Flags>
+void run_grid(const std::vector<CombineParams>& p, unsigned blocks, uint32_t alive = ~0u) {
+  simt::launch(combine_ranks<F>, {{blocks, static_cast<unsigned>(p.size())}, kThreads, 0, true},
+               p.data(), alive);
+}
+
+void check_ok(const Status& status) { require(status.is_ok(), status.message); }
+
+Status call(const DispatchParams& p) { return all_to_all_dispatch(p, KIMI_DEVICE_CUDA, nullptr); }
+Status call(const CombineParams& p) { return all_to_all_combine(p, KIMI_DEVICE_CUDA, nullptr); }
+
+template <class Params>
+void run(std::vector<Params> p, Way way, unsigned blocks) {
+  if (way == kGrid) return run_grid(p, blocks);
+  for (Params& each : p) each.num_local = static_cast<int32_t>(p.size());
+  for (Params& each : p) each.num_blocks = way == kOneLaunch ? 1 : static_cast<int32_t>(blocks);
+  if (way == kOneLaunch) return check_ok(call(p[0]));
+  for (int phase : {KIMI_ALL_TO_ALL_SEND, KIMI_ALL_TO_ALL_MEET, KIMI_ALL_TO_ALL_RECEIVE}) {
+    for (Params& each : p) each.phases = static_cast<kimi_all_to_all_phase>(phase);
+    check_ok(call(p[0]));
+  }
+}
+
+std::vector<Bytes> results_of(World& w, const Expected& e) {
+  std::vector<Bytes> outs;
+  for (const auto& rows : e.rows) {
+    Bytes& out = outs.emplace_back(rows.size() * w.row_bytes());
+    for (size_t i = 0; i < out.size(); i += value_bytes(w.s.dtype))
+      store_value(&out[i], w.s.dtype, std::normal_distribution<float>(0.0f, 2.0f)(w.random));
+  }
+  return outs;
+}
+
+void dispatch_once(World& w, const Expected& e, Way way, unsigned blocks, bool again) {
+  w.fill(0xff);
+  std::vector<DispatchParams> p;
+  for (int r = 0; r < w.s.ranks; ++r)
+    p.push_back(w.dispatch_params(r, static_cast<int64_t>(e.rows[r].size()), again));
+  run(p, way, blocks);
+  for (int r = 0; r < w.s.ranks; ++r)
+    if (!w.masked(r)) w.check_dispatch(e, r);
+}
+void combine_once(World& w, const Expected& e, Way way, unsigned blocks) {
+  w.fill(0xff);
+  const std::vector<Bytes> outs = results_of(w, e);
+  std::vector<CombineParams> p;
+  for (int r = 0; r < w.s.ranks; ++r) {
+    w.rank[r].home_y.assign(w.rank[r].tokens * w.row_bytes(), 0xa5);
+    p.push_back(w.combine_params(r, outs[r]));
+  }
+  run(p, way, blocks);
+  for (int r = 0; r < w.s.ranks; ++r)
+    if (!w.masked(r)) w.check_combine(e, outs, r);
+}
+
+void start(const Shape& s, Way way, uint64_t seed) {
+  simt::settings().seed = seed;
+  g_case = "P " + std::to_string(s.ranks) + " E " + std::to_string(s.experts) + " K " +
+           std::to_string(s.top_k) + " H " + std::to_string(s.hidden) + " align " +
+           std::to_string(s.align) + " capacity " + std::to_string(s.capacity) + " dtype " +
+           std::to_string(s.dtype) + " wire " + std::to_string(s.wire) + " direct " +
+           std::to_string(s.direct) + " way " + std::to_string(way) + " seed " +
+           std::to_string(seed);
+}
+
+void there_and_back(const Shape& s, Way way, int calls, uint64_t seed) {
+  start(s, way, seed);
+  World w(s, seed);
+  for (int call = 0; call < calls; ++call) {
+    w.draw(w.random() % 3 == 0 ? 2 : 0, w.random() % 3 * 0.2);
+    const Expected e = w.expected();
+    const unsigned blocks = 1 + static_cast<unsigned>(w.random() % 3);
+    dispatch_once(w, e, way, blocks, false);
+    combine_once(w, e, way, blocks);
+    if (w.random() % 2 == 0) continue;
+    for (Rank& k : w.rank) std::shuffle(k.x.begin(), k.x.end(), w.random);
+    dispatch_once(w, e, way, blocks, true);
+    combine_once(w, e, way, blocks);
+  }
+}
+
+TEST(ranks_layouts_types) {
+  uint64_t seed = 0;
+  for (int ranks : {1, 2, 4})
+    for (bool direct : {false, true})
+      for (kimi_dtype dtype : {KIMI_BFLOAT16, KIMI_FLOAT16, KIMI_FLOAT32})
+        for (kimi_dtype wire : {KIMI_BFLOAT16, KIMI_FLOAT32}) {
+          Shape s;
+          s.ranks = ranks;
+          s.experts = ranks + static_cast<int>(seed % 9);
+          s.top_k = 1 + static_cast<int>(seed % 5);
+          s.hidden = 8 * (1 + static_cast<int>(seed % 4));
+          s.direct = direct;
+          s.dtype = dtype;
+          s.wire = seed % 3 == 0 ? dtype : wire;
+          s.weighted = seed % 4 != 1;
+          there_and_back(s, static_cast<Way>(seed % 3), 2, seed);
+          ++seed;
+        }
+}
+
+TEST(many_ranks_and_more_than_the_slots_of_a_token) {
+  for (uint64_t seed : {0, 1, 2, 3}) {
+    Shape s;
+    s.ranks = 8;
+    s.experts = 19;
+    s.top_k = seed % 2 == 0 ? 3 : 9;
+    s.tokens = 3;
+    s.direct = seed == 2;
+    there_and_back(s, kGrid, 2, seed);
+  }
+}
+
+TEST(padding_and_capacity) {
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    Shape s;
+    s.ranks = seed % 2 == 0 ? 2 : 3;
+    s.experts = 7;
+    s.top_k = 3;
+    s.tokens = 6;
+    s.align = seed % 3 == 0 ? 1 : 4;
+    s.capacity = seed % 4 * 12;  // 0: everything is dropped
+    s.direct = seed % 5 == 0;
+    there_and_back(s, static_cast<Way>(seed % 3), 2, seed);
+  }
+}
+
+// FP8 values with their scales beside them are bytes to dispatch; rows need not be multiples of 16.
+TEST(bytes_beside_and_odd_rows) {
+  for (uint64_t seed = 0; seed < 8; ++seed) {
+    Shape s;
+    s.ranks = 2 + static_cast<int>(seed % 2);
+    s.hidden = seed % 2 == 0 ? 16 : 1 + static_cast<int>(seed * 3);
+    s.dtype = s.wire = seed % 4 < 2 ? KIMI_FLOAT16 : KIMI_FLOAT32;
+    s.beside = seed % 3 == 0 ? 16 : 4 * static_cast<int>(seed % 3);
+    s.align = 2;
+    there_and_back(s, static_cast<Way>(seed % 3), 2, seed);
+  }
+}
+
+TEST(wide_rows_and_many_experts) {
+  for (uint64_t seed : {0, 3}) {
+    Shape s;
+    s.ranks = 2;
+    s.experts = seed == 0 ? 5 : 700;
+    s.top_k = 8;
+    s.tokens = 2;
+    s.hidden = seed == 0 ? 9000 : 24;
+    s.dtype = seed == 0 ? KIMI_BFLOAT16 : KIMI_FLOAT32;
+    s.wire = s.dtype;
+    there_and_back(s, kGrid, 1, seed);
+  }
+}
+
+TEST(most_slots) {
+  Shape s;
+  s.experts = 40;
+  s.top_k = 32;
+  s.tokens = 2;
+  for (bool direct : {false, true}) {
+    s.direct = direct;
+    there_and_back(s, kGrid, 1, 3);
+  }
+}
+
+TEST(masked_ranks_are_left_out) {
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    Shape s;
+    s.ranks = 4;
+    s.experts = 9;
+    s.top_k = 3;
+    s.masked = seed % 2 == 0 ? 2 : 9;
+    s.direct = seed > 1;
+    start(s, kGrid, seed);
+    World w(s, seed);
+    w.draw(0, 0.1);
+    const Expected e = w.expected();
+    std::vector<DispatchParams> p;
+    std::vector<CombineParams> c;
+    const std::vector<Bytes> outs = results_of(w, e);
+    for (int r = 0; r < s.ranks; ++r)
+      p.push_back(w.dispatch_params(r, static_cast<int64_t>(e.rows[r].size())));
+    run_grid(p, 2, ~static_cast<uint32_t>(s.masked));  // they do not even run
+    for (int r = 0; r < s.ranks; ++r) c.push_back(w.combine_params(r, outs[r]));
+    run_grid(c, 2, ~static_cast<uint32_t>(s.masked));
+    for (int r = 0; r < s.ranks; ++r) {
+      if (w.masked(r)) continue;
+      w.check_dispatch(e, r);
+      w.check_combine(e, outs, r);
+    }
+  }
+}
+
+// ---- a whole program in one launch: ranks run ahead of each other ------------------------------
+
+struct Program {
+  bool dispatches_alone = false;
+  std::vector<std::vector<DispatchParams>> dispatches;  // [step][rank]
+  std::vector<std::vector<CombineParams>> combines;
+  // Now and then two dispatches in a row.
+  bool combined(size_t step) const { return !dispatches_alone && step % 3 != 2; }
+};
+
+// Experts that do nothing: combine's results are dispatch's rows.
+template <class F>
+void program_ranks(const Program* program) {
+  for (size_t step = 0; step < program->dispatches.size(); ++step) {
+    dispatch_rank<F>(program->dispatches[step][blockIdx.y]);
+    __syncthreads();
+    if (!program->combined(step)) continue;
+    combine_rank<F>(program->combines[step][blockIdx.y]);
+    __syncthreads();
+  }
+}
+
+// One World a step, since each has its own tensors; the buffers and the states are the first one's.
+template <class F>
+void run_program(int halves, uint64_t seed, int steps = 6, bool dispatches_alone = false) {
+  Shape s;
+  s.ranks = 3;
+  s.halves = halves;
+  s.dtype = s.wire = KIMI_FLOAT32;
+  start(s, kGrid, seed);
+  std::vector<std::unique_ptr<World>> worlds;
+  std::vector<Expected> expected;
+  Program program{dispatches_alone, {}, {}};
+  for (int step = 0; step < steps; ++step) {
+    World& w =
+        *worlds.emplace_back(std::make_unique<World>(s, seed * 100 + static_cast<uint64_t>(step)));
+    w.draw(0, 0.1);
+    const Expected& e = expected.emplace_back(w.expected());
+    auto& d = program.dispatches.emplace_back();
+    auto& c = program.combines.emplace_back();
+    for (int r = 0; r < s.ranks; ++r) {
+      d.push_back(w.dispatch_params(r, static_cast<int64_t>(e.rows[r].size())));
+      d.back().peers = worlds[0]->peers(r);
+    }
+    for (int r = 0; r < s.ranks; ++r) {
+      c.push_back(w.combine_params(r, w.rank[r].y));
+      c.back().peers = worlds[0]->peers(r);
+    }
+  }
+  worlds[0]->fill(0);  // what comes too early is then empty, not nonsense
+  simt::launch(program_ranks<F>,
+               {{1, ranks_of(*worlds[0])}, kThreads, table_bytes(s.ranks, s.experts), true},
+               static_cast<const Program*>(&program));
+  for (int step = 0; step < steps; ++step)
+    for (int r = 0; r < s.ranks; ++r) {
+      const World& w = *worlds[step];
+      std::vector<Bytes> outs;
+      for (const Rank& k : w.rank) outs.push_back(k.y);
+      w.check_dispatch(expected[step], r);
+      if (program.combined(static_cast<size_t>(step))) w.check_combine(expected[step], outs, r);
+    }
+}
+
+struct NoWait : Flags {
+  static uint64_t acquire(const uint64_t* flag) { return *flag | ~0ull << 16; }
+};
+struct FirstBlockSignals : Flags {
+  static bool last_to_come(uint32_t*, uint32_t) { return true; }
+};
+
+/// Seeds of `count` for which `action` goes wrong.
+template <class Action>
+int wrong_seeds(int count, Action action) {
+  int wrong = 0;
+  for (int seed = 0; seed < count; ++seed) {
+    try {
+      action(static_cast<uint64_t>(seed));
+    } catch (const check::Failure&) {
+      ++wrong;
+    } catch (const simt::Error&) {
+      ++wrong;
+    }
+  }
+  return wrong;
+}
+
+#if defined(__SANITIZE_THREAD__)
+
+struct RelaxedRelease : Flags {
+  static void release(uint64_t* flag, uint64_t value) { store_relaxed_sys(flag, value); }
+};
+struct RelaxedCounter : Flags {
+  static bool last_to_come(uint32_t* arrivals, uint32_t blocks) {
+    return atomicAdd(arrivals, 1u) == blocks - 1;
+  }
+};
+template <class F>
+void run_blocks(uint64_t seed) {
+  Shape s;
+  start(s, kGrid, seed);
+  World w(s, seed);
+  w.draw(0, 0.0);
+  const Expected e = w.expected();
+  std::vector<DispatchParams> p;
+  for (int r = 0; r < s.ranks; ++r)
+    p.push_back(w.dispatch_params(r, static_cast<int64_t>(e.rows[r].size())));
+  run_grid<F>(p, 3);
+}
+
+TEST(weak_flags_are_races) {
+  for (uint64_t seed : {0, 1, 2, 3}) {
+    CHECK(!races([=] { run_program<Flags>(2, seed, 3); }));
+    CHECK(!races([=] { run_blocks<Flags>(seed); }));
+  }
+  CHECK(races([] { run_program<RelaxedRelease>(2, 3, 3); }));
+  CHECK(races([] { run_blocks<RelaxedCounter>(3); }));
+}
+
+#else
+
+TEST(ranks_run_ahead_in_one_launch) {
+  for (uint64_t seed = 0; seed < 8; ++seed) {
+    run_program<Flags>(2, seed);
+    run_program<Flags>(4, seed);
+  }
+}
+
+TEST(broken_flags_are_noticed) {
+  CHECK(wrong_seeds(8, [](uint64_t seed) { run_program<NoWait>(2, seed, 6, true); }) > 0);
+  // With one half the next tokens overwrite those that are read.
+  CHECK(wrong_seeds(16, [](uint64_t seed) { run_program<Flags>(1, seed, 6, true); }) > 0);
+  CHECK(wrong_seeds(8, [](uint64_t seed) {
+          Shape s;
+          s.tokens = 9;
+          start(s, kGrid, seed);
+          World w(s, seed);
+          w.draw(0, 0.0);
+          const Expected e = w.expected();
+          w.fill(0);
+          std::vector<DispatchParams> p;
+          for (int r = 0; r < s.ranks; ++r)
+            p.push_back(w.dispatch_params(r, static_cast<int64_t>(e.rows[r].size())));
+          run_grid<FirstBlockSignals>(p, 3);
+          for (int r = 0; r < s.ranks; ++r) w.check_dispatch(e, r);
+        }) > 0);
+}
+
+#endif
+
+// ---- faults ------------------------------------------------------------------------------------
+
+TEST(a_rank_that_does_not_come_is_named) {
+  for (uint64_t seed : {0, 1, 2, 3}) {
+    Shape s;
+    s.ranks = 3;
+    s.timeout = 150'000;
+    start(s, kGrid, seed);
+    World w(s, seed);
+    w.draw(0, 0.0);
+    const Expected e = w.expected();
+    std::vector<DispatchParams> p;
+    for (int r = 0; r < s.ranks; ++r)
+      p.push_back(w.dispatch_params(r, static_cast<int64_t>(e.rows[r].size())));
+    run_grid(p, 2, ~2u);
+    const uint64_t epoch = w.state[0].epoch;
+    for (int r : {0, 2}) {
+      CHECK(w.state[r].silent == 2 && w.state[r].strange == 0);
+      const Bytes& y = w.rank[r].y;
+      CHECK(std::count(y.begin(), y.end(), 0xa5) == static_cast<int64_t>(y.size()));
+    }
+    for (DispatchParams& each : p) each.num_local = s.ranks;
+    for (DispatchParams& each : p) each.num_blocks = 1;
+    w.state[1].silent = 1;
+    check_ok(call(p[0]));  // returns at once, without waiting
+    CHECK(w.state[0].epoch == epoch);
+  }
+}
+
+TEST(a_rank_with_another_call_is_named) {
+  Shape s;
+  s.timeout = 150'000;
+  start(s, kGrid, 3);
+  World w(s, 3), other(s, 3);
+  w.draw(0, 0.0);
+  const Expected e = w.expected();
+  std::vector<DispatchParams> p;
+  for (int r = 0; r < s.ranks; ++r)
+    p.push_back(w.dispatch_params(r, static_cast<int64_t>(e.rows[r].size())));
+  p[1].align = 2;
+  run_grid(p, 1);
+  CHECK(w.state[0].strange == 2 && w.state[0].silent == 0 && w.state[1].strange == 1);
+}
+
+TEST(bad_arguments_are_refused) {
+  Shape s;
+  World w(s, 1);
+  w.draw(0, 0.0);
+  const auto refused = [&](const char* text, auto change) {
+    DispatchParams p = w.dispatch_params(0, 8);
+    change(p);
+    const Status status = call(p);
+    require(status.code == KIMI_INVALID_ARGUMENT && status.message.find(text) != std::string::npos,
+            std::string(text) + ", got " + status.message);
+  };
+  refused("peers.world: expected 1..64, got 65", [](auto& p) { p.peers.world = 65; });
+  refused("peers.rank: expected 0..1, got 2", [](auto& p) { p.peers.rank = 2; });
+  refused("peers.halves: expected 2 or more", [](auto& p) { p.peers.halves = 1; });
+  refused("peers.buffer_bytes: expected 2 halves", [](auto& p) { p.max_tokens = 4000; });
+  refused("top_k: expected 1..32, got 33", [](auto& p) {
+    p.top_k = 33;
+    p.max_tokens = p.num_tokens = 1;
+    p.peers.buffer_bytes *= 2;
+  });
+  refused("num_tokens: expected 0..max_tokens=4", [](auto& p) { p.num_tokens = 5; });
+  refused("num_experts: expected world=2..1024, got 1", [](auto& p) { p.num_experts = 1; });
+  refused("phases: expected some of SEND",
+          [](auto& p) { p.phases = static_cast<kimi_all_to_all_phase>(8); });
+  refused("expected pointers", [](auto& p) { p.report = nullptr; });
+  refused("num_local: expected at most 8", [](auto& p) { p.num_local = 9; });
+  refused("num_blocks: expected at most the 5 blocks", [](auto& p) { p.num_blocks = 6; });
+}
+
+}  // namespace
+
+TEST_MAIN()
