@@ -23,6 +23,7 @@ struct Batch {
   float alpha = 1.0f, beta = 0.0f, delta = 0.0f, unit = 1.0f;
   bool in_place = false;  // C is D
   int pad = 8, misalign = 0, out_pad = 8, out_misalign = 0;
+  int apart = 0;  // elements between the matrices of D
   uint64_t seed = 3;
 
   std::string text() const {
@@ -77,7 +78,7 @@ void check_as(const Batch& b, Kernel kernel) {
       bb(b.count, b.cols, b.depth, b.b, b.pad, b.misalign);
   fill(a, b.rows, b.depth);
   fill(bb, b.cols, b.depth);
-  const int64_t stride = b.cols + b.out_pad, of_matrix = b.rows * stride;
+  const int64_t stride = b.cols + b.out_pad, of_matrix = b.rows * stride + b.apart;
   Output<D> d(b.count * of_matrix, b.out_misalign);
   Operand<T> c(b.count, b.rows, b.cols, kAlongDepth, b.out_pad, b.out_misalign);
   Product p{};
@@ -166,6 +167,7 @@ void check_edges(Kernel kernel, std::initializer_list<int64_t> sizes, kimi_dtype
       x.pad = static_cast<int>((8 - (variant == 0 ? n : 24) % 8) % 8);
       x.out_pad = variant < 2 ? static_cast<int>((8 - n % 8) % 8) : 3;
       x.out_misalign = variant < 2 ? 0 : 1;
+      x.apart = variant == 0 ? 4 : 0;
       if (variant == 3 && (kernel == kNarrow || kernel == kWide)) continue;
       x.misalign = variant == 3 ? 1 : 0;
       check_batch(x, kernel);

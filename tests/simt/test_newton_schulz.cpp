@@ -389,6 +389,16 @@ TEST(more_matrices_than_fit_in_the_parameters_of_a_launch) {
     require(relative(images[size_t(e)], exact(c, matrices[size_t(e)])) < 0.01, c, "error");
 }
 
+TEST(stacks_after_the_first_with_outputs_anywhere) {
+  near({.rows = 9,
+        .cols = 12,
+        .count = 6,
+        .restarts = {},
+        .steps = 1,
+        .scattered = true,
+        .at_once = 3});
+}
+
 // The norm of a large matrix is a sum over several blocks.
 TEST(a_norm_of_many_blocks) {
   near({.rows = 1,
