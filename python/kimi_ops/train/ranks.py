@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2Config
-from kimi_ops.parallel.errors import EPError, EPRankLost, EPTimeout
+from kimi_ops.parallel.errors import EPRankLost, EPTimeout, named
 from kimi_ops.parallel.liveness import Roll
 
 TIMEOUT = 120.0  # seconds until a process that does not come ends a run
@@ -196,11 +196,23 @@ class Ranks:
         except RuntimeError as error:
             if self._roll is None or not _of_an_exchange(error):
                 raise
-            cause = error.__cause__ if isinstance(error, EPError) else None
-            text = self._roll.error("kimi-ops", cause if isinstance(cause, Exception) else error)
             raise RankError(
-                f"{text}; what was saved is whole: start all ranks again with --resume"
+                f"{self._lost(error, self._roll)}; what was saved is whole: start all ranks again "
+                "with --resume"
             ) from error
+
+    def _lost(self, error: RuntimeError, roll: Roll) -> str:
+        """Who is not there any more, by the numbers of all ranks."""
+        cause = error.__cause__
+        if isinstance(cause, RuntimeError) and "gloo" in str(cause):
+            error = cause
+        if not isinstance(error, EPRankLost | EPTimeout) or not error.ranks:
+            return str(roll.error("kimi-ops", error))
+        first = self.rank - self.rank % self.expert_parallel  # of this replica, which it counts in
+        whom = named(first + rank for rank in error.ranks)
+        if isinstance(error, EPTimeout):
+            return f"kimi-ops: {whom} did not come within {self._timeout:g} s"
+        return f"kimi-ops: the process of {whom} has ended"
 
     def close(self) -> None:
         """Give back the ways to the experts."""
