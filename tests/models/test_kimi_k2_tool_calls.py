@@ -182,6 +182,12 @@ def test_any_bytes_are_read(ids):
         assert turn.ended
 
 
+def test_half_a_character_ends_where_a_marker_begins():
+    assert parse_ids([65, 0xC3, 0xF5], ByteTokenizer()).content == "A\ufffd"
+    call = parse_ids([0xFA, 0xFC, *b"a:0", 0xFD, *b"{}", 0xE2, 0xFE, 66, 0xFB], ByteTokenizer())
+    assert [one.text for one in call.calls] == ["{}\ufffd", "B"]
+
+
 def test_content_comes_at_once_and_markers_never():
     parser = ToolCallParser()
     assert parser.feed("Let me <") == ["Let me "]
