@@ -50,6 +50,34 @@ def test_a_number_that_is_none_is_refused_before_anything_moves(key: str, value)
     assert same(before, values(params, optimizer))
 
 
+@pytest.mark.parametrize(
+    ("param", "keys", "text"),
+    [
+        (
+            torch.ones(6, 4),
+            {"split_sizes": "22"},
+            "split_sizes: expected a sequence of ints, got '22'",
+        ),
+        (
+            torch.ones(6, 4),
+            {"split_sizes": [3.0, 3.0]},
+            "split_sizes: expected a sequence of ints, got",
+        ),
+        (torch.ones(6, 4), {"foreach": "yes"}, "foreach: expected True, False or None, got 'yes'"),
+        (
+            torch.ones(1, 4).expand(6, 4),
+            {},
+            "expected memory of its own for each element, got shape",
+        ),
+        (nn.parameter.UninitializedParameter(), {}, "expected one with a shape, got a lazy one"),
+    ],
+)
+def test_a_group_that_no_step_could_serve_is_refused(param, keys, text):
+    lazy = isinstance(param, nn.parameter.UninitializedParameter)
+    with pytest.raises((ValueError, TypeError), match=f"MuonClip: .*{text}"):
+        MuonClip([{"params": [param if lazy else nn.Parameter(param)], **keys}])
+
+
 @pytest.mark.parametrize("key", ["ns_steps", "ns_method", "split_sizes", "adjust_lr_fn"])
 def test_options_changed_between_steps_are_checked_before_anything_moves(key: str):
     wrong = {"ns_steps": 0, "ns_method": "svd", "split_sizes": (5, 5)}

@@ -324,6 +324,11 @@ def test_geometry_is_checked_when_it_is_made_and_before_a_step_moves_anything(sp
             call()
     assert all(map(torch.equal, layers[0].parameters(), old))
     assert (layers[0].max_logits == 9).all()
+    optimizer = MuonClip(layers[0].q_proj.parameters(), lr=0.1, qk_clip=clip)
+    layers[0].q_proj.weight.grad = torch.ones_like(layers[0].q_proj.weight)
+    with pytest.raises((ValueError, TypeError), match=text):
+        optimizer.step()
+    assert all(map(torch.equal, layers[0].parameters(), old))
 
 
 @pytest.mark.parametrize(

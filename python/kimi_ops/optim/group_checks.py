@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from kimi_ops import _check
 from kimi_ops.optim import engine
@@ -36,7 +38,7 @@ _TENSORS = ("lr", "weight_decay")  # may be tensors of one element
 _structure = itemgetter(
     "algorithm", "adjust_lr_fn", "ns_dtype", "momentum_dtype", "ns_steps", "ns_coefficients",
     "ns_method", "ns_restarts", "eps", "batch_dims", "num_heads", "head_dim", "split_sizes",
-    "interleave", "ns_max_batch", "transposed",
+    "interleave", "ns_max_batch", "transposed", "foreach",
 )  # fmt: skip
 
 
@@ -109,6 +111,22 @@ def check_group(group: dict[str, Any]) -> None:
                 f"MuonClip: parameter {name}: expected a dense real floating-point tensor, got "
                 f"{param.dtype}, {param.layout}; convert it"
             )
+        if isinstance(param, UninitializedParameter):
+            raise ValueError(
+                f"MuonClip: parameter {name}: expected one with a shape, got a lazy one; call the "
+                "model once before its optimizer is made"
+            )
+        if any(
+            step == 0 < size - 1 for step, size in zip(param.stride(), param.shape, strict=True)
+        ):
+            raise ValueError(
+                f"MuonClip: parameter {name}: expected memory of its own for each element, got "
+                f"shape {tuple(param.shape)} with strides {param.stride()}; clone it"
+            )
+    if group["foreach"] not in (None, True, False):
+        raise TypeError(
+            f"MuonClip: foreach: expected True, False or None, got {group['foreach']!r}"
+        )
     if group["algorithm"] == "muon":
         _check_muon(group)
 
@@ -241,6 +259,15 @@ def _check_matrices(name: str, param: Tensor, group: dict[str, Any]) -> None:
             "2 for gate and up one by one"
         )
     sizes = group["split_sizes"]
+    if sizes is not None and not (
+        isinstance(sizes, Sequence)
+        and not isinstance(sizes, str)
+        and all(type(size) is int for size in sizes)
+    ):
+        raise TypeError(
+            f"MuonClip: split_sizes: expected a sequence of ints, got {sizes!r}; give the {side} "
+            "of each part"
+        )
     if sizes is not None and (min(sizes, default=0) < 1 or sum(sizes) != size):
         raise ValueError(
             f"MuonClip: split_sizes: {tuple(sizes)} must be positive and add up to the {size} "

@@ -262,6 +262,7 @@ class MuonClip(torch.optim.Optimizer):
         shards = self._shards
         checked = check_groups(self.param_groups, self._checked)
         grads = [_gradients(known) for known in checked]
+        clip = None if self.qk_clip is None else self.qk_clip.prepared()
         if checked == self._checked:
             shards.check_shapes()
         else:
@@ -284,8 +285,8 @@ class MuonClip(torch.optim.Optimizer):
             routed_update(work, squares)
         shards.publish(present)
         self._report(squares)
-        if self.qk_clip is not None:
-            self.qk_clip.step(shards.process_group)
+        if clip is not None:
+            clip(shards.process_group)
         return loss
 
     def _params(self) -> Iterator[Tensor]:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -98,7 +99,6 @@ class QKClip:
             )
         return self.__dict__
 
-    @torch.no_grad()
     def step(self, process_group: dist.ProcessGroup | None = None) -> None:
         """Clip every layer by the maxima since the last step, remember them, and reset the buffers.
 
@@ -107,7 +107,16 @@ class QKClip:
         is read on the host; on a GPU the number of launches does not grow with the layers, but for
         torch's own limits on lists.
         """
-        layers, parts = self._plan()
+        self.prepared()(process_group)
+
+    def prepared(self) -> Callable[[dist.ProcessGroup | None], None]:
+        """`step` in two: all that can be wrong is raised here, before weights move."""
+        return partial(self._clip, *self._plan())
+
+    @torch.no_grad()
+    def _clip(
+        self, layers: list[Layer], parts: list[Part], process_group: dist.ProcessGroup | None
+    ) -> None:
         buffers = self._buffers()
         # a MAX over ranks may drop NaN; +inf says the same and stays
         inf = float("inf")
