@@ -14,6 +14,7 @@ from kimi_ops import ExpertParallel, LocalWorld
 from kimi_ops.parallel import EPError, EPMisuse, connection, segment
 from kimi_ops.parallel.blocks import Blocks
 from kimi_ops.parallel.segment import Opened, Segment
+from tests.dist.test_again import *  # noqa: F403
 from tests.dist.test_expert_parallel import (  # noqa: F401
     test_a_capacity_that_grew_stays,
     test_a_gradient_is_the_other_operation,
