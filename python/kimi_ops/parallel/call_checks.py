@@ -68,6 +68,33 @@ def connection(group: Any, backend: str, timeout: float, device: torch.device | 
         raise ValueError(f"{_OP}: device: expected cpu for shm, got {device}; pass backend='auto'")
 
 
+def place(group: Any) -> tuple[int, int]:
+    """(rank, number of ranks)."""
+    if isinstance(group, LocalGroup):
+        return group.rank, group.size
+    group = group or dist.group.WORLD
+    return group.rank(), group.size()
+
+
+def maskable(rank: int, active: tuple[int, ...], backend: str, ranks: tuple[Any, ...]) -> None:
+    """Check what `mask_rank` is given."""
+    if not ranks:
+        raise ValueError("mask_rank: ranks: expected at least one, got none; name those to mask")
+    for each in ranks:
+        _check.integer("mask_rank", "ranks", each)
+        if each not in active or each == rank:
+            others = [other for other in active if other != rank]
+            raise ValueError(
+                f"mask_rank: ranks: expected some of {others}, got {each}; this is rank {rank}, "
+                f"and active are {list(active)}"
+            )
+    if backend == "cuda":
+        raise ValueError(
+            "mask_rank: backend: expected shm, gloo, nccl or reference, got cuda, whose memory is "
+            "that of all ranks; make a new process group without the lost ones"
+        )
+
+
 def fault_of(world: int, options: dict[str, Any]) -> Exception | None:
     """What is wrong with the options of an ExpertParallel over `world` ranks."""
     try:

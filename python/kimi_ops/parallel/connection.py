@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kimi_ops.parallel import messages
-from kimi_ops.parallel.errors import EPError, EPMisuse
+from kimi_ops.parallel.errors import EPError, EPMisuse, numbered
 from kimi_ops.parallel.liveness import Roll
 from kimi_ops.parallel.local import LocalGroup, LocalTransport
 from kimi_ops.parallel.peer_transport import PeerTransport, between_processes, in_one_process
@@ -35,13 +36,21 @@ class Connection:
         timeout: float,
         device: torch.device | None,
         buffers: int,
+        members: Sequence[int],
     ) -> None:
-        self.transport, self.reason = _connect(group, backend, timeout, device, buffers)
+        self.members = members
+        with self.numbered():
+            found = _connect(group, backend, timeout, device, buffers, members)
+        self.transport, self.reason = found
         self.rank, self.world = self.transport.rank, self.transport.world
         self.device = self.transport.device
         self._buffers, self._in_flight = buffers, 0
         self._broken: EPError | None = None
         _log.info("rank %d of %d: %s: %s", self.rank, self.world, self.transport.name, self.reason)
+
+    def numbered(self) -> AbstractContextManager[None]:
+        """Errors in the block call the ranks of the transport by the numbers of the members."""
+        return numbered(self.members)
 
     def ready(self, op: str) -> None:
         """Raise `EPMisuse` unless `op` may begin."""
@@ -95,15 +104,17 @@ class Connection:
         """Raise on every rank, unless all have the same options and nothing to find fault with."""
         self.raise_faults("ExpertParallel", fault)
         found = self._texts({name: str(value) for name, value in options.items()})
-        for name in options:
-            messages.agree("ExpertParallel", name, [each[name] for each in found])
+        with self.numbered():
+            for name in options:
+                messages.agree("ExpertParallel", name, [each[name] for each in found])
 
     def raise_faults(self, op: str, fault: Exception | None) -> None:
         """Raise what this rank has to find fault with, or what others have; all ranks call it."""
         faults = self._texts(messages.short(fault))
         if fault is not None:
             raise fault
-        messages.raise_faults(op, faults)
+        with self.numbered():
+            messages.raise_faults(op, faults)
 
     def _texts(self, value: Any) -> list[Any]:
         words = messages.text(value)
@@ -115,25 +126,27 @@ class Connection:
 
     def _guarded(self, call: Callable[[], Result]) -> Result:
         try:
-            return call()
+            with self.numbered():
+                return call()
         except EPError as error:
             self._broken = error
             raise
 
 
 def _connect(
-    group: Any, backend: str, timeout: float, device: torch.device | None, buffers: int
-) -> tuple[Transport | Segment | PeerTransport, str]:
+    group: Any, backend: str, timeout: float, device: torch.device | None, buffers: int,
+    members: Sequence[int],
+) -> tuple[Transport | Segment | PeerTransport, str]:  # fmt: skip
     """The connection of this rank, and why it is that."""
     if isinstance(group, LocalGroup):
         why = f"{group.size} ranks are threads of one process"
         if backend == "cuda":
             return in_one_process(group, timeout, device), why
-        return LocalTransport(group, timeout, device or torch.device("cpu")), why
+        return LocalTransport(group, timeout, device or torch.device("cpu"), members), why
     group = group or dist.group.WORLD
     name, place, why = choose(group, device, backend)
     wanted = "auto" if backend == "auto" and place.type == "cpu" else name
-    roll = Roll(group, timeout, {"backend": wanted})
+    roll = Roll(group, timeout, {"backend": wanted}, members)
     if wanted == "cuda":
         return between_processes(group, roll, timeout, place), why
     if wanted in ("auto", "shm"):

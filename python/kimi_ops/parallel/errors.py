@@ -1,7 +1,27 @@
 # SPDX-License-Identifier: MIT
 """What can go wrong between ranks, by type."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_members: ContextVar[Sequence[int] | None] = ContextVar("members", default=None)
+
+
+@contextmanager
+def numbered(members: Sequence[int] | None) -> Iterator[None]:
+    """In the block, rank n of a connection is called members[n]: some may have been masked."""
+    token = _members.set(members)
+    try:
+        yield
+    finally:
+        _members.reset(token)
+
+
+def number(rank: int) -> int:
+    """What the caller calls a rank of a connection."""
+    members = _members.get()
+    return rank if members is None else members[rank]
 
 
 class EPError(RuntimeError):
@@ -12,7 +32,7 @@ class EPError(RuntimeError):
 
     def __init__(self, text: str, ranks: Iterable[int] = ()) -> None:
         super().__init__(text)
-        self.ranks = tuple(ranks)
+        self.ranks = tuple(map(number, ranks))
 
 
 class EPMismatch(EPError, ValueError):
@@ -46,5 +66,5 @@ class EPRankLost(EPError, ConnectionError):
 
 def named(ranks: Iterable[int]) -> str:
     """ "rank 2" or "ranks 1, 3"."""
-    numbers = list(ranks)
+    numbers = [number(rank) for rank in ranks]
     return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))

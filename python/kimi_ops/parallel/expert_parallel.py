@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Experts spread over ranks: tokens go to the ranks of their experts, results come home."""
 
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,8 @@ class ExpertParallel:
     Attributes
     ----------
     rank, world : int
+    active_ranks : tuple of int
+        All, but those that `mask_rank` has left out.
     experts : range
         Those of this rank.
     capacity : int or None
@@ -120,11 +123,9 @@ class ExpertParallel:
     ) -> None:
         where = None if device is None else torch.device(device)
         call_checks.connection(group, backend, timeout, where)
-        self._connection = Connection(group, backend, timeout, where, num_buffers)
-        self.rank, self.world = self._connection.rank, self._connection.world
-        self.device, self.backend_reason = self._connection.device, self._connection.reason
-        self.backend = self._connection.transport.name
-        options = {
+        self.rank, self.world = call_checks.place(group)
+        self._arguments = group, backend, timeout, where, num_buffers
+        self._options: dict[str, Any] = {
             "num_experts": num_experts,
             "hidden": hidden,
             "max_tokens_per_rank": max_tokens_per_rank,
@@ -136,20 +137,54 @@ class ExpertParallel:
             "num_buffers": num_buffers,
             "timeout": timeout,
         }
-        try:
-            self._connection.agree(options, call_checks.fault_of(self.world, options))
-        except BaseException:
-            self.close()
-            raise
+        self._direct = layout == "expert_direct"
+        self._connect(range(self.world), capacity)
         self._limits = call_checks.Limits(
             num_experts, hidden, max_tokens_per_rank, wire_dtype, self.device
         )
-        self._direct = layout == "expert_direct"
-        placement = Placement(num_experts, self.world)
-        rules = Rules(placement, self._direct, expert_alignment, overflow)
-        self._router = Router(self._connection, rules, capacity)
-        self._motions = self._connection.motions
+
+    def _connect(self, members: Sequence[int], capacity: int | None) -> None:
+        """A connection of those ranks, which all call this."""
+        connection = Connection(*self._arguments, members)
+        options = self._options | {"capacity": capacity}
+        try:
+            connection.agree(options, call_checks.fault_of(self.world, options))
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self.active_ranks = connection, tuple(members)
+        self.device, self.backend_reason = connection.device, connection.reason
+        self.backend = connection.transport.name
+        placement = Placement(options["num_experts"], self.world, members)
+        rules = Rules(placement, self._direct, options["expert_alignment"], options["overflow"])
+        self._router, self._motions = Router(connection, rules, capacity), connection.motions
         self.experts = self._router.experts
+
+    def mask_rank(self, *ranks: int) -> None:
+        """Go on without ranks that are lost: after an `EPTimeout` or `EPRankLost`, or any time.
+
+        All ranks that are left call it, with the same ranks; then they have a connection of their
+        own, and this object works as before, with the same `rank`, `world` and `experts`. Pairs of
+        experts that a masked rank has are dropped, as ids -1 are: no row, weight gradient 0. What
+        was under way is lost, and handles of dispatches before are of no use.
+
+        Parameters
+        ----------
+        *ranks : int
+            Those to mask, of `active_ranks`; this rank is not among them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not ranks that can be masked. Nothing has changed.
+        EPTimeout
+            Ranks that are left did not come within `timeout`: mask them, too. With a process group
+            they meet at its store, which has to be there still.
+        """
+        call_checks.maskable(self.rank, self.active_ranks, self.backend, ranks)
+        capacity = self.capacity
+        self._connection.close()
+        self._connect([rank for rank in self.active_ranks if rank not in ranks], capacity)
 
     @property
     def capacity(self) -> int | None:

@@ -12,6 +12,7 @@ rank, source token, slot), whatever carried them. Combine walks the same way bac
 order in fp32, one rounding for the wire, a sum in the order of the plan at home.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,18 +25,25 @@ LAYOUTS = ("rank_dedup", "expert_direct")
 
 
 class Placement:
-    """Which experts a rank owns: E // P neighbours, and one more on the first E % P ranks."""
+    """Which experts a rank owns: E // P neighbours, and one more on the first E % P ranks.
 
-    def __init__(self, num_experts: int, world: int) -> None:
+    Of the P ranks only `members` are there, all by default; the experts of the others are nobody's.
+    """
+
+    def __init__(self, num_experts: int, world: int, members: Sequence[int] | None = None) -> None:
         small, more = divmod(num_experts, world)
         ends = [rank * small + min(rank, more) for rank in range(world + 1)]
-        self.ranges = [range(*pair) for pair in zip(ends, ends[1:], strict=False)]
+        members = range(world) if members is None else members
+        self.ranges = [range(ends[rank], ends[rank + 1]) for rank in members]
+        self._experts = num_experts
 
     def owners(self, device: torch.device) -> Tensor:
-        """[E + 1] int64, the rank of every expert; P for a dropped pair, which looks up E."""
-        sizes = torch.tensor([*map(len, self.ranges), 1], device=device)
-        numbers = torch.arange(sizes.numel(), device=device)
-        return numbers.repeat_interleave(sizes, output_size=self.ranges[-1].stop + 1)
+        """[E + 1] int64, which member owns an expert; as many as there are for nobody's and for a
+        dropped pair, which looks up E."""
+        owners = torch.full((self._experts + 1,), len(self.ranges), dtype=torch.int64)
+        for member, experts in enumerate(self.ranges):
+            owners[experts.start : experts.stop] = member
+        return owners.to(device)
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,9 @@ def depart(rules: Rules, indices: Tensor, owners: Tensor) -> Departure:
     experts, world = owners.numel() - 1, len(rules.placement.ranges)
     known = indices.long().remainder(experts + 1)  # -1 is E
     owner = owners[known]  # [T, K], P where dropped
+    known = known.masked_fill(owner == world, experts)
     if rules.direct:
-        there = permute_plan(indices, experts)
+        there = permute_plan(known.int(), experts)
         records = _count(owner, world)
         return Departure(there, there.tokens_per_expert, records)
     ranks = torch.arange(world, dtype=torch.int32, device=indices.device)

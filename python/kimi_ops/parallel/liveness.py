@@ -6,13 +6,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
-from kimi_ops.parallel.errors import EPError, EPMismatch, EPRankLost, EPTimeout, named
+from kimi_ops.parallel.errors import EPError, EPMismatch, EPRankLost, EPTimeout, named, number
 from kimi_ops.parallel.messages import agree
 
 _ENDED = "ZXx"  # states of a process in /proc that runs no more: zombie, dead
@@ -20,19 +20,27 @@ _NOTICE = 1.0  # seconds until the end of a process whose connection broke shows
 
 
 class Roll:
-    """The ranks of a group, each with its process.
+    """The members of a group, by default all ranks, each with its process.
 
     All ranks are asked to come when it is made: `EPTimeout` names those that do not, `EPMismatch`
     says that their `facts` differ.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float, facts: dict[str, Any]) -> None:
-        self.rank, self.world = group.rank(), group.size()
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout: float,
+        facts: dict[str, Any],
+        members: Sequence[int] | None = None,
+    ) -> None:
+        members = range(group.size()) if members is None else members
+        self.rank, self.world = members.index(group.rank()), len(members)
         self._timeout = timeout
         # a connection of its own: a store that hangs must not take the group's with it
         store = group.get_group_store().clone()  # type: ignore[attr-defined]
-        number = store.add(f"kimi_ops/{self.rank}", 1)
-        self.store = dist.PrefixStore(f"kimi_ops/{number}", store)
+        whose = "kimi_ops/" + "-".join(map(str, members))
+        count = store.add(f"{whose}/{self.rank}", 1)
+        self.store = dist.PrefixStore(f"{whose}/{count}", store)
         mine = {"process": [*_host(), os.getpid(), _start_of(os.getpid())], "facts": facts}
         found = [json.loads(answer) for answer in self.exchange("here", json.dumps(mine))]
         for name in facts:
@@ -62,7 +70,7 @@ class Roll:
             for rank, (*_, pid, start) in enumerate(self._processes):
                 found.append(-1 if rank == self.rank else os.pidfd_open(pid))
                 if _start_of(pid) != start:
-                    raise ProcessLookupError(f"the process of rank {rank} has ended")
+                    raise ProcessLookupError(f"the process of {named([rank])} has ended")
         except OSError:
             for descriptor in found:
                 if descriptor >= 0:
@@ -89,7 +97,9 @@ class Roll:
         whom = named(silent) if silent else "no rank is silent; the exchange"
         came = {rank: answer.partition(" ")[2] for rank, answer in answers.items()}
         if not silent and len(set(came.values())) > 1:
-            calls = ", ".join(f"rank {rank} at {what}" for rank, what in sorted(came.items()))
+            calls = ", ".join(
+                f"rank {number(rank)} at {what}" for rank, what in sorted(came.items())
+            )
             return EPMismatch(f"{op}: the ranks made different calls: {calls} ({text})", came)
         if any(answer.startswith("late") for answer in answers.values()):
             told = f"{op}: {whom} did not come within {self._timeout:g} s ({text})"

@@ -102,12 +102,14 @@ class LocalWorld:
             self._mail[key] = message
             self._changed.notify_all()
 
-    def _take(self, keys: dict[int, tuple[Any, ...]], timeout: float) -> list[Any]:
-        """The messages of ranks, by the ranks' keys."""
+    def _take(
+        self, keys: dict[int, tuple[Any, ...]], timeout: float, members: Sequence[int]
+    ) -> list[Any]:
+        """The messages of members, by their keys."""
         deadline = time.monotonic() + timeout
         with self._changed:
             while missing := [rank for rank, key in keys.items() if key not in self._mail]:
-                if lost := sorted(self._gone.intersection(missing)):
+                if lost := [rank for rank in missing if members[rank] in self._gone]:
                     raise EPRankLost(f"{named(lost)} ended before its part of the exchange", lost)
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -132,11 +134,18 @@ class LocalGroup:
 class LocalTransport:
     name = "reference"
 
-    def __init__(self, group: LocalGroup, timeout: float, device: torch.device) -> None:
-        self.rank, self.world, self.device = group.rank, group.size, device
-        self._mailbox, self._timeout = group.world, timeout
+    def __init__(
+        self,
+        group: LocalGroup,
+        timeout: float,
+        device: torch.device,
+        members: Sequence[int] | None = None,
+    ) -> None:
+        members = range(group.size) if members is None else members
+        self.rank, self.world, self.device = members.index(group.rank), len(members), device
+        self._mailbox, self._timeout, self._members = group.world, timeout, members
         # each rank makes its transports, and a transport its exchanges, in the same order
-        self._connection = next(group._numbers)
+        self._connection = (*members, next(group._numbers))
         self._calls = itertools.count()
 
     def gather(self, message: Tensor) -> Tensor:
@@ -157,7 +166,9 @@ class LocalTransport:
         for rank in range(self.world):
             self._mailbox._post((*call, self.rank, rank), value)
         return self._mailbox._take(
-            {rank: (*call, rank, self.rank) for rank in range(self.world)}, self._timeout
+            {rank: (*call, rank, self.rank) for rank in range(self.world)},
+            self._timeout,
+            self._members,
         )
 
     def close(self) -> None:
@@ -172,10 +183,12 @@ class LocalTransport:
         keys = {rank: (*call, rank, self.rank) for rank in range(self.world)}
 
         def arrived() -> list[Tensor]:
-            parts = self._mailbox._take(keys, self._timeout)
+            parts = self._mailbox._take(keys, self._timeout, self._members)
             found = [part.numel() if part.dtype == buffer.dtype else -1 for part in parts]
             if others := [r for r, n in enumerate(found) if n != received[r]]:
-                raise EPMismatch(f"{named(others)} made another call than rank {self.rank}", others)
+                raise EPMismatch(
+                    f"{named(others)} made another call than {named([self.rank])}", others
+                )
             return parts
 
         return arrived

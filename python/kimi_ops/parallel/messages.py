@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_ops.parallel.errors import EPMismatch, EPPeerError, named
+from kimi_ops.parallel.errors import EPMismatch, EPPeerError, named, number
 
 _TEXT = 256  # words of a text: 2048 bytes
 
@@ -35,14 +35,14 @@ def texts(words: Tensor) -> list[Any]:
 def raise_faults(op: str, faults: Sequence[str | None]) -> None:
     """Raise what other ranks have refused; `faults` has a text or None for each rank."""
     if bad := [rank for rank, fault in enumerate(faults) if fault is not None]:
-        told = "; ".join(f"rank {rank}: {faults[rank]}" for rank in bad)
+        told = "; ".join(f"rank {number(rank)}: {faults[rank]}" for rank in bad)
         raise EPPeerError(f"{op}: {named(bad)} refused the arguments: {told}", bad)
 
 
 def agree(op: str, name: str, values: Sequence[Any]) -> None:
     """Raise `EPMismatch`, with the same text on every rank, unless all ranks have one value."""
     if any(value != values[0] for value in values):
-        told = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+        told = ", ".join(f"rank {number(rank)} has {value}" for rank, value in enumerate(values))
         raise EPMismatch(
             f"{op}: {name}: expected the same on every rank; {told}", range(len(values))
         )

@@ -29,6 +29,10 @@ class Router:
 
     def meet(self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any) -> Route:
         """Check the arguments, plan what leaves, tell everybody, and hear what will arrive."""
+        with self.connection.numbered():
+            return self._meet(limits, x, indices, weights)
+
+    def _meet(self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any) -> Route:
         fixed = self.capacity is not None and self.rules.overflow == "drop"
         if fixed and self.connection.lays_rows_out:
             return self._unasked(limits, x, indices, weights)

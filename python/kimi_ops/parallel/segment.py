@@ -71,7 +71,7 @@ def share(roll: Roll, under_way: int, timeout: float) -> tuple["Segment | None",
             found.processes = roll.open_processes()
             segment = Segment(found, roll.rank, roll.world, under_way, timeout)
     except OSError as error:
-        fault = f"rank {roll.rank}: {error}"
+        fault = f"{named([roll.rank])}: {error}"
     faults = [text for text in roll.exchange("opened", fault) if text]
     if segment is None or faults:
         found.close()
@@ -335,7 +335,9 @@ class Message:
             ranks, why = list(range(len(told))), "the ranks made different calls"
             if failed := [rank for rank in ranks if told[rank].startswith(_FAULT)]:
                 kind, ranks, why = EPError, failed, "no rank can go on"
-            texts = "; ".join(f"rank {rank}: {told[rank].removeprefix(_FAULT)}" for rank in ranks)
+            texts = "; ".join(
+                f"{named([rank])}: {told[rank].removeprefix(_FAULT)}" for rank in ranks
+            )
             raise kind(f"{self.op}: {why}: {texts}", ranks)
         self._here = True
 
