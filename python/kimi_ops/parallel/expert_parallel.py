@@ -2,7 +2,6 @@
 """Experts spread over ranks: tokens go to the ranks of their experts, results come home."""
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -198,12 +197,7 @@ class ExpertParallel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @overload

@@ -7,7 +7,6 @@ backward and a save are calls of all ranks of the group, in the same order.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -135,10 +134,5 @@ class ExpertRanks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
