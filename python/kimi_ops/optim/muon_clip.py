@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -285,7 +286,7 @@ class MuonClip(torch.optim.Optimizer):
             routed_update(work, shards.copies(present), squares)
         self._report(squares)
         if clip is not None:
-            clip(shards.process_group)
+            clip(shards.process_group, partial(shards.told, what="the largest logits"))
         return loss
 
     def _params(self) -> Iterator[Tensor]:
@@ -414,7 +415,8 @@ class MuonClip(torch.optim.Optimizer):
             return whole_state(own, dst)
         parts: list[Any] | None = [None] * shards.world if shards.rank == dst else None
         root = dist.get_global_rank(shards.process_group, dst)
-        dist.gather_object(own["state"], parts, root, group=shards.process_group)
+        with shards.told(shards.process_group, "the state"):
+            dist.gather_object(own["state"], parts, root, group=shards.process_group)
         if parts is None:
             return None
         shards.update(self.param_groups)

@@ -19,6 +19,7 @@ rows lie on several ranks travel, and the squared norms. How either travels: muo
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +146,10 @@ class Shards:
             self.circles[group] = Circle(group)
         return self.circles[group]
 
+    def told(self, group: dist.ProcessGroup, what: str) -> AbstractContextManager[None]:
+        """An exchange of a group; its failure names ranks where they share parameters."""
+        return self.circles[group].told(what) if group in self.circles else nullcontext()
+
     def check_shapes(self) -> None:
         """Raise for a parameter whose shape is not what it was."""
         for param, shape in self.shapes.items():
@@ -226,16 +231,15 @@ class Shards:
         for circle, numbers in self.members.items():
             every = len(numbers) == len(squares)
             mine = squares if every else squares[self._places[circle]]
-            parts = mine.new_empty(circle.world * len(numbers))
+            parts = mine.new_empty(circle.world, len(numbers))
             # added up here, in one order: replicas of a circle must not differ by a bit. Zeros of
             # ranks that do not own a piece change nothing, and NaN stays.
             with circle.told("squared norms"):
-                dist.all_gather_into_tensor(parts, mine, group=circle.group)
-            total = parts.view(circle.world, -1).sum(0)
+                dist.all_gather(list(parts.unbind(0)), mine, group=circle.group)
             if every:
-                squares = total
+                squares = parts.sum(0)
             else:
-                squares[self._places[circle]] = total
+                squares[self._places[circle]] = parts.sum(0)
         return squares
 
     def _gradient(self, i: int) -> Tensor:

@@ -98,7 +98,9 @@ class Roll:
         grace = min(2.0, max(1.0, 0.1 * self._timeout))
         calling = self._call("failed", f"{seen} {op}")  # at once: the others wait for it
         if lost := self._ended(_NOTICE if seen == "broken" else 0.0):
-            calling(0.0)
+            # of several the others have perhaps learnt of the first one's end, told so and gone
+            answers = calling(0.5 if len(lost) > 1 else 0.0)
+            lost = [rank for rank in lost if rank not in answers] or lost
             return EPRankLost(f"{op}: the process of {named(lost)} has ended ({text})", lost)
         answers = calling(grace)
         silent = self._missing(answers)
