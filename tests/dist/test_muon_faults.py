@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """MuonClip over ranks of which one has other groups, stands still or is gone: an error on all the
-others, within the time of their group, and no hang. Over a process group and on DTensors."""
+others that names it, within the time of their group, and no hang. Over a process group and on
+DTensors."""
 
 import os
+import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,9 +22,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from kimi_ops import MuonClip
 from kimi_ops.optim.muon_mesh import local
+from kimi_ops.parallel import EPError, EPRankLost, EPTimeout
 from tests.dist.world import launch
 
-PROCESSES = 3
 WAYS = ("group", "mesh")
 SECONDS = 5  # of the groups that meet a fault
 
@@ -40,49 +42,95 @@ def build(way: str, group: dist.ProcessGroup, count: int = 4, **keys) -> MuonCli
     return MuonClip(params, **keys)
 
 
-def refuse(ways: Iterable[MuonClip]) -> None:
-    began = time.monotonic()
-    for optimizer in ways:
-        with pytest.raises(RuntimeError):
+def refuse(
+    ways: dict[str, MuonClip], expected: type[EPError], details: dict[str, str]
+) -> None:
+    """Every step raises in time and names rank 1; both at once, for each waits for its group."""
+
+    def step(optimizer: MuonClip) -> EPError:
+        with pytest.raises(EPError) as caught:
             optimizer.step()
-    assert time.monotonic() - began < 30
+        return caught.value
+
+    began = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        errors = list(pool.map(step, ways.values()))
+    assert time.monotonic() - began < 6 * SECONDS
+    for way, error in zip(ways, errors, strict=True):
+        assert type(error) is expected and error.ranks == (1,), repr(error)
+        assert re.search(rf"^MuonClip: step [02]: .*rank 1 .*\({details[way]}: ", str(error)), error
 
 
-def stop(folder: str) -> None:
-    """Stand still, to wake when the two others have been told, or in a minute if they are not."""
-    wait = f"for i in $(seq 300); do [ -e {folder}/0 -a -e {folder}/2 ] && break; sleep 0.2; done"
+def stop(folder: str, others: int) -> None:
+    """Stand still, to wake when all others have been told, or in a minute if they are not."""
+    told = f"[ $(ls {folder} | grep -c told) = {others} ]"
+    wait = f"for i in $(seq 300); do {told} && break; sleep 0.2; done"
     subprocess.Popen(["sh", "-c", f"{wait}; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def worker(rank: int, folder: str, fault: str) -> None:
-    # Made once: of equal meshes torch may take the one that it has seen before, and its groups.
-    groups = {way: dist.new_group(timeout=timedelta(seconds=SECONDS)) for way in WAYS}
+def differ(rank: int, groups: dict[str, dist.ProcessGroup]) -> None:
     for way, group in groups.items():
         for count, decay, expected in (
             (2, 0.1 * (rank == 1), "other ones from parameter 0 of 2 on"),
-            (1 + (rank == 2), 0.0, "from 1 to 2 parameters"),
+            (1 + (rank == 1), 0.0, "from 1 to 2 parameters"),
         ):
             optimizer = build(way, group, count, weight_decay=decay)
             with pytest.raises(ValueError, match=expected):
                 optimizer.step()
             for param in optimizer.param_groups[0]["params"]:
                 assert (local(param) == 1).all()
-    optimizers = [build(way, group) for way, group in groups.items()]
-    for optimizer in optimizers:
-        optimizer.step()
-    dist.barrier()
-    if rank == 1 and fault == "gone":
-        os._exit(0)
-    if rank == 1:
-        stop(folder)
-    refuse(optimizers)  # the one that stood still wakes to an error, too
-    Path(folder, str(rank)).touch()
+
+
+def worker(rank: int, folder: str, fault: str, place: str) -> None:
+    # Made once: of equal meshes torch may take the one that it has seen before, and its groups.
+    groups = {way: dist.new_group(timeout=timedelta(seconds=SECONDS)) for way in WAYS}
+    world = dist.get_world_size()
+    optimizers = {way: build(way, group) for way, group in groups.items()}
+    if place != "first":
+        differ(rank, groups)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        dist.barrier()
+
+    def fail(*_: object, **__: object) -> None:
+        if fault == "gone":
+            os._exit(0)
+        stop(folder, world - 1)
+
+    if rank == 1 and place == "within":
+        dist.all_gather = fail  # type: ignore[assignment]
+    elif rank == 1:
+        fail()
+    if rank == 1:  # the one that stood still wakes to an error, too
+        for optimizer in optimizers.values():
+            with pytest.raises(EPError):
+                optimizer.step()
+    else:
+        first = "processes" if place == "first" else "the presence of gradients"
+        details = dict.fromkeys(WAYS, first)
+        if place == "within":  # of the first step
+            details["group"] = "squared norms"
+        refuse(optimizers, EPRankLost if fault == "gone" else EPTimeout, details)
+    Path(folder, f"told {rank}").touch()
     os._exit(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "told"), [("gone", "02"), ("still", "012")])
-def test_a_rank_that_fails_is_an_error_on_all_others(fault: str, told: str, tmp_path: Path):
-    launch(partial(worker, fault=fault), tmp_path, PROCESSES)
-    assert sorted(path.name for path in tmp_path.glob("?")) == list(told)
+@pytest.mark.parametrize(
+    ("processes", "place", "fault"),
+    [
+        (2, "within", "gone"),
+        (2, "within", "still"),
+        (4, "first", "gone"),
+        (4, "before", "gone"),
+        (4, "before", "still"),
+        (4, "within", "gone"),  # of which the last rank learns after its time
+    ],
+)
+def test_a_rank_that_fails_is_named_by_all_others(
+    processes: int, place: str, fault: str, tmp_path: Path
+):
+    launch(partial(worker, fault=fault, place=place), tmp_path, processes)
+    told = sorted(int(path.name.split()[1]) for path in tmp_path.glob("told *"))
+    assert told == [rank for rank in range(processes) if rank != 1 or fault == "still"]

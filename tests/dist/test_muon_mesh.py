@@ -32,7 +32,7 @@ from torch.distributed.tensor import (
 )
 
 from kimi_ops import MuonClip, muon_param_groups
-from kimi_ops.optim import muon_routes
+from kimi_ops.optim import muon_exchange, muon_routes
 from kimi_ops.optim.muon_mesh import circle_of, edges_of
 from tests.dist.world import launch
 
@@ -231,7 +231,7 @@ def test_a_bucket_is_under_way_while_the_one_before_is_worked():
             yield
         done.append(f"apply {number}")
 
-    muon_routes.overlapped(trip(number) for number in range(3))
+    muon_exchange.overlapped(trip(number) for number in range(3))
     assert done == [
         *("there 0", "there 1", "back 0", "there 2", "back 1"),
         *("apply 0", "back 2", "apply 1", "apply 2"),

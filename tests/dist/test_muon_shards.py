@@ -13,6 +13,7 @@ from torch import nn
 
 from kimi_ops import MuonClip, QKClip
 from kimi_ops.optim.muon_blocks import cost
+from kimi_ops.optim.muon_routes import Owners
 from kimi_ops.optim.muon_shards import Shards
 from tests.dist.world import launch
 
@@ -195,7 +196,6 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(tmp_path: Path):
 def test_work_is_shared_by_its_cost():
     params, optimizer, _ = build(None)
     shards = Shards(None, True)
-    shards.world, shards.loads = 4, [0] * 4  # only the assignment is asked
     shards.update(optimizer.param_groups)
     costs = [
         cost(shards.pieces[i].shape, group)
@@ -203,18 +203,23 @@ def test_work_is_shared_by_its_cost():
         for param in group["params"]
         for i in shards.numbers[param]
     ]
-    assert sum(shards.loads) == sum(costs)
-    assert max(shards.loads) - min(shards.loads) <= max(costs)
+    owners = Owners(4)
+    given = owners.give(costs)
+    loads = [sum(c for c, (o, _) in zip(costs, given, strict=True) if o == r) for r in range(4)]
+    assert loads == owners.loads and sum(loads) == sum(costs)
+    assert max(loads) - min(loads) <= max(costs)
+    for rank in range(4):  # the most expensive in the first turn
+        mine = sorted((turn, -c) for c, (o, turn) in zip(costs, given, strict=True) if o == rank)
+        assert [turn for turn, _ in mine] == list(range(len(mine)))
+        assert [c for _, c in mine] == sorted(c for _, c in mine)
+    lightest = loads.index(min(loads))  # what comes later, too, goes on from there
+    assert owners.give([1]) == [(lightest, [owner for owner, _ in given].count(lightest))]
     covered = {name: torch.zeros(param.shape) for name, param in params.items()}
     for piece in shards.pieces:
         name = next(n for n, p in params.items() if p is piece.param)
         piece.of(covered[name]).add_(1)
     assert all((count == 1).all() for count in covered.values())
     assert len(shards.numbers[params["stack"]]) == 8 and len(shards.numbers[params["wide"]]) == 1
-    before = list(shards.owners)
-    optimizer.add_param_group({"params": [("new", nn.Parameter(torch.ones(4, 4)))]})
-    shards.update(optimizer.param_groups)
-    assert shards.owners[: len(before)] == before and len(shards.owners) == len(before) + 1
 
 
 def test_a_parameter_of_another_shape_is_refused():

@@ -31,8 +31,9 @@ kimi_ops.models.kimi_k2 kimi_ops.models
 kimi_ops
 kimi_ops.info
 kimi_ops.gpu
+kimi_ops.optim
 kimi_ops.parallel
-kimi_ops.moe kimi_ops.optim
+kimi_ops.moe
 kimi_ops.operators
 kimi_ops.reference
 kimi_ops._native kimi_ops.formats kimi_ops.routing

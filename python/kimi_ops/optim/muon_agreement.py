@@ -9,31 +9,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from kimi_ops.optim.muon_blocks import names
-from kimi_ops.optim.muon_mesh import meeting_place
+from kimi_ops.optim.muon_circle import Circle
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
-def agree(groups: Sequence[dist.ProcessGroup], param_groups: list[dict[str, Any]]) -> None:
-    """Raise on every rank of `groups`, the dimensions of a mesh, unless all ranks have the same
+def agree(circles: Sequence[Circle], param_groups: list[dict[str, Any]]) -> None:
+    """Raise on every rank of `circles`, the dimensions of a mesh, unless all ranks have the same
     parameters in the same groups with the same options."""
     lines = [line for group in param_groups for line in _lines(group)]
-    device = next((p.device for group in param_groups for p in group["params"]), None)
-    if not groups or device is None:
+    if not circles or not lines:
         return
-    place = meeting_place(groups[0], device)
-    ends = _ends([_digest("\n".join(lines)), len(lines)], groups, place)
+    ends = _ends([_digest("\n".join(lines)), len(lines)], circles)
     if ends[0][0] == ends[0][1]:
         return
     fewest, most = ends[1]
     if fewest != most:
         found = f"from {fewest} to {most} parameters"
     else:
-        apart = _ends([_digest(line) for line in lines], groups, place)
+        apart = _ends([_digest(line) for line in lines], circles)
         number = next(i for i, (low, high) in enumerate(apart) if low != high)
         found = f"other ones from parameter {number} of {most} on, which here is {lines[number]}"
     raise ValueError(
@@ -63,11 +59,9 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
-def _ends(
-    numbers: list[int], groups: Sequence[dist.ProcessGroup], place: torch.device
-) -> list[tuple[int, int]]:
+def _ends(numbers: list[int], circles: Sequence[Circle]) -> list[tuple[int, int]]:
     """The smallest and the largest of each number over all ranks."""
-    ends: Tensor = torch.tensor([[-n, n] for n in numbers], dtype=torch.int64, device=place)
-    for group in groups:
-        dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
-    return [(-low, high) for low, high in ends.tolist()]
+    highest = torch.tensor([[-n, n] for n in numbers], dtype=torch.int64, device="cpu").flatten()
+    for circle in circles:
+        highest = circle.each(highest, "the comparison of parameters").amax(0)
+    return [(-low, high) for low, high in highest.view(-1, 2).tolist()]

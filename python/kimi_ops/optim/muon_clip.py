@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -268,7 +269,7 @@ class MuonClip(torch.optim.Optimizer):
         else:
             shards.update(self.param_groups)
             self._checked = checked
-        alone = not shards.circles
+        alone = not shards.members
         present = [] if alone else shards.present()
         gradients = {} if alone else shards.gradients(present)
         work = [
@@ -282,11 +283,10 @@ class MuonClip(torch.optim.Optimizer):
             else:
                 adamw_update(items, group, squares, self._clip_factor(group, squares), alone)
         if shards.routes:
-            routed_update(work, squares)
-        shards.publish(present)
+            routed_update(work, shards.copies(present), squares)
         self._report(squares)
         if clip is not None:
-            clip(shards.process_group)
+            clip(shards.process_group, partial(shards.told, what="the largest logits"))
         return loss
 
     def _params(self) -> Iterator[Tensor]:
@@ -312,7 +312,7 @@ class MuonClip(torch.optim.Optimizer):
                 here = gradients.get(pieces.start) if grad is None else local(grad)
                 if here is not None:
                     state = {k: local(v) for k, v in self._state_of(param, group).items()}
-                    route, heads = shards.routes.get(param), shards.heads.get(param)
+                    route, heads = shards.routes.get(pieces.start), shards.heads.get(param)
                     yield Work(local(param), here, state, pieces, route, heads)
                 continue
             numbers = [i for i in shards.mine(param) if i in gradients]
@@ -325,7 +325,7 @@ class MuonClip(torch.optim.Optimizer):
                 if "step" in state:  # the first piece counts for all
                     mine["step"] = state["step"].clone() if offset else state["step"]
                 offset = rows.stop
-                yield Work(piece.of(param), gradients[i], mine, pieces)
+                yield Work(piece.of(param), gradients[i], mine, pieces, shards.routes[i])
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of the rows that this rank owns, made where it is absent."""
@@ -415,7 +415,8 @@ class MuonClip(torch.optim.Optimizer):
             return whole_state(own, dst)
         parts: list[Any] | None = [None] * shards.world if shards.rank == dst else None
         root = dist.get_global_rank(shards.process_group, dst)
-        dist.gather_object(own["state"], parts, root, group=shards.process_group)
+        with shards.told(shards.process_group, "the state"):
+            dist.gather_object(own["state"], parts, root, group=shards.process_group)
         if parts is None:
             return None
         shards.update(self.param_groups)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -178,9 +177,3 @@ def _shape(mesh: Any) -> dict[str, int] | tuple[int, ...]:
     shape = tuple(mesh.shape)
     dims = mesh.mesh_dim_names
     return dict(zip(dims, shape, strict=True)) if dims else shape
-
-
-def meeting_place(group: dist.ProcessGroup, device: torch.device) -> torch.device:
-    """Where numbers that the host reads travel: its own memory if the group reaches it."""
-    host = torch.device("cpu")
-    return host if host in group._device_types else device

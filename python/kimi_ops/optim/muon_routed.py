@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""The updates of matrices whose rows lie on several ranks: bucket by bucket there and back."""
+"""The updates of what travels between ranks, bucket by bucket: to its owner, there, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kimi_ops.optim.muon_routes import Exchange, buckets, overlapped
+from kimi_ops.optim.muon_exchange import Copies, Rows, overlapped
+from kimi_ops.optim.muon_routes import Route, buckets
 from kimi_ops.optim.muon_update import (
     Work,
     apply,
     batches,
     matrices_of,
     momenta,
+    muon_update,
     orthogonal,
     parts_of,
 )
@@ -23,32 +26,56 @@ from kimi_ops.optim.muon_update import (
 _Item = tuple[Work, dict[str, Any]]
 
 
-def routed_update(work: list[tuple[list[Work], dict[str, Any]]], squares: Tensor) -> None:
-    """As `muon_update` for what has a route, of all groups together."""
-    routed = [(item, group) for items, group in work for item in items if item.route is not None]
-    routes = [item.route for item, _ in routed if item.route is not None]
+def routed_update(
+    work: list[tuple[list[Work], dict[str, Any]]],
+    copies: Sequence[tuple[Route, Tensor]],
+    squares: Tensor,
+) -> None:
+    """As `muon_update` for what has a route, of all groups together. `copies` are all that every
+    rank holds and that moves, also what others own and what has moved already: they are the same on
+    all ranks afterwards."""
+    routed = {
+        item.route: (item, group)
+        for items, group in work
+        for item in items
+        if item.route is not None and group["algorithm"] == "muon"
+    }
+    rows = [route for route in routed if not route.is_copy]
     keys = []
-    for item, _ in routed:
+    for item, _ in map(routed.__getitem__, rows):
         double = item.state["momentum_buffer"].dtype == torch.float64
         keys.append((item.param.device, double))  # of the updates, whatever the momentum's dtype
-    overlapped(_trip([routed[i] for i in bucket], squares) for bucket in buckets(routes, keys))
+    routes = [route for route, _ in copies]
+    overlapped(
+        chain(
+            (
+                _rows_trip([rows[i] for i in bucket], routed, squares, n)
+                for n, bucket in enumerate(buckets(rows, keys))
+            ),
+            (
+                _copies_trip([copies[i] for i in bucket], routed, squares, n)
+                for n, bucket in enumerate(
+                    buckets(routes, [(rows.dtype, rows.device) for _, rows in copies])
+                )
+            ),
+        )
+    )
 
 
-def _trip(work: list[_Item], squares: Tensor) -> Iterator[None]:
-    """One bucket; pauses while its messages fly."""
-    routes = [item.route for item, _ in work if item.route is not None]
-    order = sorted(range(len(work)), key=lambda i: routes[i].owner)
-    work, routes = [work[i] for i in order], [routes[i] for i in order]
-    exchange = Exchange(routes)
+def _rows_trip(
+    routes: list[Route], routed: dict[Route, _Item], squares: Tensor, number: int
+) -> Iterator[None]:
+    """One bucket of which every rank moves its rows; pauses while messages fly."""
+    work = [routed[route] for route in routes]
+    exchange = Rows(routes, f"updates, bucket {number}")
     updates: dict[int, Tensor] = {}
     for group, members in _by_group(group for _, group in work):
         done = momenta([work[i][0] for i in members], group, squares)
         updates |= dict(zip(members, done, strict=True))
-    exchange.there([updates.pop(i) for i in range(len(work))])
+    exchange.there(updates.pop(i) for i in range(len(work)))
     yield
     wholes = exchange.wholes()
-    mine = [group for item, group in work if item.route and item.route.owner == exchange.rank]
-    for group, members in _by_group(mine):
+    for group, members in _by_group(routed[route][1] for route in exchange.owned):
         for batch in batches([wholes[i] for i in members], group):
             found = [wholes[members[i]] for i in batch]
             cut = [x for whole in found for x in matrices_of(whole, group)]
@@ -56,7 +83,7 @@ def _trip(work: list[_Item], squares: Tensor) -> Iterator[None]:
                 x.copy_(image)
     exchange.back(wholes)
     yield
-    rows = list(exchange.rows())
+    rows = exchange.rows()
     for group, members in _by_group(group for _, group in work):
         items = [work[i][0] for i in members]
         images = [
@@ -66,6 +93,21 @@ def _trip(work: list[_Item], squares: Tensor) -> Iterator[None]:
             for matrix in matrices
         ]
         apply(items, images, group, squares)
+
+
+def _copies_trip(
+    copies: list[tuple[Route, Tensor]], routed: dict[Route, _Item], squares: Tensor, number: int
+) -> Iterator[None]:
+    """One bucket of which the owners move all; pauses while messages fly."""
+    exchange = Copies([route for route, _ in copies], f"parameters, bucket {number}")
+    work = [routed[route] for route in exchange.owned if route in routed]
+    for group, members in _by_group(group for _, group in work):
+        muon_update([work[i][0] for i in members], group, squares)
+    exchange.back(copy for _, copy in copies)
+    yield
+    for (route, copy), came in zip(copies, exchange.rows(), strict=True):
+        if route.owner != exchange.circle.rank:
+            copy.copy_(came.view(copy.shape))
 
 
 def _by_group(groups: Iterable[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], list[int]]]:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Who updates what: the pieces of the parameters, their owners, and what travels between ranks.
+"""Who updates what: the pieces of the parameters, their owners, and the norms that all ranks know.
 
 ZeRO-1 over whole matrices. Every rank holds all parameters; a piece (a parameter, or some of the
 leading matrices of a stack) has one owner, which alone keeps its state. A step is
 
+    presence       a byte for each piece, on the host
     gradients      reduced to the owners                   as many bytes as a reduce-scatter
-    squared norms  one all-reduce, a number for each piece
+    squared norms  one all-gather, a number for each piece
     update         Newton-Schulz of whole matrices on the owner, nothing is computed twice
     parameters     broadcast by the owners                 as many bytes as an all-gather
 
@@ -13,12 +14,12 @@ Pieces do not depend on the number of ranks, so neither do the bits.
 
 DTensor parameters come without a process group: their meshes say which ranks share them. Such a
 parameter is one piece, this rank's rows, with a state placed like it; only matrices of Muon whose
-rows lie on several ranks travel (muon_routes.py), and the squared norms.
+rows lie on several ranks travel, and the squared norms. How either travels: muon_exchange.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,12 @@ from torch import Tensor
 from kimi_ops.optim import engine
 from kimi_ops.optim.muon_agreement import agree
 from kimi_ops.optim.muon_blocks import cost
-from kimi_ops.optim.muon_mesh import circle_of, local, meeting_place, meshes_of, placed, sharded
-from kimi_ops.optim.muon_routes import Route, route_of, travels, whole_heads
+from kimi_ops.optim.muon_circle import Circle
+from kimi_ops.optim.muon_exchange import averages
+from kimi_ops.optim.muon_mesh import circle_of, local, meshes_of, placed, sharded
+from kimi_ops.optim.muon_routes import Owners, Route, row_route, travels, whole_heads
 
 _CUTS = 8  # pieces of a parameter whose leading rows are independent
-_BUCKET = 1 << 25  # elements that travel at once
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,14 @@ class Shards:
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.world = 1 if process_group is None else dist.get_world_size(process_group)
         self.pieces: list[Piece] = []
-        self.owners: list[int] = []
-        self.loads = [0] * self.world
         self.numbers: dict[Tensor, range] = {}  # the pieces of each parameter
         self.shapes: dict[Tensor, torch.Size] = {}
-        self.routes: dict[Tensor, Route] = {}
+        self.routes: dict[int, Route] = {}  # of the pieces that travel
         self.heads: dict[Tensor, int] = {}  # on this rank, where shards end between heads
-        self.journeys: dict[dist.ProcessGroup, list[int]] = {}  # the loads of such ranks
-        self.circles: dict[dist.ProcessGroup, list[int]] = {}  # the pieces that ranks share
+        self.circles: dict[dist.ProcessGroup, Circle] = {}
+        self.members: dict[Circle, list[int]] = {}  # the pieces that its ranks share
+        self._places: dict[Circle, Tensor] = {}  # these numbers, beside the parameters
+        self._owners: dict[Circle, Owners] = {}
 
     def update(self, param_groups: list[dict[str, Any]]) -> None:
         """Give every new piece to the rank with the least work so far, the most expensive first."""
@@ -109,37 +111,44 @@ class Shards:
                 "MuonClip: params: expected each parameter once, got one several times in a group, "
                 "which would be updated as often; drop the repetitions"
             )
-        meshes = meshes_of(param_groups)
-        for groups in [[self.process_group]] if self.process_group is not None else meshes:
-            agree(groups, param_groups)
-        costs: list[int] = []
-        first = len(self.pieces)
+        groups = [[self.process_group]] if self.process_group else meshes_of(param_groups)
+        for mesh in groups:
+            agree([self._circle(group) for group in mesh], param_groups)
+        found: dict[Circle, list[tuple[int, dict[str, Any]]]] = {}
         for param, group in fresh:
             pieces = pieces_of(param, group)
-            self.numbers[param] = range(len(self.pieces), len(self.pieces) + len(pieces))
-            self.shapes[param] = param.shape
+            numbers = range(len(self.pieces), len(self.pieces) + len(pieces))
+            self.numbers[param], self.shapes[param] = numbers, param.shape
             self.pieces += pieces
-            costs += [cost(piece.shape, group) for piece in pieces]
             if group["algorithm"] == "muon" and (heads := whole_heads(param, group)) is not None:
                 self.heads[param] = heads
-            circle = self.process_group if not sharded(param) else circle_of(param)
-            if circle is not None:
-                self.circles.setdefault(circle, []).extend(self.numbers[param])
-        self.owners += [0] * len(costs)
-        for index, owner in _shared_out(costs, self.loads):
-            self.owners[first + index] = owner
-        self._plan_routes([(p, group) for p, group in fresh if travels(p, group)])
+            ranks = circle_of(param) if sharded(param) else self.process_group
+            if ranks is not None:
+                circle = self._circle(ranks)
+                self.members.setdefault(circle, []).extend(numbers)
+                if self.process_group is not None or travels(param, group):
+                    found.setdefault(circle, []).extend((number, group) for number in numbers)
+        for circle, members in self.members.items():
+            self._places[circle] = torch.tensor(members, device=self.pieces[0].param.device)
+        for circle, travellers in found.items():
+            owners = self._owners.setdefault(circle, Owners(circle.world))
+            costs = [cost(self.pieces[number].shape, group) for number, group in travellers]
+            for (i, group), (owner, turn) in zip(travellers, owners.give(costs), strict=True):
+                piece = self.pieces[i]
+                self.routes[i] = (
+                    row_route(piece.param, group, circle, owner, turn)
+                    if sharded(piece.param)
+                    else Route(circle, owner, turn, piece.shape)
+                )
 
-    def _plan_routes(self, fresh: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        for circle in dict.fromkeys(circle_of(param) for param, _ in fresh):
-            assert circle is not None
-            here = [(param, group) for param, group in fresh if circle_of(param) == circle]
-            loads = self.journeys.setdefault(circle, [0] * dist.get_world_size(circle))
-            turns = [0] * len(loads)
-            for index, owner in _shared_out([cost(p.shape, g) for p, g in here], loads):
-                param, group = here[index]
-                self.routes[param] = route_of(param, group, owner, turns[owner])
-                turns[owner] += 1
+    def _circle(self, group: dist.ProcessGroup) -> Circle:
+        if group not in self.circles:
+            self.circles[group] = Circle(group)
+        return self.circles[group]
+
+    def told(self, group: dist.ProcessGroup, what: str) -> AbstractContextManager[None]:
+        """An exchange of a group; its failure names ranks where they share parameters."""
+        return self.circles[group].told(what) if group in self.circles else nullcontext()
 
     def check_shapes(self) -> None:
         """Raise for a parameter whose shape is not what it was."""
@@ -151,8 +160,12 @@ class Shards:
                 )
 
     def mine(self, param: Tensor) -> list[int]:
-        """The numbers of the pieces of a parameter that this rank owns, in their order."""
-        return [i for i in self.numbers[param] if self.owners[i] == self.rank]
+        """The numbers of the pieces of a parameter whose state is here, in their order."""
+        return [i for i in self.numbers[param] if self._keeps(i)]
+
+    def _keeps(self, i: int) -> bool:
+        route = self.routes.get(i)
+        return route is None or not route.is_copy or route.owner == self.rank
 
     def local(self, param: Tensor, full: Tensor) -> Tensor:
         """The part of `full`, a state of the whole parameter, that this rank keeps."""
@@ -167,7 +180,7 @@ class Shards:
         """The state of a whole parameter from those of all ranks."""
         whole: dict[str, Tensor] = {}
         for rank, part in enumerate(parts):
-            owned = [self.pieces[i] for i in self.numbers[param] if self.owners[i] == rank]
+            owned = [self.pieces[i] for i in self.numbers[param] if self.routes[i].owner == rank]
             for key, value in part.items():
                 if key == "step" or value.shape == param.shape:
                     whole[key] = value
@@ -181,32 +194,29 @@ class Shards:
     def present(self) -> list[bool]:
         """For each piece, whether any rank has a gradient of its parameter."""
         here = [piece.param.grad is not None for piece in self.pieces]
-        for circle, numbers in self.circles.items():
-            place = meeting_place(circle, self.pieces[numbers[0]].param.device)
-            flags = torch.tensor([here[i] for i in numbers], dtype=torch.int32, device=place)
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=circle)
-            for i, flag in zip(numbers, flags.tolist(), strict=True):
-                here[i] = bool(flag)
+        for circle, numbers in self.members.items():
+            circle.step += 1
+            flags = torch.tensor([here[i] for i in numbers], dtype=torch.uint8, device="cpu")
+            found = circle.each(flags, "the presence of gradients").any(0)
+            for i, flag in zip(numbers, found.tolist(), strict=True):
+                here[i] = flag
         return here
 
     def gradients(self, present: list[bool]) -> dict[int, Tensor]:
-        """The averaged gradients of the pieces that this rank owns, by the number of the piece."""
+        """The averaged gradients of the pieces that are worked here, by the number of the piece."""
+        chosen = [i for i, there in enumerate(present) if there]
         if self.process_group is None or not self.reduce_gradients:
-            chosen = [i for i, there in enumerate(present) if there and self.owners[i] == self.rank]
-            return {i: self._gradient(self.pieces[i]) for i in chosen}
-        found: dict[int, Tensor] = {}
-        for owner, members in self._buckets(present):
-            pieces = [self.pieces[i] for i in members]
-            # 16-bit gradients are summed in fp32
-            flat = torch.cat([_wide(self._gradient(piece)).flatten() for piece in pieces])
-            root = dist.get_global_rank(self.process_group, owner)
-            dist.reduce(flat, root, dist.ReduceOp.SUM, group=self.process_group)
-            if owner == self.rank:
-                flat /= self.world
-                parts = flat.split([piece.shape.numel() for piece in pieces])
-                for i, piece, part in zip(members, pieces, parts, strict=True):
-                    found[i] = part.view(piece.shape)
-        return found
+            return {i: self._gradient(i) for i in chosen if self._keeps(i)}
+        params = [self.pieces[i].param for i in chosen]
+        keys = [(param.dtype, param.device) for param in params]
+        routes = [self.routes[i] for i in chosen]
+        found = averages(routes, keys, lambda number: self._gradient(chosen[number]))
+        return {chosen[number]: gradient for number, gradient in found.items()}
+
+    def copies(self, present: list[bool]) -> list[tuple[Route, Tensor]]:
+        """Of all pieces that move and that every rank holds: the route, and the rows."""
+        numbers = [i for i, route in self.routes.items() if present[i] and route.is_copy]
+        return [(self.routes[i], self.pieces[i].of(self.pieces[i].param)) for i in numbers]
 
     def squares(self, gradients: dict[int, Tensor]) -> Tensor:
         """The squared norm of every piece's gradient in fp64, [pieces]; 0 where there is none.
@@ -218,63 +228,20 @@ class Shards:
         grads = list(gradients.values())
         places = [range(i, i + 1) for i in gradients]
         engine.squares_(squares, grads, places, [[grad.numel()] for grad in grads])
-        for circle, numbers in self.circles.items():
+        for circle, numbers in self.members.items():
             every = len(numbers) == len(squares)
-            mine = squares if every else squares[numbers]
-            parts = mine.new_empty(dist.get_world_size(circle), len(numbers))
+            mine = squares if every else squares[self._places[circle]]
+            parts = mine.new_empty(circle.world, len(numbers))
             # added up here, in one order: replicas of a circle must not differ by a bit. Zeros of
             # ranks that do not own a piece change nothing, and NaN stays.
-            dist.all_gather(list(parts.unbind(0)), mine, group=circle)
+            with circle.told("squared norms"):
+                dist.all_gather(list(parts.unbind(0)), mine, group=circle.group)
             if every:
                 squares = parts.sum(0)
             else:
-                squares[numbers] = parts.sum(0)
+                squares[self._places[circle]] = parts.sum(0)
         return squares
 
-    def publish(self, present: list[bool]) -> None:
-        """Bring the owners' parameters to all ranks."""
-        if self.process_group is None:
-            return
-        for owner, members in self._buckets(present):
-            views = [self.pieces[i].of(self.pieces[i].param) for i in members]
-            flat = torch.cat([view.flatten() for view in views])
-            root = dist.get_global_rank(self.process_group, owner)
-            dist.broadcast(flat, root, group=self.process_group)
-            if owner != self.rank:
-                parts = flat.split([view.numel() for view in views])
-                for view, part in zip(views, parts, strict=True):
-                    view.copy_(part.view(view.shape))
-
-    def _gradient(self, piece: Piece) -> Tensor:
-        grad = piece.param.grad
-        return piece.of(torch.zeros_like(piece.param) if grad is None else grad)
-
-    def _buckets(self, present: list[bool]) -> Iterator[tuple[int, list[int]]]:
-        """Pieces of one owner and dtype that travel together, in an order all ranks share."""
-        queues: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
-        for index, piece in enumerate(self.pieces):
-            if present[index]:
-                key = (self.owners[index], piece.param.dtype, piece.param.device)
-                queues.setdefault(key, []).append(index)
-        for (owner, _, _), members in queues.items():
-            bucket: list[int] = []
-            size = 0
-            for index in members:
-                if bucket and size + self.pieces[index].shape.numel() > _BUCKET:
-                    yield owner, bucket
-                    bucket, size = [], 0
-                bucket.append(index)
-                size += self.pieces[index].shape.numel()
-            yield owner, bucket
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _shared_out(costs: list[int], loads: list[int]) -> Iterator[tuple[int, int]]:
-    """The most expensive first, each with the rank that has the least to do, whose load grows."""
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(len(loads)), key=lambda rank: (loads[rank], rank))
-        loads[rank] += costs[index]
-        yield index, rank
+    def _gradient(self, i: int) -> Tensor:
+        param = self.pieces[i].param
+        return self.pieces[i].of(torch.zeros_like(param) if param.grad is None else param.grad)

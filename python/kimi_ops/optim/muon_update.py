@@ -28,7 +28,7 @@ class Work:
     grad: Tensor
     state: dict[str, Tensor]
     pieces: range  # of the parameter among the squared norms: it moves where all are finite
-    route: Route | None = None  # of rows of matrices that lie on several ranks
+    route: Route | None = None  # of what travels
     heads: int | None = None  # among these rows, where that is not the group's num_heads
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -109,20 +110,26 @@ class QKClip:
         """
         self.prepared()(process_group)
 
-    def prepared(self) -> Callable[[dist.ProcessGroup | None], None]:
-        """`step` in two: all that can be wrong is raised here, before weights move."""
+    def prepared(self) -> Callable[..., None]:
+        """`step` in two: all that can be wrong is raised here, before weights move. The function
+        takes a process group, and what an exchange of one runs in."""
         return partial(self._clip, *self._plan())
 
     @torch.no_grad()
     def _clip(
-        self, layers: list[Layer], parts: list[Part], process_group: dist.ProcessGroup | None
+        self,
+        layers: list[Layer],
+        parts: list[Part],
+        process_group: dist.ProcessGroup | None,
+        told: Callable[[dist.ProcessGroup], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         buffers = self._buffers()
         # a MAX over ranks may drop NaN; +inf says the same and stays
         inf = float("inf")
         maxima = torch.nan_to_num(torch.cat(buffers), nan=inf, posinf=inf, neginf=-inf)
         for group in self._groups(process_group, parts):
-            dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
+            with told(group):
+                dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
         gamma = engine.clip_rows_(
             [of.weight for of in parts],
             maxima,

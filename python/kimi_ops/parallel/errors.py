@@ -25,7 +25,8 @@ def number(rank: int) -> int:
 
 
 class EPError(RuntimeError):
-    """Any error of expert parallelism; `ranks` are the ranks that it is about, where known.
+    """Any error between ranks, in expert parallelism or a step of MuonClip; `ranks` are the ranks
+    that it is about, where known.
 
     An argument that this rank alone can judge is a TypeError or ValueError, as in every op.
     """

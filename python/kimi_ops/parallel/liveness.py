@@ -17,20 +17,22 @@ from kimi_ops.parallel.messages import agree
 
 _ENDED = "ZXx"  # states of a process in /proc that runs no more: zombie, dead
 _NOTICE = 1.0  # seconds until the end of a process whose connection broke shows in /proc
+Process = list[Any]  # its host, its number and when it began
 
 
 class Roll:
     """The members of a group, by default all ranks, each with its process.
 
     All ranks are asked to come when it is made: `EPTimeout` names those that do not, `EPMismatch`
-    says that their `facts` differ.
+    says that their `facts` differ. With `facts` None nobody is asked, and no process is known
+    until `know` is told of them.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup,
         timeout: float,
-        facts: dict[str, Any],
+        facts: dict[str, Any] | None,
         members: Sequence[int] | None = None,
     ) -> None:
         members = range(group.size()) if members is None else members
@@ -41,11 +43,17 @@ class Roll:
         whose = "kimi_ops/" + "-".join(map(str, members))
         count = store.add(f"{whose}/{self.rank}", 1)
         self.store = dist.PrefixStore(f"{whose}/{count}", store)
-        mine = {"process": [*_host(), os.getpid(), _start_of(os.getpid())], "facts": facts}
-        found = [json.loads(answer) for answer in self.exchange("here", json.dumps(mine))]
-        for name in facts:
-            agree("ExpertParallel", name, [entry["facts"][name] for entry in found])
-        self._processes = [entry["process"] for entry in found]
+        self._processes: list[Process] = []
+        if facts is not None:
+            mine = {"process": process(), "facts": facts}
+            found = [json.loads(answer) for answer in self.exchange("here", json.dumps(mine))]
+            for name in facts:
+                agree("ExpertParallel", name, [entry["facts"][name] for entry in found])
+            self.know([entry["process"] for entry in found])
+
+    def know(self, processes: list[Process]) -> None:
+        """The `process` of every rank."""
+        self._processes = processes
 
     def exchange(self, word: str, answer: str) -> list[str]:
         """The answers of all ranks; `word` is used once."""
@@ -90,7 +98,9 @@ class Roll:
         grace = min(2.0, max(1.0, 0.1 * self._timeout))
         calling = self._call("failed", f"{seen} {op}")  # at once: the others wait for it
         if lost := self._ended(_NOTICE if seen == "broken" else 0.0):
-            calling(0.0)
+            # of several the others have perhaps learnt of the first one's end, told so and gone
+            answers = calling(0.5 if len(lost) > 1 else 0.0)
+            lost = [rank for rank in lost if rank not in answers] or lost
             return EPRankLost(f"{op}: the process of {named(lost)} has ended ({text})", lost)
         answers = calling(grace)
         silent = self._missing(answers)
@@ -117,7 +127,7 @@ class Roll:
                 for rank, (*host, pid, start) in enumerate(self._processes)
                 if tuple(host) == here and _start_of(pid) != start
             ]
-            if lost or time.monotonic() >= deadline:
+            if lost or not self._processes or time.monotonic() >= deadline:
                 return lost
             time.sleep(0.01)
 
@@ -152,6 +162,11 @@ class Roll:
             return dict(answers)
 
         return answered
+
+
+def process() -> Process:
+    """This process, so that others on its host can see when it has ended."""
+    return [*_host(), os.getpid(), _start_of(os.getpid())]
 
 
 def _host() -> tuple[str, str]:
