@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +18,16 @@ from kimi_ops.parallel.messages import agree
 
 _ENDED = "ZXx"  # states of a process in /proc that runs no more: zombie, dead
 _NOTICE = 1.0  # seconds until the end of a process whose connection broke shows in /proc
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some members of a roll, for a communicator of their own; what fails there concerns all."""
+
+    rank: int
+    world: int
+    store: Any
+    error: Callable[[str, Exception], EPError]
 
 
 class Roll:
@@ -46,6 +57,10 @@ class Roll:
         for name in facts:
             agree("ExpertParallel", name, [entry["facts"][name] for entry in found])
         self._processes = [entry["process"] for entry in found]
+
+    def part(self, members: Sequence[int], error: Callable[[str, Exception], EPError]) -> Part:
+        store = dist.PrefixStore("part " + "-".join(map(str, members)), self.store)
+        return Part(members.index(self.rank), len(members), store, error)
 
     def exchange(self, word: str, answer: str) -> list[str]:
         """The answers of all ranks; `word` is used once."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.parallel.errors import EPMismatch, EPRankLost, EPTimeout, named
+from kimi_ops.parallel.errors import EPMismatch, EPRankLost, EPTimeout, named, numbered
 
 Result = TypeVar("Result")
 
@@ -143,10 +143,15 @@ class LocalTransport:
     ) -> None:
         members = range(group.size) if members is None else members
         self.rank, self.world, self.device = members.index(group.rank), len(members), device
-        self._mailbox, self._timeout, self._members = group.world, timeout, members
+        self._group, self._timeout, self._members = group, timeout, members
+        self._mailbox = group.world
         # each rank makes its transports, and a transport its exchanges, in the same order
         self._connection = (*members, next(group._numbers))
         self._calls = itertools.count()
+
+    def part(self, members: Sequence[int]) -> "LocalTransport":
+        ours = [self._members[rank] for rank in members]
+        return LocalTransport(self._group, self._timeout, self.device, ours)
 
     def gather(self, message: Tensor) -> Tensor:
         whole = message.cpu()
@@ -158,7 +163,12 @@ class LocalTransport:
         self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
     ) -> Callable[[], Tensor]:
         parts = self._exchange(buffer, sent, received)
-        return lambda: torch.cat(parts())
+
+        def arrived() -> Tensor:
+            with numbered(self._members):
+                return torch.cat(parts())
+
+        return arrived
 
     def share(self, value: Any) -> list[Any]:
         """What all ranks have, by rank: the very objects."""

@@ -31,6 +31,9 @@ class Talk(Protocol):
 class Transport(Talk, Protocol):
     """A connection that moves bytes and knows nothing of tokens and experts."""
 
+    def part(self, members: Sequence[int]) -> "Transport":
+        """A connection of those ranks, this one among them, which all call this."""
+
     def start(
         self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
     ) -> Callable[[], Tensor]:

@@ -9,7 +9,7 @@ The gradient of an exchange is the exchange the other way round, in the dtype of
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -70,6 +70,20 @@ def _dense(field: Tensor) -> Tensor:
     return field.contiguous().as_strided(field.shape, (field.shape[1], 1))
 
 
+Arrival = Callable[[], list[Tensor]]
+
+
+class Way(Protocol):
+    """How records get to other ranks, and their gradients back."""
+
+    @property
+    def sent(self) -> list[int]: ...
+    @property
+    def form(self) -> Form: ...
+    def start(self, tokens: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Arrival: ...
+    def reversed(self) -> Self: ...
+
+
 @dataclass(frozen=True)
 class Crossing:
     """One exchange: `sent[r]` records to rank r, `received[r]` from it; gradients in `back`."""
@@ -80,7 +94,7 @@ class Crossing:
     form: Form
     back: Form
 
-    def start(self, tokens: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> "Arrival":
+    def start(self, tokens: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Arrival:
         fields = [*self.form.encode(*tokens), *beside]
         kinds = [(field.shape[1], field.dtype) for field in fields]
         records = pack(fields)
@@ -94,13 +108,10 @@ class Crossing:
         return Crossing(self.start_bytes, self.received, self.sent, self.back, self.form)
 
 
-Arrival = Callable[[], list[Tensor]]
-
-
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, crossing: Crossing, fields: list[Tensor], tie: Tensor, weights: Any,
+        ctx: Any, crossing: Way, fields: list[Tensor], tie: Tensor, weights: Any,
         *tokens: Tensor,
     ) -> tuple[Any, ...]:  # fmt: skip
         ctx.crossing, ctx.weighted = crossing, weights is not None
@@ -129,16 +140,14 @@ def moves_of(dtype: torch.dtype) -> Any:
 class Records:
     """The `Motions` of a backend that moves bytes: sort, pack, exchange, unpack, sort."""
 
-    def __init__(
-        self, exchange: Callable[[Tensor, list[int], list[int]], Callable[[], Tensor]]
-    ) -> None:
-        self._exchange = exchange
+    def __init__(self, way: Callable[[Any, Form, Form], Way]) -> None:
+        self._way = way  # of a route's records, in a form, and of their gradients
 
     def away(
         self, op: str, route: Any, form: Form, back: Form, tokens: Sequence[Tensor],
         weights: Tensor | None, ids: Tensor | None,
     ) -> "Leaving":  # fmt: skip
-        crossing = Crossing(self._exchange, route.sent, route.received, form, back)
+        crossing = self._way(route, form, back)
         if route.direct:  # which are in the order of their experts
             ids = None
         return Leaving(crossing, route.there, tokens, weights, ids)
@@ -149,7 +158,7 @@ class Records:
     ) -> Callable[[], Tensor]:  # fmt: skip
         moves = moves_of(out.dtype)
         records = moves.unpermute(out, route.here, here)
-        crossing = Crossing(self._exchange, route.received, route.sent, form, form)
+        crossing = self._way(route, form, form).reversed()
         with torch.no_grad():
             arrival = crossing.start([records])
 
@@ -164,7 +173,7 @@ class Leaving:
     """Tokens on their way as records."""
 
     def __init__(
-        self, crossing: Crossing, there: Any, tokens: Sequence[Tensor], weights: Tensor | None,
+        self, crossing: Way, there: Any, tokens: Sequence[Tensor], weights: Tensor | None,
         ids: Tensor | None,
     ) -> None:  # fmt: skip
         self._crossing, self._with_ids = crossing, ids is not None
