@@ -384,6 +384,17 @@ TEST(broken_flags_are_noticed) {
 
 // ---- faults ------------------------------------------------------------------------------------
 
+/// No row is laid out; y and the weights do not matter then.
+void check_empty(const World& w, int r) {
+  const Rank& k = w.rank[r];
+  const auto all = [](const auto& values, auto value) {
+    return std::all_of(values.begin(), values.end(), [=](auto v) { return v == value; });
+  };
+  require(all(k.y_row_map, -1) && all(k.y_source, -1) && all(k.y_slots, 0u), "rows are left");
+  require(all(k.y_offsets, 0) && all(k.y_counts, 0), "offsets are left");
+  require(all(k.loads, 0) && all(k.report, 0), "counts are left");
+}
+
 TEST(a_rank_that_does_not_come_is_named) {
   for (uint64_t seed : {0, 1, 2, 3}) {
     Shape s;
@@ -402,6 +413,7 @@ TEST(a_rank_that_does_not_come_is_named) {
       CHECK(w.state[r].silent == 2 && w.state[r].strange == 0);
       const Bytes& y = w.rank[r].y;
       CHECK(std::count(y.begin(), y.end(), 0xa5) == static_cast<int64_t>(y.size()));
+      check_empty(w, r);
     }
     for (DispatchParams& each : p) each.num_local = s.ranks;
     for (DispatchParams& each : p) each.num_blocks = 1;
@@ -424,6 +436,46 @@ TEST(a_rank_with_another_call_is_named) {
   p[1].align = 2;
   run_grid(p, 1);
   CHECK(w.state[0].strange == 2 && w.state[0].silent == 0 && w.state[1].strange == 1);
+}
+
+TEST(too_little_room_fails_on_all_ranks) {
+  for (uint64_t seed : {0, 1, 2, 3}) {
+    Shape s;
+    s.ranks = 3;
+    s.strict = true;
+    s.capacity = 3;
+    const Way way = static_cast<Way>(seed % 3);
+    start(s, way, seed);
+    World w(s, seed);
+    Expected e;
+    do {
+      w.draw(2, 0.0);
+      e = w.expected();
+    } while (*std::max_element(e.wanted.begin(), e.wanted.end()) <= s.capacity);
+    uint64_t overfull = 0;
+    for (int r = 0; r < s.ranks; ++r)
+      if (e.wanted[r] > s.capacity) overfull |= uint64_t{1} << r;
+    const auto again = [&] {
+      std::vector<DispatchParams> p;
+      for (Rank& k : w.rank) w.clear(k, static_cast<int>(&k - w.rank.data()));
+      for (int r = 0; r < s.ranks; ++r) p.push_back(w.dispatch_params(r, s.capacity));
+      run(p, way, 2);
+    };
+    again();
+    for (int r = 0; r < s.ranks; ++r) {
+      CHECK(w.state[r].overfull == overfull && w.state[r].silent == 0);
+      CHECK(w.state[r].most ==
+            static_cast<uint64_t>(*std::max_element(e.wanted.begin(), e.wanted.end())));
+    }
+    const uint64_t epoch = w.state[0].epoch;
+    again();  // returns at once, without waiting
+    for (int r = 0; r < s.ranks; ++r) check_empty(w, r);
+    CHECK(w.state[0].epoch == epoch && epoch == 1);
+  }
+  Shape s;  // what fits is no fault
+  s.strict = true;
+  s.capacity = 24;
+  there_and_back(s, kPhases, 4, 5);
 }
 
 TEST(bad_arguments_are_refused) {

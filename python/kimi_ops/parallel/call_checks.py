@@ -85,7 +85,7 @@ def place(group: Any) -> tuple[int, int]:
 
 
 def maskable(
-    rank: int, active: tuple[int, ...], backend: str, ranks: tuple[Any, ...], per_node: int | None
+    rank: int, active: tuple[int, ...], ranks: tuple[Any, ...], per_node: int | None
 ) -> None:
     """Check what `mask_rank` is given."""
     if not ranks:
@@ -104,11 +104,6 @@ def maskable(
         raise ValueError(
             f"mask_rank: ranks: expected equally many left on every node, got {told}; mask the "
             "other ranks of that node, too"
-        )
-    if backend == "cuda":
-        raise ValueError(
-            "mask_rank: backend: expected shm, gloo, nccl or reference, got cuda, whose memory is "
-            "that of all ranks; make a new process group without the lost ones"
         )
 
 

@@ -141,6 +141,12 @@ class Connection:
         words = messages.text(value)
         return messages.texts(self.gather([words], [len(words)])[0])
 
+    def check(self, motions: Motions) -> None:
+        """Raise what kernels have found, which nobody may have looked at yet."""
+        if isinstance(motions, Peers):
+            self._works("check")
+            self._guarded(lambda: motions.check("check"))
+
     def close(self) -> None:
         self.transport.close()
         self._broken = self._broken or EPMisuse("it was closed")
@@ -162,14 +168,14 @@ def _connect(
     if isinstance(group, LocalGroup):
         why = f"{group.size} ranks are threads of one process"
         if backend == "cuda":
-            return in_one_process(group, timeout, device), why
+            return in_one_process(group, timeout, device, members), why
         return LocalTransport(group, timeout, device or torch.device("cpu"), members), why
     group = group or dist.group.WORLD
     name, place, why = choose(group, device, backend)
     wanted = "auto" if backend == "auto" and place.type == "cpu" else name
     roll = Roll(group, timeout, {"backend": wanted}, members)
     if wanted == "cuda":
-        return between_processes(group, roll, timeout, place), why
+        return between_processes(group, roll, timeout, place, members), why
     if wanted in ("auto", "shm") and not nodes:
         segment, found = share(roll, buffers, timeout)
         if segment is not None:

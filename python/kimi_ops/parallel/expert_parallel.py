@@ -59,7 +59,9 @@ class ExpertParallel:
         The number of rows that a dispatch gives, on every rank; None gives as many as there are.
     overflow : {"raise", "drop", "grow"}
         What more rows than `capacity` do: an `EPOverflow` on every rank; are left out (of every
-        expert the last beyond a level that is the highest to fit); raise `capacity` for good.
+        expert the last beyond a level that is the highest to fit); raise `capacity` for good. With
+        cuda the host asks for no counts but to "grow": the `EPOverflow` is that of the next call
+        that looks, and the object is out of use then.
     num_buffers : int
         How many operations may be under way at once.
     timeout : float
@@ -195,10 +197,23 @@ class ExpertParallel:
             they meet at its store, which has to be there still.
         """
         per_node = self._options["ranks_per_node"]
-        call_checks.maskable(self.rank, self.active_ranks, self.backend, ranks, per_node)
+        call_checks.maskable(self.rank, self.active_ranks, ranks, per_node)
         capacity = self.capacity
         self._connection.close()
         self._connect([rank for rank in self.active_ranks if rank not in ranks], capacity)
+
+    def check(self) -> None:
+        """Wait for the GPU, and raise what its kernels have found.
+
+        With backend cuda a fault is found by kernels and raised by the next call that looks. A
+        replay of a graph is no call: look now and then. With other backends nothing is found late.
+
+        Raises
+        ------
+        EPTimeout, EPMismatch, EPOverflow
+            The object is out of use then, see `mask_rank`.
+        """
+        self._connection.check(self._motions)
 
     @property
     def capacity(self) -> int | None:

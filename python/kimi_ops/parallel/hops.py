@@ -84,8 +84,8 @@ class Hops:
     start: Callable[[Callable[[], Callable[[], Any]]], Callable[[], Any]]
     _turns: list["Turn"] = field(default_factory=list)
 
-    def way(self, route: Any, form: Form, back: Form) -> "Journey":
-        return Journey(self, route.relay, True, form, back)
+    def way(self, route: Any, form: Form, back: Form) -> "Relayed":
+        return Relayed(self, route.relay, True, form, back)
 
     def in_turn(self, hand_on: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
         """Second hops start in the order of the first ones, whichever is waited for first."""
@@ -108,7 +108,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Journey:
+class Relayed:
     """Both hops of one exchange, away or home; a `Way` of records."""
 
     hops: Hops
@@ -121,7 +121,7 @@ class Journey:
     def sent(self) -> list[int]:
         return self.relay.rail_sent if self.away else self.relay.arriving
 
-    def reversed(self) -> "Journey":
+    def reversed(self) -> "Relayed":
         return replace(self, away=not self.away, form=self.back, back=self.form)
 
     def start(self, tokens: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Arrival:

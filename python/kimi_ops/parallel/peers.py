@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from kimi_ops import _native
 from kimi_ops.moe.permute import PermutePlan, permute_plan
 from kimi_ops.operators import permute as operators
-from kimi_ops.parallel.errors import EPMismatch, EPTimeout, named
+from kimi_ops.parallel import transport as links
+from kimi_ops.parallel.errors import EPMismatch, EPOverflow, EPTimeout, named
 from kimi_ops.parallel.peer_memory import PeerMemory
 from kimi_ops.parallel.peer_transport import PeerTransport, Roles
 from kimi_ops.parallel.wire import Form
@@ -61,7 +62,8 @@ class Peers:
     """The `Motions` of ranks on GPUs that reach each other's memory."""
 
     def __init__(self, transport: PeerTransport, start: Start, buffers: int) -> None:
-        self.world, self.start = transport.world, start
+        self.world, self.start = transport.ranks, start
+        self._members = list(transport.members)
         self._provide, self._launch = transport.provide, transport.launcher
         self._halves, self._timeout = 2 * buffers, int(transport.timeout * 1e9)
         self._memory: PeerMemory | None = None
@@ -88,7 +90,7 @@ class Peers:
 
     def run(self, op: str, bytes: int, numbers: Sequence[Any], roles: Roles, jobs: int) -> None:
         """Launch an operation; `bytes` of buffer, `jobs` tokens of all ranks."""
-        memory = self._reserve(bytes)
+        memory = self._reserve(op, bytes)
         head = [memory.bytes, self._timeout, self._halves]
         phases = [SEND | MEET | RECEIVE] if jobs <= _ONE_LAUNCH else [SEND, MEET, RECEIVE]
         for phase in phases:
@@ -106,22 +108,46 @@ class Peers:
             )
         )  # fmt: skip
 
-    def _reserve(self, bytes: int) -> PeerMemory:
+    def _reserve(self, op: str, bytes: int) -> PeerMemory:
         """The memory, made anew where it is too small: on all ranks, since all ask for the same."""
         if self._memory is None or self._memory.bytes < bytes:
+            if links.capturing():
+                raise ValueError(
+                    f"{op}: expected memory for the peers before a graph is captured, got "
+                    f"{self._memory.bytes if self._memory else 0} bytes of {bytes}; dispatch and "
+                    "combine once with these shapes first"
+                )
             old, self._memory = self._memory, self._provide(bytes)
             if old is not None:
                 self._memory.state.copy_(old.state)  # epochs go on
         return self._memory
 
-    def _check(self, op: str, memory: PeerMemory) -> None:
-        """Raise for ranks that have failed, as far as is known."""
-        silent, strange = memory.faults()
-        if silent:
+    def check(self, op: str) -> None:
+        """Wait, and raise for what kernels have found."""
+        if self._memory is not None:
+            self._check(op, self._memory, wait=True)
+
+    def _check(self, op: str, memory: PeerMemory, wait: bool = False) -> None:
+        """Raise for what kernels have found, as far as is known."""
+        found = memory.faults(wait)
+        if found.silent:
             seconds = self._timeout / 1e9
-            raise EPTimeout(f"{op}: {named(silent)} did not come within {seconds:g} s", silent)
-        if strange:
-            raise EPMismatch(f"{op}: {named(strange)} made another call", strange)
+            told = f"{op}: {named(found.silent)} did not come within {seconds:g} s"
+            raise EPTimeout(told, found.silent)
+        if found.strange:
+            raise EPMismatch(f"{op}: {named(found.strange)} made another call", found.strange)
+        if found.overfull:
+            raise EPOverflow(
+                f"{op}: capacity: expected room for all rows, {named(found.overfull)} would have "
+                f"got up to {found.most}; raise it, or pass overflow='drop'",
+                found.overfull,
+                found.most,
+            )
+
+    def loads(self, places: Places) -> Tensor:
+        """[P, E] of the ranks that are left."""
+        whole = len(self._members) == self.world
+        return places.loads if whole else places.loads[self._members]
 
 
 @dataclass(frozen=True)
@@ -179,8 +205,9 @@ class Trip:
         }  # fmt: skip
         row, side = x.shape[1] * x.itemsize, 0 if beside is None else beside.shape[1] * 4
         bytes = peers.bytes_of(most, row, side, top_k, route, self.form)
-        align = route.owner.rules.align
-        numbers = [most, experts, align, int(route.direct), int(plan is None), 0]
+        rules = route.owner.rules
+        strict = plan is not None and rules.overflow == "raise" and route.owner.capacity is not None
+        numbers = [most, experts, rules.align, int(route.direct), int(plan is None), int(strict), 0]
         peers.run("all_to_all_dispatch", bytes, [numbers], roles, units)
         pulled = Pulled(places, rows, y_weights)
         return lambda: pulled
@@ -233,7 +260,7 @@ class Leaving:
         if route.places is None:
             places = self._pulled.places
             route.here, route.places = places.plan, places
-            route.loads, route.dropped = places.loads, places.report[3]
+            route.loads, route.dropped = self._trip.peers.loads(places), places.report[3]
 
     def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         tie = torch.empty(0, device=route.places.home.device)

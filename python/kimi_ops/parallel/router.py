@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops.moe.permute import PermutePlan
-from kimi_ops.parallel import call_checks, messages
+from kimi_ops.parallel import call_checks, messages, transport
 from kimi_ops.parallel.connection import Connection
 from kimi_ops.parallel.errors import EPOverflow, named
 from kimi_ops.parallel.hops import Relay
@@ -34,9 +34,16 @@ class Router:
             return self._meet(limits, x, indices, weights)
 
     def _meet(self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any) -> Route:
-        fixed = self.capacity is not None and self.rules.overflow == "drop"
+        fixed = self.capacity is not None and self.rules.overflow != "grow"
         if fixed and self.connection.lays_rows_out:
             return self._unasked(limits, x, indices, weights)
+        if transport.capturing():
+            raise ValueError(
+                "dispatch: overflow: expected 'drop' or 'raise' with a capacity and backend='cuda' "
+                f"while a graph is captured, got {self.rules.overflow!r} with capacity="
+                f"{self.capacity} and {self.connection.transport.name}; the host has to ask for "
+                "the number of rows"
+            )
         experts, world = len(self.owners) - 1, self.connection.world
         nodes = world // self.rules.per_node if self.rules.per_node else 0
         head, fault = [0] * len(call_checks.AGREED), None

@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is captured from what is launched now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Talk(Protocol):
     """The connection of one rank. Errors are `EPTimeout` and `EPRankLost`."""
 
