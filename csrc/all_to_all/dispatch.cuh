@@ -229,10 +229,9 @@ __device__ void settle(const DispatchParams& p, const Exchange<Flags>& exchange,
       int64_t total = 0;
       for (int s = 0; s < world; ++s) {
         const char* half = exchange.half_of(s);
-        const int32_t count =
-            exchange.masked(s) || exchange.masked(owner)
-                ? 0
-                : reinterpret_cast<const int32_t*>(half + layout.counts)[e];
+        const int32_t count = exchange.masked(s) || exchange.masked(owner)
+                                  ? 0
+                                  : reinterpret_cast<const int32_t*>(half + layout.counts)[e];
         p.loads[int64_t{s} * p.num_experts + e] = count;
         total += count;
       }

@@ -52,7 +52,7 @@ class Router:
             head = call_checks.dispatch(limits, x, indices, weights)
             leaving = depart(self.rules, indices.int(), self.owners)
             counts = torch.cat([leaving.counts, leaving.records, leaving.stops]).long()
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the others must not wait for this rank
             fault = error
         tokens = 0 if fault else len(indices)
         words = torch.tensor([int(fault is not None), tokens, *head])

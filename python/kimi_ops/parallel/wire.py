@@ -9,14 +9,15 @@ The gradient of an exchange is the exchange the other way round, in the dtype of
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kimi_ops import formats
 from kimi_ops.moe import permute as native
+from kimi_ops.parallel.journey import Gradients, Journey
 from kimi_ops.reference import permute as twin
 
 FP8 = torch.float8_e4m3fn
@@ -80,6 +81,8 @@ class Way(Protocol):
     def sent(self) -> list[int]: ...
     @property
     def form(self) -> Form: ...
+    @property
+    def back(self) -> Form: ...
     def start(self, tokens: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Arrival: ...
     def reversed(self) -> Self: ...
 
@@ -108,28 +111,22 @@ class Crossing:
         return Crossing(self.start_bytes, self.received, self.sent, self.back, self.form)
 
 
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, crossing: Way, fields: list[Tensor], tie: Tensor, weights: Any,
-        *tokens: Tensor,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        ctx.crossing, ctx.weighted = crossing, weights is not None
-        count = len(crossing.form.fields)
-        values = crossing.form.decode(fields[:count])
-        if crossing.form.dtype is None:
-            ctx.mark_non_differentiable(*values)
-        return (tie.clone(), fields[count] if ctx.weighted else None, *values)
+def _back(
+    crossing: Way, weighted: bool, kept: Any, gradients: Sequence[Tensor]
+) -> Callable[[], Gradients]:
+    """The gradients of weights and tokens cross back."""
+    weights, *tokens = gradients
+    given = crossing.back.dtype is None
+    if given:  # FP8 values have no gradient: beside that of the weights nothing travels
+        tokens = [tokens[0].new_empty(sum(crossing.sent), 0, dtype=torch.float32)]
+    arrival = crossing.start(tokens, [weights] if weighted else [])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, tie: Tensor, weights: Any, *tokens: Tensor) -> tuple[Any, ...]:
-        crossing, given = ctx.crossing.reversed(), ctx.crossing.form.dtype is None
-        if given:  # FP8 values have no gradient: beside that of the weights nothing travels
-            tokens = (tie.new_empty(sum(crossing.sent), 0, dtype=torch.float32),)
-        fields = crossing.start(tokens, [weights] if ctx.weighted else [])()
+    def came() -> Gradients:
+        fields = arrival()
         values = (None, None) if given else crossing.form.decode(fields[:1])
-        return (None, None, tie, fields[1] if ctx.weighted else None, *values)
+        return [fields[1] if weighted else None, *values]
+
+    return came
 
 
 def moves_of(dtype: torch.dtype) -> Any:
@@ -150,7 +147,7 @@ class Records:
         crossing = self._way(route, form, back)
         if route.direct:  # which are in the order of their experts
             ids = None
-        return Leaving(crossing, route.there, tokens, weights, ids)
+        return Leaving(op, crossing, route.there, tokens, weights, ids)
 
     def home(
         self, op: str, route: Any, form: Form, tie: Tensor, out: Tensor, here: Tensor | None,
@@ -159,11 +156,13 @@ class Records:
         moves = moves_of(out.dtype)
         records = moves.unpermute(out, route.here, here)
         crossing = self._way(route, form, form).reversed()
-        with torch.no_grad():
-            arrival = crossing.start([records])
+        journey = Journey(op, lambda: crossing.start([records]), tie, None, records)
+
+        def outputs(wanted: bool) -> tuple[list[Tensor | None], list[Tensor]]:
+            return [None, *form.decode(journey.wait())], []
 
         def sums() -> Tensor:
-            values = _Exchange.apply(crossing, arrival(), tie, None, records)[2]
+            values = journey.arrive(outputs, partial(_back, crossing.reversed(), False))[2]
             return moves.unpermute(values, route.there, there)
 
         return sums
@@ -173,26 +172,35 @@ class Leaving:
     """Tokens on their way as records."""
 
     def __init__(
-        self, crossing: Way, there: Any, tokens: Sequence[Tensor], weights: Tensor | None,
-        ids: Tensor | None,
+        self, op: str, crossing: Way, there: Any, tokens: Sequence[Tensor],
+        weights: Tensor | None, ids: Tensor | None,
     ) -> None:  # fmt: skip
         self._crossing, self._with_ids = crossing, ids is not None
         self._moves = moves = moves_of(tokens[0].dtype)
-        self._tokens = [moves.permute(part, there) for part in tokens]
-        self._weights = None if weights is None else moves.permute(weights, there)
-        beside = [] if self._weights is None else [self._weights]
+        records = [moves.permute(part, there) for part in tokens]
+        weights = None if weights is None else moves.permute(weights, there)
+        beside = [] if weights is None else [weights]
         if ids is not None:
             beside.append(moves.permute(ids, there))
-        with torch.no_grad():
-            self._arrival = crossing.start(self._tokens, beside)
+        self._weighted, tie = weights is not None, records[0].new_empty(0, dtype=torch.float32)
+        self._journey = Journey(
+            op, lambda: crossing.start(records, beside), tie, weights, *records
+        )  # fmt: skip
 
     def ids(self) -> Tensor | None:
-        self._fields = self._arrival()
+        self._fields = self._journey.wait()
         return self._fields.pop() if self._with_ids else None
 
     def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        tie = self._fields[0].new_empty(0, dtype=torch.float32)
-        tie, weights, *values = _Exchange.apply(
-            self._crossing, self._fields, tie, self._weights, *self._tokens
+        fields, weighted, form = self._fields, self._weighted, self._crossing.form
+        count = len(form.fields)
+
+        def outputs(wanted: bool) -> tuple[list[Tensor | None], list[Tensor]]:
+            return [fields[count] if weighted else None, *form.decode(fields[:count])], []
+
+        tie, weights, *values = self._journey.arrive(
+            outputs,
+            partial(_back, self._crossing.reversed(), weighted),
+            constant=form.dtype is None,
         )
         return tie, weights, [self._moves.permute(value, route.here) for value in values]
