@@ -13,11 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kimi_ops import ExpertParallel, _native
+from kimi_ops import ExpertParallel, LocalWorld, _native
 from kimi_ops.parallel import EPMisuse, EPRankLost, peer_memory, peer_transport
+from kimi_ops.parallel.local import LocalGroup, LocalTransport
 from kimi_ops.parallel.peer_memory import PeerMemory
+from kimi_ops.parallel.peers import Peers
+from kimi_ops.parallel.wire import Form
 from tests.conftest import SIMT
 from tests.dist.all_to_all_cases import check, random_case, triple
+from tests.dist.test_peers import case_of, graded_case, run
 from tests.dist.world import fork
 
 pytestmark = pytest.mark.skipif(SIMT is None, reason="built without the kernels on the host")
@@ -72,6 +76,52 @@ def _work(rank: int, folder: str) -> None:
 
 def test_processes_go_on_without_one_that_ended(tmp_path: Path) -> None:
     fork(_work, WORLD, str(tmp_path))
+
+
+def _streams(rank: int) -> None:
+    os.environ["KIMI_SIMT_PATIENCE"] = "200000"  # what a kernel waits for is in another thread
+    SIMT.serve_cpu_tensors_by_cuda(True)
+    _native.engine = SIMT
+    for seed in (3, 6, 7):  # 4, 3 and 4 ranks
+        case = case_of(seed)
+        world = LocalWorld(case.world, streams=True)
+        world.run(lambda group, case=case: check(case, group, group.rank, triple, "cuda"))
+    for seed in (3, 10):
+        case = graded_case(seed)
+        found = run(case, "cuda", streams=True), run(case, "reference")
+        for ours, theirs in zip(*found, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_ranks_of_a_world_with_launches_of_their_own() -> None:
+    fork(_streams, 1)
+
+
+def test_a_world_in_one_launch_on_a_gpu_has_no_gradients() -> None:
+    """Autograd runs all ranks' backward in one thread, where none can wait for another."""
+    talk = LocalTransport(LocalGroup(LocalWorld(2), 0), 1.0, torch.device("cpu"))
+    gpu = torch.device("cuda")
+    joint = peer_transport.Together(talk, gpu)
+    x, form = torch.ones(1, 2, requires_grad=True), Form(2, torch.float32, torch.float32)
+    route = SimpleNamespace(pairs=(1, 1))
+
+    def away(launcher: Any, x: torch.Tensor) -> Any:
+        members = range(2)
+        link = peer_transport.PeerTransport(talk, gpu, 1.0, 2, members, None, launcher)
+        peers = Peers(link, lambda begin: lambda: None, 1)
+        return peers.away("dispatch", route, form, form, [x], None, None)
+
+    with pytest.raises(ValueError, match=r"dispatch: .* pass LocalWorld\(size, streams=True\)"):
+        away(joint, x)
+    assert away(joint, x.detach()) and away(peer_transport.alone, x)
+    with torch.no_grad():
+        assert away(joint, x)
+
+
+def test_streams_of_a_world_are_few() -> None:
+    with pytest.raises(ValueError, match="LocalWorld: streams: expected at most 8 ranks, got 9"):
+        LocalWorld(9, streams=True)
+    assert LocalWorld(9).size == 9
 
 
 def test_handles_of_the_members_make_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 """Any number of ranks in one process: the `reference` backend, a thread for each rank."""
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,10 @@ class LocalWorld:
     ----------
     size : int
         P, the number of ranks.
+    streams : bool
+        Every rank has a CUDA stream of its own, and the backend cuda launches its kernels there, as
+        processes do; otherwise one launch serves all ranks. Gradients on a GPU need it: autograd
+        runs the backward of all ranks in one thread, where none can wait for another.
 
     Raises
     ------
@@ -40,9 +45,16 @@ class LocalWorld:
     [0, 1, 2]
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, streams: bool = False) -> None:
         _check.between("LocalWorld", "size", size, 1, 1024)
-        self.size = size
+        # streams beyond those share one, and a rank would wait for what is queued behind it
+        most = int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8"))
+        if streams and size > most:
+            raise ValueError(
+                f"LocalWorld: streams: expected at most {most} ranks, got {size}; raise "
+                "CUDA_DEVICE_MAX_CONNECTIONS (up to 32) before CUDA starts"
+            )
+        self.size, self.streams = size, streams
         self._mail: dict[tuple[Any, ...], Any] = {}
         self._changed = threading.Condition()
         self._gone: set[int] = set()
@@ -69,11 +81,11 @@ class LocalWorld:
         results: dict[int, Result] = {}
         errors: dict[int, BaseException] = {}
         self._gone, self._mail = set(), {}
-        graded = torch.is_grad_enabled()
+        graded, streams = torch.is_grad_enabled(), self._own_streams()
 
         def work(rank: int) -> None:
             try:
-                with torch.set_grad_enabled(graded):
+                with torch.set_grad_enabled(graded), torch.cuda.stream(streams[rank]):
                     results[rank] = function(LocalGroup(self, rank))
             except BaseException as error:
                 errors[rank] = error
@@ -90,12 +102,23 @@ class LocalWorld:
             thread.start()
         for thread in threads:
             thread.join()
+        for stream in filter(None, streams):
+            torch.cuda.current_stream().wait_stream(stream)
         if errors:
             waited = (EPRankLost, EPTimeout)
             first = min(errors, key=lambda rank: (isinstance(errors[rank], waited), rank))
             errors[first].add_note(f"on rank {first} of a LocalWorld of {self.size}")
             raise errors[first]
         return [results[rank] for rank in range(self.size)]
+
+    def _own_streams(self) -> list[torch.cuda.Stream | None]:
+        """Of every rank, behind what the caller's stream has so far."""
+        if not (self.streams and torch.cuda.is_available()):
+            return [None] * self.size
+        made = [torch.cuda.Stream() for _ in range(self.size)]
+        for stream in made:
+            stream.wait_stream(torch.cuda.current_stream())
+        return [*made]
 
     def _post(self, key: tuple[Any, ...], message: Any) -> None:
         with self._changed:

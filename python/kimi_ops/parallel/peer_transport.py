@@ -53,6 +53,8 @@ class PeerTransport:
     members: Sequence[int]  # of these
     provide: Provider
     launcher: Launcher
+    # Ranks have launches of their own on one GPU: one that waits must leave room for the others.
+    crowded: bool = False
     name: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -79,8 +81,9 @@ def in_one_process(
         memory: PeerMemory = talk.share(made)[0][group.rank]
         return memory
 
-    together = Together(talk, device)
-    return PeerTransport(talk, device, timeout, group.size, members, provide, together)
+    apart = group.world.streams
+    launcher: Launcher = alone if apart else Together(talk, device)
+    return PeerTransport(talk, device, timeout, group.size, members, provide, launcher, apart)
 
 
 def between_processes(
@@ -101,7 +104,8 @@ def between_processes(
             return symmetric(group, size, device)
         return shared(talk, ranks, size, device, members)
 
-    return PeerTransport(talk, device, timeout, ranks, members, provide, alone)
+    crowded = len(set(places)) < talk.world
+    return PeerTransport(talk, device, timeout, ranks, members, provide, alone, crowded)
 
 
 class Together:

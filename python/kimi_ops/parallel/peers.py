@@ -24,15 +24,16 @@ from kimi_ops.parallel import transport as links
 from kimi_ops.parallel.errors import EPMismatch, EPOverflow, EPTimeout, named
 from kimi_ops.parallel.journey import Gradients, Journey
 from kimi_ops.parallel.peer_memory import PeerMemory
-from kimi_ops.parallel.peer_transport import PeerTransport, Roles
+from kimi_ops.parallel.peer_transport import PeerTransport, Roles, Together
 from kimi_ops.parallel.side_stream import beside
 from kimi_ops.parallel.wire import Form
 
 MAX_TOP_K = 32
 SEND, MEET, RECEIVE = 1, 2, 4
 WEIGHTS = Form(0, torch.float32, torch.float32)  # how their gradients travel
-# Up to so many tokens of all ranks one launch, above them one for each phase. Predicted: 3 launches
-# cost 4 us more, a grid that waits keeps other kernels from its SMs.
+# Up to so many tokens of all ranks one launch, above them one for each phase, of which one block
+# waits. Predicted: 3 launches cost 4 us more, a grid that waits keeps other kernels from its SMs,
+# and where these are those of another rank it waits for ever.
 _ONE_LAUNCH = 1024
 
 Start = Callable[[Callable[[], Callable[[], Any]]], Callable[[], Any]]
@@ -66,6 +67,9 @@ class Peers:
     def __init__(self, transport: PeerTransport, start: Start, buffers: int) -> None:
         self.world, self.start = transport.ranks, start
         self._members = list(transport.members)
+        self._at_once = 0 if transport.crowded else _ONE_LAUNCH
+        joint = isinstance(transport.launcher, Together)
+        self._gradients = not (joint and transport.device.type == "cuda")
         if buffers > 1 and transport.device.type == "cuda":
             side = torch.cuda.Stream(transport.device)
             self.start = lambda begin: start(lambda: beside(side, begin))
@@ -82,12 +86,14 @@ class Peers:
                 f"{op}: x: expected a dtype of at most 32 bits and K up to {MAX_TOP_K}, got "
                 f"{form.wire} and K = {route.pairs[1]}; the backend cuda has kernels for those"
             )
+        self._refuse_gradients(op, *tokens, weights)
         return Leaving(Trip(self, op, form, back), route, tokens, weights, ids)
 
     def home(
         self, op: str, route: Any, form: Form, tie: Tensor, out: Tensor, here: Tensor | None,
         there: Tensor | None,
     ) -> Callable[[], Tensor]:  # fmt: skip
+        self._refuse_gradients(op, out, here, there)
         trip = Trip(self, op, form, form)
 
         def begin() -> Callable[[], Tensor]:
@@ -100,11 +106,20 @@ class Peers:
 
         return lambda: journey.arrive(outputs, partial(_home_back, trip.reversed(), route))[1]
 
+    def _refuse_gradients(self, op: str, *given: Tensor | None) -> None:
+        wanted = any(tensor is not None and tensor.requires_grad for tensor in given)
+        if wanted and torch.is_grad_enabled() and not self._gradients:
+            raise ValueError(
+                f"{op}: expected no gradients wanted in a LocalWorld on a GPU, got tensors that "
+                "want them; autograd runs the backward of all ranks in one thread: pass "
+                "LocalWorld(size, streams=True), or call it in torch.no_grad()"
+            )
+
     def run(self, op: str, bytes: int, numbers: Sequence[Any], roles: Roles, jobs: int) -> None:
         """Launch an operation; `bytes` of buffer, `jobs` tokens of all ranks."""
         memory = self._reserve(op, bytes)
         head = [memory.bytes, self._timeout, self._halves]
-        phases = [SEND | MEET | RECEIVE] if jobs <= _ONE_LAUNCH else [SEND, MEET, RECEIVE]
+        phases = [SEND | MEET | RECEIVE] if jobs <= self._at_once else [SEND, MEET, RECEIVE]
         for phase in phases:
             self._launch(op, memory, [[*head, *numbers[0], phase], *numbers[1:]], roles)
         self._check(op, memory)
@@ -216,7 +231,9 @@ class Trip:
             "loads": None if plan is None else places.loads, "report": places.report,
         }  # fmt: skip
         row, side = x.shape[1] * x.itemsize, 0 if beside is None else beside.shape[1] * 4
-        bytes = peers.bytes_of(most, row, side, top_k, route, self.form)
+        # no gradient needs more: ranks do not meet on the host to make memory in a backward
+        forms = (self.form, self.back, Form(top_k, torch.float32, torch.float32))
+        bytes = max(peers.bytes_of(most, row, side, top_k, route, form) for form in forms)
         rules = route.owner.rules
         strict = plan is not None and rules.overflow == "raise" and route.owner.capacity is not None
         numbers = [most, experts, rules.align, int(route.direct), int(plan is None), int(strict), 0]
