@@ -30,14 +30,16 @@ typedef struct kimi_peer_memory {
 #define KIMI_ALL_TO_ALL_MAX_TOP_K 32
 
 /* Buffers and states are zero before the first call of any rank. The state may be read at any time;
- * after `silent` or `strange` calls do nothing until all ranks have zeroed everything. */
+ * after `silent`, `strange` or `overfull` calls give no rows and wait for nobody, until all ranks have
+ * zeroed everything. */
 typedef struct kimi_all_to_all_state {
   uint64_t epoch;    /* operations so far */
   uint64_t masked;   /* bit r: rank r is left out; the caller sets it, alike on all ranks */
   uint64_t silent;   /* bit r: rank r did not come in time */
   uint64_t strange;  /* bit r: rank r came with another operation or other shapes */
+  uint64_t overfull; /* bit r: rank r would have had more rows than it has room for (strict) */
   uint32_t arrivals; /* blocks of the present kernel */
-  uint32_t reserved;
+  uint32_t most;     /* rows that a rank of `overfull` would have had */
 } kimi_all_to_all_state;
 
 /* Stages of an operation, in order. All together are one cooperative launch, for few tokens; else
@@ -83,6 +85,7 @@ typedef struct kimi_all_to_all_dispatch_params {
   int32_t align;       /* rows of an expert are padded to a multiple */
   int32_t direct;      /* 1: results come home one by one, 0: summed by rank */
   int32_t again;
+  int32_t strict;     /* 1: where any rank would have more than R rows all have failed (state) */
   int32_t num_blocks; /* 0: as many as are resident */
   int32_t num_local;  /* of one launch: params[0 .. num_local - 1]; 0 is 1 */
   kimi_all_to_all_phase phases;

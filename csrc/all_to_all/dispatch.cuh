@@ -221,6 +221,7 @@ __device__ void settle(const DispatchParams& p, const Exchange<Flags>& exchange,
   const DispatchLayout layout(p);
   const Placement placement(p.num_experts, world);
   int64_t most = 0;
+  uint64_t overfull = 0;
   for (int owner = 0; owner < world; ++owner) {
     int64_t rows = 0;
     const int first = placement.first(owner);
@@ -228,14 +229,17 @@ __device__ void settle(const DispatchParams& p, const Exchange<Flags>& exchange,
       int64_t total = 0;
       for (int s = 0; s < world; ++s) {
         const char* half = exchange.half_of(s);
-        const int32_t count =
-            exchange.masked(s) ? 0 : reinterpret_cast<const int32_t*>(half + layout.counts)[e];
+        const int32_t count = exchange.masked(s) || exchange.masked(owner)
+                                  ? 0
+                                  : reinterpret_cast<const int32_t*>(half + layout.counts)[e];
         p.loads[int64_t{s} * p.num_experts + e] = count;
         total += count;
       }
       rows += padded(total, p.align);
     }
-    most = std::max(most, block_sum(rows, warp_sums));
+    const int64_t wanted = block_sum(rows, warp_sums);
+    most = std::max(most, wanted);
+    if (wanted > p.num_rows) overfull |= uint64_t{1} << owner;
   }
   for (int e = thread; e < table.experts; e += kThreads) {
     const int32_t start = e == 0 ? 0 : table.end[e - 1];
@@ -247,6 +251,30 @@ __device__ void settle(const DispatchParams& p, const Exchange<Flags>& exchange,
     p.report[1] = table.wanted;
     p.report[2] = most;
     p.report[3] = table.dropped;
+    if (p.strict && overfull != 0) exchange.overflow(overfull, most);
+  }
+}
+
+/// An operation that has failed lays out no row: what comes behind it reads nothing that is not there.
+__device__ inline void leave_empty(const DispatchParams& p) {
+  if (p.again) return;
+  const int64_t units = p.peers.world * p.max_tokens;
+  const auto fill = [&](auto* to, int64_t count, auto value) {
+    for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads)
+      to[i] = value;
+  };
+  if (p.phases & KIMI_ALL_TO_ALL_SEND) fill(p.home, p.num_tokens, 0u);
+  if (p.phases & KIMI_ALL_TO_ALL_MEET) {
+    const int owned = Placement(p.num_experts, p.peers.world).count(p.peers.rank);
+    fill(p.y_offsets, owned, 0);
+    fill(p.y_tokens_per_expert, owned, 0);
+    fill(p.loads, int64_t{p.peers.world} * p.num_experts, 0);
+    fill(p.report, kReportHead + p.peers.world, int64_t{0});
+  }
+  if (p.phases & KIMI_ALL_TO_ALL_RECEIVE) {
+    fill(p.y_row_map, units * p.top_k, -1);
+    fill(p.y_source, p.num_rows, -1);
+    fill(p.y_slots, units, 0u);
   }
 }
 
@@ -330,13 +358,13 @@ __device__ void dispatch_rank(const DispatchParams& p) {
   const bool sends = p.phases & KIMI_ALL_TO_ALL_SEND, meets = p.phases & KIMI_ALL_TO_ALL_MEET;
   const Exchange<Flags> exchange(p.peers, sends || meets ? Exchange<Flags>::next(p.peers)
                                                          : static_cast<uint64_t>(p.report[0]));
-  if (exchange.broken()) return;
+  if (exchange.broken()) return leave_empty(p);
   if (sends) send(p, exchange);
   if (meets) {
     const uint32_t tag = tag_of({1, p.max_tokens, p.row_bytes, p.beside_bytes, p.num_experts,
                                  p.top_k, p.align, p.direct, p.again, p.y_weights != nullptr});
     exchange.signal(tag);
-    if (!exchange.wait(tag)) return;
+    if (!exchange.wait(tag)) return leave_empty(p);
   }
   if (p.phases == KIMI_ALL_TO_ALL_SEND) return;
   Table table(memory, p.peers.world, Placement(p.num_experts, p.peers.world).count(p.peers.rank));

@@ -64,8 +64,14 @@ class Exchange {
   /// Whether an earlier operation has failed: then nothing is right any more.
   __device__ bool broken() const {
     const bool mine = threadIdx.x == 0 && (load_acquire_sys(&state_->silent) != 0 ||
-                                           load_acquire_sys(&state_->strange) != 0);
+                                           load_acquire_sys(&state_->strange) != 0 ||
+                                           load_acquire_sys(&state_->overfull) != 0);
     return __syncthreads_or(mine) != 0;
+  }
+  /// One thread: those ranks have too little room. All ranks find the same.
+  __device__ void overflow(uint64_t ranks, int64_t most) const {
+    state_->most = static_cast<uint32_t>(most);
+    atomic_or_sys(&state_->overfull, ranks);
   }
 
   /// All blocks of the rank: what they have written may be read by all ranks.

@@ -70,7 +70,7 @@ void expect_numbers(Call& call, const Peers& peers, size_t count) {
 
 PyObject* all_to_all_dispatch(Call& call) {
   const Peers peers(call);
-  expect_numbers(call, peers, 10);
+  expect_numbers(call, peers, 11);
   const size_t n = peers.count();
   const PerRank x(call, "x", n), beside(call, "beside", n, {kFloat32});
   const PerRank indices(call, "indices", n, {kInt32}), row_map(call, "row_map", n, {kInt32});
@@ -91,8 +91,9 @@ PyObject* all_to_all_dispatch(Call& call) {
     p.align = int32_t(peers.numbers[5]);
     p.direct = int32_t(peers.numbers[6]);
     p.again = int32_t(peers.numbers[7]);
-    p.num_blocks = int32_t(peers.numbers[8]);
-    p.phases = kimi_all_to_all_phase(peers.numbers[9]);
+    p.strict = int32_t(peers.numbers[8]);
+    p.num_blocks = int32_t(peers.numbers[9]);
+    p.phases = kimi_all_to_all_phase(peers.numbers[10]);
     p.num_local = int32_t(n);
     const Tensor& tokens = x.at(i).shape({"T", "H"});
     const Tensor& map = y_row_map.at(i).shape({peers.world() * p.max_tokens, "K"});

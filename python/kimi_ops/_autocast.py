@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What ops do inside of `torch.autocast`."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,18 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def no_cast_kept() -> Iterator[None]:
+    """An enclosing `torch.autocast` casts a weight wherever it is used: no two uses share a cast,
+    in which their gradients would be added up in 16 bits."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

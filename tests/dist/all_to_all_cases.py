@@ -29,6 +29,7 @@ class Case:
     x: list[Tensor]
     indices: list[Tensor]
     weights: list[Tensor] | None
+    per_node: int | None = None
 
     @property
     def world(self) -> int:
@@ -46,6 +47,7 @@ class Case:
             "expert_alignment": self.align,
             "capacity": self.capacity,
             "overflow": self.overflow,
+            "ranks_per_node": self.per_node,
         }
 
     def received(self) -> list[oracle.Received]:
@@ -61,8 +63,9 @@ class Case:
 
     def combined(self, outs: list[Tensor], received: list[oracle.Received]) -> list[Tensor]:
         return oracle.combine(
-            outs, received, self.indices, self.weights, layout=self.layout, wire_dtype=self.wire
-        )
+            outs, received, self.indices, self.weights, layout=self.layout, wire_dtype=self.wire,
+            ranks_per_node=self.per_node,
+        )  # fmt: skip
 
 
 def random_case(seed: int, world: int | None = None, **fixed: Any) -> Case:

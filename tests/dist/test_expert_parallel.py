@@ -19,6 +19,7 @@ from kimi_ops.parallel import (
     EPRankLost,
     EPTimeout,
 )
+from kimi_ops.parallel import router
 from kimi_ops.parallel.layout import Placement
 from kimi_ops.reference import all_to_all as oracle
 from tests.dist.all_to_all_cases import check, random_case, triple
@@ -325,6 +326,28 @@ def test_what_one_rank_refuses_is_told_to_all():
         with pytest.raises(EPMismatch, match="gradients wanted"):
             ep.dispatch(x.clone().requires_grad_(bad), ids([0]))
         rows = ep.dispatch(x, ids([0]))  # the group is as good as before
+        return ep.combine(rows.x, rows.handle).tolist()
+
+    assert LocalWorld(2).run(work) == [[[1.0, 1.0]]] * 2
+
+
+def test_whatever_one_rank_raises_is_told_to_all(monkeypatch):
+    depart, planned = router.depart, threading.local()
+
+    def fails(*arguments):
+        if getattr(planned, "badly", False):
+            raise MemoryError("no room for the plan")
+        return depart(*arguments)
+
+    monkeypatch.setattr(router, "depart", fails)
+
+    def work(group):
+        ep, bad = ExpertParallel(group, timeout=5.0, **SMALL), group.rank == 1
+        planned.badly = bad
+        with pytest.raises(MemoryError if bad else EPPeerError, match="no room for the plan"):
+            ep.dispatch(torch.ones(1, 2), ids([0]))
+        planned.badly = False
+        rows = ep.dispatch(torch.ones(1, 2), ids([0]))  # the group is as good as before
         return ep.combine(rows.x, rows.handle).tolist()
 
     assert LocalWorld(2).run(work) == [[[1.0, 1.0]]] * 2

@@ -4,7 +4,9 @@
 #include "simt.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
+#include <thread>
 #include <utility>
 
 #include "runner.h"
@@ -19,10 +21,6 @@ namespace {
 enum Order { kAscending, kDescending, kWarpByWarp, kUniform };
 Order order_of(uint64_t seed) { return static_cast<Order>(seed % 4); }
 
-// Spinning threads look again this often without anything else having happened before it counts as
-// a deadlock: a spin loop may do a few steps of its own between two looks.
-constexpr int kFruitlessWakes = 64;
-
 struct Cancelled {};  // unwinds the fibers of a launch that is given up
 
 bool less_urgent(const Thread* a, const Thread* b) { return a->priority < b->priority; }
@@ -33,7 +31,9 @@ Runner& Runner::instance() {
   thread_local Runner runner;
   static const char* seed = std::getenv("KIMI_SIMT_SEED");
   thread_local bool read = false;
+  static const char* patience = std::getenv("KIMI_SIMT_PATIENCE");
   if (!read && seed != nullptr) runner.settings.seed = std::strtoull(seed, nullptr, 0);
+  if (!read && patience != nullptr) runner.settings.patience = std::atoi(patience);
   read = true;
   return runner;
 }
@@ -191,7 +191,8 @@ Thread* Runner::next_ready() {
   if (ready_.empty() && !spinning_.empty()) {
     fruitless_wakes_ = progress_ == progress_at_wake_ ? fruitless_wakes_ + 1 : 0;
     progress_at_wake_ = progress_;
-    if (fruitless_wakes_ < kFruitlessWakes)
+    if (fruitless_wakes_ > 64) std::this_thread::sleep_for(std::chrono::microseconds(50));
+    if (fruitless_wakes_ < settings.patience)
       for (Thread* thread : std::exchange(spinning_, {})) make_ready(thread);
   }
   if (ready_.empty()) return nullptr;

@@ -53,6 +53,10 @@ struct Settings {
   uint64_t seed = 3;                // KIMI_SIMT_SEED, read when the program starts
   int resident_blocks = 2;          // live at once in a launch that is not cooperative
   size_t stack_bytes = 256 * 1024;  // of each fiber; touched pages only take memory
+  // Spinning threads look again this often without anything else having happened before it counts as
+  // a deadlock: a spin loop may do a few steps of its own between two looks. KIMI_SIMT_PATIENCE, where
+  // another process may be what they wait for: after the first few it gets the processor.
+  int patience = 64;
 };
 /// Of the calling OS thread.
 Settings& settings();

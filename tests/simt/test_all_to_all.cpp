@@ -14,11 +14,7 @@ namespace {
 using namespace a2a;
 using namespace kimi::exchange;
 
-enum Way {
-  kOneLaunch,
-  kPhases,
-  kGrid
-};  // kGrid: several blocks a rank, as many ranks as one likes
+enum Way { kOneLaunch, kPhases, kGrid };  // kGrid: several blocks, and as many ranks as one likes
 
 template <class F>
 void dispatch_ranks(const DispatchParams* ranks, uint32_t alive) {
@@ -384,6 +380,15 @@ TEST(broken_flags_are_noticed) {
 
 // ---- faults ------------------------------------------------------------------------------------
 
+/// No row is laid out; y and the weights do not matter then.
+void check_empty(const Rank& k) {
+  const auto all = [](const auto& values, auto value) {
+    return std::all_of(values.begin(), values.end(), [=](auto v) { return v == value; });
+  };
+  CHECK(all(k.y_row_map, -1) && all(k.y_source, -1) && all(k.y_slots, 0u));
+  CHECK(all(k.y_offsets, 0) && all(k.y_counts, 0) && all(k.loads, 0) && all(k.report, 0));
+}
+
 TEST(a_rank_that_does_not_come_is_named) {
   for (uint64_t seed : {0, 1, 2, 3}) {
     Shape s;
@@ -402,6 +407,7 @@ TEST(a_rank_that_does_not_come_is_named) {
       CHECK(w.state[r].silent == 2 && w.state[r].strange == 0);
       const Bytes& y = w.rank[r].y;
       CHECK(std::count(y.begin(), y.end(), 0xa5) == static_cast<int64_t>(y.size()));
+      check_empty(w.rank[r]);
     }
     for (DispatchParams& each : p) each.num_local = s.ranks;
     for (DispatchParams& each : p) each.num_blocks = 1;
@@ -424,6 +430,40 @@ TEST(a_rank_with_another_call_is_named) {
   p[1].align = 2;
   run_grid(p, 1);
   CHECK(w.state[0].strange == 2 && w.state[0].silent == 0 && w.state[1].strange == 1);
+}
+
+TEST(too_little_room_fails_on_all_ranks) {
+  Shape s;
+  s.ranks = 3;
+  s.strict = true;
+  for (uint64_t seed : {0, 1, 2, 3}) {
+    const Way way = static_cast<Way>(seed % 3);
+    start(s, way, seed);
+    World w(s, seed);
+    w.draw(2, 0.0);
+    const std::vector<int64_t> wanted = w.expected().wanted;
+    w.s.capacity = *std::max_element(wanted.begin(), wanted.end()) - 1;
+    const Expected e = w.expected();
+    uint64_t overfull = 0;
+    for (int r = 0; r < s.ranks; ++r)
+      if (e.wanted[r] > w.s.capacity) overfull |= uint64_t{1} << r;
+    for (int call : {0, 1}) {
+      std::vector<DispatchParams> p;
+      for (int r = 0; r < s.ranks; ++r) {
+        w.clear(w.rank[r], r);
+        p.push_back(w.dispatch_params(r, w.s.capacity));
+      }
+      run(p, way, 2);  // the second one returns at once, without waiting
+      for (int r = 0; r < s.ranks; ++r) {
+        const kimi_all_to_all_state& state = w.state[r];
+        CHECK(state.overfull == overfull && state.silent == 0 && state.epoch == 1);
+        CHECK(state.most == static_cast<uint64_t>(w.s.capacity + 1));
+        if (call == 1) check_empty(w.rank[r]);
+      }
+    }
+  }
+  s.capacity = 24;  // what fits is no fault
+  there_and_back(s, kPhases, 4, 5);
 }
 
 TEST(bad_arguments_are_refused) {

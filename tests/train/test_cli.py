@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import kimi_ops
 from kimi_ops import _program
-from kimi_ops.cli import app
+from kimi_ops.cli import app, training
 from kimi_ops.cli.options import command_line
 from kimi_ops.gpu import Fault
 from kimi_ops.train import TrainSettings, train
@@ -315,6 +315,20 @@ def test_prompts_of_any_bytes(finished: Path):
 def test_a_command_to_type_is_quoted():
     words = command_line("train", out=Path("my run"), resume=True, plot=False, data=None, lr=0.1)
     assert words == "kimi-ops train --out 'my run' --resume --lr 0.1"
+
+
+def test_nothing_overlaps_on_one_rank(tmp_path: Path):
+    result = runner.invoke(app, [*tiny(tmp_path / "run", tmp_path / "text.txt"), "--overlap"])
+    assert result.exit_code == 1 and not (tmp_path / "run").exists()
+    assert "--overlap: expected experts over several processes" in result.output
+
+
+def test_a_run_goes_on_as_it_was_shared_out():
+    place = training._ranks(
+        training.Request(Path("run"), None, False, "cpu", {}, False, False, 4, 120.0, True)
+    )
+    words = command_line("train", out=Path("run"), resume=True, **place)
+    assert words == "kimi-ops train --out run --resume --expert-parallel 4 --overlap"
 
 
 @pytest.fixture

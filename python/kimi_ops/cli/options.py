@@ -74,6 +74,14 @@ ExpertParallel = Annotated[
         "divides their number. All of them share each micro-batch."
     ),
 ]
+Overlap = Annotated[
+    bool,
+    typer.Option(
+        "--overlap",
+        help="Beside --expert-parallel: compute micro-batches in twos, so that the tokens of one "
+        "travel while the other computes; --accumulate is even. The same bits.",
+    ),
+]
 Timeout = Annotated[
     float,
     typer.Option(
@@ -105,10 +113,12 @@ def tell(text: str) -> None:
 
 
 @contextmanager
-def joined(expert_parallel: int, timeout: float, device: str) -> Iterator[Ranks]:
+def joined(
+    expert_parallel: int, timeout: float, device: str, overlap: bool = False
+) -> Iterator[Ranks]:
     """The processes of this program; where they cannot come together, what is wrong is said."""
     try:
-        with join_ranks(expert_parallel, timeout, device) as ranks:
+        with join_ranks(expert_parallel, timeout, device, overlap) as ranks:
             yield ranks
     except (ValueError, PeerError, torch.distributed.DistError) as error:
         raise fail(error) from None

@@ -44,6 +44,9 @@ def plan(
     wire: Annotated[
         str | None, option("Dispatched rows: bf16 or fp8.", "bf16 to train, fp8 to serve")
     ] = None,
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Train on micro-batches in twos, side by side.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     plot: Annotated[
         Path | None, option("Draw times and memory: a png, svg or pdf.", "none")
@@ -66,6 +69,7 @@ def plan(
             batch_tokens=batch_tokens,
             weights=weights,
             wire=wire,
+            overlap=overlap,
         )
         typer.echo(json.dumps(as_dict(made), indent=2) if as_json else as_text(made))
         if plot is not None:

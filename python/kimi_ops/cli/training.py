@@ -56,6 +56,7 @@ class Request:
     progress: bool
     expert_parallel: int
     timeout: float
+    overlap: bool = False
 
 
 def train(
@@ -81,14 +82,16 @@ def train(
     keep: opt.Keep = None,
     progress: opt.Bar = True,
     expert_parallel: opt.ExpertParallel = 1,
+    overlap: opt.Overlap = False,
     timeout: opt.Timeout = TIMEOUT,
 ) -> None:
     """Train a small Kimi K2 on text, byte by byte. Ctrl-C saves; --resume goes on bit for bit.
     Under torchrun, by many processes."""
     request = Request(
-        out, data, resume, device, _overrides(context), plot, progress, expert_parallel, timeout
-    )
-    with opt.joined(expert_parallel, timeout, device) as ranks:
+        out, data, resume, device, _overrides(context), plot, progress, expert_parallel, timeout,
+        overlap,
+    )  # fmt: skip
+    with opt.joined(expert_parallel, timeout, device, overlap) as ranks:
         _train(request, ranks)
 
 
@@ -235,6 +238,7 @@ def _ranks(request: Request) -> dict[str, Any]:
     """The options of several processes, where they are not the defaults."""
     chosen = {
         "expert_parallel": (request.expert_parallel, 1),
+        "overlap": (request.overlap, False),
         "timeout": (request.timeout, TIMEOUT),
     }
     return {name: value for name, (value, default) in chosen.items() if value != default}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What `ExpertParallel` takes; everything is checked by the rank that it was given to."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,9 @@ class Limits:
     device: torch.device
 
 
-def connection(group: Any, backend: str, timeout: float, device: torch.device | None) -> None:
+def connection(
+    group: Any, backend: str, timeout: float, device: torch.device | None, nodes: bool
+) -> None:
     _check.choice(_OP, "backend", backend, ("auto", *BACKENDS, "reference"))
     if not _check.number(_OP, "timeout", timeout) > 0:
         raise ValueError(f"{_OP}: timeout: expected seconds above 0, got {timeout}")
@@ -57,6 +60,11 @@ def connection(group: Any, backend: str, timeout: float, device: torch.device | 
             f"{_OP}: backend: expected {' or '.join(offered)} for a "
             f"{'LocalWorld' if local else 'process group'}, got {backend}; 'auto' chooses"
         )
+    if nodes and backend in ("shm", "cuda"):
+        raise ValueError(
+            f"{_OP}: ranks_per_node: expected None with {backend}, whose ranks reach each other's "
+            "memory; pass backend='gloo' or 'nccl' for ranks on several hosts"
+        )
     if backend == "nccl" and device is not None and device.type != "cuda":
         raise ValueError(f"{_OP}: device: expected a GPU for nccl, got {device}")
     gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
@@ -76,7 +84,9 @@ def place(group: Any) -> tuple[int, int]:
     return group.rank(), group.size()
 
 
-def maskable(rank: int, active: tuple[int, ...], backend: str, ranks: tuple[Any, ...]) -> None:
+def maskable(
+    rank: int, active: tuple[int, ...], ranks: tuple[Any, ...], per_node: int | None
+) -> None:
     """Check what `mask_rank` is given."""
     if not ranks:
         raise ValueError("mask_rank: ranks: expected at least one, got none; name those to mask")
@@ -88,10 +98,12 @@ def maskable(rank: int, active: tuple[int, ...], backend: str, ranks: tuple[Any,
                 f"mask_rank: ranks: expected some of {others}, got {each}; this is rank {rank}, "
                 f"and active are {list(active)}"
             )
-    if backend == "cuda":
+    left = Counter(each // per_node for each in active if each not in ranks) if per_node else {}
+    if len(set(left.values())) > 1:
+        told = ", ".join(f"{count} on node {node}" for node, count in sorted(left.items()))
         raise ValueError(
-            "mask_rank: backend: expected shm, gloo, nccl or reference, got cuda, whose memory is "
-            "that of all ranks; make a new process group without the lost ones"
+            f"mask_rank: ranks: expected equally many left on every node, got {told}; mask the "
+            "other ranks of that node, too"
         )
 
 
@@ -116,6 +128,7 @@ def _options(
     overflow: Any,
     num_buffers: Any,
     timeout: Any,
+    ranks_per_node: Any,
 ) -> None:
     why = f" (an expert for each of {world} ranks)"
     _check.between(_OP, "num_experts", num_experts, world, MAX_EXPERTS, why)
@@ -132,6 +145,18 @@ def _options(
             f"{_OP}: overflow: expected 'raise' without a capacity, got {overflow!r}; "
             "pass capacity="
         )
+    if ranks_per_node is not None:
+        _check.between(_OP, "ranks_per_node", ranks_per_node, 1, world, f" ({world} ranks)")
+        if world % ranks_per_node:
+            raise ValueError(
+                f"{_OP}: ranks_per_node: expected a divisor of the {world} ranks, got "
+                f"{ranks_per_node}; every node has equally many"
+            )
+        if layout != "rank_dedup":
+            raise ValueError(
+                f"{_OP}: layout: expected rank_dedup with ranks_per_node, got {layout}, whose "
+                "results all come home; pass ranks_per_node=None"
+            )
     if wire_dtype not in (None, torch.bfloat16, torch.float32, FP8):
         raise ValueError(
             f"{_OP}: wire_dtype: expected None, torch.bfloat16, torch.float32 or "

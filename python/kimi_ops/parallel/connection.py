@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kimi_ops.parallel import messages
 from kimi_ops.parallel.errors import EPError, EPMisuse, numbered
+from kimi_ops.parallel.hops import Hops
 from kimi_ops.parallel.liveness import Roll
 from kimi_ops.parallel.local import LocalGroup, LocalTransport
 from kimi_ops.parallel.peer_transport import PeerTransport, between_processes, in_one_process
@@ -20,7 +21,7 @@ from kimi_ops.parallel.process_group import GroupTransport, choose
 from kimi_ops.parallel.segment import Segment, share
 from kimi_ops.parallel.shm import Pulls
 from kimi_ops.parallel.transport import Motions, Transport
-from kimi_ops.parallel.wire import Records
+from kimi_ops.parallel.wire import Crossing, Form, Records
 
 Result = TypeVar("Result")
 _log = logging.getLogger("kimi_ops.parallel")
@@ -37,15 +38,17 @@ class Connection:
         device: torch.device | None,
         buffers: int,
         members: Sequence[int],
+        nodes: bool = False,
     ) -> None:
         self.members = members
         with self.numbered():
-            found = _connect(group, backend, timeout, device, buffers, members)
+            found = _connect(group, backend, timeout, device, buffers, members, nodes)
         self.transport, self.reason = found
         self.rank, self.world = self.transport.rank, self.transport.world
         self.device = self.transport.device
         self._buffers, self._in_flight = buffers, 0
         self._broken: EPError | None = None
+        self._hops: Hops | None = None
         _log.info("rank %d of %d: %s: %s", self.rank, self.world, self.transport.name, self.reason)
 
     def numbered(self) -> AbstractContextManager[None]:
@@ -72,6 +75,15 @@ class Connection:
         message = torch.cat([part.to(self.device) for part in parts])
         return self._guarded(lambda: self.transport.gather(message)).split(list(sizes), 1)
 
+    def split(self, per_node: int) -> None:
+        """Let tokens travel by nodes of so many ranks; all ranks call it."""
+        transport: Any = self.transport
+        node, rail = divmod(self.rank, per_node)
+        with self.numbered():
+            rails = transport.part(range(rail, self.world, per_node))
+            neighbours = transport.part(range(node * per_node, (node + 1) * per_node))
+        self._hops = Hops(rails, neighbours, self.start)
+
     @property
     def motions(self) -> Motions:
         """What brings rows from rank to rank."""
@@ -79,8 +91,17 @@ class Connection:
             return Pulls(self.transport, self.start)
         if isinstance(self.transport, PeerTransport):
             return Peers(self.transport, self.start, self._buffers)
+        if self._hops is not None:
+            return Records(self._hops.way)
         transport: Transport = self.transport
-        return Records(lambda *what: self.start(lambda: transport.start(*what)))
+
+        def exchange(*what: Any) -> Callable[[], Tensor]:
+            return self.start(lambda: transport.start(*what))
+
+        def crossing(route: Any, form: Form, back: Form) -> Crossing:
+            return Crossing(exchange, route.sent, route.received, form, back)
+
+        return Records(crossing)
 
     @property
     def lays_rows_out(self) -> bool:
@@ -120,6 +141,12 @@ class Connection:
         words = messages.text(value)
         return messages.texts(self.gather([words], [len(words)])[0])
 
+    def check(self, motions: Motions) -> None:
+        """Raise what kernels have found, which nobody may have looked at yet."""
+        if isinstance(motions, Peers):
+            self._works("check")
+            self._guarded(lambda: motions.check("check"))
+
     def close(self) -> None:
         self.transport.close()
         self._broken = self._broken or EPMisuse("it was closed")
@@ -135,21 +162,21 @@ class Connection:
 
 def _connect(
     group: Any, backend: str, timeout: float, device: torch.device | None, buffers: int,
-    members: Sequence[int],
+    members: Sequence[int], nodes: bool,
 ) -> tuple[Transport | Segment | PeerTransport, str]:  # fmt: skip
     """The connection of this rank, and why it is that."""
     if isinstance(group, LocalGroup):
         why = f"{group.size} ranks are threads of one process"
         if backend == "cuda":
-            return in_one_process(group, timeout, device), why
+            return in_one_process(group, timeout, device, members), why
         return LocalTransport(group, timeout, device or torch.device("cpu"), members), why
     group = group or dist.group.WORLD
     name, place, why = choose(group, device, backend)
     wanted = "auto" if backend == "auto" and place.type == "cpu" else name
     roll = Roll(group, timeout, {"backend": wanted}, members)
     if wanted == "cuda":
-        return between_processes(group, roll, timeout, place), why
-    if wanted in ("auto", "shm"):
+        return between_processes(group, roll, timeout, place, members), why
+    if wanted in ("auto", "shm") and not nodes:
         segment, found = share(roll, buffers, timeout)
         if segment is not None:
             return segment, found if wanted == "auto" else why

@@ -59,13 +59,20 @@ class ExpertParallel:
         The number of rows that a dispatch gives, on every rank; None gives as many as there are.
     overflow : {"raise", "drop", "grow"}
         What more rows than `capacity` do: an `EPOverflow` on every rank; are left out (of every
-        expert the last beyond a level that is the highest to fit); raise `capacity` for good.
+        expert the last beyond a level that is the highest to fit); raise `capacity` for good. With
+        cuda the host asks for no counts but to "grow": the `EPOverflow` is that of the next call
+        that looks, and the object is out of use then.
     num_buffers : int
         How many operations may be under way at once.
     timeout : float
         Seconds until a rank that does not come is an `EPTimeout`.
     device : torch.device or str, optional
         Of all tensors; by default the GPU with nccl, the CPU otherwise.
+    ranks_per_node : int, optional
+        Neighbouring ranks of one host: a token then crosses the network once for each host of its
+        experts, to the rank of the same number there, which hands it on; and one sum of each host
+        comes back. For gloo, nccl and reference, with `layout` rank_dedup. Rows are the same as
+        without; sums are rounded once more.
 
     Attributes
     ----------
@@ -119,9 +126,10 @@ class ExpertParallel:
         num_buffers: int = 1,
         timeout: float = 30.0,
         device: torch.device | str | None = None,
+        ranks_per_node: int | None = None,
     ) -> None:
         where = None if device is None else torch.device(device)
-        call_checks.connection(group, backend, timeout, where)
+        call_checks.connection(group, backend, timeout, where, ranks_per_node is not None)
         self.rank, self.world = call_checks.place(group)
         self._arguments = group, backend, timeout, where, num_buffers
         self._options: dict[str, Any] = {
@@ -135,6 +143,7 @@ class ExpertParallel:
             "overflow": overflow,
             "num_buffers": num_buffers,
             "timeout": timeout,
+            "ranks_per_node": ranks_per_node,
         }
         self._direct = layout == "expert_direct"
         self._connect(range(self.world), capacity)
@@ -144,10 +153,14 @@ class ExpertParallel:
 
     def _connect(self, members: Sequence[int], capacity: int | None) -> None:
         """A connection of those ranks, which all call this."""
-        connection = Connection(*self._arguments, members)
         options = self._options | {"capacity": capacity}
+        nodes = options["ranks_per_node"]
+        connection = Connection(*self._arguments, members, nodes is not None)
         try:
             connection.agree(options, call_checks.fault_of(self.world, options))
+            per_node = nodes and sum(rank // nodes == members[0] // nodes for rank in members)
+            if per_node:
+                connection.split(per_node)
         except BaseException:
             connection.close()
             raise
@@ -155,7 +168,9 @@ class ExpertParallel:
         self.device, self.backend_reason = connection.device, connection.reason
         self.backend = connection.transport.name
         placement = Placement(options["num_experts"], self.world, members)
-        rules = Rules(placement, self._direct, options["expert_alignment"], options["overflow"])
+        rules = Rules(
+            placement, self._direct, options["expert_alignment"], options["overflow"], per_node or 0
+        )
         self._router, self._motions = Router(connection, rules, capacity), connection.motions
         self.experts = self._router.experts
 
@@ -165,7 +180,8 @@ class ExpertParallel:
         All ranks that are left call it, with the same ranks; then they have a connection of their
         own, and this object works as before, with the same `rank`, `world` and `experts`. Pairs of
         experts that a masked rank has are dropped, as ids -1 are: no row, weight gradient 0. What
-        was under way is lost, and handles of dispatches before are of no use.
+        was under way is lost, and handles of dispatches before are of no use. With
+        `ranks_per_node` as many ranks have to be left on every node that has any.
 
         Parameters
         ----------
@@ -180,10 +196,24 @@ class ExpertParallel:
             Ranks that are left did not come within `timeout`: mask them, too. With a process group
             they meet at its store, which has to be there still.
         """
-        call_checks.maskable(self.rank, self.active_ranks, self.backend, ranks)
+        per_node = self._options["ranks_per_node"]
+        call_checks.maskable(self.rank, self.active_ranks, ranks, per_node)
         capacity = self.capacity
         self._connection.close()
         self._connect([rank for rank in self.active_ranks if rank not in ranks], capacity)
+
+    def check(self) -> None:
+        """Wait for the GPU, and raise what its kernels have found.
+
+        With backend cuda a fault is found by kernels and raised by the next call that looks. A
+        replay of a graph is no call: look now and then. With other backends nothing is found late.
+
+        Raises
+        ------
+        EPTimeout, EPMismatch, EPOverflow
+            The object is out of use then, see `mask_rank`.
+        """
+        self._connection.check(self._motions)
 
     @property
     def capacity(self) -> int | None:

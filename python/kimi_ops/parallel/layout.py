@@ -54,6 +54,7 @@ class Rules:
     direct: bool
     align: int
     overflow: str
+    per_node: int = 0  # ranks of each node, where a token travels by nodes
 
     def padded(self, count: int) -> int:
         return -(-count // self.align) * self.align
@@ -79,6 +80,7 @@ class Departure:
     there: PermutePlan
     counts: Tensor  # [E] int32, pairs of this rank for every expert
     records: Tensor  # [P] int32, records for every rank
+    stops: Tensor  # [N] int32, those that cross the network for every node; empty without nodes
 
 
 def depart(rules: Rules, indices: Tensor, owners: Tensor) -> Departure:
@@ -90,12 +92,26 @@ def depart(rules: Rules, indices: Tensor, owners: Tensor) -> Departure:
     if rules.direct:
         there = permute_plan(known.int(), experts)
         records = _count(owner, world)
-        return Departure(there, there.tokens_per_expert, records)
-    ranks = torch.arange(world, dtype=torch.int32, device=indices.device)
-    goes = torch.zeros(len(indices), world + 1, dtype=torch.bool, device=indices.device)
-    goes.scatter_(1, owner, True)
-    there = permute_plan(ranks.where(goes[:, :world], -1), world)
-    return Departure(there, _count(known, experts), there.tokens_per_expert)
+        return Departure(there, there.tokens_per_expert, records, records[:0])
+    goes, counts = goes_to(owner, world), _count(known, experts)
+    if rules.per_node:
+        there = plan_copies(goes.unflatten(1, (-1, rules.per_node)).any(2))
+        return Departure(there, counts, goes.sum(0, dtype=torch.int32), there.tokens_per_expert)
+    there = plan_copies(goes)
+    return Departure(there, counts, there.tokens_per_expert, counts[:0])
+
+
+def goes_to(owner: Tensor, world: int) -> Tensor:
+    """[T, P] bool: whether a token has a pair of that owner; `world` in owner [T, K] is nobody."""
+    goes = torch.zeros(len(owner), world + 1, dtype=torch.bool, device=owner.device)
+    return goes.scatter_(1, owner, True)[:, :world]
+
+
+def plan_copies(goes: Tensor) -> PermutePlan:
+    """A copy of each token for each place that it goes to [T, n], by (place, token)."""
+    places = goes.shape[1]
+    numbers = torch.arange(places, dtype=torch.int32, device=goes.device)
+    return permute_plan(numbers.where(goes, -1), places)
 
 
 def _count(ids: Tensor, groups: int) -> Tensor:

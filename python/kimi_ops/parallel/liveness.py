@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,16 @@ from kimi_ops.parallel.messages import agree
 _ENDED = "ZXx"  # states of a process in /proc that runs no more: zombie, dead
 _NOTICE = 1.0  # seconds until the end of a process whose connection broke shows in /proc
 Process = list[Any]  # its host, its number and when it began
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some members of a roll, for a communicator of their own; what fails there concerns all."""
+
+    rank: int
+    world: int
+    store: Any
+    error: Callable[[str, Exception], EPError]
 
 
 class Roll:
@@ -54,6 +65,10 @@ class Roll:
     def know(self, processes: list[Process]) -> None:
         """The `process` of every rank."""
         self._processes = processes
+
+    def part(self, members: Sequence[int], error: Callable[[str, Exception], EPError]) -> Part:
+        store = dist.PrefixStore("part " + "-".join(map(str, members)), self.store)
+        return Part(members.index(self.rank), len(members), store, error)
 
     def exchange(self, word: str, answer: str) -> list[str]:
         """The answers of all ranks; `word` is used once."""

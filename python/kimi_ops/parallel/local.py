@@ -2,6 +2,7 @@
 """Any number of ranks in one process: the `reference` backend, a thread for each rank."""
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.parallel.errors import EPMismatch, EPRankLost, EPTimeout, named
+from kimi_ops.parallel.errors import EPMismatch, EPRankLost, EPTimeout, named, numbered
 
 Result = TypeVar("Result")
 
@@ -27,6 +28,10 @@ class LocalWorld:
     ----------
     size : int
         P, the number of ranks.
+    streams : bool
+        Every rank has a CUDA stream of its own, and the backend cuda launches its kernels there, as
+        processes do; otherwise one launch serves all ranks. Gradients on a GPU need it: autograd
+        runs the backward of all ranks in one thread, where none can wait for another.
 
     Raises
     ------
@@ -40,9 +45,16 @@ class LocalWorld:
     [0, 1, 2]
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, streams: bool = False) -> None:
         _check.between("LocalWorld", "size", size, 1, 1024)
-        self.size = size
+        # streams beyond those share one, and a rank would wait for what is queued behind it
+        most = int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8"))
+        if streams and size > most:
+            raise ValueError(
+                f"LocalWorld: streams: expected at most {most} ranks, got {size}; raise "
+                "CUDA_DEVICE_MAX_CONNECTIONS (up to 32) before CUDA starts"
+            )
+        self.size, self.streams = size, streams
         self._mail: dict[tuple[Any, ...], Any] = {}
         self._changed = threading.Condition()
         self._gone: set[int] = set()
@@ -69,11 +81,11 @@ class LocalWorld:
         results: dict[int, Result] = {}
         errors: dict[int, BaseException] = {}
         self._gone, self._mail = set(), {}
-        graded = torch.is_grad_enabled()
+        graded, streams = torch.is_grad_enabled(), self._own_streams()
 
         def work(rank: int) -> None:
             try:
-                with torch.set_grad_enabled(graded):
+                with torch.set_grad_enabled(graded), torch.cuda.stream(streams[rank]):
                     results[rank] = function(LocalGroup(self, rank))
             except BaseException as error:
                 errors[rank] = error
@@ -90,12 +102,23 @@ class LocalWorld:
             thread.start()
         for thread in threads:
             thread.join()
+        for stream in filter(None, streams):
+            torch.cuda.current_stream().wait_stream(stream)
         if errors:
             waited = (EPRankLost, EPTimeout)
             first = min(errors, key=lambda rank: (isinstance(errors[rank], waited), rank))
             errors[first].add_note(f"on rank {first} of a LocalWorld of {self.size}")
             raise errors[first]
         return [results[rank] for rank in range(self.size)]
+
+    def _own_streams(self) -> list[torch.cuda.Stream | None]:
+        """Of every rank, behind what the caller's stream has so far."""
+        if not (self.streams and torch.cuda.is_available()):
+            return [None] * self.size
+        made = [torch.cuda.Stream() for _ in range(self.size)]
+        for stream in made:
+            stream.wait_stream(torch.cuda.current_stream())
+        return [*made]
 
     def _post(self, key: tuple[Any, ...], message: Any) -> None:
         with self._changed:
@@ -143,10 +166,15 @@ class LocalTransport:
     ) -> None:
         members = range(group.size) if members is None else members
         self.rank, self.world, self.device = members.index(group.rank), len(members), device
-        self._mailbox, self._timeout, self._members = group.world, timeout, members
+        self._group, self._timeout, self._members = group, timeout, members
+        self._mailbox = group.world
         # each rank makes its transports, and a transport its exchanges, in the same order
         self._connection = (*members, next(group._numbers))
         self._calls = itertools.count()
+
+    def part(self, members: Sequence[int]) -> "LocalTransport":
+        ours = [self._members[rank] for rank in members]
+        return LocalTransport(self._group, self._timeout, self.device, ours)
 
     def gather(self, message: Tensor) -> Tensor:
         whole = message.cpu()
@@ -158,7 +186,12 @@ class LocalTransport:
         self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]
     ) -> Callable[[], Tensor]:
         parts = self._exchange(buffer, sent, received)
-        return lambda: torch.cat(parts())
+
+        def arrived() -> Tensor:
+            with numbered(self._members):
+                return torch.cat(parts())
+
+        return arrived
 
     def share(self, value: Any) -> list[Any]:
         """What all ranks have, by rank: the very objects."""

@@ -11,53 +11,68 @@ Kernels see a table of addresses and nothing else. `symmetric` and `shared` are 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kimi_ops.parallel import messages
+
 ALIGNMENT = 128  # of buffers
-STATE_WORDS = 5  # kimi_all_to_all_state: epoch, masked, silent, strange, arrivals
-_SILENT, _STRANGE = 2, 3
+# kimi_all_to_all_state: epoch, masked, silent, strange, overfull, (arrivals, most)
+STATE_WORDS = 6
+_MASKED, _SILENT, _STRANGE, _OVERFULL, _MOST = 1, 2, 3, 4, 5
+
+
+class Faults(NamedTuple):
+    """What kernels have found of the members, by their places among them."""
+
+    silent: list[int]  # those that did not come
+    strange: list[int]  # those that did something else
+    overfull: list[int]  # those that have too little room
+    most: int  # rows that one of these would have had
 
 
 @dataclass(eq=False)
 class PeerMemory:
-    """What one rank has of it."""
+    """What one rank has of it; `members` are the ranks that are left of those of the table."""
 
     rank: int
     table: Tensor  # [P] int64, on the device: where each rank's buffer lies for this one
     bytes: int  # of a buffer
     kept: Any  # what owns the memory
-    state: Tensor = field(init=False)  # [5] int64, on the device
+    members: Sequence[int]
+    state: Tensor = field(init=False)  # [6] int64, on the device
     _seen: Tensor = field(init=False)  # the state as the host knows it
 
     def __post_init__(self) -> None:
         self.state = self.table.new_zeros(STATE_WORDS)
+        masked = sum(1 << r for r in range(len(self.table)) if r not in self.members)
+        self.state[_MASKED] = masked - (masked >> 63 << 64)  # the bits as int64
         self._seen = torch.zeros(STATE_WORDS, dtype=torch.int64, pin_memory=self.table.is_cuda)
 
-    def faults(self) -> tuple[list[int], list[int]]:
-        """The ranks that did not come, and those that did something else.
-
-        Of a GPU nothing is awaited: what its kernels find is seen by a later call.
-        """
-        self._seen.copy_(self.state, non_blocking=True)
-        state, world = self._seen.tolist(), range(len(self.table))
-        silent, strange = ([r for r in world if state[i] >> r & 1] for i in (_SILENT, _STRANGE))
-        return silent, strange
+    def faults(self, wait: bool = False) -> Faults:
+        """What was found, as far as is known: of a GPU nothing is awaited, a later call sees it."""
+        self._seen.copy_(self.state, non_blocking=not wait)
+        state = self._seen.tolist()
+        silent, strange, overfull = (
+            [i for i, rank in enumerate(self.members) if state[word] >> rank & 1]
+            for word in (_SILENT, _STRANGE, _OVERFULL)
+        )
+        return Faults(silent, strange, overfull, most=state[_MOST] >> 32)
 
 
 Provider = Callable[[int], PeerMemory]  # of so many bytes a rank; all ranks call it
 
 
-def slices(world: int, size: int, device: torch.device) -> list[PeerMemory]:
+def slices(world: int, size: int, device: torch.device, members: Sequence[int]) -> list[PeerMemory]:
     """The memory of all ranks of one process."""
     size = -(-size // ALIGNMENT) * ALIGNMENT
     whole = torch.zeros(world * size + ALIGNMENT, dtype=torch.uint8, device=device)
     first = -(-whole.data_ptr() // ALIGNMENT) * ALIGNMENT
     table = _table([first + rank * size for rank in range(world)], device)
-    return [PeerMemory(rank, table, size, whole) for rank in range(world)]
+    return [PeerMemory(rank, table, size, whole, members) for rank in range(world)]
 
 
 def symmetric(group: dist.ProcessGroup, size: int, device: torch.device) -> PeerMemory:
@@ -66,34 +81,33 @@ def symmetric(group: dist.ProcessGroup, size: int, device: torch.device) -> Peer
 
     buffer = symm_mem.empty(size, dtype=torch.uint8, device=device)
     mapped = symm_mem.rendezvous(buffer, group)
-    _clear(group, buffer)
-    table = _table(mapped.buffer_ptrs, device)
-    return PeerMemory(group.rank(), table, size, (buffer, mapped))
-
-
-def shared(group: dist.ProcessGroup, size: int, device: torch.device) -> PeerMemory:
-    """By CUDA's interprocess handles: ranks of one host, whose GPUs reach each other."""
-    buffer = torch.zeros(size, dtype=torch.uint8, device=device)
-    _clear(group, buffer)
-    handles: list[Any] = [None] * group.size()
-    # (device, handle, bytes, offset, reference counter and its offset, event, whether it waits)
-    dist.all_gather_object(handles, buffer.untyped_storage()._share_cuda_(), group=group)
-    storages = [
-        # opened on this rank's device, whichever the owner's is: the driver lets them reach it
-        buffer.untyped_storage()
-        if rank == group.rank()
-        else torch.UntypedStorage._new_shared_cuda(device.index, *handle[1:])
-        for rank, handle in enumerate(handles)
-    ]
-    table = _table([storage.data_ptr() for storage in storages], device)
-    return PeerMemory(group.rank(), table, size, storages)
-
-
-def _clear(group: dist.ProcessGroup, buffer: Tensor) -> None:
-    """Zero before any rank writes to another's."""
-    buffer.zero_()
-    torch.cuda.synchronize(buffer.device)
+    buffer.zero_()  # before any rank writes to another's
+    torch.cuda.synchronize(device)
     dist.barrier(group)
+    table = _table(mapped.buffer_ptrs, device)
+    return PeerMemory(group.rank(), table, size, (buffer, mapped), range(group.size()))
+
+
+def shared(
+    talk: Any, world: int, size: int, device: torch.device, members: Sequence[int]
+) -> PeerMemory:
+    """By CUDA's interprocess handles: members of one host, whose GPUs reach each other."""
+    buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)  # zero before any rank writes to another's
+    own = buffer.untyped_storage()
+    # (device, handle, bytes, offset, reference counter and its offset, event, whether it waits)
+    words = messages.text([v.hex() if isinstance(v, bytes) else v for v in own._share_cuda_()])
+    addresses, storages = [0] * world, [own]
+    for rank, handle in zip(members, messages.texts(talk.gather(words)), strict=True):
+        storage = own
+        if rank != members[talk.rank]:
+            parts = (bytes.fromhex(v) if isinstance(v, str) else v for v in handle[1:])
+            # on this rank's device, whichever the owner's is: the driver lets them reach it
+            storage = torch.UntypedStorage._new_shared_cuda(device.index, *parts)
+            storages.append(storage)
+        addresses[rank] = storage.data_ptr()
+    table = _table(addresses, device)
+    return PeerMemory(members[talk.rank], table, size, storages, members)
 
 
 def _table(addresses: Sequence[int], device: torch.device) -> Tensor:

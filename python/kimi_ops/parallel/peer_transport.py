@@ -49,8 +49,12 @@ class PeerTransport:
     talk: Any  # LocalTransport or GroupTransport, for the host's messages
     device: torch.device
     timeout: float
+    ranks: int  # as kernels count them: with those that are masked
+    members: Sequence[int]  # of these
     provide: Provider
     launcher: Launcher
+    # Ranks have launches of their own on one GPU: one that waits must leave room for the others.
+    crowded: bool = False
     name: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -64,30 +68,44 @@ class PeerTransport:
         self.talk.close()
 
 
-def in_one_process(group: LocalGroup, timeout: float, device: torch.device | None) -> PeerTransport:
+def in_one_process(
+    group: LocalGroup, timeout: float, device: torch.device | None, members: Sequence[int]
+) -> PeerTransport:
     """Ranks that are threads, on one GPU: one launch for all of them."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    talk = LocalTransport(group, timeout, torch.device("cpu"))
+    talk = LocalTransport(group, timeout, torch.device("cpu"), members)
 
     def provide(size: int) -> PeerMemory:
-        made = slices(talk.world, size, device) if talk.rank == 0 else None
-        memory: PeerMemory = talk.share(made)[0][talk.rank]
+        made = slices(group.size, size, device, members) if talk.rank == 0 else None
+        memory: PeerMemory = talk.share(made)[0][group.rank]
         return memory
 
-    return PeerTransport(talk, device, timeout, provide, Together(talk, device))
+    apart = group.world.streams
+    launcher: Launcher = alone if apart else Together(talk, device)
+    return PeerTransport(talk, device, timeout, group.size, members, provide, launcher, apart)
 
 
 def between_processes(
-    group: dist.ProcessGroup, roll: Roll, timeout: float, device: torch.device
+    group: dist.ProcessGroup,
+    roll: Roll,
+    timeout: float,
+    device: torch.device,
+    members: Sequence[int],
 ) -> PeerTransport:
     """Ranks that are processes, on the GPUs of one host."""
-    talk = GroupTransport(roll, "gloo", timeout, torch.device("cpu"))
-    places: list[Any] = [None] * talk.world
-    dist.all_gather_object(places, str(torch.cuda.get_device_properties(device).uuid), group=group)
-    alike = len(set(places)) < talk.world  # torch's symmetric memory wants a GPU for each rank
-    provider = shared if alike else symmetric
-    return PeerTransport(talk, device, timeout, lambda size: provider(group, size, device), alone)
+    talk, ranks = GroupTransport(roll, "gloo", timeout, torch.device("cpu")), group.size()
+    places = roll.exchange("gpu", str(torch.cuda.get_device_properties(device).uuid))
+    # torch's symmetric memory wants a GPU for each rank, and all ranks of the group
+    whole = len(members) == ranks and len(set(places)) == ranks
+
+    def provide(size: int) -> PeerMemory:
+        if whole:
+            return symmetric(group, size, device)
+        return shared(talk, ranks, size, device, members)
+
+    crowded = len(set(places)) < talk.world
+    return PeerTransport(talk, device, timeout, ranks, members, provide, alone, crowded)
 
 
 class Together:

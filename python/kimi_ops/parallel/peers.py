@@ -11,25 +11,29 @@ many there are. Weights' gradients are few: they go home as rows of K columns.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kimi_ops import _native
 from kimi_ops.moe.permute import PermutePlan, permute_plan
 from kimi_ops.operators import permute as operators
-from kimi_ops.parallel.errors import EPMismatch, EPTimeout, named
+from kimi_ops.parallel import transport as links
+from kimi_ops.parallel.errors import EPMismatch, EPOverflow, EPTimeout, named
+from kimi_ops.parallel.journey import Gradients, Journey
 from kimi_ops.parallel.peer_memory import PeerMemory
-from kimi_ops.parallel.peer_transport import PeerTransport, Roles
+from kimi_ops.parallel.peer_transport import PeerTransport, Roles, Together
+from kimi_ops.parallel.side_stream import beside
 from kimi_ops.parallel.wire import Form
 
 MAX_TOP_K = 32
 SEND, MEET, RECEIVE = 1, 2, 4
 WEIGHTS = Form(0, torch.float32, torch.float32)  # how their gradients travel
-# Up to so many tokens of all ranks one launch, above them one for each phase. Predicted: 3 launches
-# cost 4 us more, a grid that waits keeps other kernels from its SMs.
+# Up to so many tokens of all ranks one launch, above them one for each phase, of which one block
+# waits. Predicted: 3 launches cost 4 us more, a grid that waits keeps other kernels from its SMs,
+# and where these are those of another rank it waits for ever.
 _ONE_LAUNCH = 1024
 
 Start = Callable[[Callable[[], Callable[[], Any]]], Callable[[], Any]]
@@ -61,7 +65,14 @@ class Peers:
     """The `Motions` of ranks on GPUs that reach each other's memory."""
 
     def __init__(self, transport: PeerTransport, start: Start, buffers: int) -> None:
-        self.world, self.start = transport.world, start
+        self.world, self.start = transport.ranks, start
+        self._members = list(transport.members)
+        self._at_once = 0 if transport.crowded else _ONE_LAUNCH
+        joint = isinstance(transport.launcher, Together)
+        self._gradients = not (joint and transport.device.type == "cuda")
+        if buffers > 1 and transport.device.type == "cuda":
+            side = torch.cuda.Stream(transport.device)
+            self.start = lambda begin: start(lambda: beside(side, begin))
         self._provide, self._launch = transport.provide, transport.launcher
         self._halves, self._timeout = 2 * buffers, int(transport.timeout * 1e9)
         self._memory: PeerMemory | None = None
@@ -75,22 +86,40 @@ class Peers:
                 f"{op}: x: expected a dtype of at most 32 bits and K up to {MAX_TOP_K}, got "
                 f"{form.wire} and K = {route.pairs[1]}; the backend cuda has kernels for those"
             )
+        self._refuse_gradients(op, *tokens, weights)
         return Leaving(Trip(self, op, form, back), route, tokens, weights, ids)
 
     def home(
         self, op: str, route: Any, form: Form, tie: Tensor, out: Tensor, here: Tensor | None,
         there: Tensor | None,
     ) -> Callable[[], Tensor]:  # fmt: skip
+        self._refuse_gradients(op, out, here, there)
         trip = Trip(self, op, form, form)
-        with torch.no_grad():
-            wait = self.start(lambda: trip.push(route, out, there if route.direct else here))
-        return lambda: _Home.apply(trip, route, wait(), tie, here, there, out)
+
+        def begin() -> Callable[[], Tensor]:
+            return self.start(lambda: trip.push(route, out, there if route.direct else here))
+
+        journey = Journey(op, begin, tie, out, here, there)
+
+        def outputs(wanted: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+            return [journey.wait()], [here, there, None if here is there is None else out]
+
+        return lambda: journey.arrive(outputs, partial(_home_back, trip.reversed(), route))[1]
+
+    def _refuse_gradients(self, op: str, *given: Tensor | None) -> None:
+        wanted = any(tensor is not None and tensor.requires_grad for tensor in given)
+        if wanted and torch.is_grad_enabled() and not self._gradients:
+            raise ValueError(
+                f"{op}: expected no gradients wanted in a LocalWorld on a GPU, got tensors that "
+                "want them; autograd runs the backward of all ranks in one thread: pass "
+                "LocalWorld(size, streams=True), or call it in torch.no_grad()"
+            )
 
     def run(self, op: str, bytes: int, numbers: Sequence[Any], roles: Roles, jobs: int) -> None:
         """Launch an operation; `bytes` of buffer, `jobs` tokens of all ranks."""
-        memory = self._reserve(bytes)
+        memory = self._reserve(op, bytes)
         head = [memory.bytes, self._timeout, self._halves]
-        phases = [SEND | MEET | RECEIVE] if jobs <= _ONE_LAUNCH else [SEND, MEET, RECEIVE]
+        phases = [SEND | MEET | RECEIVE] if jobs <= self._at_once else [SEND, MEET, RECEIVE]
         for phase in phases:
             self._launch(op, memory, [[*head, *numbers[0], phase], *numbers[1:]], roles)
         self._check(op, memory)
@@ -106,22 +135,46 @@ class Peers:
             )
         )  # fmt: skip
 
-    def _reserve(self, bytes: int) -> PeerMemory:
+    def _reserve(self, op: str, bytes: int) -> PeerMemory:
         """The memory, made anew where it is too small: on all ranks, since all ask for the same."""
         if self._memory is None or self._memory.bytes < bytes:
+            if links.capturing():
+                raise ValueError(
+                    f"{op}: expected memory for the peers before a graph is captured, got "
+                    f"{self._memory.bytes if self._memory else 0} bytes of {bytes}; dispatch and "
+                    "combine once with these shapes first"
+                )
             old, self._memory = self._memory, self._provide(bytes)
             if old is not None:
                 self._memory.state.copy_(old.state)  # epochs go on
         return self._memory
 
-    def _check(self, op: str, memory: PeerMemory) -> None:
-        """Raise for ranks that have failed, as far as is known."""
-        silent, strange = memory.faults()
-        if silent:
+    def check(self, op: str) -> None:
+        """Wait, and raise for what kernels have found."""
+        if self._memory is not None:
+            self._check(op, self._memory, wait=True)
+
+    def _check(self, op: str, memory: PeerMemory, wait: bool = False) -> None:
+        """Raise for what kernels have found, as far as is known."""
+        found = memory.faults(wait)
+        if found.silent:
             seconds = self._timeout / 1e9
-            raise EPTimeout(f"{op}: {named(silent)} did not come within {seconds:g} s", silent)
-        if strange:
-            raise EPMismatch(f"{op}: {named(strange)} made another call", strange)
+            told = f"{op}: {named(found.silent)} did not come within {seconds:g} s"
+            raise EPTimeout(told, found.silent)
+        if found.strange:
+            raise EPMismatch(f"{op}: {named(found.strange)} made another call", found.strange)
+        if found.overfull:
+            raise EPOverflow(
+                f"{op}: capacity: expected room for all rows, {named(found.overfull)} would have "
+                f"got up to {found.most}; raise it, or pass overflow='drop'",
+                found.overfull,
+                found.most,
+            )
+
+    def loads(self, places: Places) -> Tensor:
+        """[P, E] of the ranks that are left."""
+        whole = len(self._members) == self.world
+        return places.loads if whole else places.loads[self._members]
 
 
 @dataclass(frozen=True)
@@ -178,9 +231,12 @@ class Trip:
             "loads": None if plan is None else places.loads, "report": places.report,
         }  # fmt: skip
         row, side = x.shape[1] * x.itemsize, 0 if beside is None else beside.shape[1] * 4
-        bytes = peers.bytes_of(most, row, side, top_k, route, self.form)
-        align = route.owner.rules.align
-        numbers = [most, experts, align, int(route.direct), int(plan is None), 0]
+        # no gradient needs more: ranks do not meet on the host to make memory in a backward
+        forms = (self.form, self.back, Form(top_k, torch.float32, torch.float32))
+        bytes = max(peers.bytes_of(most, row, side, top_k, route, form) for form in forms)
+        rules = route.owner.rules
+        strict = plan is not None and rules.overflow == "raise" and route.owner.capacity is not None
+        numbers = [most, experts, rules.align, int(route.direct), int(plan is None), int(strict), 0]
         peers.run("all_to_all_dispatch", bytes, [numbers], roles, units)
         pulled = Pulled(places, rows, y_weights)
         return lambda: pulled
@@ -222,80 +278,72 @@ class Leaving:
         self, trip: Trip, route: Any, tokens: Sequence[Tensor], weights: Tensor | None,
         ids: Tensor | None,
     ) -> None:  # fmt: skip
-        self._trip, self._route = trip, route
-        self._tokens, self._weights = tokens, weights
-        with torch.no_grad():
-            self._wait = trip.peers.start(lambda: trip.pull(route, tokens, weights, ids))
+        self._trip, self._route, self._weighted = trip, route, weights is not None
+
+        def begin() -> Callable[[], Pulled]:
+            return trip.peers.start(lambda: trip.pull(route, tokens, weights, ids))
+
+        tie = tokens[0].new_empty(0, dtype=torch.float32)
+        self._journey = Journey(trip.op, begin, tie, weights, *tokens)
 
     def ids(self) -> None:
         """Nothing is left to plan with them: the route has the kernels' layout."""
-        self._pulled, route = self._wait(), self._route
+        self._pulled, route = self._journey.wait(), self._route
         if route.places is None:
             places = self._pulled.places
             route.here, route.places = places.plan, places
-            route.loads, route.dropped = places.loads, places.report[3]
+            route.loads, route.dropped = self._trip.peers.loads(places), places.report[3]
 
     def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        tie = torch.empty(0, device=route.places.home.device)
-        tie, weights, *rows = _Away.apply(
-            self._trip, route, self._pulled, tie, self._weights, *self._tokens
-        )
+        trip, pulled = self._trip, self._pulled
+
+        def outputs(wanted: bool) -> tuple[list[Tensor | None], list[Tensor]]:
+            return [pulled.weights, *trip.form.decode(pulled.fields)], []
+
+        back = partial(_away_back, trip.reversed(), route, self._weighted)
+        tie, weights, *rows = self._journey.arrive(outputs, back, constant=trip.form.dtype is None)
         return tie, weights, rows
 
 
-class _Away(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, trip: Trip, route: Any, pulled: Pulled, tie: Tensor, weights: Any,
-        *tokens: Tensor,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        ctx.trip, ctx.route, ctx.count = trip, route, len(tokens)
-        ctx.weighted = weights is not None
-        rows = trip.form.decode(pulled.fields)
-        if trip.form.dtype is None:
-            ctx.mark_non_differentiable(*rows)
-        return (tie.clone(), pulled.weights, *rows)
+def _away_back(
+    trip: Trip, route: Any, weighted: bool, kept: Any, gradients: Sequence[Tensor]
+) -> Callable[[], Gradients]:
+    """The gradients of weights and tokens come home."""
+    weights, *rows = gradients
+    wait = None
+    if trip.form.hidden:  # FP8 values have no gradient
+        wait = trip.peers.start(lambda: trip.push(route, rows[0], None))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, tie: Tensor, weights: Any, *rows: Tensor) -> tuple[Any, ...]:
-        trip, route = ctx.trip.reversed(), ctx.route
-        tokens: list[Tensor | None] = [None] * ctx.count
-        if trip.form.hidden:  # FP8 values have no gradient
-            tokens[0] = trip.peers.start(lambda: trip.push(route, rows[0], None))()
-        home = None
-        if ctx.weighted:  # the gradients of a token's pairs here are one row
+    def home() -> Gradients:
+        tokens, by_pair = [wait and wait(), *(None for _ in rows[1:])], None
+        if weighted:  # the gradients of a token's pairs here are one row
             units, top_k = weights.shape
             lanes = weights.new_full((units, top_k), -1, dtype=torch.int32)
             numbers = torch.arange(units, dtype=torch.int32, device=weights.device)
             lanes[:, 0] = numbers.where(route.places.slots != 0, -1)
             exact = replace(trip, form=WEIGHTS)
-            home = trip.peers.start(lambda: exact.push(route, weights, None, lanes))()
-        return (None, None, None, tie, home, *tokens)
+            by_pair = trip.peers.start(lambda: exact.push(route, weights, None, lanes))()
+        return [by_pair, *tokens]
+
+    return home
 
 
-class _Home(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, trip: Trip, route: Any, y: Tensor, tie: Tensor, here: Any, there: Any, out: Tensor
-    ) -> Tensor:
-        ctx.trip, ctx.route = trip, route
-        ctx.save_for_backward(here, there, None if here is there is None else out)
-        return y
+def _home_back(
+    trip: Trip, route: Any, kept: Sequence[Any], gradients: Sequence[Tensor]
+) -> Callable[[], Gradients]:
+    """The gradients of rows go the way of their tokens."""
+    here, there, out = kept
+    (dy,), places = gradients, route.places
+    form = trip.form if there is None else Form(trip.form.hidden, dy.dtype, dy.dtype)
+    whole = replace(trip, form=form)
+    wait = trip.peers.start(lambda: whole.pull(route, [dy], there, None))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        here, there, out = ctx.saved_tensors
-        trip, route = ctx.trip.reversed(), ctx.route
-        places, tie = route.places, dy.new_empty(0, dtype=torch.float32)
-        form = trip.form if there is None else Form(trip.form.hidden, dy.dtype, dy.dtype)
-        whole = replace(trip, form=form)
-        pulled = trip.peers.start(lambda: whole.pull(route, [dy], there, None))()
+    def there_again() -> Gradients:
+        pulled = wait()
         (grads,) = form.decode(pulled.fields)
         weights = here if there is None else pulled.weights
         if weights is None:
-            return (None, None, None, tie, None, None, grads)
+            return [grads, None, None]
         rows, pairs = places.pairs()
         known = pairs.clamp_min(0).long()
         value = out if there is None else out.to(trip.form.wire).to(out.dtype)
@@ -303,11 +351,13 @@ class _Home(torch.autograd.Function):
             grads, value, rows[:, None], rows, weights.flatten()[known, None]
         )
         if there is None:
-            here = weights.new_zeros(weights.numel() + 1)
-            here[pairs.long()] = by_row[:, 0]  # padding goes to the last one
-            return (None, None, None, tie, here[:-1].view_as(weights), None, grads)
+            d_here = weights.new_zeros(weights.numel() + 1)
+            d_here[pairs.long()] = by_row[:, 0]  # padding goes to the last one
+            return [grads, d_here[:-1].view_as(weights), None]
         top_k = route.pairs[1]
         spread = by_row.new_zeros(len(pairs), top_k).scatter_(1, known[:, None] % top_k, by_row)
         exact = replace(trip, form=WEIGHTS)
-        there = trip.peers.start(lambda: exact.push(route, spread, None))()
-        return (None, None, None, tie, None, there, grads.to(trip.form.wire).to(grads.dtype))
+        d_there = trip.peers.start(lambda: exact.push(route, spread, None))()
+        return [grads.to(trip.form.wire).to(grads.dtype), None, d_there]
+
+    return there_again

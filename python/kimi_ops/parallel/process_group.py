@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kimi_ops.parallel.errors import EPError
-from kimi_ops.parallel.liveness import Roll
+from kimi_ops.parallel.liveness import Part, Roll
 
 BACKENDS = ("shm", "gloo", "nccl", "cuda")
 _GROUPS = ("gloo", "nccl")  # of torch.distributed
@@ -24,9 +24,10 @@ _GROUPS = ("gloo", "nccl")  # of torch.distributed
 class GroupTransport:
     """One rank's connection to the ranks of a process group."""
 
-    def __init__(self, roll: Roll, name: str, timeout: float, device: torch.device) -> None:
-        self.name, self.device, self._roll = name, device, roll
+    def __init__(self, roll: Roll | Part, name: str, timeout: float, device: torch.device) -> None:
+        self.name, self.device, self._roll, self._timeout = name, device, roll, timeout
         self.rank, self.world = roll.rank, roll.world
+        self._parts: list[GroupTransport] = []
         self._peers: Any = self._told("ExpertParallel", lambda: self._connect(timeout))
         # NCCL makes only the stream wait, unless it is given a time
         self._patience = [timedelta(seconds=timeout)] if name == "nccl" else []
@@ -39,6 +40,12 @@ class GroupTransport:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = deadline
         return dist.ProcessGroupNCCL(*ranks, options)
+
+    def part(self, members: Sequence[int]) -> "GroupTransport":
+        assert isinstance(self._roll, Roll)
+        roll = self._roll.part(members, self._failure)
+        self._parts.append(GroupTransport(roll, self.name, self._timeout, self.device))
+        return self._parts[-1]
 
     def gather(self, message: Tensor) -> Tensor:
         found = [torch.empty_like(message) for _ in range(self.world)]
@@ -61,6 +68,8 @@ class GroupTransport:
         return wait
 
     def close(self) -> None:
+        for part in self._parts:
+            part.close()
         if self._peers is not None:
             self._peers.shutdown()
         self._peers = None
@@ -72,7 +81,12 @@ class GroupTransport:
         except EPError:
             raise
         except RuntimeError as error:
-            raise self._roll.error(op, error) from error
+            raise self._failure(op, error) from error
+
+    def _failure(self, op: str, error: Exception) -> EPError:
+        for part in self._parts:  # who waits for this rank there must not wait for its deadline
+            part.close()
+        return self._roll.error(op, error)
 
 
 def choose(

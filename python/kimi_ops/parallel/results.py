@@ -31,6 +31,7 @@ class Route:
     dropped: int | Tensor
     ids: Tensor | None = None  # [N, K] of the tokens that came, among the experts of this rank
     places: Any = None  # what a backend keeps of it
+    relay: Any = None  # what this rank hands on, where tokens travel by nodes
 
 
 @dataclass(eq=False)

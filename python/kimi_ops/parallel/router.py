@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kimi_ops.moe.permute import PermutePlan
-from kimi_ops.parallel import call_checks, messages
+from kimi_ops.parallel import call_checks, messages, transport
 from kimi_ops.parallel.connection import Connection
 from kimi_ops.parallel.errors import EPOverflow, named
+from kimi_ops.parallel.hops import Relay
 from kimi_ops.parallel.layout import Rules, arrive, depart, direct_ids, local_ids, shortened
 from kimi_ops.parallel.results import Route
 
@@ -33,22 +34,30 @@ class Router:
             return self._meet(limits, x, indices, weights)
 
     def _meet(self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any) -> Route:
-        fixed = self.capacity is not None and self.rules.overflow == "drop"
+        fixed = self.capacity is not None and self.rules.overflow != "grow"
         if fixed and self.connection.lays_rows_out:
             return self._unasked(limits, x, indices, weights)
+        if transport.capturing():
+            raise ValueError(
+                "dispatch: overflow: expected 'drop' or 'raise' with a capacity and backend='cuda' "
+                f"while a graph is captured, got {self.rules.overflow!r} with capacity="
+                f"{self.capacity} and {self.connection.transport.name}; the host has to ask for "
+                "the number of rows"
+            )
         experts, world = len(self.owners) - 1, self.connection.world
+        nodes = world // self.rules.per_node if self.rules.per_node else 0
         head, fault = [0] * len(call_checks.AGREED), None
-        counts = torch.zeros(experts + world, dtype=torch.int64)
+        counts = torch.zeros(experts + world + nodes, dtype=torch.int64)
         try:
             head = call_checks.dispatch(limits, x, indices, weights)
             leaving = depart(self.rules, indices.int(), self.owners)
-            counts = torch.cat([leaving.counts, leaving.records]).long()
-        except (TypeError, ValueError) as error:
+            counts = torch.cat([leaving.counts, leaving.records, leaving.stops]).long()
+        except Exception as error:  # whatever it is, the others must not wait for this rank
             fault = error
         tokens = 0 if fault else len(indices)
         words = torch.tensor([int(fault is not None), tokens, *head])
-        heads, loads, records = self.connection.gather(
-            [words, counts], [len(words), experts, world]
+        heads, loads, records, stops = self.connection.gather(
+            [words, counts], [len(words), experts, world, nodes]
         )
         wrong, tokens, *agreed = heads.t().tolist()
         if any(wrong):
@@ -56,12 +65,15 @@ class Router:
         for name, values in zip(call_checks.AGREED, agreed, strict=True):
             messages.agree("dispatch", name, call_checks.readable(name, values))
         dropped, rank, counted = self._fit(loads), self.connection.rank, records.tolist()
-        sent, received = counted[rank], [row[rank] for row in counted]
+        sent, received, relay = counted[rank], [row[rank] for row in counted], None
+        if nodes:
+            relay = Relay.of(records, stops, rank, self.owners)
+            sent, received = relay.rail_sent, relay.rail_received
         there = shortened(leaving.there, sum(sent))
         pairs = (len(indices), indices.shape[1])
         return Route(
             self, pairs, self.rules.direct, there, there, tokens, counted, sent, received,
-            loads.int(), dropped,
+            loads.int(), dropped, relay=relay,
         )  # fmt: skip
 
     def _unasked(self, limits: call_checks.Limits, x: Any, indices: Any, weights: Any) -> Route:

@@ -12,17 +12,17 @@ those of the backends that move bytes, and so are all roundings.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kimi_ops import _native
 from kimi_ops.moe.permute import PermutePlan
 from kimi_ops.operators import permute as operators
 from kimi_ops.parallel.blocks import Blocks
+from kimi_ops.parallel.journey import Gradients, Journey
 from kimi_ops.parallel.segment import Layout, Message, Segment
 from kimi_ops.parallel.wire import FP8, Form, moves_of
 
@@ -119,10 +119,7 @@ class Pulls:
         self, op: str, route: Any, form: Form, tie: Tensor, out: Tensor, here: Tensor | None,
         there: Tensor | None,
     ) -> Callable[[], Tensor]:  # fmt: skip
-        trip = Trip(self._send, op, form, form)
-        with torch.no_grad():
-            arrival = trip.send_home(route.places, out, here)
-        return lambda: _Home.apply(trip, route.places, arrival, tie, here, there, out)
+        return _home(Trip(self._send, op, form, form), route.places, tie, out, here, there)
 
 
 @dataclass(frozen=True)
@@ -205,8 +202,9 @@ class Leaving:
         self, trip: Trip, route: Any, rank: int, tokens: Sequence[Tensor], weights: Tensor | None,
         ids: Tensor | None,
     ) -> None:  # fmt: skip
-        self._trip, self._rank, self._tokens, self._weights = trip, rank, tokens, weights
-        self._with_ids, rows = ids is not None, max(route.tokens)
+        self._trip, self._rank = trip, rank
+        self._with_ids, self._weighted = ids is not None, weights is not None
+        rows = max(route.tokens)
         beside = [part for part in (weights, ids) if part is not None]
         layout = trip.layout(rows) + [(rows, part.shape[1], part.dtype) for part in beside]
 
@@ -217,91 +215,95 @@ class Leaving:
                 own[-1][len(ids) :] = -1
             trip.write(own, tokens)
 
-        with torch.no_grad():
-            self._arrival = trip.send(trip.op, layout, write)
+        self._journey = Journey(
+            trip.op, lambda: trip.send(trip.op, layout, write), torch.empty(0), weights, *tokens
+        )
 
     def ids(self) -> Tensor | None:
-        self._message = self._arrival()
+        self._message = self._journey.wait()
         return self._message.fields[-1] if self._with_ids else None
 
     def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         if self._with_ids:
             route.places = Places(replace(route), self._rank)  # of a copy: not in a circle
-        tie = torch.empty(0)
-        tie, weights, *rows = _Away.apply(
-            self._trip, route.places, self._message, tie, self._weights, *self._tokens
-        )
+        trip, places, message, weighted = self._trip, route.places, self._message, self._weighted
+
+        def outputs(wanted: bool) -> tuple[list[Tensor | None], list[Tensor]]:
+            rows = trip.rows(message.fields, places.here)
+            weights = message.fields[len(trip.form.fields)].clone() if weighted else None
+            message.release()
+            return [weights, *rows], []
+
+        back = partial(_away_back, trip.reversed(), places, weighted)
+        tie, weights, *rows = self._journey.arrive(outputs, back, constant=trip.form.dtype is None)
         return tie, weights, rows
 
 
-class _Away(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, trip: Trip, places: Places, message: Message, tie: Tensor, weights: Any,
-        *tokens: Tensor,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        ctx.trip, ctx.places, ctx.weighted = trip, places, weights is not None
-        ctx.count = len(tokens)
-        rows = trip.rows(message.fields, places.here)
-        if ctx.weighted:
-            weights = message.fields[len(trip.form.fields)].clone()
-        message.release()
-        if trip.form.dtype is None:
-            ctx.mark_non_differentiable(*rows)
-        return (tie.clone(), weights, *rows)
+def _away_back(
+    trip: Trip, places: Places, weighted: bool, kept: Any, gradients: Sequence[Tensor]
+) -> Callable[[], Gradients]:
+    """The gradients of weights and tokens come home."""
+    weights, *rows = gradients
+    arrival = trip.send_home(places, rows[0], None, weights if weighted else None)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, tie: Tensor, weights: Any, *rows: Tensor) -> tuple[Any, ...]:
-        trip, places = ctx.trip.reversed(), ctx.places
-        message = trip.send_home(places, rows[0], None, weights if ctx.weighted else None)()
-        tokens: list[Tensor | None] = [None] * ctx.count
+    def home() -> Gradients:
+        message, weights = arrival(), None
+        tokens: list[Tensor | None] = [None] * len(rows)
         if trip.form.hidden:  # FP8 values have no gradient
             tokens[0] = trip.sums(message.fields[0], places, None)
-        if ctx.weighted:
+        if weighted:
             sums = message.fields[-1].index_select(0, places.home[:-1])
             weights = moves_of(sums.dtype).unpermute(sums, places.there)
         message.release()
-        return (None, None, None, tie, weights, *tokens)
+        return [weights, *tokens]
+
+    return home
 
 
-class _Home(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, trip: Trip, places: Places, arrival: Callable[[], Message], tie: Tensor,
-        here: Any, there: Any, out: Tensor,
-    ) -> Tensor:  # fmt: skip
-        message, values = arrival(), None
-        if there is not None and any(ctx.needs_input_grad):
+def _home(
+    trip: Trip, places: Places, tie: Tensor, out: Tensor, here: Tensor | None, there: Tensor | None
+) -> Callable[[], Tensor]:
+    """Send the sums of rows home; the result gives those of tokens."""
+    journey = Journey(trip.op, lambda: trip.send_home(places, out, here), tie, out, here, there)
+
+    def outputs(wanted: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+        message, values = journey.wait(), None
+        if there is not None and wanted:
             values = trip.records(message.fields[0], places)
             y = moves_of(values.dtype).unpermute(values, places.there, there)
         else:
             y = trip.sums(message.fields[0], places, there)
         message.release()
-        ctx.trip, ctx.places = trip, places
-        ctx.save_for_backward(here, there, values, None if here is None else out)
-        return y
+        return [y], [here, there, values, None if here is None else out]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        here, there, values, out = ctx.saved_tensors
-        trip, places, plan = ctx.trip.reversed(), ctx.places, ctx.places.here
-        rows = places.rows
-        if there is not None:  # each pair has a gradient of its own
-            sorted_dy, there = _backward(dy, values, places.there, there)
-            rows *= plan.row_map.shape[1]
-            plan = plan._replace(row_map=plan.row_map.view(-1, 1))
-            dy = values.new_zeros(rows, values.shape[1])
-            dy.index_copy_(0, places.there.source.long(), sorted_dy)
-        message = trip.send(trip.op, trip.layout(rows), lambda own: trip.write(own, [dy]))()
+    return lambda: journey.arrive(outputs, partial(_home_back, trip.reversed(), places))[1]
+
+
+def _home_back(
+    trip: Trip, places: Places, kept: Sequence[Any], gradients: Sequence[Tensor]
+) -> Callable[[], Gradients]:
+    """The gradients of rows go the way of their tokens."""
+    here, there, values, out = kept
+    (dy,), plan, rows = gradients, places.here, places.rows
+    if there is not None:  # each pair has a gradient of its own
+        sorted_dy, there = _backward(dy, values, places.there, there)
+        rows *= plan.row_map.shape[1]
+        plan = plan._replace(row_map=plan.row_map.view(-1, 1))
+        dy = values.new_zeros(rows, values.shape[1])
+        dy.index_copy_(0, places.there.source.long(), sorted_dy)
+    arrival = trip.send(trip.op, trip.layout(rows), lambda own: trip.write(own, [dy]))
+
+    def there_again() -> Gradients:
+        message = arrival()
         if here is None:
-            (out,) = trip.rows(message.fields, plan)
+            (grads,), weights = trip.rows(message.fields, plan), None
         else:
             (dy,) = trip.form.decode(message.fields)
-            out, here = _backward(dy, out, plan, here)
+            grads, weights = _backward(dy, out, plan, here)
         message.release()
-        return (None, None, None, dy.new_empty(0, dtype=torch.float32), here, there, out)
+        return [grads, weights, there]
+
+    return there_again
 
 
 def _backward(grad: Tensor, y: Tensor, plan: PermutePlan, weights: Tensor) -> tuple[Tensor, Tensor]:

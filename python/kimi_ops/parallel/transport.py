@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is captured from what is launched now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Talk(Protocol):
     """The connection of one rank. Errors are `EPTimeout` and `EPRankLost`."""
 
@@ -30,6 +35,9 @@ class Talk(Protocol):
 
 class Transport(Talk, Protocol):
     """A connection that moves bytes and knows nothing of tokens and experts."""
+
+    def part(self, members: Sequence[int]) -> "Transport":
+        """A connection of those ranks, this one among them, which all call this."""
 
     def start(
         self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]

@@ -9,14 +9,15 @@ The gradient of an exchange is the exchange the other way round, in the dtype of
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kimi_ops import formats
 from kimi_ops.moe import permute as native
+from kimi_ops.parallel.journey import Gradients, Journey
 from kimi_ops.reference import permute as twin
 
 FP8 = torch.float8_e4m3fn
@@ -70,6 +71,22 @@ def _dense(field: Tensor) -> Tensor:
     return field.contiguous().as_strided(field.shape, (field.shape[1], 1))
 
 
+Arrival = Callable[[], list[Tensor]]
+
+
+class Way(Protocol):
+    """How records get to other ranks, and their gradients back."""
+
+    @property
+    def sent(self) -> list[int]: ...
+    @property
+    def form(self) -> Form: ...
+    @property
+    def back(self) -> Form: ...
+    def start(self, tokens: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Arrival: ...
+    def reversed(self) -> Self: ...
+
+
 @dataclass(frozen=True)
 class Crossing:
     """One exchange: `sent[r]` records to rank r, `received[r]` from it; gradients in `back`."""
@@ -80,7 +97,7 @@ class Crossing:
     form: Form
     back: Form
 
-    def start(self, tokens: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> "Arrival":
+    def start(self, tokens: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Arrival:
         fields = [*self.form.encode(*tokens), *beside]
         kinds = [(field.shape[1], field.dtype) for field in fields]
         records = pack(fields)
@@ -94,31 +111,22 @@ class Crossing:
         return Crossing(self.start_bytes, self.received, self.sent, self.back, self.form)
 
 
-Arrival = Callable[[], list[Tensor]]
+def _back(
+    crossing: Way, weighted: bool, kept: Any, gradients: Sequence[Tensor]
+) -> Callable[[], Gradients]:
+    """The gradients of weights and tokens cross back."""
+    weights, *tokens = gradients
+    given = crossing.back.dtype is None
+    if given:  # FP8 values have no gradient: beside that of the weights nothing travels
+        tokens = [tokens[0].new_empty(sum(crossing.sent), 0, dtype=torch.float32)]
+    arrival = crossing.start(tokens, [weights] if weighted else [])
 
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, crossing: Crossing, fields: list[Tensor], tie: Tensor, weights: Any,
-        *tokens: Tensor,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        ctx.crossing, ctx.weighted = crossing, weights is not None
-        count = len(crossing.form.fields)
-        values = crossing.form.decode(fields[:count])
-        if crossing.form.dtype is None:
-            ctx.mark_non_differentiable(*values)
-        return (tie.clone(), fields[count] if ctx.weighted else None, *values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, tie: Tensor, weights: Any, *tokens: Tensor) -> tuple[Any, ...]:
-        crossing, given = ctx.crossing.reversed(), ctx.crossing.form.dtype is None
-        if given:  # FP8 values have no gradient: beside that of the weights nothing travels
-            tokens = (tie.new_empty(sum(crossing.sent), 0, dtype=torch.float32),)
-        fields = crossing.start(tokens, [weights] if ctx.weighted else [])()
+    def came() -> Gradients:
+        fields = arrival()
         values = (None, None) if given else crossing.form.decode(fields[:1])
-        return (None, None, tie, fields[1] if ctx.weighted else None, *values)
+        return [fields[1] if weighted else None, *values]
+
+    return came
 
 
 def moves_of(dtype: torch.dtype) -> Any:
@@ -129,19 +137,17 @@ def moves_of(dtype: torch.dtype) -> Any:
 class Records:
     """The `Motions` of a backend that moves bytes: sort, pack, exchange, unpack, sort."""
 
-    def __init__(
-        self, exchange: Callable[[Tensor, list[int], list[int]], Callable[[], Tensor]]
-    ) -> None:
-        self._exchange = exchange
+    def __init__(self, way: Callable[[Any, Form, Form], Way]) -> None:
+        self._way = way  # of a route's records, in a form, and of their gradients
 
     def away(
         self, op: str, route: Any, form: Form, back: Form, tokens: Sequence[Tensor],
         weights: Tensor | None, ids: Tensor | None,
     ) -> "Leaving":  # fmt: skip
-        crossing = Crossing(self._exchange, route.sent, route.received, form, back)
+        crossing = self._way(route, form, back)
         if route.direct:  # which are in the order of their experts
             ids = None
-        return Leaving(crossing, route.there, tokens, weights, ids)
+        return Leaving(op, crossing, route.there, tokens, weights, ids)
 
     def home(
         self, op: str, route: Any, form: Form, tie: Tensor, out: Tensor, here: Tensor | None,
@@ -149,12 +155,14 @@ class Records:
     ) -> Callable[[], Tensor]:  # fmt: skip
         moves = moves_of(out.dtype)
         records = moves.unpermute(out, route.here, here)
-        crossing = Crossing(self._exchange, route.received, route.sent, form, form)
-        with torch.no_grad():
-            arrival = crossing.start([records])
+        crossing = self._way(route, form, form).reversed()
+        journey = Journey(op, lambda: crossing.start([records]), tie, None, records)
+
+        def outputs(wanted: bool) -> tuple[list[Tensor | None], list[Tensor]]:
+            return [None, *form.decode(journey.wait())], []
 
         def sums() -> Tensor:
-            values = _Exchange.apply(crossing, arrival(), tie, None, records)[2]
+            values = journey.arrive(outputs, partial(_back, crossing.reversed(), False))[2]
             return moves.unpermute(values, route.there, there)
 
         return sums
@@ -164,26 +172,35 @@ class Leaving:
     """Tokens on their way as records."""
 
     def __init__(
-        self, crossing: Crossing, there: Any, tokens: Sequence[Tensor], weights: Tensor | None,
-        ids: Tensor | None,
+        self, op: str, crossing: Way, there: Any, tokens: Sequence[Tensor],
+        weights: Tensor | None, ids: Tensor | None,
     ) -> None:  # fmt: skip
         self._crossing, self._with_ids = crossing, ids is not None
         self._moves = moves = moves_of(tokens[0].dtype)
-        self._tokens = [moves.permute(part, there) for part in tokens]
-        self._weights = None if weights is None else moves.permute(weights, there)
-        beside = [] if self._weights is None else [self._weights]
+        records = [moves.permute(part, there) for part in tokens]
+        weights = None if weights is None else moves.permute(weights, there)
+        beside = [] if weights is None else [weights]
         if ids is not None:
             beside.append(moves.permute(ids, there))
-        with torch.no_grad():
-            self._arrival = crossing.start(self._tokens, beside)
+        self._weighted, tie = weights is not None, records[0].new_empty(0, dtype=torch.float32)
+        self._journey = Journey(
+            op, lambda: crossing.start(records, beside), tie, weights, *records
+        )  # fmt: skip
 
     def ids(self) -> Tensor | None:
-        self._fields = self._arrival()
+        self._fields = self._journey.wait()
         return self._fields.pop() if self._with_ids else None
 
     def finish(self, route: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        tie = self._fields[0].new_empty(0, dtype=torch.float32)
-        tie, weights, *values = _Exchange.apply(
-            self._crossing, self._fields, tie, self._weights, *self._tokens
+        fields, weighted, form = self._fields, self._weighted, self._crossing.form
+        count = len(form.fields)
+
+        def outputs(wanted: bool) -> tuple[list[Tensor | None], list[Tensor]]:
+            return [fields[count] if weighted else None, *form.decode(fields[:count])], []
+
+        tie, weights, *values = self._journey.arrive(
+            outputs,
+            partial(_back, self._crossing.reversed(), weighted),
+            constant=form.dtype is None,
         )
         return tie, weights, [self._moves.permute(value, route.here) for value in values]

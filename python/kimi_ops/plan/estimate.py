@@ -2,12 +2,14 @@
 """A whole step in one layout: the slowest stage, the pipeline's bubble, the optimizer."""
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from kimi_ops.optim.ns_schedule import ns_flops
 from kimi_ops.plan.counts import Counts
 from kimi_ops.plan.hardware import Hardware
 from kimi_ops.plan.layer import COMMUNICATION, Piece, again, dense_layer, merged, moe_layer
 from kimi_ops.plan.memory import Memory, memory
+from kimi_ops.plan.pairs import pair_seconds
 from kimi_ops.plan.skew import busiest
 from kimi_ops.plan.work import Layout, Work
 
@@ -24,7 +26,7 @@ class Estimate:
     capacity: float  # bytes of a GPU
     host_capacity: float
     layer: list[Piece]  # of a layer with experts: training forward, backward and what is repeated
-    stage_seconds: float  # a micro-batch in the slowest stage, nothing overlapped
+    stage_seconds: float  # a micro-batch in the slowest stage; of two side by side the half
     stage_overlapped: (
         float  # the same with dispatch and combine behind the rest, or the rest behind
     )
@@ -73,27 +75,18 @@ def estimate(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> 
     config = counts.config
     work = replace(work, skew=busiest(config, work, layout.ep, hardware.domain))
     gpus = layout.pp * layout.dp
-    layers = {}
-    for sparse in {config.is_moe_layer(n) for n in range(config.num_hidden_layers)}:
-        if sparse:
-            forward = moe_layer(hardware, counts, work, layout.ep, gpus=gpus)
-        else:
-            forward = dense_layer(hardware, counts, work)
-        pieces = list(forward)
-        if work.training and sparse:
-            pieces += moe_layer(hardware, counts, work, layout.ep, backward=True, gpus=gpus)
-        elif work.training:
-            pieces += dense_layer(hardware, counts, work, backward=True)
-        if work.training:
-            pieces += again(hardware, counts, work, forward, layout.recompute)
-        layers[sparse] = merged(pieces)
+    kinds = {
+        sparse: _passes(hardware, counts, work, layout, sparse)
+        for sparse in {config.is_moe_layer(n) for n in range(config.num_hidden_layers)}
+    }
     times = [
-        _stage(hardware, counts, work, layout, layers, s) for s in layout.stages(_depth(counts))
+        _stage(hardware, counts, work, layout, kinds, s) for s in layout.stages(_depth(counts))
     ]
     stage, overlapped = (max(t[n] for t in times) for n in (0, 1))
     outside = _outside(hardware, counts, work, layout) if work.training else {}
     count = layout.micro_batches(work) if work.training else 1
-    slots = count + layout.pp - 1
+    turns = (layout.turns(work) if work.training else 1) + layout.pp - 1
+    slots = work.at_once * turns
     after = sum(outside.values())
     return Estimate(
         layout,
@@ -101,17 +94,45 @@ def estimate(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> 
         memory(counts, work, layout),
         hardware.memory,
         hardware.host_memory,
-        layers[True] if True in layers else layers[False],
+        merged(chain(*kinds[True in kinds])),
         stage,
         overlapped,
         count,
-        (layout.pp - 1) / slots,
+        (layout.pp - 1) / turns,
         outside,
         slots * stage + after,
         slots * overlapped + after,
         work.batch_tokens if work.training else layout.dp * work.tokens,
         gpus,
     )
+
+
+def _passes(
+    hardware: Hardware, counts: Counts, work: Work, layout: Layout, sparse: bool
+) -> list[list[Piece]]:
+    """The pieces of a layer: forward; where it trains what is repeated, and the backward."""
+
+    def made(backward: bool) -> list[Piece]:
+        if not sparse:
+            return dense_layer(hardware, counts, work, backward=backward)
+        gpus = layout.pp * layout.dp
+        return moe_layer(hardware, counts, work, layout.ep, backward=backward, gpus=gpus)
+
+    forward = made(False)
+    if not work.training:
+        return [forward]
+    return [forward, again(hardware, counts, work, forward, layout.recompute), made(True)]
+
+
+def _side_by_side(passes: list[list[Piece]], layers: int, recompute: str) -> float:
+    """Seconds of two micro-batches in so many layers with experts."""
+    forward, repeated, backward = passes
+    seconds = pair_seconds(forward, layers)
+    if recompute == "full":  # a layer at a time, before its backward
+        seconds += layers * pair_seconds(repeated, 1)
+    else:
+        backward = [*repeated, *backward]
+    return seconds + pair_seconds(backward, layers, backward=True)
 
 
 def _depth(counts: Counts) -> int:
@@ -123,15 +144,20 @@ def _stage(
     counts: Counts,
     work: Work,
     layout: Layout,
-    kinds: dict[bool, list[Piece]],
+    kinds: dict[bool, list[list[Piece]]],
     layers: range,
 ) -> tuple[float, float]:
-    """Seconds of a micro-batch in one stage: in sequence, and with communication hidden."""
+    """Seconds of a micro-batch in one stage: as the work says, and with communication hidden."""
     config = counts.config
-    everything, sending = 0.0, 0.0
-    for layer in layers:
-        all_, sent = _split(kinds[config.is_moe_layer(layer)])
-        everything, sending = everything + all_, sending + sent
+    sparse = sum(config.is_moe_layer(layer) for layer in layers)
+    everything, sending, saved = 0.0, 0.0, 0.0
+    for kind, count in ((False, len(layers) - sparse), (True, sparse)):
+        if count:
+            all_, sent = _split([*chain(*kinds[kind])])
+            everything, sending = everything + count * all_, sending + count * sent
+    if work.overlap and sparse:
+        in_turn = sparse * _split([*chain(*kinds[True])])[0]
+        saved = in_turn - _side_by_side(kinds[True], sparse, layout.recompute) / 2
     if _depth(counts) - 1 in layers:
         passes = 3 if work.training else 1
         flops = 2.0 * work.predicted * config.hidden_size * config.vocab_size * passes
@@ -141,7 +167,7 @@ def _stage(
         link = hardware.nvlink if inside else hardware.network
         moved = 4.0 * work.tokens * config.hidden_size / link
         everything, sending = everything + moved, sending + moved
-    return everything, max(sending, everything - sending)
+    return everything - saved, max(sending, everything - sending)
 
 
 def _outside(hardware: Hardware, counts: Counts, work: Work, layout: Layout) -> dict[str, float]:

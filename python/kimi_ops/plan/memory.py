@@ -100,15 +100,16 @@ def _stage(counts: Counts, work: Work, layout: Layout, number: int, layers: rang
     held = experts + matrices + rest
     muon = experts / layout.replicas + matrices / layout.dp
     state = muon * (4 + work.momentum_bytes) + rest / layout.dp * 12
-    in_flight = min(layout.pp - number, layout.micro_batches(work))
+    in_flight = work.at_once * min(layout.pp - number, layout.turns(work))
     alive = in_flight * sum(kept[k] for k in kinds)
-    alive += max(whole[k] - kept[k] for k in kept)  # of the layer that is computed again
-    alive += 8.0 * config.vocab_size * head  # fp32 logits and their gradient
+    once = max(whole[k] - kept[k] for k in kept)  # of the layer that is computed again
+    once += 8.0 * config.vocab_size * head  # fp32 logits and their gradient
+    alive += work.at_once * once
     parts = {
         "weights": 2.0 * held,
         "gradients": float(work.gradient_bytes * held),
         "optimizer": 0.0 if work.offload else state,
         "activations": work.tokens * alive,
-        "EP buffers": buffers,
+        "EP buffers": work.at_once * buffers,
     }
     return Memory(parts, host=state if work.offload else 0.0)

@@ -31,11 +31,12 @@ def divisors(number: int, most: int) -> list[int]:
 def layouts(counts: Counts, work: Work, gpus: int) -> Iterator[Layout]:
     """Every pp x dp with every ep that divides dp; serving has no pipeline.
 
-    A step that trains has a micro-batch at least for each rank; replicas fill all ranks alike.
+    A step that trains has a micro-batch at least for each rank, or two at once; replicas fill all
+    ranks alike.
     """
     config = counts.config
     for pp in divisors(gpus, config.num_hidden_layers if work.training else 1):
-        if work.training and gpus // pp * work.tokens > work.batch_tokens:
+        if work.training and gpus // pp * work.at_once * work.tokens > work.batch_tokens:
             continue
         for ep in divisors(gpus // pp, config.n_routed_experts):
             if work.redundant and work.slots(config.n_routed_experts) % ep:

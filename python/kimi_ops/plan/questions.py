@@ -34,6 +34,7 @@ def plan(
     batch_tokens: int = 2**26,
     weights: str | None = None,
     wire: str | None = None,
+    overlap: bool = False,
 ) -> Plan:
     """Predict how a model trains or serves on a number of GPUs, for every way to spread it.
 
@@ -70,6 +71,9 @@ def plan(
         What serves: fp8 unless given. Training has bf16.
     wire : {"bf16", "fp8"}, optional
         Dispatched rows: bf16 to train, fp8 to serve unless given.
+    overlap : bool
+        Train on micro-batches in twos, side by side, as `forward_two` does: the messages of one
+        travel while the other computes. Two take the memory of two.
 
     Returns
     -------
@@ -126,6 +130,11 @@ def plan(
             f"plan: redundant: expected 0 to train, got {redundant}; replicas serve: take "
             "mode='decode' or 'prefill'"
         )
+    if overlap and not training:
+        raise ValueError(
+            f"plan: overlap: expected False to serve, got True in mode {mode!r}; it is of "
+            "micro-batches, which train: take mode='train'"
+        )
     work = Work(
         mode,
         tokens,
@@ -136,13 +145,16 @@ def plan(
         batch_tokens,
         redundant=redundant,
         loads=None if loads is None else checked_loads(counts.config, loads),
+        overlap=overlap,
     )
     made = Plan(counts, hardware, gpus, work)
     if not made.estimates:
         deepest = max(divisors(gpus, counts.config.num_hidden_layers))
         raise ValueError(
-            f"plan: batch_tokens: expected at least {gpus // deepest * tokens}, a micro-batch of "
-            f"{tokens} tokens on each rank, got {batch_tokens}; lower tokens_per_rank or gpus"
+            "plan: batch_tokens: expected at least "
+            f"{gpus // deepest * tokens * work.at_once}, {'two' if overlap else 'a'} micro-batch"
+            f"{'es' * overlap} of {tokens} tokens on each rank, got {batch_tokens}; lower "
+            "tokens_per_rank or gpus"
         )
     return made
 

@@ -46,6 +46,7 @@ def _head(plan: Plan) -> Iterator[str]:
         f"{' x that of the loads' if work.loads else ''}, {work.weights} weights, "
         f"rows dispatched in {work.wire}"
         f"{f', {work.redundant} redundant experts' if work.redundant else ''}"
+        f"{', micro-batches in twos, side by side' * work.overlap}"
     )
 
 

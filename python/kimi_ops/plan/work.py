@@ -28,6 +28,7 @@ class Work:
     offload: bool = False  # the optimizer's state lies in the host's memory
     redundant: int = 0  # replicas of busy experts beside one of each
     loads: Loads | None = None  # tokens that each expert got
+    overlap: bool = False  # it trains on micro-batches in twos, side by side
 
     @property
     def cached(self) -> int:
@@ -42,6 +43,11 @@ class Work:
     @property
     def training(self) -> bool:
         return self.mode == "train"
+
+    @property
+    def at_once(self) -> int:
+        """Micro-batches that go through a stage together."""
+        return 2 if self.overlap else 1
 
     @property
     def items(self) -> str:
@@ -89,3 +95,7 @@ class Layout:
     def micro_batches(self, work: Work) -> int:
         """Of a step on each rank."""
         return max(1, -(-work.batch_tokens // (self.dp * work.tokens)))
+
+    def turns(self, work: Work) -> int:
+        """Of micro-batches that go through the stages together, the last ones in part empty."""
+        return -(-self.micro_batches(work) // work.at_once)

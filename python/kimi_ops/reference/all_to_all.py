@@ -10,6 +10,8 @@ torch; float64 stays float64.
     combine    rank_dedup     part[t, r] = sum over the slots of t on rank r, ascending, fp32,
                                            acc = fma(w, out, acc), rounded once to the wire's dtype
                               y[t] = sum over the ranks, ascending, fp32, rounded once
+                 with nodes   the parts of a node are added up by rank first, fp32, and rounded
+                              once to the wire's dtype; then y[t] = sum over the nodes, ascending
                expert_direct  y[t] = sum over the slots, ascending, fp32, acc = fma(w, out, acc),
                                      out rounded to the wire's dtype, y rounded once
 
@@ -119,6 +121,7 @@ def combine(
     *,
     layout: str = "rank_dedup",
     wire_dtype: torch.dtype | None = None,
+    ranks_per_node: int | None = None,
 ) -> list[Tensor]:
     """y [T_r, H] of every rank from outs[r] [R_r, H]; 1 stands for absent weights."""
     places: dict[Pair, tuple[int, int]] = {}
@@ -134,6 +137,7 @@ def combine(
             if layout == "rank_dedup":
                 parts = [*range(len(outs))]
             total = outs[0].new_zeros(outs[0].shape[1], dtype=wide)
+            within = torch.zeros_like(total)  # of the ranks of a node
             for only in parts:
                 part = torch.zeros_like(total)
                 for slot in range(ids.shape[1]):
@@ -144,7 +148,14 @@ def combine(
                     value = _rounded(value, wire) if only is None else value
                     weight = None if weights is None else weights[source][token, slot]
                     part = _add(part, value, weight)
-                total = part if only is None else total + _rounded(part, wire)
+                if only is None:
+                    total = part
+                elif ranks_per_node is None:
+                    total = total + _rounded(part, wire)
+                else:
+                    within = within + _rounded(part, wire)
+                    if (only + 1) % ranks_per_node == 0:
+                        total, within = total + _rounded(within, wire), torch.zeros_like(total)
             tokens.append(total.to(outs[0].dtype))
         results.append(torch.stack(tokens) if tokens else outs[0].new_zeros(0, outs[0].shape[1]))
     return results

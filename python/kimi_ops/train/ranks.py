@@ -49,10 +49,14 @@ class Ranks:
         Ranks that share the experts of a layer; it divides the number of ranks.
     timeout : float
         Seconds until a rank that does not come is an error.
+    overlap : bool
+        Compute micro-batches in twos, one's messages beside the other's products
+        (`kimi_ops.models.kimi_k2.forward_two`); the same bits.
 
     Attributes
     ----------
     rank, world, expert_parallel, replicas : int
+    overlap : bool
     everyone, same_experts : ProcessGroup or None
         All ranks; those that have the same experts. None where that is this rank alone.
     """
@@ -62,14 +66,18 @@ class Ranks:
         group: dist.ProcessGroup | None = None,
         expert_parallel: int = 1,
         timeout: float = TIMEOUT,
+        overlap: bool = False,
     ) -> None:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world = 1 if group is None else dist.get_world_size(group)
         self.everyone, self._timeout = group, timeout
         self._roll = None if group is None else Roll(group, timeout, {})
         self.agree("--expert-parallel", expert_parallel)
+        self.agree("--overlap", overlap)
         with self.together():
             check_layout(self.world, expert_parallel)
+            check_overlap(overlap, expert_parallel)
+        self.overlap = overlap
         self.expert_parallel, self.replicas = expert_parallel, self.world // expert_parallel
         replicas = [
             list(range(first, first + expert_parallel))
@@ -104,6 +112,7 @@ class Ranks:
         if self._spread:
             experts = f"experts over {self.expert_parallel} by {self._spread[-1].backend}"
             experts += f", {self.replicas} times" * (self.replicas > 1)
+            experts += ", two micro-batches side by side" * self.overlap
         return f"ranks  {self.world} processes, {experts}"
 
     def spread(
@@ -115,7 +124,12 @@ class Ranks:
         with self.together():
             check_experts(config.n_routed_experts, self.expert_parallel)
         made = ExpertRanks(
-            self._experts, config, max_tokens=max_tokens, device=device, timeout=self._timeout
+            self._experts,
+            config,
+            max_tokens=max_tokens,
+            device=device,
+            timeout=self._timeout,
+            batches=2 if self.overlap else 1,
         )
         self._spread.append(made)
         return made
@@ -244,8 +258,24 @@ def check_experts(experts: int, expert_parallel: int) -> None:
         )
 
 
-def check_batch(sequences: int, world: int) -> None:
-    """Raise unless every rank gets as many sequences of a micro-batch."""
+def check_overlap(overlap: bool, expert_parallel: int) -> None:
+    """Raise where two micro-batches are wanted side by side and there are no messages to hide."""
+    if overlap and expert_parallel == 1:
+        raise ValueError(
+            "kimi-ops: --overlap: expected experts over several processes, whose messages it "
+            "hides, got --expert-parallel 1; leave it out, or raise --expert-parallel"
+        )
+
+
+def check_batch(sequences: int, accumulate: int, ranks: Ranks) -> None:
+    """Raise unless every rank gets as many sequences of a micro-batch, and twos come out even."""
+    if ranks.overlap and accumulate % 2:
+        raise ValueError(
+            f"train: --accumulate: expected an even number beside --overlap, which takes "
+            f"micro-batches in twos, got {accumulate}; change it (a resumed run may, with "
+            "--sequences), or leave --overlap out"
+        )
+    world = ranks.world
     if sequences % world:
         raise ValueError(
             f"train: --sequences: expected a multiple of the {world} processes, which share each "
@@ -256,7 +286,10 @@ def check_batch(sequences: int, world: int) -> None:
 
 @contextmanager
 def join_ranks(
-    expert_parallel: int = 1, timeout: float = TIMEOUT, device: str = "auto"
+    expert_parallel: int = 1,
+    timeout: float = TIMEOUT,
+    device: str = "auto",
+    overlap: bool = False,
 ) -> Iterator[Ranks]:
     """The ranks that ``torchrun`` started together with this process; without it this one alone.
 
@@ -271,6 +304,8 @@ def join_ranks(
     device : str
         ``cpu``, ``cuda`` or ``auto``; but for ``cpu`` each takes a GPU of its own where there are
         any.
+    overlap : bool
+        As of `Ranks`.
 
     Raises
     ------
@@ -285,7 +320,7 @@ def join_ranks(
     (0, 1)
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(expert_parallel=expert_parallel, timeout=timeout)
+        yield Ranks(expert_parallel=expert_parallel, timeout=timeout, overlap=overlap)
         return
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
@@ -299,7 +334,7 @@ def join_ranks(
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
-        ranks = Ranks(dist.group.WORLD, expert_parallel, timeout)
+        ranks = Ranks(dist.group.WORLD, expert_parallel, timeout, overlap)
         try:
             yield ranks
         finally:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_ops import QKClip, update_expert_bias_
-from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2
+from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2, backward_two, forward_two
 from kimi_ops.reference.qk_clip import clip_factor
 from kimi_ops.train.optimizer import optimizer_of
 from kimi_ops.train.ranks import Ranks, check_batch
@@ -68,7 +69,8 @@ class Trainer:
     """Model, optimizer and what happens between them in a step.
 
     Forward and backward of every micro-batch; MuonClip, which clips the AdamW gradients, with
-    QK-Clip; expert biases; reset. Ranks share each micro-batch, and all of them call every method.
+    QK-Clip; expert biases; reset. Ranks share each micro-batch, and all of them call every method;
+    with `Ranks.overlap` micro-batches are computed in twos.
 
     Parameters
     ----------
@@ -89,7 +91,7 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.settings, self.ranks = settings, Ranks() if ranks is None else ranks
-        check_batch(settings.sequences, self.ranks.world)
+        check_batch(settings.sequences, settings.accumulate, self.ranks)
         if model is None:
             config = settings.model_config()
             spread = spread_experts(settings, self.ranks, device)
@@ -138,12 +140,11 @@ class Trainer:
         share = self.ranks.share(batch, settings.sequences).to(self.device, non_blocking=True)
         micro_batches = share.split(settings.sequences // self.ranks.world)
         total, auxiliary = torch.zeros(2, device=self.device).unbind()
-        for micro in micro_batches:
-            loss = self._losses(micro).mean() / len(micro_batches)
-            balance = self.model.auxiliary_loss() / len(micro_batches)
-            (loss + balance).backward()
-            total += loss.detach()
-            auxiliary += balance.detach()
+        at_once = 2 if self.ranks.overlap else 1
+        for n in range(0, len(micro_batches), at_once):
+            for loss, balance in self._backward(micro_batches[n : n + at_once], len(micro_batches)):
+                total += loss
+                auxiliary += balance
         gradients = {n: p.grad for n, p in self._named if p.grad is not None}
         norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
         statistics = self._statistics(step, total, auxiliary, norms)
@@ -157,14 +158,28 @@ class Trainer:
         self._forget()
         return statistics
 
+    def _backward(self, batches: Sequence[Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
+        """Forward and backward of one micro-batch of `count`, or of two side by side; the loss and
+        the balance loss of each, as shares of the step's."""
+        if len(batches) == 1:
+            found = [(self._losses(batches[0]), self.model.auxiliary_loss())]
+        else:
+            with self._compute():
+                first, second = forward_two(self.model, batches[0][:, :-1], batches[1][:, :-1])
+            found = [
+                (window_losses(output.logits, batch), output.auxiliary_loss)
+                for output, batch in ((first, batches[0]), (second, batches[1]))
+            ]
+        shares = [(losses.mean() / count, balance / count) for losses, balance in found]
+        sums = [loss + balance for loss, balance in shares]
+        sums[0].backward() if len(sums) == 1 else backward_two(self.model, sums)
+        return [(loss.detach(), balance.detach()) for loss, balance in shares]
+
     def _losses(self, batch: Tensor) -> Tensor:
         """The mean cross entropy of each window [B]."""
         with self._compute():
             logits = self.model(batch[:, :-1])
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
-        )
-        return losses.view(len(batch), -1).mean(1)
+        return window_losses(logits, batch)
 
     def _compute(self) -> AbstractContextManager[object]:
         """Products in the settings' dtype; weights, router, norms and moments stay fp32."""
@@ -244,6 +259,12 @@ class Trainer:
     def _track(self, enabled: bool) -> None:
         for layer in self.model.attention_layers():
             layer.track_max_logits = enabled
+
+
+def window_losses(logits: Tensor, batch: Tensor) -> Tensor:
+    """The mean cross entropy [B] of logits [B, S, V] on the next tokens of windows [B, S + 1]."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+    return losses.view(len(batch), -1).mean(1)
 
 
 def spread_experts(

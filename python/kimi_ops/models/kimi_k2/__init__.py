@@ -7,9 +7,11 @@ from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.model import KimiK2
 from kimi_ops.models.kimi_k2.moe import MoE
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output
+from kimi_ops.models.kimi_k2.two_batches import BatchOutput, backward_two, forward_two
 
 __all__ = [
     "Attention",
+    "BatchOutput",
     "ExpertRanks",
     "KimiK2",
     "KimiK2Config",
@@ -17,4 +19,6 @@ __all__ = [
     "LatentCache",
     "MoE",
     "RopeScaling",
+    "backward_two",
+    "forward_two",
 ]

@@ -12,7 +12,7 @@ from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.inputs import Inputs, check_inputs
 from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm, check_dtype
-from kimi_ops.models.kimi_k2.moe import MoE
+from kimi_ops.models.kimi_k2.moe import Arrive, Compute, MoE
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output, check_labels, next_token_loss, recorded
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 from kimi_ops.models.kimi_k2.rope import rotary_tables
@@ -47,9 +47,34 @@ class DecoderLayer(nn.Module):
         documents: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, self.layer, documents)
-        y = self.post_attention_layernorm(x)
+        x, y = self._attend(x, cos, sin, cache, documents)
         return x + (self.mlp(y, valid) if isinstance(self.mlp, MoE) else self.mlp(y))
+
+    def leave(self, x: Tensor, cos: Tensor, sin: Tensor) -> Compute:
+        """`forward` in three parts, as `MoE.leave`; a dense layer does all of it in the first."""
+        x, y = self._attend(x, cos, sin)
+        if not isinstance(self.mlp, MoE):
+            x = x + self.mlp(y)
+            return lambda: lambda: x
+        compute = self.mlp.leave(y)
+
+        def computed() -> Arrive:
+            arrive = compute()
+            return lambda: x + arrive()
+
+        return computed
+
+    def _attend(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LatentCache | None = None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x + attention(norm(x)), and that normed for the MLP."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, self.layer, documents)
+        return x, self.post_attention_layernorm(x)
 
 
 class Backbone(nn.Module):

@@ -12,10 +12,14 @@ from typing import Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from kimi_ops import ExpertParallel, TopkGate, fused_experts
 from kimi_ops._autocast import autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.parallel import call_checks
+from kimi_ops.parallel.local import LocalGroup
+from kimi_ops.parallel.results import Dispatched, Pending
 
 __all__ = ["ExpertRanks"]
 
@@ -25,8 +29,9 @@ class ExpertRanks:
 
     Parameters
     ----------
-    group : ProcessGroup
-        All of its ranks make the object, with the same arguments, and a model with it.
+    group : ProcessGroup, or a rank of a LocalWorld
+        All of its ranks make the object, with the same arguments, and a model with it. The model of
+        a `LocalWorld` computes, but is not saved.
     config : KimiK2Config
         Of the model; the number of ranks divides its experts.
     max_tokens : int
@@ -35,9 +40,14 @@ class ExpertRanks:
         Of the model.
     timeout : float
         Seconds until a rank that does not come is an error.
+    batches : int
+        How many batches may be under way at once; `forward_two` wants two.
+    backend : str
+        What moves tokens, as `kimi_ops.ExpertParallel` takes it.
 
     Attributes
     ----------
+    batches : int
     experts : range
         Those of this rank.
     backend : str
@@ -67,15 +77,17 @@ class ExpertRanks:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | LocalGroup,
         config: KimiK2Config,
         *,
         max_tokens: int,
         device: torch.device | str = "cpu",
         timeout: float = 30.0,
+        batches: int = 1,
+        backend: str = "auto",
     ) -> None:
-        self.group, self.count = group, config.n_routed_experts
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.group, self.count, self.batches = group, config.n_routed_experts, batches
+        self.rank, self.world = call_checks.place(group)
         if self.count % self.world:
             raise ValueError(
                 f"ExpertRanks: group: expected a divisor of the {self.count} experts of a layer, "
@@ -86,6 +98,8 @@ class ExpertRanks:
             num_experts=self.count,
             hidden=config.hidden_size,
             max_tokens_per_rank=max_tokens,
+            backend=backend,
+            num_buffers=batches,
             timeout=timeout,
             device=device,
         )
@@ -95,22 +109,28 @@ class ExpertRanks:
         """The rank of the group that has an expert."""
         return expert * self.world // self.count
 
-    def mixed(
-        self, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate: TopkGate, activation: str
-    ) -> Tensor:
-        """`fused_experts` of x [T, H] over the experts of all ranks; the matrices are this rank's.
+    def leave(self, x: Tensor, gate: TopkGate) -> Pending[Dispatched]:
+        """Tokens x [T, H] on their way to their experts."""
+        (x,) = autocast(x)
+        return self._parallel.dispatch(x, gate.indices, gate.weights, async_op=True)
+
+    def compute(
+        self, leaving: Pending[Dispatched], w_gate_up: Tensor, w_down: Tensor, activation: str
+    ) -> Pending[Tensor]:
+        """`fused_experts` of those tokens, on their way home; the matrices are this rank's.
 
         A rank adds up its experts' weighted outputs of a token, the token's own rank adds up those
         sums, in the order of the ranks: one rounding more than where all experts are at home.
         """
-        x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
-        rows = self._parallel.dispatch(x, gate.indices, gate.weights)
+        rows = leaving.wait()
         assert isinstance(rows.x, Tensor)
-        numbers = torch.arange(len(self.experts), dtype=torch.int32, device=x.device)
-        expert = numbers.repeat_interleave(rows.tokens_per_expert, output_size=len(rows.x))
-        once = gate.weights.new_ones(len(rows.x), 1)
-        out = fused_experts(rows.x, w_gate_up, w_down, once, expert[:, None], activation=activation)
-        return self._parallel.combine(out, rows.handle)
+        with record_function("experts"):
+            x, w_gate_up, w_down = autocast(rows.x, w_gate_up, w_down)
+            numbers = torch.arange(len(self.experts), dtype=torch.int32, device=x.device)
+            expert = numbers.repeat_interleave(rows.tokens_per_expert, output_size=len(x))
+            once = x.new_ones(len(x), 1, dtype=torch.float32)
+            out = fused_experts(x, w_gate_up, w_down, once, expert[:, None], activation=activation)
+        return self._parallel.combine(out, rows.handle, async_op=True)
 
     def to_first(self, tensor: Tensor, owner: int) -> Tensor | None:
         """`tensor` as its owner has it, on the host of rank 0; None on the others.
@@ -118,6 +138,11 @@ class ExpertRanks:
         All ranks but these two may leave the call out. Elsewhere than on the owner `tensor` only
         says what comes: its shape and dtype.
         """
+        if isinstance(self.group, LocalGroup):
+            raise ValueError(
+                "save_pretrained: expert_ranks: expected those of a process group, got a rank of a "
+                "LocalWorld; start processes, with torchrun"
+            )
         if self.rank == 0:
             if owner != 0:
                 tensor = torch.empty_like(tensor)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The mixture-of-experts layer: router, routed experts, shared experts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 from kimi_ops.operators.count_once import count_once_, recomputing
+
+Arrive = Callable[[], Tensor]
+Compute = Callable[[], Arrive]
 
 
 class Router(FixedBuffers):
@@ -97,23 +101,63 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """[B, S, H] from x [B, S, H]; tokens that are not `valid` [B, S] get no routed expert."""
+        compute = self.leave(x, valid)
+        arrive = compute()
+        return arrive()
+
+    def leave(self, x: Tensor, valid: Tensor | None = None) -> Compute:
+        """The first part of `forward`, up to where tokens are on their way to other ranks.
+
+        The result is the second, up to where their results are; its result is the third, which
+        gives what `forward` gives. Another batch may do its parts in between.
+        """
         tokens = x.flatten(0, 1)
         logits, gate = self.gate(tokens, None if valid is None else valid.flatten())
         balance_loss = None
         if self.training and self.config.aux_loss_alpha:
             balance_loss = self._balance(logits, gate.indices, x.shape[0], valid)
         if torch.compiler.is_compiling():
-            self.balance_loss = balance_loss
             if self.training:
                 count_once_(self.tokens_per_expert, gate.tokens_per_expert)
-        elif not recomputing():  # a repeated forward must make the same graph, but counts once
-            self.balance_loss = balance_loss
-            if self.training:
-                self.tokens_per_expert += gate.tokens_per_expert
-        y = self._mixed(tokens, gate)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(tokens)
-        return y.view_as(x)
+        elif self.training and not recomputing():  # a repeated forward counts once
+            self.tokens_per_expert += gate.tokens_per_expert
+        compute = self._compute(tokens, gate)
+        shared = None if self.shared_experts is None else self.shared_experts(tokens)
+
+        def computed() -> Arrive:
+            arrive = compute()
+
+            def arrived() -> Tensor:
+                # a repeated forward must make the same graph, but is not the last one
+                if torch.compiler.is_compiling() or not recomputing():
+                    self.balance_loss = balance_loss
+                y = arrive()
+                return (y if shared is None else y + shared).view_as(x)
+
+            return arrived
+
+        return computed
+
+    def _compute(self, tokens: Tensor, gate: TopkGate) -> Compute:
+        """The weighted sum of the routed experts, in two parts; tokens leave before them."""
+        stacks, activation = self.experts, self.config.hidden_act
+        if self.ranks is not None and isinstance(stacks, Experts):
+            ranks, matrices = self.ranks, (stacks.gate_up_proj, stacks.down_proj)
+            leaving = ranks.leave(tokens, gate)
+            return lambda: ranks.compute(leaving, *matrices, activation).wait
+
+        def compute() -> Arrive:
+            y = fused_experts(
+                tokens,
+                stacks.gate_up_proj,
+                stacks.down_proj,
+                gate.weights,
+                gate.indices,
+                activation=activation,
+            )
+            return lambda: y
+
+        return compute
 
     def _balance(self, logits: Tensor, indices: Tensor, batch: int, valid: Tensor | None) -> Tensor:
         """The sequence balance loss; of sequences with padding, over their tokens alone."""
@@ -131,20 +175,6 @@ class MoE(nn.Module):
             for n, part in enumerate(parts)
         ]
         return torch.stack(losses).mean()
-
-    def _mixed(self, tokens: Tensor, gate: TopkGate) -> Tensor:
-        """The weighted sum of the routed experts."""
-        stacks, activation = self.experts, self.config.hidden_act
-        if self.ranks is not None and isinstance(stacks, Experts):
-            return self.ranks.mixed(tokens, stacks.gate_up_proj, stacks.down_proj, gate, activation)
-        return fused_experts(
-            tokens,
-            stacks.gate_up_proj,
-            stacks.down_proj,
-            gate.weights,
-            gate.indices,
-            activation=activation,
-        )
 
     def reset_statistics(self) -> None:
         """Forget the loads and the balance loss, which holds the graph of its forward."""

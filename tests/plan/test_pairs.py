@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""Two micro-batches side by side: the formula against the schedule, and what a plan makes of it."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from kimi_ops.cli import app
+from kimi_ops.models.kimi_k2 import KimiK2Config
+from kimi_ops.plan import HARDWARE, plan
+from kimi_ops.plan.counts import count
+from kimi_ops.plan.estimate import estimate
+from kimi_ops.plan.layer import Piece, moe_layer
+from kimi_ops.plan.memory import memory
+from kimi_ops.plan.pairs import pair_seconds
+from kimi_ops.plan.report import as_text
+from kimi_ops.plan.work import Layout, Work
+
+K2 = count(KimiK2Config.k2())
+TRAIN = Work("train", 4096, 4096, 1.0, "bf16", "bf16", 2**26)
+PAIRS = replace(TRAIN, overlap=True)
+H200 = HARDWARE["h200"]
+NAMES = {"a": "attention", "d": "dispatch", "e": "experts", "c": "combine"}
+
+
+def ends(times: dict[str, float], layers: int, order: str, batches: str) -> float:
+    """When the schedule is through: two queues in order, every part behind that before it."""
+    done: dict[tuple[str, int], float] = {}
+    free = {"computes": 0.0, "travels": 0.0}
+    parts = order * layers  # of a batch, one behind the other
+    turns = sorted(
+        (number, batch, number, part) for number, part in enumerate(parts) for batch in range(2)
+    )
+    for _, batch, number, part in turns:
+        queue = "travels" if part in "dc" else "computes"
+        begin = max(free[queue], done.get((batches[batch], number - 1), 0.0))
+        done[batches[batch], number] = free[queue] = begin + times[part]
+    return max(done.values())
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_formula_is_the_schedule(seed: int):
+    choose = random.Random(seed)
+    times = {part: choose.choice((0.0, choose.random(), 3 * choose.random())) for part in "adec"}
+    layers = choose.randint(1, 5)
+    pieces = [Piece(NAMES[part], seconds, "memory") for part, seconds in times.items()]
+    forward = ends(times, layers, "adec", "AB")
+    assert pair_seconds(pieces, layers) == pytest.approx(forward)
+    # gradients of combined rows go as a dispatch, those of dispatched rows as a combine
+    backward = ends(times, layers, "deca", "BA")
+    assert pair_seconds(pieces, layers, backward=True) == pytest.approx(backward)
+
+
+def test_a_step_in_twos_is_its_pairs():
+    """Four stages; two micro-batches have the time of a pair, and go through the stages as one."""
+    layout = Layout(16, 4, 16, "none")
+    apart, pairs = (estimate(H200, K2, work, layout) for work in (TRAIN, PAIRS))
+    forward = moe_layer(H200, K2, TRAIN, 16, gpus=64)
+    backward = moe_layer(H200, K2, TRAIN, 16, gpus=64, backward=True)
+    layers = 15  # of the last stage, which has the head and no dense layer
+    assert len(layout.stages(61)[-1]) == layers
+    rest = apart.stage_seconds - layers * sum(p.seconds for p in [*forward, *backward])
+    pair = pair_seconds(forward, layers) + pair_seconds(backward, layers, backward=True)
+    assert pairs.stage_seconds == pytest.approx(pair / 2 + rest)
+    assert apart.stage_overlapped < pairs.stage_seconds < apart.stage_seconds
+    turns = 2**26 // (16 * 4096) // 2 + 3
+    assert pairs.bubble == 3 / turns > apart.bubble
+    after = sum(pairs.outside.values())
+    assert pairs.seconds == pytest.approx(2 * turns * pairs.stage_seconds + after)
+
+
+def test_what_is_repeated_is_side_by_side_too():
+    times = {
+        (recompute, work.overlap): estimate(H200, K2, work, Layout(16, 4, 16, recompute))
+        for recompute in ("none", "selective", "full")
+        for work in (TRAIN, PAIRS)
+    }
+    for overlap in (False, True):
+        none, some, full = (times[r, overlap].stage_seconds for r in ("none", "selective", "full"))
+        assert none < some < full
+    # all of a layer's forward again, its messages too: more to hide
+    saved = {r: times[r, False].stage_seconds - times[r, True].stage_seconds for r, _ in times}
+    assert saved["full"] > 1.3 * saved["none"] and saved["selective"] > 0.99 * saved["none"]
+
+
+def test_two_micro_batches_have_the_memory_of_two():
+    apart, pairs = (memory(K2, work, Layout(16, 4, 16, "none")).parts for work in (TRAIN, PAIRS))
+    for name in ("activations", "EP buffers"):
+        assert pairs[name] == pytest.approx(2 * apart[name])
+    assert pairs["weights"] == apart["weights"] and pairs["optimizer"] == apart["optimizer"]
+    one = replace(PAIRS, batch_tokens=2**17)  # a pair a rank: nothing more in flight
+    assert memory(K2, one, Layout(16, 4, 16, "none")).parts["activations"] < pairs["activations"]
+
+
+def test_pairs_gain_where_memory_is_left_for_them():
+    apart, pairs = (plan("k2", "h200", 128, overlap=overlap).chosen for overlap in (False, True))
+    assert pairs.fits and pairs.tokens_per_gpu > 1.15 * apart.tokens_per_gpu
+    many = [plan("k2", "h200", 2048, overlap=overlap).chosen for overlap in (False, True)]
+    assert many[1].tokens_per_gpu < many[0].tokens_per_gpu and many[1].bubble > many[0].bubble
+
+
+def test_the_command_and_what_it_refuses():
+    result = CliRunner().invoke(app, ["plan", "--gpus=128", "--overlap"])
+    assert result.exit_code == 0 and "micro-batches in twos, side by side" in result.output
+    assert "side by side" not in as_text(plan("k2", "h200", 128))
+    with pytest.raises(ValueError, match="overlap: expected False to serve, got True in mode 'dec"):
+        plan("k2", "h200", 16, mode="serve", overlap=True)
+    least = "batch_tokens: expected at least 16384, two micro-batches of 4096 tokens on each rank"
+    with pytest.raises(ValueError, match=least):
+        plan("k2", "h200", 64, batch_tokens=16383, overlap=True)
