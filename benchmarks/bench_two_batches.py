@@ -7,18 +7,20 @@ median. Both ways compute the same bits. The peer is named by what it does:
 
     in turn   forward and backward of the first micro-batch, then of the second
 
-Work: the tokens of all ranks (as calls/s); there is no roof but the peer: with as many ranks as
-cores copies take the time of products, and what is hidden is waiting for one another. A GPU has
-engines of its own for that: with --device cuda each rank takes a GPU, by NCCL where there are as
-many, by the kernels of the backend cuda in any case.
+Work: the tokens of all ranks (as calls/s); there is no roof but the peer. With as many ranks as
+cores copies take the time of products, and what is hidden is waiting for one another. The case with
+a rate stands for a network: what gloo has brought counts as arrived when a link of that rate into
+the rank would have brought it, and until then the rank sleeps. With --device cuda each rank takes a
+GPU: by NCCL where there are as many, by the kernels of the backend cuda in any case.
 
-    python -m benchmarks.bench_two_batches [--ranks 2,4] [--trace FOLDER] [--help]
+    python -m benchmarks.bench_two_batches [--ranks 2,4] [--link 1] [--trace FOLDER] [--help]
 """
 
 import argparse
 import dataclasses
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2, KimiK2Config, backward_
 
 PEER = "in turn"
 RANKS, SEQUENCES, WINDOW = (2, 4), 4, 256
+LINK = 1.0  # Gb/s
 BUDGET, QUICK = 6.0, 2.0  # seconds a way
 
 
@@ -49,10 +52,32 @@ BUDGET, QUICK = 6.0, 2.0  # seconds a way
 class Case:
     ranks: int
     backend: str
+    link: float = 0.0  # bits/s into a rank; 0: as fast as it comes
     sequences: int = SEQUENCES
 
     def __str__(self) -> str:
-        return f"ranks{self.ranks} {self.backend} B{self.sequences} S{WINDOW}"
+        link = f" {self.link / 1e9:g}Gb/s" if self.link else ""
+        return f"ranks{self.ranks} {self.backend}{link} B{self.sequences} S{WINDOW}"
+
+
+class Link:
+    """A transport whose bytes arrive one behind the other at a rate, at the earliest."""
+
+    def __init__(self, transport: Any, rate: float) -> None:
+        self._start, self._seconds, self._free = transport.start, 8 / rate, 0.0
+        transport.start = self.start
+
+    def start(self, buffer: Tensor, sent: Any, received: Any) -> Callable[[], Tensor]:
+        wait = self._start(buffer, sent, received)
+        self._free = max(self._free, time.monotonic()) + sum(received) * self._seconds
+        due = self._free
+
+        def arrived() -> Tensor:
+            found: Tensor = wait()
+            time.sleep(max(0.0, due - time.monotonic()))
+            return found
+
+        return arrived
 
 
 class Rank:
@@ -65,6 +90,8 @@ class Rank:
             dist.group.WORLD, config, max_tokens=tokens, device=device, batches=2,
             backend=case.backend,
         )  # fmt: skip
+        if case.link:
+            Link(self.spread._parallel._connection.transport, case.link)
         self.model = KimiK2(config, device=device, expert_ranks=self.spread).train()
         generator = torch.Generator().manual_seed(rank)
         ids = torch.randint(0, 256, (2, case.sequences, WINDOW + 1), generator=generator)
@@ -113,7 +140,9 @@ def _work(
             rank.side_by_side()
             wait()
         if profiler is not None and trace is not None:
-            profiler.export_chrome_trace(str(trace / f"{case}.json".replace(" ", "_")))
+            profiler.export_chrome_trace(
+                str(trace / f"{case}.json".replace(" ", "_").replace("/", "p"))
+            )
         if index == 0:
             Path(folder, f"{number}.json").write_text(json.dumps(times))
         rank.spread.close()
@@ -121,21 +150,23 @@ def _work(
     dist.destroy_process_group()
 
 
-def backends(ranks: int, device: str) -> list[str]:
+def cases_of(ranks: int, device: str, link: float) -> list[Case]:
     if device == "cpu":
-        return ["shm", "gloo"]
-    return ["cuda", "nccl"] if torch.cuda.device_count() >= ranks else ["cuda"]
+        return [Case(ranks, "shm"), Case(ranks, "gloo"), Case(ranks, "gloo", link)]
+    names = ["cuda", "nccl"] if torch.cuda.device_count() >= ranks else ["cuda"]
+    return [Case(ranks, name) for name in names]
 
 
 def compare(session: Session) -> None:
     counts = getattr(session.options, "ranks", None) or RANKS
+    link = 1e9 * getattr(session.options, "link", LINK)
     trace: Path | None = getattr(session.options, "trace", None)
     if trace is not None:
         trace.mkdir(parents=True, exist_ok=True)
     budget = QUICK if session.quick else BUDGET
-    table = session.table("two batches (forward and backward)", width=30, memory=PEER)
+    table = session.table("two batches (forward and backward)", width=34, memory=PEER)
     for count in counts[:1] if session.quick else counts:
-        cases = session.select([Case(count, name) for name in backends(count, session.device)])
+        cases = session.select(cases_of(count, session.device, link))
         if not cases:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -156,10 +187,19 @@ def compare(session: Session) -> None:
                 )
 
 
+def rate(text: str) -> float:
+    found = float(text)
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return found
+
+
 def options() -> argparse.ArgumentParser:
     made = parser("benchmarks.bench_two_batches", __doc__ or "")
     words = "ranks, each a process (default: 2,4)"
     made.add_argument("--ranks", type=numbers, metavar="P,..", help=words)
+    words = f"of the network that is stood for (default: {LINK:g})"
+    made.add_argument("--link", type=rate, metavar="GBIT/S", default=LINK, help=words)
     words = "write a trace of rank 0 for each case, for chrome://tracing (default: not written)"
     made.add_argument("--trace", type=Path, metavar="FOLDER", help=words)
     return made
