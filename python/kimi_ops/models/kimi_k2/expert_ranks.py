@@ -16,6 +16,7 @@ from torch import Tensor
 from kimi_ops import ExpertParallel, TopkGate, fused_experts
 from kimi_ops._autocast import autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.moe.quantized import QuantizedWeight
 
 __all__ = ["ExpertRanks"]
 
@@ -96,7 +97,12 @@ class ExpertRanks:
         return expert * self.world // self.count
 
     def mixed(
-        self, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate: TopkGate, activation: str
+        self,
+        x: Tensor,
+        w_gate_up: Tensor | QuantizedWeight,
+        w_down: Tensor | QuantizedWeight,
+        gate: TopkGate,
+        activation: str,
     ) -> Tensor:
         """`fused_experts` of x [T, H] over the experts of all ranks; the matrices are this rank's.
 

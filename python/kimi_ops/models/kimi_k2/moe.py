@@ -81,6 +81,11 @@ class MoE(nn.Module):
         self, config: KimiK2Config, ranks: ExpertRanks | None = None, **factory: Any
     ) -> None:
         super().__init__()
+        if ranks is not None and ranks.count != config.n_routed_experts:
+            raise ValueError(
+                f"KimiK2: expert_ranks: expected ranks of {config.n_routed_experts} experts, got "
+                f"ranks of {ranks.count}; make them from this config"
+            )
         self.config, self.ranks = config, ranks
         self.gate = Router(config, **factory)
         here = config.n_routed_experts if ranks is None else len(ranks.experts)
@@ -135,7 +140,7 @@ class MoE(nn.Module):
     def _mixed(self, tokens: Tensor, gate: TopkGate) -> Tensor:
         """The weighted sum of the routed experts."""
         stacks, activation = self.experts, self.config.hidden_act
-        if self.ranks is not None and isinstance(stacks, Experts):
+        if self.ranks is not None:
             return self.ranks.mixed(tokens, stacks.gate_up_proj, stacks.down_proj, gate, activation)
         return fused_experts(
             tokens,
