@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kimi_ops.formats import dequantize_fp8
+from kimi_ops.formats import dequantize_fp8, fp8_values
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, files, saving
 from kimi_ops.models.kimi_k2.layout import whole
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
@@ -119,36 +119,44 @@ def test_transformers_loads_our_checkpoint(model, tmp_path):
     torch.testing.assert_close(model(IDS), other.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("limit", ["5GB", "30KB"])
-def test_we_load_a_checkpoint_of_transformers(tmp_path, limit):
-    transformers = pytest.importorskip("transformers")
+def theirs(transformers, **values):
+    """A model of transformers with every part, and random biases of the router."""
     config = transformers.DeepseekV3Config(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=2.827,
-        first_k_dense_replace=1,
-        q_lora_rank=32,
-        kv_lora_rank=16,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        max_position_embeddings=1024,
-        rope_theta=50000.0,
-        rope_scaling=KimiK2Config.k2().to_dict()["rope_scaling"] | {"factor": 4.0},
-        num_mtp_layers=0,
+        **{
+            "vocab_size": 256,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.827,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "max_position_embeddings": 1024,
+            "rope_theta": 50000.0,
+            "rope_scaling": KimiK2Config.k2().to_dict()["rope_scaling"] | {"factor": 4.0},
+            "num_mtp_layers": 0,
+        }
+        | values
     )
     torch.manual_seed(5)
-    other = transformers.DeepseekV3ForCausalLM(config).eval()
-    other.model.layers[1].mlp.gate.e_score_correction_bias.normal_(0, 0.2)
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    model.model.layers[1].mlp.gate.e_score_correction_bias.normal_(0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("limit", ["5GB", "30KB"])
+def test_we_load_a_checkpoint_of_transformers(tmp_path, limit):
+    other = theirs(pytest.importorskip("transformers"))
     other.save_pretrained(tmp_path, max_shard_size=limit)
     assert (limit == "30KB") == (tmp_path / INDEX_NAME).exists()
     other.set_experts_implementation("eager")
@@ -156,6 +164,32 @@ def test_we_load_a_checkpoint_of_transformers(tmp_path, limit):
     assert ours.config.softmax_scale == pytest.approx(other.model.layers[0].self_attn.scaling)
     ids = torch.arange(60).view(2, 30)
     torch.testing.assert_close(ours(ids), other(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("limit", [10**9, 60_000], ids=["whole", "shards"])
+def test_from_transformers_and_back(tmp_path, tied, dtype, limit):
+    """Their save, our load, our save, their load: every bit, and what their config says."""
+    transformers = pytest.importorskip("transformers")
+    first = theirs(transformers, tie_word_embeddings=tied).to(dtype)
+    first.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
+    KimiK2.from_pretrained(tmp_path / "theirs").save_pretrained(
+        tmp_path / "ours", max_shard_bytes=limit
+    )
+    assert (limit == 60_000) == (tmp_path / "ours" / INDEX_NAME).exists()
+    last, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report.values())
+    assert last.dtype == dtype and type(last) is type(first)
+    assert (last.lm_head.weight is last.model.embed_tokens.weight) == tied
+    states = first.state_dict(), last.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value.float(), states[1][name].float()), name
+    before, after = first.config.to_dict(), last.config.to_dict()
+    assert {name for name in before if before[name] != after.get(name)} == {"_name_or_path"}
 
 
 def quantize(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +218,15 @@ def test_fp8_blocks_are_multiplied_by_their_scale():
     for i, j in [(0, 0), (127, 128), (128, 127), (575, 299), (512, 256)]:
         assert value[i, j] == q[i, j].float() * scale[i // 128, j // 128]
     assert float((value - weight).abs().max() / weight.abs().max()) < 2**-4
+
+
+def test_every_fp8_byte_is_converted_as_torch_does():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(8, 32)
+    value, expected = fp8_values(every), every.float()
+    assert torch.equal(value.isnan(), expected.isnan()) and value.isnan().sum() == 2
+    there = ~expected.isnan()
+    assert torch.equal(value[there].view(torch.int32), expected[there].view(torch.int32))
+    assert torch.equal(fp8_values(every[:, ::2])[:, 1:], value[:, 2::2])  # strides
 
 
 def fp8_checkpoint(model: KimiK2, folder, block) -> dict[str, torch.Tensor]:

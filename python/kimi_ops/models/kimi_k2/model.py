@@ -207,7 +207,12 @@ class KimiK2(Decoder):
         TypeError
             A `dtype` other than bfloat16, float16 and float32.
         ValueError
-            Files that are missing, truncated or belong to another model; named in the message.
+            Files that are missing, damaged, belong to another model or do not fit each other, and
+            values that are not finite; the message names file and tensor.
+
+        Notes
+        -----
+        Memory rises by the model and a few MiB. `load_layer` reads a layer alone.
         """
         config, dtype = read_config(folder, dtype)
         model = cls(config, device="meta", dtype=dtype, expert_ranks=expert_ranks)
