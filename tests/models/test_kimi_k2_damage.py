@@ -123,6 +123,10 @@ DAMAGE = {
         lambda f: configure(f, vocab_size=65),
         r"model.embed_tokens.weight: expected shape \[65, 32\], got \[64, 32\] in .*safetensors",
     ),
+    "tied by config alone": (
+        lambda f: configure(f, tie_word_embeddings=True),
+        "lm_head.weight: expected the values of model.embed_tokens.weight, as tie_word",
+    ),
     "missing tensor": (lambda f: edit(f, lambda s: s.pop(NAME)), f"without {NAME}"),
     "wrong shape": (
         lambda f: edit(f, lambda s: s.update({NAME: torch.zeros(4, 5)})),
@@ -242,6 +246,21 @@ def test_the_longest_header_is_that_of_the_format(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(safetensors_file, "_LONGEST", 1000)
     assert_refused(tmp_path, "bytes of header in")
+
+
+def test_a_head_that_is_a_copy_of_the_embedding_is_tied(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    configure(tmp_path, tie_word_embeddings=True)
+    again = KimiK2.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_a_file_in_place_of_a_folder(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config.json/config.json, which does not exist; pass the"):
+        KimiK2.from_pretrained(tmp_path / "config.json")
 
 
 def other_file(index: dict) -> str:

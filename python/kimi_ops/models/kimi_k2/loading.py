@@ -26,6 +26,8 @@ from kimi_ops.models.kimi_k2.shards import Shards
 
 __all__ = ["keep_quantized", "load_layer", "load_weights", "read_config"]
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 
 def read_config(folder: str | Path, dtype: torch.dtype | None) -> tuple[KimiK2Config, torch.dtype]:
     """The configuration in a folder; the dtype of the parameters, by it where None is given."""
@@ -138,6 +140,8 @@ def _load(part: Part, shards: Shards, allocated: Callable[[], None]) -> None:
     """Compare, allocate, read; the tensors of a file from its front to its back."""
     block = fp8_block(part.config.quantization_config)
     forms = _compare(part, shards, block)
+    if part.config.tie_word_embeddings and _HEAD in shards:
+        _check_tied(shards)
     try:
         allocated()
         targets = part.tensors()
@@ -163,11 +167,24 @@ def _load(part: Part, shards: Shards, allocated: Callable[[], None]) -> None:
         raise
 
 
+def _check_tied(shards: Shards) -> None:
+    """Refuse a head of its own in the files of a model whose config ties it to the embedding."""
+    fits = shards.header(_HEAD) == shards.header(_EMBEDDING) and all(
+        torch.equal(head[1].view(torch.uint8), embedding[1].view(torch.uint8))
+        for head, embedding in zip(shards.slabs(_HEAD), shards.slabs(_EMBEDDING), strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"from_pretrained: {_HEAD}: expected the values of {_EMBEDDING}, as "
+            f"tie_word_embeddings says, got others in {shards.place(_HEAD)[0]}; correct config.json"
+        )
+
+
 def _ignored(name: str, config: KimiK2Config) -> bool:
-    """Tensors of old checkpoints that carry nothing: rotary tables, multi-token prediction."""
+    """Tensors that carry nothing: rotary tables, multi-token prediction, a head that is tied."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
-    if name == "lm_head.weight" and config.tie_word_embeddings:
+    if name == _HEAD and config.tie_word_embeddings:
         return True
     parts = name.split(".")
     is_layer = name.startswith("model.layers.") and parts[2].isdecimal()
