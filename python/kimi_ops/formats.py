@@ -24,6 +24,20 @@ def blocks(size: int) -> int:
     return -(-size // FP8_BLOCK)
 
 
+def fp8_values(data: Tensor) -> Tensor:
+    """float32(data) of float8_e4m3fn, on the CPU four times as fast as torch converts it.
+
+    Its bits, put where float16 has sign, exponent and mantissa, are 2^-8 of the value, subnormal
+    or not: the biases are 7 and 15. What is NaN, all ones but the sign, gets float16's exponent.
+    """
+    if data.device.type != "cpu":
+        return data.float()
+    bits = data.view(torch.int8).to(torch.int16)
+    nan = (bits & 0x7F).add_(1).bitwise_and_(0x80).mul_(0xF8)  # 0x7C00 or 0
+    bits = bits.bitwise_left_shift_(7).bitwise_and_(~0x4000).bitwise_or_(nan)
+    return bits.view(torch.float16).float().mul_(256)
+
+
 def dequantize_fp8(
     weight: Tensor, scale: Tensor, block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)
 ) -> Tensor:
@@ -33,7 +47,7 @@ def dequantize_fp8(
 
     Parameters
     ----------
-    weight : Tensor [N, K] float8_e4m3fn
+    weight : Tensor [N, K] float8_e4m3fn or int8
     scale : Tensor [ceil(N / block[0]), ceil(K / block[1])] float32
 
     Returns
@@ -41,8 +55,9 @@ def dequantize_fp8(
     Tensor [N, K] float32
     """
     rows, columns = weight.shape
+    values = fp8_values(weight) if weight.dtype == torch.float8_e4m3fn else weight.float()
     by_row = scale.float().repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float() * by_row.repeat_interleave(block[0], 0)[:rows]
+    return values.mul_(by_row.repeat_interleave(block[0], 0)[:rows])
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +86,7 @@ def dequantize_rows(data: Tensor, scale: Tensor) -> Tensor:
     -------
     Tensor [R, K] float32
     """
-    return data.float() * scale.repeat_interleave(FP8_BLOCK, 1)[:, : data.shape[1]]
+    return fp8_values(data) * scale.repeat_interleave(FP8_BLOCK, 1)[:, : data.shape[1]]
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from kimi_ops import Int4GroupWeight
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.train import PeerError, RankError, Ranks, TrainResult, checkpoint, loop, train
 from kimi_ops.train.metrics import read_metrics
@@ -141,6 +142,22 @@ def test_any_layout_learns_as_one_process_does(tmp_path: Path):
     assert facts["processes"] == 4
 
 
+def pack(source: Path, folder: Path) -> None:
+    """Write a checkpoint again, with its experts in INT4."""
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        packed = Int4GroupWeight.quantize(tensors.pop(name)[None])
+        tensors[f"{name}_packed"], tensors[f"{name}_scale"] = packed.packed[0], packed.scale[0]
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    values = json.loads((source / "config.json").read_text())
+    values["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+
+
 def saves(rank: int, folder: str) -> None:
     root = Path(folder)
     ranks = Ranks(dist.group.WORLD, 4)
@@ -154,8 +171,15 @@ def saves(rank: int, folder: str) -> None:
     again = KimiK2.from_pretrained(root / "shards", expert_ranks=spread)
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    with pytest.raises(ValueError, match="expected None beside expert_ranks"):
-        KimiK2.from_pretrained(root / "shards", expert_ranks=spread, experts="fp8")
+    if rank == 0:
+        pack(root / "spread", root / "packed")
+    dist.barrier()
+    kept = KimiK2.from_pretrained(root / "packed", expert_ranks=spread, experts="int4")
+    alone = KimiK2.from_pretrained(root / "packed", experts="int4")
+    assert len(kept.moe_layers()[0].experts.gate_up_proj.packed) == config.n_routed_experts // 4
+    ids = torch.arange(rank, rank + 8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(kept(ids), alone(ids), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="expert_ranks: expected ranks of 32 experts, got .* 8"):
         KimiK2(KimiK2Config.mini(), expert_ranks=spread)
     # what ranks are given is judged alike on all

@@ -327,6 +327,12 @@ def test_the_tokenizer_of_a_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 290}))
     with pytest.raises(ValueError, match="at most the 290 tokens"):
         load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 320}))
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["vocab"] |= {"~": 500}  # few tokens, but one with an id beyond the embedding
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="at most the 320 tokens of the model, got id 500 for '~'"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="that transformers reads"):
         load_tokenizer(tmp_path)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kimi_ops import Fp8BlockWeight, Int4GroupWeight
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, checkpoint
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, shards
+from kimi_ops.models.kimi_k2.layout import whole
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
 from kimi_ops.moe.quantized import QuantizedWeight
 
@@ -81,7 +82,7 @@ def test_kept_experts_are_the_bits_of_the_file(tmp_path, form, limit):
     stored = {}
     for file in tmp_path.glob("*.safetensors"):
         stored |= load_file(file)
-    ours = dict(checkpoint.checkpoint_tensors(kept))
+    ours = whole(kept).tensors()
     shapes = {name for name in stored if name.endswith("_shape")}
     assert ours.keys() == stored.keys() - shapes
     for name, value in ours.items():
@@ -97,8 +98,10 @@ def test_kept_experts_are_the_bits_of_the_file(tmp_path, form, limit):
     torch.testing.assert_close(kept(IDS), expected(IDS), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("slab", [2 << 20, 3000])
 @pytest.mark.parametrize("form", FORMS)
-def test_without_asking_they_are_dequantised(tmp_path, form):
+def test_without_asking_they_are_dequantised(tmp_path, monkeypatch, form, slab):
+    monkeypatch.setattr(shards, "_SLAB", slab)
     expected = quantised_checkpoint(tmp_path, form)
     loaded = KimiK2.from_pretrained(tmp_path)
     assert loaded.experts_form is None and loaded.training
@@ -108,6 +111,24 @@ def test_without_asking_they_are_dequantised(tmp_path, form):
     again = KimiK2.from_pretrained(tmp_path / "plain")
     assert torch.equal(again(IDS), loaded(IDS))
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_value_that_is_not_finite_is_named_in_kept_experts_too(tmp_path, form):
+    quantised_checkpoint(tmp_path, form)
+    scale = f"{NAME}_scale_inv" if form == "fp8" else f"{NAME}_scale"
+    before = load_file(tmp_path / SINGLE_NAME)
+    damage = {scale: before[scale].clone()}
+    damage[scale][0, 1] = torch.nan
+    cases = [(damage, f"{scale}: expected finite values, got nan in .* at .0, 1., from")]
+    if form == "fp8":
+        data = before[NAME].clone()
+        data.view(torch.uint8)[100, 7] = 0xFF
+        cases.append(({NAME: data}, f"{NAME}: expected finite values, got nan in .* at .100, 7."))
+    for change, message in cases:
+        save_file(before | change, tmp_path / SINGLE_NAME)
+        with pytest.raises(ValueError, match=message):
+            KimiK2.from_pretrained(tmp_path, experts=form)
 
 
 @pytest.mark.parametrize("form", FORMS)

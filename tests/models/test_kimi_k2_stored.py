@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, shards
 from kimi_ops.models.kimi_k2.shards import SINGLE_NAME
 
 NAME = "model.layers.0.self_attn.o_proj.weight"  # [32, 24]
@@ -51,8 +51,11 @@ SERVED = {
 }
 
 
+@pytest.mark.parametrize("slab", [2 << 20, 300, 1], ids="slab {}".format)
 @pytest.mark.parametrize(("dtype", "suffix", "shape", "kind"), SERVED.values(), ids=SERVED.keys())
-def test_every_form_that_is_read(folder, tmp_path, dtype, suffix, shape, kind):
+def test_every_form_that_is_read(folder, tmp_path, monkeypatch, slab, dtype, suffix, shape, kind):
+    """Whole, or in pieces of 12 rows or less, which are whole blocks."""
+    monkeypatch.setattr(shards, "_SLAB", slab)
     weight = values(dtype)
     exponents = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(4))
     factors = torch.ldexp(torch.ones(shape), exponents)

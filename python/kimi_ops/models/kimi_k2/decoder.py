@@ -90,6 +90,17 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
 
+def allocate(part: nn.Module, device: torch.device | str) -> None:
+    """Give a part on the meta device uninitialised memory; statistics and biases are reset."""
+    # as to_empty, whose empty_like of a meta tensor loads sympy
+    part._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+    for module in part.modules():
+        if isinstance(module, MoE | Attention):
+            module.reset_statistics()
+        if isinstance(module, MoE):
+            module.gate.e_score_correction_bias.zero_()
+
+
 class Decoder(nn.Module):
     """The network: ids in, logits out, with what training reads of its layers. See `KimiK2`."""
 
@@ -103,11 +114,6 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.expert_ranks = config, expert_ranks
-        if expert_ranks is not None and expert_ranks.count != config.n_routed_experts:
-            raise ValueError(
-                f"KimiK2: expert_ranks: expected ranks of {config.n_routed_experts} experts, got "
-                f"ranks of {expert_ranks.count}; make them from this config"
-            )
         dtype = dtype or torch.get_default_dtype()
         check_dtype("KimiK2", dtype)
         factory = {"device": torch.device("meta"), "dtype": dtype}
@@ -125,12 +131,8 @@ class Decoder(nn.Module):
 
     def allocate(self, device: torch.device | str) -> None:
         """Give a model on the meta device uninitialised memory; statistics and biases are reset."""
-        # as to_empty, whose empty_like of a meta tensor loads sympy
-        self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+        allocate(self, device)
         self._tie()
-        self.reset_statistics()
-        for moe in self.moe_layers():
-            moe.gate.e_score_correction_bias.zero_()
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from kimi_ops import ExpertParallel, TopkGate, fused_experts
 from kimi_ops._autocast import autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.parallel import call_checks
 from kimi_ops.parallel.local import LocalGroup
 from kimi_ops.parallel.results import Dispatched, Pending
@@ -115,7 +116,11 @@ class ExpertRanks:
         return self._parallel.dispatch(x, gate.indices, gate.weights, async_op=True)
 
     def compute(
-        self, leaving: Pending[Dispatched], w_gate_up: Tensor, w_down: Tensor, activation: str
+        self,
+        leaving: Pending[Dispatched],
+        w_gate_up: Tensor | QuantizedWeight,
+        w_down: Tensor | QuantizedWeight,
+        activation: str,
     ) -> Pending[Tensor]:
         """`fused_experts` of those tokens, on their way home; the matrices are this rank's.
 

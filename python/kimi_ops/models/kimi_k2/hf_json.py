@@ -60,7 +60,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a missing or broken one is a ValueError that names the file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"KimiK2Config: path: expected a config.json, got {path}, which does not exist; "
             "pass the folder of a checkpoint"

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kimi_ops.models.kimi_k2 import checkpoint
 from kimi_ops.models.kimi_k2.attention import LatentCache
-from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.decoder import Decoder
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.generate import Decodes, Ending, Prompt, Streamer, generate
+from kimi_ops.models.kimi_k2.layout import whole
+from kimi_ops.models.kimi_k2.loading import keep_quantized, load_weights, read_config
 from kimi_ops.models.kimi_k2.sampling import Processor, Sampling
+from kimi_ops.models.kimi_k2.saving import save
 
 __all__ = ["KimiK2"]
 
@@ -211,16 +212,18 @@ class KimiK2(Decoder):
         TypeError
             A `dtype` other than bfloat16, float16 and float32.
         ValueError
-            Files that are missing, truncated or belong to another model; named in the message.
+            Files that are missing, damaged, belong to another model or do not fit each other, and
+            values that are not finite; the message names file and tensor.
+
+        Notes
+        -----
+        Memory rises by the model and a few MiB. `load_layer` reads a layer alone.
         """
-        config = KimiK2Config.from_file(Path(folder) / "config.json")
-        if dtype is None:
-            dtype = getattr(torch, config.torch_dtype or "float32")
+        config, dtype = read_config(folder, dtype)
         model = cls(config, device="meta", dtype=dtype, expert_ranks=expert_ranks)
         if experts is not None:
-            checkpoint.keep_quantized(model, experts)
-            model.eval()
-        checkpoint.load_weights(model, folder, device=device)
+            keep_quantized(whole(model), experts)
+        load_weights(model, folder, device=device)
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -249,4 +252,4 @@ class KimiK2(Decoder):
             Weights in a dtype that is not served or on the meta device, experts that are kept
             quantised, a limit below 1.
         """
-        checkpoint.save(self, folder, max_shard_bytes=max_shard_bytes)
+        save(self, folder, max_shard_bytes=max_shard_bytes)

@@ -85,6 +85,11 @@ class MoE(nn.Module):
         self, config: KimiK2Config, ranks: ExpertRanks | None = None, **factory: Any
     ) -> None:
         super().__init__()
+        if ranks is not None and ranks.count != config.n_routed_experts:
+            raise ValueError(
+                f"KimiK2: expert_ranks: expected ranks of {config.n_routed_experts} experts, got "
+                f"ranks of {ranks.count}; make them from this config"
+            )
         self.config, self.ranks = config, ranks
         self.gate = Router(config, **factory)
         here = config.n_routed_experts if ranks is None else len(ranks.experts)
@@ -141,7 +146,7 @@ class MoE(nn.Module):
     def _compute(self, tokens: Tensor, gate: TopkGate) -> Compute:
         """The weighted sum of the routed experts, in two parts; tokens leave before them."""
         stacks, activation = self.experts, self.config.hidden_act
-        if self.ranks is not None and isinstance(stacks, Experts):
+        if self.ranks is not None:
             ranks, matrices = self.ranks, (stacks.gate_up_proj, stacks.down_proj)
             leaving = ranks.leave(tokens, gate)
             return lambda: ranks.compute(leaving, *matrices, activation).wait

@@ -25,12 +25,11 @@ class QuantizedExperts(FixedBuffers):
         ``gate_up_weight``, ``gate_up_weight_scale_inv`` and so on, named as in a checkpoint.
     """
 
-    def __init__(self, config: KimiK2Config, form: str, **factory: Any) -> None:
+    def __init__(self, config: KimiK2Config, experts: int, form: str, **factory: Any) -> None:
         super().__init__()
         self.form = form
         kind, names = FORMS[form]
-        experts, hidden = config.n_routed_experts, config.hidden_size
-        width = config.moe_intermediate_size
+        hidden, width = config.hidden_size, config.moe_intermediate_size
         for stack, shape in {"gate_up": (2 * width, hidden), "down": (hidden, width)}.items():
             weight = kind.empty(experts, *shape, device=factory.get("device") or "cpu")
             for part, tensor in weight.tensors().items():

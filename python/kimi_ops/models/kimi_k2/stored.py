@@ -10,6 +10,8 @@ Scales are floats, or bytes of an exponent (UE8M0: 2^(byte - 127)). Whatever els
 refused by name: read as something that it is not, it would give wrong logits without a word.
 """
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from kimi_ops.formats import INT4_GROUP, INT4_WORD, dequantize_fp8, dequantize_int4
 from kimi_ops.models.kimi_k2.shards import Shards
 
+SCALES = ("weight_scale_inv", "weight_scale")
 COMPANIONS = ("_scale_inv", "_packed", "_scale", "_shape")  # appended to the name of a matrix
 _FLOATS = ("BF16", "F16", "F32")
 _PLAIN = (*_FLOATS, "F64")
@@ -53,16 +56,24 @@ def check(name: str, form: str, shape: list[int], shards: Shards, block: tuple[i
         )
 
 
-def read(name: str, form: str, shape: list[int], shards: Shards, block: tuple[int, int]) -> Tensor:
-    """The matrix, dequantised to fp32 where it is not plain."""
-    if form == "int4":
-        packed, scale = shards.tensor(f"{name}_packed"), shards.tensor(f"{name}_scale")
-        return dequantize_int4(packed, scale)[:, : shape[1]]
+def read(
+    name: str, form: str, shape: list[int], shards: Shards, block: tuple[int, int]
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, some rows) of a tensor until all are read, fp32 where they were dequantised."""
     if form == "plain":
-        return shards.tensor(name)
-    source = _scale_name(name, shards)
-    grid, block = _grid(source, shape, shards, block)
-    return dequantize_fp8(shards.tensor(name), scales(source, shards).view(grid), block)
+        yield from shards.slabs(name)
+    elif form == "int4":
+        scale = scales(f"{name}_scale", shards)
+        for first, packed in shards.slabs(f"{name}_packed"):
+            part = scale[first : first + len(packed)]
+            yield first, dequantize_int4(packed, part)[:, : shape[1]]
+    else:
+        source = _scale_name(name, shards)
+        grid, (height, width) = _grid(source, shape, shards, block)
+        scale = scales(source, shards).view(grid)
+        for first, weight in shards.slabs(name, 1 if len(scale) == 1 else height):
+            part = scale[first // height : -(-(first + len(weight)) // height)]
+            yield first, dequantize_fp8(weight, part, (min(height, len(weight)), width))
 
 
 def scales(name: str, shards: Shards) -> Tensor:
@@ -121,26 +132,46 @@ def _check_packed(name: str, shape: list[int], shards: Shards) -> None:
     _check_shape(f"{name}_packed", [rows, -(-columns // INT4_WORD)], shards, ("I32",))
     _check_shape(f"{name}_scale", [rows, -(-columns // INT4_GROUP)], shards, _FLOATS)
     if f"{name}_shape" in shards:
+        _check_shape(f"{name}_shape", [2], shards, ("I64", "I32"))
         came = shards.tensor(f"{name}_shape").tolist()
         if came != shape:
-            raise _wrong(f"{name}_shape", str(shape), str(came), shards.folder)
+            raise _wrong(f"{name}_shape", str(shape), str(came), shards.place(f"{name}_shape")[0])
 
 
 def _check_shape(name: str, shape: list[int], shards: Shards, dtypes: tuple[str, ...]) -> None:
     if name not in shards:
         raise _wrong(name, f"shape {shape}", "no such tensor", shards.folder)
+    path = shards.place(name)[0]
     came, dtype = shards.header(name)
     if came != shape:
-        raise _wrong(name, f"shape {shape}", str(came), shards.folder)
+        raise _wrong(name, f"shape {shape}", str(came), path)
     if dtype not in dtypes:
         raise ValueError(
             f"from_pretrained: {name}: expected {' or '.join(dtypes)}, got {dtype}; what that "
-            f"stands for is not known here, convert {shards.folder}"
+            f"stands for is not known here, convert {path}"
         )
 
 
-def _wrong(name: str, expected: str, came: str, folder: Path) -> ValueError:
+def _wrong(name: str, expected: str, came: str, path: Path) -> ValueError:
     return ValueError(
-        f"from_pretrained: {name}: expected {expected}, got {came}; {folder} belongs to another "
-        "config.json"
+        f"from_pretrained: {name}: expected {expected}, got {came} in {path}; it belongs to "
+        "another config.json"
+    )
+
+
+def check_finite(name: str, first: int, value: Tensor, shards: Shards) -> None:
+    """Refuse rows of a tensor, from number `first` on, with a NaN or an infinity among them."""
+    if value.dtype == torch.float8_e4m3fn:
+        finite = int((value.view(torch.uint8) & 0x7F).max()) < 0x7F
+    elif value.is_floating_point():  # NaN pass through: thirty times as fast as isfinite().all()
+        finite = all(map(math.isfinite, value.aminmax()))
+    else:
+        finite = True
+    if finite:
+        return
+    place = (~value.float().isfinite()).nonzero()[0].tolist()
+    raise ValueError(
+        f"from_pretrained: {name}: expected finite values, got {float(value[tuple(place)])} in "
+        f"{str(value.dtype).removeprefix('torch.')} at {[first + place[0], *place[1:]]}, from "
+        f"{shards.place(name)[0]}; restore the file, or load it in a dtype that holds its values"
     )

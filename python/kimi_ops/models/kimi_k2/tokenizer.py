@@ -115,10 +115,12 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> To
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _error("a tokenizer that transformers reads", error, "restore its files") from error
-    if size is not None and len(found) > size:
+    tokens = found.get_vocab().items()
+    name, highest = max(tokens, key=lambda item: item[1], default=("", -1))
+    if size is not None and highest >= size:
         raise _error(
             f"at most the {size} tokens of the model",
-            f"{len(found)} in the tokenizer of {folder}",
+            f"id {highest} for {name!r} in the tokenizer of {folder}",
             "take the tokenizer that belongs to the model",
         )
     return TransformersTokenizer(found, f"{type(found).__name__} of transformers, from {folder}")
