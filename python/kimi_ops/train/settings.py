@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kimi_ops.models.kimi_k2 import KimiK2Config
+from kimi_ops.models.kimi_k2.recompute import check_storage
 from kimi_ops.train.data import VOCABULARY
 
 PRESETS = ("mini", "tiny")
@@ -36,6 +37,11 @@ class TrainSettings:
     dtype : str
         Of the products of forward and backward: float32, or bfloat16 by torch.autocast. Weights,
         gradients, moments, router scores, norms and the loss are fp32 either way.
+    recompute : str
+        What backwards compute again instead of keeping it, at the same bits: none, selective
+        (norms, expansions of latents, SwiGLU) or full (whole layers).
+    fp8_activations : bool
+        The inputs of the routed experts' products and SwiGLU are kept in FP8 for the backward.
     steps : int
         Optimizer steps in all.
     sequences, window, accumulate : int
@@ -64,6 +70,8 @@ class TrainSettings:
 
     preset: str = "mini"
     dtype: str = "float32"
+    recompute: str = "none"
+    fp8_activations: bool = False
     steps: int = 350
     sequences: int = 16
     window: int = 0
@@ -104,6 +112,7 @@ class TrainSettings:
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name, choices in (("dtype", DTYPES), ("ns_dtype", ("auto", "float16", *DTYPES))):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        check_storage("train", self.recompute, self.fp8_activations)
         for name in ("warmup", "decay"):
             self._require(name, 0 <= getattr(self, name) <= 0.5, "a share of 0 to 0.5")
 

@@ -96,6 +96,7 @@ class Trainer:
             model = KimiK2(config, device=device, expert_ranks=spread)
             model.init_weights(settings.seed)
         self.model = model.train()
+        model.recompute, model.fp8_activations = settings.recompute, settings.fp8_activations
         self.device = model.lm_head.weight.device
         self.qk_clip = QKClip(self.model.attention_layers(), tau=settings.tau)
         self.optimizer = optimizer_of(self.model, self.ranks, settings.lr, self.qk_clip)

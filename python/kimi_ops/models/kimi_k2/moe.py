@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The mixture-of-experts layer: router, routed experts, shared experts."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from kimi_ops import TopkGate, fused_experts, sequence_balance_loss, topk_gate
 from kimi_ops._autocast import no_autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
-from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers
+from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, RMSNorm
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
+from kimi_ops.models.kimi_k2.recompute import Recomputes, fp8_storage
 from kimi_ops.operators.count_once import count_once_, recomputing
 
 
@@ -60,7 +62,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width, **factory))
 
 
-class MoE(nn.Module):
+class MoE(Recomputes):
     """Routed experts plus shared experts; counts its loads in training.
 
     Attributes
@@ -95,10 +97,12 @@ class MoE(nn.Module):
         self.register_buffer("tokens_per_expert", loads, persistent=False)
         self.balance_loss: Tensor | None = None
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """[B, S, H] from x [B, S, H]; tokens that are not `valid` [B, S] get no routed expert."""
-        tokens = x.flatten(0, 1)
-        logits, gate = self.gate(tokens, None if valid is None else valid.flatten())
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """[B, S, H] from x [B, S, H], or from norm(x); tokens that are not `valid` [B, S] get no
+        routed expert."""
+        tokens, logits, gate, shared = self.again(self._entered, x, valid, norm)
         balance_loss = None
         if self.training and self.config.aux_loss_alpha:
             balance_loss = self._balance(logits, gate.indices, x.shape[0], valid)
@@ -110,10 +114,18 @@ class MoE(nn.Module):
             self.balance_loss = balance_loss
             if self.training:
                 self.tokens_per_expert += gate.tokens_per_expert
-        y = self._mixed(tokens, gate)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(tokens)
-        return y.view_as(x)
+        with self._stored():
+            y = self._mixed(tokens, gate)
+        return (y if shared is None else y + shared).view_as(x)
+
+    def _entered(
+        self, x: Tensor, valid: Tensor | None, norm: RMSNorm | None
+    ) -> tuple[Tensor, Tensor, TopkGate, Tensor | None]:
+        """The tokens [T, H], their logits and experts, and what the shared experts give."""
+        tokens = (x if norm is None else norm(x)).flatten(0, 1)
+        logits, gate = self.gate(tokens, None if valid is None else valid.flatten())
+        shared = None if self.shared_experts is None else self.shared_experts(tokens)
+        return tokens, logits, gate, shared
 
     def _balance(self, logits: Tensor, indices: Tensor, batch: int, valid: Tensor | None) -> Tensor:
         """The sequence balance loss; of sequences with padding, over their tokens alone."""
@@ -131,6 +143,12 @@ class MoE(nn.Module):
             for n, part in enumerate(parts)
         ]
         return torch.stack(losses).mean()
+
+    def _stored(self) -> AbstractContextManager[Any]:
+        """How the inputs of the experts' products and of SwiGLU are kept."""
+        if not self.fp8_activations or not torch.is_grad_enabled():
+            return nullcontext()
+        return fp8_storage(self.config.hidden_size, 2 * self.config.moe_intermediate_size)
 
     def _mixed(self, tokens: Tensor, gate: TopkGate) -> Tensor:
         """The weighted sum of the routed experts."""
