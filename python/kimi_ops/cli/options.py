@@ -49,7 +49,15 @@ Bar = Annotated[
 Preset = Annotated[str | None, setting("preset", f"The model: {' or '.join(PRESETS)}.")]
 Dtype = Annotated[
     str | None,
-    setting("dtype", f"Of the products: {' or '.join(DTYPES)} (autocast; weights stay float32)."),
+    setting("dtype", f"Of the products: {' or '.join(DTYPES)} (autocast, or --weights)."),
+]
+Weights = Annotated[
+    str | None,
+    setting(
+        "weights",
+        f"{' or '.join(DTYPES)}, which has float32 masters in the optimizer and goes with --dtype "
+        "bfloat16.",
+    ),
 ]
 Recompute = Annotated[
     str | None,

@@ -67,6 +67,7 @@ def train(
     preset: opt.Preset = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
+    weights: opt.Weights = None,
     recompute: opt.Recompute = None,
     fp8_activations: opt.Fp8Activations = None,
     steps: opt.Steps = None,

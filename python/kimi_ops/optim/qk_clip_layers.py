@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -109,13 +110,18 @@ class QKClip:
         """
         self.prepared()(process_group)
 
-    def prepared(self) -> Callable[[dist.ProcessGroup | None], None]:
-        """`step` in two: all that can be wrong is raised here, before weights move."""
+    def prepared(self) -> Callable[..., None]:
+        """`step` in two: all that can be wrong is raised here, before weights move. What is called
+        then takes the process group, and rows of masters by their parameters."""
         return partial(self._clip, *self._plan())
 
     @torch.no_grad()
     def _clip(
-        self, layers: list[Layer], parts: list[Part], process_group: dist.ProcessGroup | None
+        self,
+        layers: list[Layer],
+        parts: list[Part],
+        process_group: dist.ProcessGroup | None,
+        masters: Mapping[Tensor, list[tuple[Tensor, int]]] = MappingProxyType({}),
     ) -> None:
         buffers = self._buffers()
         # a MAX over ranks may drop NaN; +inf says the same and stays
@@ -123,6 +129,7 @@ class QKClip:
         maxima = torch.nan_to_num(torch.cat(buffers), nan=inf, posinf=inf, neginf=-inf)
         for group in self._groups(process_group, parts):
             dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
+        parts = [one for of in parts for one in (of, *of.copies(masters.get(of.parameter, ())))]
         gamma = engine.clip_rows_(
             [of.weight for of in parts],
             maxima,
