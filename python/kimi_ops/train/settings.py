@@ -8,11 +8,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kimi_ops.models.kimi_k2 import KimiK2Config
+from kimi_ops.models.kimi_k2 import KimiK2Config, presets
 from kimi_ops.models.kimi_k2.recompute import check_storage
 from kimi_ops.train.data import VOCABULARY
 
-PRESETS = ("mini", "tiny")
+PRESETS = tuple(name for name in presets.NAMES if name != "k2")
 DTYPES = ("float32", "bfloat16")
 WINDOW = 256
 MAX_THREADS = 1024
