@@ -7,6 +7,7 @@ from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.model import KimiK2
 from kimi_ops.models.kimi_k2.moe import MoE
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output
+from kimi_ops.models.kimi_k2.pipeline import Stage
 
 __all__ = [
     "Attention",
@@ -17,4 +18,5 @@ __all__ = [
     "LatentCache",
     "MoE",
     "RopeScaling",
+    "Stage",
 ]
