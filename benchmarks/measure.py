@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Timing, memory and the roofs of the machine, measured in the same run as what is compared."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -149,13 +150,30 @@ def peak_memory(function: Function, device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    sizes, _ = _allocations(function)
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def kept_memory(function: Function, device: str) -> int:
+    """Bytes that a call leaves behind while its result lives: of a forward, its graph's too."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        kept = torch.cuda.memory_allocated() - before
+        del result
+        return kept
+    sizes, result = _allocations(function)
+    del result
+    return sum(sizes)
+
+
+def _allocations(function: Function) -> tuple[list[int], object]:
+    """What a call allocates (> 0) and frees on the CPU, in order; and its result."""
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        function()
-    held = peak = 0
+        result = function()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    events = profile.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"], result

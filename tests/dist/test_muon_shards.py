@@ -47,13 +47,16 @@ class Attention(nn.Module):
         self.register_buffer("max_logits", torch.full((2,), -math.inf), persistent=False)
 
 
-def build(group: dist.ProcessGroup | None, **options) -> tuple[dict, MuonClip, Attention]:
+def build(
+    group: dist.ProcessGroup | None, half: bool = False, **options
+) -> tuple[dict, MuonClip, Attention]:
     generator = torch.Generator().manual_seed(0)
     params = {
         name: nn.Parameter(torch.randn(shape, generator=generator))
         for name, shape in SHAPES.items()
     }
-    params["low"].data = params["low"].data.bfloat16()
+    for name in params if half else ("low",):
+        params[name].data = params[name].data.bfloat16()
     adamw = ("embedding", "gain", "scalar")
     named = list(params.items())
     special = ("fused", "q")
@@ -105,8 +108,8 @@ def take_step(
         optimizer.step()
 
 
-def run(group: dist.ProcessGroup | None, rank: int, world: int):
-    params, optimizer, layer = build(group)
+def run(group: dist.ProcessGroup | None, rank: int, world: int, **options):
+    params, optimizer, layer = build(group, **options)
     flags = []
     for step in range(STEPS):
         take_step(params, optimizer, layer, step, rank, world)
@@ -129,6 +132,7 @@ def worker(rank: int, folder: str) -> None:
     assert told[2][0] == ["stack", "gain"]
     assert told[3][2].tolist() == [[True, False]] and told[3][1][0, 0] == 1
     assert (told[0][1] < 1).any()
+    low, mastered, _ = run(None, 0, 1, half=True, master_weights=True)
     whole = sum(v.numel() for s in lone.state.values() for k, v in s.items() if k != "step")
     for world in (1, 2, 4):
         group = dist.new_group(list(range(world)))
@@ -177,6 +181,13 @@ def worker(rank: int, folder: str) -> None:
         assert all(torch.equal(params[name], single[name]) for name in params)
         with pytest.raises(TypeError, match="gather_state_dict"):
             optimizer.__getstate__()
+        # masters are with their owners, QK-Clip scales them there
+        params, optimizer, _ = run(group, rank, world, half=True, master_weights=True)
+        assert all(torch.equal(params[name], twin) for name, twin in low.items())
+        full = optimizer.gather_state_dict()
+        if rank == 0:
+            same_state(full, mastered.state_dict())
+            assert sum("master" in state for state in full["state"].values()) == len(SHAPES) - 1
         # 16-bit gradients are added up in fp32: 4 + 6 / 128 has no place in bf16
         param = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
         param.grad = torch.full_like(param, 1 + rank / 128)

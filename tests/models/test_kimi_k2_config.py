@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, RopeScaling
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, RopeScaling, presets
 from kimi_ops.models.kimi_k2.parameters import parameter_report
 from kimi_ops.models.kimi_k2.rope import inverse_frequencies, rotary_tables, rotate
 
@@ -132,7 +132,7 @@ def test_rotation_turns_interleaved_pairs():
     torch.testing.assert_close(turned, expected)
 
 
-@pytest.mark.parametrize("preset", ["k2", "mini", "tiny"])
+@pytest.mark.parametrize("preset", presets.NAMES)
 def test_presets_survive_a_round_trip_through_json(preset):
     config = getattr(KimiK2Config, preset)()
     assert KimiK2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -46,6 +46,20 @@ def test_activations_by_hand():
     assert skewed == 2 * (kept + 8 * (7168 + 2 * 2048))
 
 
+def test_a_slice_of_moonlight_fills_a_gpu_of_80_gb():
+    """Two sequences of 4096 tokens; two layers more do not fit with one of them."""
+    config = KimiK2Config.moonlight_slice()
+    chosen = plan("moonlight_slice", "h100", 1, tokens_per_rank=8192).chosen
+    assert chosen.fits and chosen.memory.total > 0.9 * HARDWARE["h100"].memory
+    deeper = replace(config, num_hidden_layers=config.num_hidden_layers + 2)
+    assert not plan(deeper, "h100", 1, tokens_per_rank=4096).chosen.fits
+    layer = count(config)
+    assert layer.total == 4_263_151_488
+    kept = 2 * 2048 + 512 + 64 + 16 * 192 + 16 * 128 + 2 * 16  # queries have no latent
+    kept += 6 * (2048 + 2 * 1408) + 4 * 1408 + 2 * 64
+    assert activation_bytes(layer, TRAIN, "selective", sparse=True) == 2 * kept
+
+
 def test_activations_of_a_rank_by_hand():
     """One stage, one micro-batch: 61 inputs, one layer computed again, fp32 logits twice."""
     parts = memory(K2, TRAIN, Layout(1, 1, 1, "full")).parts
@@ -273,7 +287,7 @@ def test_the_command_as_json_and_as_a_picture(tmp_path: Path):
     ("arguments", "message"),
     [
         (["--hardware=a100"], "plan: hardware: expected one of h800, h100, h200, b200, nvl72, got"),
-        (["--model=k9"], "plan: model: expected k2, mini, tiny or a config.json, got k9"),
+        (["--model=k9"], "slice, mini, tiny or a config.json, got k9; name one"),
         (["--model=absent/config.json"], "expected a config.json, got"),
         (["--gpus=0"], "plan: gpus: expected 1..1099511627776, got 0"),
         (["--skew=0.5"], "plan: skew: expected at least 1, busiest rank by mean, got 0.5"),

@@ -172,6 +172,8 @@ def test_schedule():
         {"seed": -1},
         {"seed": 2**63},
         {"dtype": "float16"},
+        {"recompute": "some"},
+        {"fp8_activations": True, "recompute": "full"},
         {"window": 1025},
         {"threads": 10**6},
     ],

@@ -339,6 +339,7 @@ def test_a_resumed_run_takes_new_settings_and_keeps_them(tmp_path: Path, text: P
     changes = {"steps": 6, "lr": 0.004, "weight_decay": 0.0, "tau": 50.0, "keep_checkpoints": 3}
     changes |= {"sequences": 2, "accumulate": 2}  # the same four windows a step
     changes |= {"validate_every": 3, "checkpoint_every": 1, "dtype": "bfloat16"}
+    changes |= {"recompute": "selective", "fp8_activations": True}
     result = train(tmp_path / "run", resume=True, overrides=changes, say=said.append)
     assert result.step == 6 and result.finished
     told = "steps 4 -> 6; the learning rate follows the schedule of the new total"

@@ -17,6 +17,7 @@ from kimi_ops.cli.generating import generate
 from kimi_ops.cli.options import NAME, fail
 from kimi_ops.cli.plan import plan
 from kimi_ops.cli.training import demo, train
+from kimi_ops.models.kimi_k2 import presets
 
 app = typer.Typer(
     name=NAME,
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # help and errors as plain lines
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_MODELS = " or ".join([", ".join(presets.NAMES[:-1]), presets.NAMES[-1]])
 _COUNTS = (
     "parameters", "total", "active", "bf16_bytes", "fp8_bytes", "kv_cache_bytes_per_token",
 )  # fmt: skip
@@ -51,7 +53,7 @@ def program(
 def info(
     model: Annotated[
         str | None,
-        typer.Option(help="Also count a model's parameters: k2, mini or tiny. [default: none]"),
+        typer.Option(help=f"Also count a model's parameters: {_MODELS}. [default: none]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
@@ -61,8 +63,8 @@ def info(
     from kimi_ops.models.kimi_k2 import KimiK2Config
     from kimi_ops.models.kimi_k2.parameters import parameter_report
 
-    if model not in (None, "k2", "mini", "tiny"):
-        raise fail(ValueError(f"info: --model: expected k2, mini or tiny, got {model}; choose one"))
+    if model is not None and model not in presets.NAMES:
+        raise fail(ValueError(f"info: --model: expected {_MODELS}, got {model}; choose one"))
     report = None if model is None else parameter_report(getattr(KimiK2Config, model)())
     if as_json:
         numbers = {} if report is None else {name: getattr(report, name) for name in _COUNTS}

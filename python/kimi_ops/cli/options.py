@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from kimi_ops.models.kimi_k2.recompute import RECOMPUTE
 from kimi_ops.train import PeerError, Ranks, join_ranks
 from kimi_ops.train.settings import DTYPES, FIXED, PRESETS, WINDOW, TrainSettings
 
@@ -48,7 +49,30 @@ Bar = Annotated[
 Preset = Annotated[str | None, setting("preset", f"The model: {' or '.join(PRESETS)}.")]
 Dtype = Annotated[
     str | None,
-    setting("dtype", f"Of the products: {' or '.join(DTYPES)} (autocast; weights stay float32)."),
+    setting("dtype", f"Of the products: {' or '.join(DTYPES)} (autocast, or --weights)."),
+]
+Weights = Annotated[
+    str | None,
+    setting(
+        "weights",
+        f"{' or '.join(DTYPES)}, which has float32 masters in the optimizer and goes with --dtype "
+        "bfloat16.",
+    ),
+]
+Recompute = Annotated[
+    str | None,
+    setting(
+        "recompute",
+        f"What backwards compute again to save memory, at the same bits: {', '.join(RECOMPUTE)}.",
+    ),
+]
+Fp8Activations = Annotated[
+    bool | None,
+    typer.Option(
+        "--fp8-activations/--no-fp8-activations",
+        help="Keep the inputs of the experts' products and of SwiGLU in FP8 for the backward. "
+        "[default: no]",
+    ),
 ]
 Steps = Annotated[
     int | None, setting("steps", "Optimizer steps in all; more of them extend a resumed run.")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kimi_ops.cli.options import fail, option
+from kimi_ops.models.kimi_k2 import presets
 from kimi_ops.plan import HARDWARE
 from kimi_ops.plan import plan as make
 from kimi_ops.plan.plot import plot_plan
@@ -18,7 +19,9 @@ from kimi_ops.train.plot import require_matplotlib
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="k2, mini, tiny or a config.json.")] = "k2",
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(presets.NAMES)} or a config.json.")
+    ] = "k2",
     hardware: Annotated[
         str, typer.Option(help=f"{', '.join(HARDWARE)}, or a JSON file that describes one.")
     ] = "h200",

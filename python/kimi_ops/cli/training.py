@@ -68,6 +68,9 @@ def train(
     preset: opt.Preset = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
+    weights: opt.Weights = None,
+    recompute: opt.Recompute = None,
+    fp8_activations: opt.Fp8Activations = None,
     steps: opt.Steps = None,
     sequences: opt.Sequences = None,
     window: opt.Window = None,
@@ -177,7 +180,7 @@ def _train(request: Request, ranks: Ranks) -> None:
         raise opt.fail(
             f"train: expected a step that fits into memory, got: {str(error).splitlines()[0]}; "
             "halve --sequences and double --accumulate, which sees the same text (a resumed run "
-            "may), or choose --dtype bfloat16"
+            "may), or choose --recompute selective or --dtype bfloat16"
         ) from None
     except KeyboardInterrupt:  # the second one: the first lets the run end by itself
         run = _saved_run(request.out)

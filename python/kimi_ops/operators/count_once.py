@@ -7,7 +7,7 @@ from torch import Tensor
 
 def recomputing() -> bool:
     """Whether this forward runs inside a backward: activation checkpointing repeats it there."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @torch.library.custom_op("kimi_ops::count_once_", mutates_args={"total"})

@@ -32,7 +32,9 @@ _NUMBERS = (
     ("eps", 0, math.inf, "1e-7 is usual"),
     ("adamw_eps", 0, math.inf, "1e-8 is usual"),
 )
-_SWITCHES = ("nesterov", "maximize", "capturable", "cautious_weight_decay", "transposed")
+_SWITCHES = (
+    "nesterov", "maximize", "capturable", "cautious_weight_decay", "transposed", "master_weights",
+)  # fmt: skip
 _TENSORS = ("lr", "weight_decay")  # may be tensors of one element
 # What decides with the parameters on a group's matrices: seldom changed, and then checked again.
 _structure = itemgetter(

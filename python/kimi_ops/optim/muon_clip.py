@@ -19,9 +19,9 @@ from kimi_ops.optim import engine
 from kimi_ops.optim.group_checks import Checked, check_group, check_groups
 from kimi_ops.optim.group_keys import check_keys, follow_cycle
 from kimi_ops.optim.learning_rate import AdjustLr
-from kimi_ops.optim.muon_blocks import names, state_dtype
+from kimi_ops.optim.muon_blocks import MASTER, mastered, names, state_dtype
 from kimi_ops.optim.muon_groups import muon_param_groups
-from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, whole_state
+from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, sharded, whole_state
 from kimi_ops.optim.muon_routed import routed_update
 from kimi_ops.optim.muon_shards import Shards
 from kimi_ops.optim.muon_state import (
@@ -32,7 +32,13 @@ from kimi_ops.optim.muon_state import (
     unpack_function,
     wrap_state,
 )
-from kimi_ops.optim.muon_update import Work, adamw_update, measured, muon_update
+from kimi_ops.optim.muon_update import (
+    Work,
+    adamw_update,
+    measured,
+    muon_update,
+    worked,
+)
 from kimi_ops.optim.ns_schedule import Coefficients
 from kimi_ops.optim.qk_clip_layers import QKClip
 
@@ -85,6 +91,11 @@ class MuonClip(torch.optim.Optimizer):
         Decay only entries that the step moves towards zero. Both algorithms.
     momentum_dtype : torch.dtype or str, optional
         Of the momentum; None is fp32 (fp64 for fp64 parameters), also for 16-bit parameters.
+    master_weights : bool
+        16-bit parameters have fp32 masters, in the state of the rank that owns the rows: they take
+        decay, steps and QK-Clip, and each step rounds them to the parameters. Made of what a
+        parameter is at its first step: load the state with the model, write parameters before.
+        Let their gradients be fp32 (``param.grad_dtype``) where several are added up.
     maximize : bool
         Both algorithms.
     betas, adamw_eps
@@ -146,6 +157,7 @@ class MuonClip(torch.optim.Optimizer):
         batch_dims: str = "leading",
         cautious_weight_decay: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
+        master_weights: bool = False,
         maximize: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -172,6 +184,7 @@ class MuonClip(torch.optim.Optimizer):
             "batch_dims": batch_dims,
             "cautious_weight_decay": cautious_weight_decay,
             "momentum_dtype": momentum_dtype,
+            "master_weights": master_weights,
             "maximize": maximize,
             "betas": betas,
             "adamw_eps": adamw_eps,
@@ -286,7 +299,8 @@ class MuonClip(torch.optim.Optimizer):
             routed_update(work, shards.copies(present), squares)
         self._report(squares)
         if clip is not None:
-            clip(shards.process_group, partial(shards.told, what="the largest logits"))
+            told = partial(shards.told, what="the largest logits")
+            clip(shards.process_group, self._masters(), told)
         return loss
 
     def _params(self) -> Iterator[Tensor]:
@@ -306,14 +320,14 @@ class MuonClip(torch.optim.Optimizer):
             if shards.process_group is None:
                 if not sharded:
                     if grad is not None:
-                        yield Work(param, grad, self._state_of(param, group), pieces)
+                        yield worked(param, grad, self._state_of(param, group), pieces)
                     continue
                 # of a DTensor its rows here: zeros where only other ranks have a gradient
                 here = gradients.get(pieces.start) if grad is None else local(grad)
                 if here is not None:
                     state = {k: local(v) for k, v in self._state_of(param, group).items()}
                     route, heads = shards.routes.get(pieces.start), shards.heads.get(param)
-                    yield Work(local(param), here, state, pieces, route, heads)
+                    yield worked(local(param), here, state, pieces, route, heads)
                 continue
             numbers = [i for i in shards.mine(param) if i in gradients]
             state = self._state_of(param, group) if numbers else {}
@@ -325,7 +339,7 @@ class MuonClip(torch.optim.Optimizer):
                 if "step" in state:  # the first piece counts for all
                     mine["step"] = state["step"].clone() if offset else state["step"]
                 offset = rows.stop
-                yield Work(piece.of(param), gradients[i], mine, pieces, shards.routes[i])
+                yield worked(piece.of(param), gradients[i], mine, pieces, shards.routes[i])
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of the rows that this rank owns, made where it is absent."""
@@ -335,6 +349,8 @@ class MuonClip(torch.optim.Optimizer):
             if key not in state:
                 empty = torch.zeros_like(param, dtype=state_dtype(param, group))
                 state[key] = self._shards.local(param, empty)
+        if MASTER not in state and mastered(param, group):
+            state[MASTER] = self._shards.local(param, param.detach().float())
         if adamw:
             # beside the parameter, as torch's fused kernel keeps it: what is left alone does not
             # count, and only the device knows
@@ -345,6 +361,21 @@ class MuonClip(torch.optim.Optimizer):
             if not beside or step.dtype is not torch.float32:
                 state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
         return state
+
+    def _masters(self) -> dict[Tensor, list[tuple[Tensor, int]]]:
+        """Of each parameter the rows of its master that this rank has, and the first of each."""
+        found: dict[Tensor, list[tuple[Tensor, int]]] = {}
+        for param in self._params():
+            master = self.state[param].get(MASTER) if param in self.state else None
+            if master is None or not master.ndim:
+                continue
+            pieces = [self._shards.pieces[i] for i in self._shards.mine(param)]
+            if sharded(param) or self._shards.process_group is None:
+                found[param] = [(local(master), 0)]
+                continue
+            rows = master.split([piece.stop - piece.start for piece in pieces])
+            found[param] = [(r, p.start) for r, p in zip(rows, pieces, strict=True)]
+        return found
 
     def _clip_factor(self, group: dict[str, Any], squares: Tensor) -> Tensor | None:
         """min(1, max_grad_norm / norm) over the finite gradients of a group, on their device."""

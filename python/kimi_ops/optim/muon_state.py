@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kimi_ops.optim.group_keys import TORCH_FLAGS, check_keys
-from kimi_ops.optim.muon_blocks import names, state_dtype
+from kimi_ops.optim.muon_blocks import MASTER, names, state_dtype
 from kimi_ops.optim.muon_shards import Shards
 
 FUNCTION = "a function, which is not saved"  # stands for one in a state dict
@@ -50,7 +51,7 @@ def loaded_state(
                 del kept[param]
                 continue
             kept[param] = {
-                key: _loaded(value.tensor, f"{key} of {name}", param, group, shards, key == "step")
+                key: _loaded(value.tensor, key, name, param, group, shards)
                 if isinstance(value, _Unread)
                 else value
                 for key, value in kept[param].items()
@@ -59,16 +60,17 @@ def loaded_state(
 
 
 def _loaded(
-    value: Tensor, what: str, param: Tensor, group: dict[str, Any], shards: Shards, is_step: bool
+    value: Tensor, key: str, name: str, param: Tensor, group: dict[str, Any], shards: Shards
 ) -> Tensor:
-    if is_step:
+    if key == "step":
         return value.clone()
-    value = value.to(param.device, state_dtype(param, group), copy=True)
+    dtype = torch.float32 if key == MASTER else state_dtype(param, group)
+    value = value.to(param.device, dtype, copy=True)
     if value.shape == param.shape:
         return shards.local(param, value)
     if shards.process_group is None:
         raise ValueError(
-            f"MuonClip: load_state_dict: {what}: expected shape {tuple(param.shape)}, got "
+            f"MuonClip: load_state_dict: {key} of {name}: expected shape {tuple(param.shape)}, got "
             f"{tuple(value.shape)}; load the state of this model"
         )
     return value

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kimi_ops.optim import engine
 from kimi_ops.optim.learning_rate import adjusted_lr
-from kimi_ops.optim.muon_blocks import aligned, blocks, ns_options
+from kimi_ops.optim.muon_blocks import MASTER, aligned, blocks, ns_options
 from kimi_ops.optim.muon_routes import Route
 from kimi_ops.optim.muon_shards import Shards
 from kimi_ops.optim.newton_schulz import as_matrices, newton_schulz
@@ -22,7 +22,8 @@ _BATCH_ELEMENTS = 1 << 26  # of the updates that go through Newton-Schulz at onc
 
 @dataclass(slots=True)
 class Work:
-    """One parameter, or the rows of it that this rank owns, with what its update needs."""
+    """One parameter (its master, where it has one), or the rows of it that this rank owns, with
+    what its update needs."""
 
     param: Tensor
     grad: Tensor
@@ -30,6 +31,25 @@ class Work:
     pieces: range  # of the parameter among the squared norms: it moves where all are finite
     route: Route | None = None  # of what travels
     heads: int | None = None  # among these rows, where that is not the group's num_heads
+    shown: Tensor | None = None  # the 16-bit rows that follow a master
+
+
+def worked(param: Tensor, grad: Tensor, state: dict[str, Tensor], *more: Any) -> Work:
+    """The work on a parameter, or on the master in its state."""
+    master = state.get(MASTER)
+    if master is None:
+        return Work(param, grad, state, *more)
+    work = Work(master, grad, state, *more)
+    work.shown = param
+    return work
+
+
+def _rounded(work: Iterable[Work]) -> None:
+    """Give parameters what their masters have become."""
+    pairs = [(item.shown, item.param) for item in work if item.shown is not None]
+    if pairs:
+        shown, masters = map(list, zip(*pairs, strict=True))
+        torch._foreach_copy_(shown, masters)
 
 
 def measured(work: list[tuple[list[Work], dict[str, Any]]], shards: Shards) -> Tensor:
@@ -96,6 +116,7 @@ def adamw_update(
         measure=alone and _measures(group),
         scale=clip,
     )
+    _rounded(work)
 
 
 def _scalar(group: dict[str, Any], key: str) -> engine.Scalar:
@@ -180,3 +201,4 @@ def apply(work: list[Work], images: list[Tensor], group: dict[str, Any], squares
         squares=squares,
         pieces=pieces,
     )
+    _rounded(work)

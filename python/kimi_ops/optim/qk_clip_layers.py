@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -111,8 +112,9 @@ class QKClip:
         self.prepared()(process_group)
 
     def prepared(self) -> Callable[..., None]:
-        """`step` in two: all that can be wrong is raised here, before weights move. The function
-        takes a process group, and what an exchange of one runs in."""
+        """`step` in two: all that can be wrong is raised here, before weights move. What is called
+        then takes the process group, rows of masters by their parameters, and what an exchange of a
+        group runs in."""
         return partial(self._clip, *self._plan())
 
     @torch.no_grad()
@@ -121,7 +123,8 @@ class QKClip:
         layers: list[Layer],
         parts: list[Part],
         process_group: dist.ProcessGroup | None,
-        told: Callable[[dist.ProcessGroup], AbstractContextManager[None]] = nullcontext,
+        masters: Mapping[Tensor, list[tuple[Tensor, int]]] = MappingProxyType({}),
+        told: Callable[[dist.ProcessGroup], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> None:
         buffers = self._buffers()
         # a MAX over ranks may drop NaN; +inf says the same and stays
@@ -130,6 +133,7 @@ class QKClip:
         for group in self._groups(process_group, parts):
             with told(group):
                 dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
+        parts = [one for of in parts for one in (of, *of.copies(masters.get(of.parameter, ())))]
         gamma = engine.clip_rows_(
             [of.weight for of in parts],
             maxima,

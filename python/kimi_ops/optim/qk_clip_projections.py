@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,13 @@ class Part(NamedTuple):
     rows: Rows
     power: float
     mesh: Any  # the DeviceMesh whose ranks hold its other rows, or None
+    parameter: Tensor  # that it is, or is a part or copy of
+
+    def copies(self, rows: Iterable[tuple[Tensor, int]]) -> Iterator[Part]:
+        """Copies of some rows of it, each with the number of the first one."""
+        for copy, first in rows:
+            place = self.rows._replace(first_row=self.rows.first_row + first)
+            yield self._replace(weight=copy, rows=place)
 
 
 def of_layer(op: str, layer: Any, number: int, alpha: float, gqa_mode: str) -> tuple[Layer, Any]:
@@ -79,7 +87,8 @@ def part(op: str, name: str, weight: Tensor, layer: int, share: Share) -> Part:
     )
     # Heads of this rank's own are nobody else's; copies and rows of the same ones share maxima.
     apart = whole and own.shape != weight.shape
-    return Part(own, rows, share.power, None if apart else getattr(weight, "device_mesh", None))
+    mesh = None if apart else getattr(weight, "device_mesh", None)
+    return Part(own, rows, share.power, mesh, weight)
 
 
 def local(op: str, name: str, tensor: Any) -> tuple[Tensor, int]:

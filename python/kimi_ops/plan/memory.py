@@ -32,6 +32,8 @@ def activation_bytes(counts: Counts, work: Work, recompute: str, *, sparse: bool
     values = 2.0 * hidden + latents + heads * config.v_head_dim + 2 * heads  # and fp32 log-sums
     expanded = heads * (2 * config.qk_head_dim + config.v_head_dim)
     values += 0 if recompute == "selective" else 2 * hidden + latents + expanded
+    if config.q_lora_rank is None and recompute == "selective":
+        values += heads * config.qk_head_dim  # no latent to expand queries from
     if sparse:
         width, shared = config.moe_intermediate_size, config.n_shared_experts
         rows = config.num_experts_per_tok * work.skew

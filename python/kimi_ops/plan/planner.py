@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from kimi_ops.models.kimi_k2.recompute import RECOMPUTE
 from kimi_ops.plan.counts import Counts
 from kimi_ops.plan.estimate import Estimate, estimate
 from kimi_ops.plan.hardware import Hardware
 from kimi_ops.plan.memory import memory
 from kimi_ops.plan.skew import busiest
-from kimi_ops.plan.work import RECOMPUTE, Layout, Work
+from kimi_ops.plan.work import Layout, Work
 
 __all__ = ["MOST_TOKENS", "Plan", "divisors"]
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.models.kimi_k2 import presets
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.plan.counts import WEIGHT_BYTES, count
 from kimi_ops.plan.hardware import HARDWARE, Hardware
@@ -16,8 +17,6 @@ from kimi_ops.plan.skew import checked_loads
 from kimi_ops.plan.work import Work
 
 __all__ = ["plan"]
-
-PRESETS = ("k2", "mini", "tiny")
 
 
 def plan(
@@ -41,7 +40,8 @@ def plan(
     Parameters
     ----------
     model : str, Path or KimiK2Config
-        ``"k2"``, ``"mini"``, ``"tiny"`` or a ``config.json``.
+        ``"k2"``, ``"moonlight"``, ``"moonlight_slice"``, ``"mini"``, ``"tiny"`` or a
+        ``config.json``.
     hardware : str, Path or Hardware
         A name in `HARDWARE`, or a machine of one's own, which may be a JSON file
         (`Hardware.from_file`).
@@ -162,11 +162,12 @@ def plan(
 def _config(model: str | Path | KimiK2Config) -> KimiK2Config:
     if isinstance(model, KimiK2Config):
         return model
-    if str(model) in PRESETS:
+    if str(model) in presets.NAMES:
         return getattr(KimiK2Config, str(model))()
     path = Path(model)
     if path.suffix != ".json" and not path.is_dir():
         raise ValueError(
-            f"plan: model: expected {', '.join(PRESETS)} or a config.json, got {model}; name one"
+            f"plan: model: expected {', '.join(presets.NAMES)} or a config.json, got {model}; name "
+            "one"
         )
     return KimiK2Config.from_file(path / "config.json" if path.is_dir() else path)

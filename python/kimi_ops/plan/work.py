@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 from kimi_ops.plan.traffic import split
 
-__all__ = ["RECOMPUTE", "Layout", "Loads", "Work"]
+__all__ = ["Layout", "Loads", "Work"]
 
 Loads = tuple[tuple[float, ...], ...]  # [layers, experts]
-
-RECOMPUTE = ("none", "selective", "full")  # what the backward computes again
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,18 @@ Groups = list[dict[str, Any]]
 
 
 def optimizer_of(model: KimiK2, ranks: Ranks, lr: float, qk_clip: QKClip) -> RunOptimizer:
-    """The optimizer of a run; gradients are to be those of the mean over each rank's tokens."""
+    """The optimizer of a run, with masters of 16-bit weights; gradients are to be those of the
+    mean over each rank's tokens."""
     groups = muon_param_groups(model)
+    options: dict[str, Any] = {"lr": lr, "master_weights": True}
     if model.expert_ranks is None:
-        return MuonClip(groups, lr=lr, qk_clip=qk_clip, process_group=ranks.everyone)
+        return MuonClip(groups, qk_clip=qk_clip, process_group=ranks.everyone, **options)
     stacks = model.expert_stacks()
     origins, experts = _chosen(groups, stacks.__contains__)
     others, rest = _chosen(groups, lambda param: param not in stacks)
     return SpreadMuonClip(
-        MuonClip(experts, lr=lr, process_group=ranks.same_experts),
-        MuonClip(rest, lr=lr, qk_clip=qk_clip, process_group=ranks.everyone),
+        MuonClip(experts, process_group=ranks.same_experts, **options),
+        MuonClip(rest, qk_clip=qk_clip, process_group=ranks.everyone, **options),
         [[name for name, _ in group["params"]] for group in groups],
         (origins, others),
         model.expert_ranks,

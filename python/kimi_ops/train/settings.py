@@ -8,10 +8,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kimi_ops.models.kimi_k2 import KimiK2Config
+from kimi_ops.models.kimi_k2 import KimiK2Config, presets
+from kimi_ops.models.kimi_k2.recompute import check_storage
 from kimi_ops.train.data import VOCABULARY
 
-PRESETS = ("mini", "tiny")
+PRESETS = tuple(name for name in presets.NAMES if name != "k2")
 DTYPES = ("float32", "bfloat16")
 WINDOW = 256
 MAX_THREADS = 1024
@@ -19,6 +20,7 @@ MAX_THREADS = 1024
 # The rest it may: learning rate, length, clipping, ...
 FIXED = {
     "preset": "the weights have the shape of that model",
+    "weights": "the optimizer has masters or has none",
     "seed": "it decides which text every step sees",
     "window": "it decides which text every step sees",
     "validation_sequences": "the losses so far were taken on that many windows",
@@ -34,8 +36,16 @@ class TrainSettings:
     preset : str
         Shape of the model, a preset of KimiK2Config with 256 byte values as its vocabulary.
     dtype : str
-        Of the products of forward and backward: float32, or bfloat16 by torch.autocast. Weights,
-        gradients, moments, router scores, norms and the loss are fp32 either way.
+        Of the products of forward and backward: float32, or bfloat16. Gradients, moments, router
+        scores and the loss are fp32 either way.
+    weights : str
+        float32; beside dtype bfloat16 (torch.autocast casts them) also bfloat16, with fp32 masters
+        in the optimizer, on the rank that owns a matrix.
+    recompute : str
+        What backwards compute again instead of keeping it, at the same bits: none, selective
+        (norms, expansions of latents, SwiGLU) or full (whole layers).
+    fp8_activations : bool
+        The inputs of the routed experts' products and SwiGLU are kept in FP8 for the backward.
     steps : int
         Optimizer steps in all.
     sequences, window, accumulate : int
@@ -64,6 +74,9 @@ class TrainSettings:
 
     preset: str = "mini"
     dtype: str = "float32"
+    weights: str = "float32"
+    recompute: str = "none"
+    fp8_activations: bool = False
     steps: int = 350
     sequences: int = 16
     window: int = 0
@@ -104,6 +117,11 @@ class TrainSettings:
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name, choices in (("dtype", DTYPES), ("ns_dtype", ("auto", "float16", *DTYPES))):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        fitting = ("float32",) if self.dtype == "float32" else DTYPES
+        self._require(
+            "weights", self.weights in fitting, f"{' or '.join(fitting)} beside dtype {self.dtype}"
+        )
+        check_storage("train", self.recompute, self.fp8_activations)
         for name in ("warmup", "decay"):
             self._require(name, 0 <= getattr(self, name) <= 0.5, "a share of 0 to 0.5")
 
@@ -115,7 +133,8 @@ class TrainSettings:
 
     def model_config(self) -> KimiK2Config:
         """The preset with one token for each byte value."""
-        return dataclasses.replace(getattr(KimiK2Config, self.preset)(), vocab_size=VOCABULARY)
+        preset = getattr(KimiK2Config, self.preset)()
+        return dataclasses.replace(preset, vocab_size=VOCABULARY, torch_dtype=self.weights)
 
     @property
     def windows_per_step(self) -> int:

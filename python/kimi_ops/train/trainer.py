@@ -95,15 +95,19 @@ class Trainer:
         if model is None:
             config = settings.model_config()
             spread = spread_experts(settings, self.ranks, device)
-            model = KimiK2(config, device=device, expert_ranks=spread)
+            dtype = getattr(torch, settings.weights)
+            model = KimiK2(config, device=device, dtype=dtype, expert_ranks=spread)
             model.init_weights(settings.seed)
         self.model = model.train()
+        model.recompute, model.fp8_activations = settings.recompute, settings.fp8_activations
         self.device = model.lm_head.weight.device
         self.qk_clip = QKClip(self.model.attention_layers(), tau=settings.tau)
         self.optimizer = optimizer_of(self.model, self.ranks, settings.lr, self.qk_clip)
         self.apply_settings()
         self._warmup = round(settings.steps * settings.warmup)
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        for _, parameter in self._named:
+            parameter.grad_dtype = torch.float32  # where micro-batches are added up
 
     def apply_settings(self) -> None:
         """Give the optimizer the settings' numbers; those of a checkpoint may be older."""
@@ -182,8 +186,8 @@ class Trainer:
         return window_losses(logits, batch)
 
     def _compute(self) -> AbstractContextManager[object]:
-        """Products in the settings' dtype; weights, router, norms and moments stay fp32."""
-        if self.settings.dtype == "float32":
+        """Products in the settings' dtype, where it is not that of the weights."""
+        if self.settings.dtype == self.settings.weights:
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.settings.dtype))
 

@@ -8,6 +8,7 @@ from kimi_ops.models.kimi_k2.loading import load_layer
 from kimi_ops.models.kimi_k2.model import KimiK2
 from kimi_ops.models.kimi_k2.moe import MoE
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output
+from kimi_ops.models.kimi_k2.pipeline import Stage
 from kimi_ops.models.kimi_k2.two_batches import BatchOutput, backward_two, forward_two
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LatentCache",
     "MoE",
     "RopeScaling",
+    "Stage",
     "backward_two",
     "forward_two",
     "load_layer",

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from kimi_ops import attention_max_logits
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.layers import FixedBuffers, RMSNorm
+from kimi_ops.models.kimi_k2.recompute import Recomputes
 from kimi_ops.models.kimi_k2.rope import rotate
+from kimi_ops.operators.count_once import recomputing
 
 _LATENT_NORM_EPS = 1e-6  # the checkpoint's code uses its class default here, not rms_norm_eps
 _MASK_ELEMENTS = 1 << 24  # of one block of queries over a cache: bounds the mask and the scores
@@ -125,7 +127,7 @@ class LatentCache:
             )
 
 
-class Attention(FixedBuffers):
+class Attention(FixedBuffers, Recomputes):
     """Latent attention of one layer; `max_logits` [heads] collects QK-Clip's statistic."""
 
     max_logits: Tensor
@@ -191,7 +193,9 @@ class Attention(FixedBuffers):
         if hasattr(self, "q_proj"):
             q = self.q_proj(x)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+            q = self.q_a_proj(x)
+            with self.cheap():
+                q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return q_nope, q_rope
@@ -205,11 +209,12 @@ class Attention(FixedBuffers):
         documents: Tensor | None,
     ) -> Tensor:
         """No tokens before these: ordinary causal attention over expanded keys and values."""
-        kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        with self.cheap():
+            kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.num_heads, -1, -1)), dim=-1)
-        if self.track_max_logits and self.training:
+        if self.track_max_logits and self.training and not recomputing():
             with torch.no_grad():
                 largest = self._largest(q, k, documents)
                 self.max_logits.copy_(torch.maximum(self.max_logits, largest))
@@ -295,7 +300,8 @@ class Attention(FixedBuffers):
         return out[:, 0, :, : self.kv_lora_rank].unflatten(1, (heads, new))
 
     def _project(self, out: Tensor) -> Tensor:
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        with self.cheap():
+            return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def reset_statistics(self) -> None:
         """Forget the largest logits: -inf."""

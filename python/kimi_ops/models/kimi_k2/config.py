@@ -18,7 +18,8 @@ class KimiK2Config:
     """Every number of a Kimi K2 architecture; the defaults are those of Kimi-K2-Base (July 2025).
 
     Fields carry the names of Hugging Face's ``config.json``. Sizes are numbers of elements,
-    positions are tokens. `KimiK2Config.k2`, `mini` and `tiny` are the presets.
+    positions are tokens. The presets are `KimiK2Config.k2`, `moonlight`, `moonlight_slice`, `mini`
+    and `tiny`.
 
     Raises
     ------
@@ -85,6 +86,16 @@ class KimiK2Config:
     def k2(cls) -> "KimiK2Config":
         """Kimi-K2-Base, 1 026 408 232 448 parameters, 128K context."""
         return cls(**presets.K2)
+
+    @classmethod
+    def moonlight(cls) -> "KimiK2Config":
+        """Moonlight-16B-A3B, 15 960 110 208 parameters, 8K context, K2's tokens and layers."""
+        return cls(**presets.MOONLIGHT)
+
+    @classmethod
+    def moonlight_slice(cls) -> "KimiK2Config":
+        """Moonlight's first 7 layers with its embedding and head: training fills 80 GB."""
+        return cls(**presets.MOONLIGHT_SLICE)
 
     @classmethod
     def mini(cls) -> "KimiK2Config":

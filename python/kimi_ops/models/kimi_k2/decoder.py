@@ -15,12 +15,13 @@ from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm, check_dtype
 from kimi_ops.models.kimi_k2.moe import Arrive, Compute, MoE
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output, check_labels, next_token_loss, recorded
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
+from kimi_ops.models.kimi_k2.recompute import Recomputes, set_storage
 from kimi_ops.models.kimi_k2.rope import rotary_tables
 
 __all__ = ["Decoder", "DecoderLayer"]
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Recomputes):
     """x + attention(norm(x)), then x + mlp(norm(x)); the MLP is dense or a mixture of experts."""
 
     def __init__(
@@ -47,16 +48,15 @@ class DecoderLayer(nn.Module):
         documents: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
-        x, y = self._attend(x, cos, sin, cache, documents)
-        return x + (self.mlp(y, valid) if isinstance(self.mlp, MoE) else self.mlp(y))
+        return self.whole(self._forward, x, cos, sin, cache, documents, valid)
 
     def leave(self, x: Tensor, cos: Tensor, sin: Tensor) -> Compute:
         """`forward` in three parts, as `MoE.leave`; a dense layer does all of it in the first."""
-        x, y = self._attend(x, cos, sin)
+        x = x + self.again(self._attended, x, cos, sin, None, None)
         if not isinstance(self.mlp, MoE):
-            x = x + self.mlp(y)
+            x = x + self.again(self._dense, x)
             return lambda: lambda: x
-        compute = self.mlp.leave(y)
+        compute = self.mlp.leave(x, None, self.post_attention_layernorm)
 
         def computed() -> Arrive:
             arrive = compute()
@@ -64,20 +64,35 @@ class DecoderLayer(nn.Module):
 
         return computed
 
-    def _attend(
+    def _forward(
         self,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        cache: LatentCache | None = None,
-        documents: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """x + attention(norm(x)), and that normed for the MLP."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, self.layer, documents)
-        return x, self.post_attention_layernorm(x)
+        cache: LatentCache | None,
+        documents: Tensor | None,
+        valid: Tensor | None,
+    ) -> Tensor:
+        x = x + self.again(self._attended, x, cos, sin, cache, documents)
+        if isinstance(self.mlp, MoE):
+            return x + self.mlp(x, valid, self.post_attention_layernorm)
+        return x + self.again(self._dense, x)
+
+    def _attended(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LatentCache | None,
+        documents: Tensor | None,
+    ) -> Tensor:
+        return self.self_attn(self.input_layernorm(x), cos, sin, cache, self.layer, documents)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(x))
 
 
-class Backbone(nn.Module):
+class Backbone(Recomputes):
     """Embedding, layers and final norm: the part under ``model.`` in a checkpoint."""
 
     def __init__(self, config: KimiK2Config, ranks: ExpertRanks | None, **factory: Any) -> None:
@@ -261,6 +276,12 @@ class Decoder(nn.Module):
     ) -> None:
         """Refuse what does not go with this model, before anything changes."""
         check_dtype("KimiK2", self.lm_head.weight.dtype)
+        if self.recompute != "none" and torch.compiler.is_compiling():
+            raise ValueError(
+                f"KimiK2: recompute: expected none in a compiled forward, got {self.recompute}; "
+                "the compiler plans what its backward keeps: "
+                "torch._functorch.config.activation_memory_budget"
+            )
         if self.training and self.experts_form is not None:
             raise ValueError(
                 f"KimiK2: experts: expected eval mode beside experts kept in {self.experts_form}, "
@@ -278,6 +299,26 @@ class Decoder(nn.Module):
                     "KimiK2: cache: works without gradients only; call under torch.no_grad()"
                 )
             cache.check(*inputs.shape, self.lm_head.weight)
+
+    @property
+    def recompute(self) -> str:
+        """What backwards compute again, to keep less: ``"none"``, ``"selective"`` (norms,
+        expansions of latents, SwiGLU) or ``"full"``. May be set; bits stay the same."""
+        return self.model.recompute
+
+    @recompute.setter
+    def recompute(self, way: str) -> None:
+        set_storage(self, way, self.fp8_activations)
+
+    @property
+    def fp8_activations(self) -> bool:
+        """Whether the inputs of the routed experts' products and SwiGLU are kept in FP8 for the
+        backward. May be set; it rounds the experts' gradients, and nothing of the forward."""
+        return self.model.fp8_activations
+
+    @fp8_activations.setter
+    def fp8_activations(self, wanted: bool) -> None:
+        set_storage(self, self.recompute, wanted)
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         for layer in self.model.layers:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.recompute import Recomputes
 
 
 def check_dtype(op: str, dtype: torch.dtype) -> None:
@@ -33,7 +34,7 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-class MLP(nn.Module):
+class MLP(Recomputes):
     """SwiGLU: down(silu(gate(x)) * up(x)); the dense layers and the shared experts."""
 
     def __init__(self, config: KimiK2Config, intermediate_size: int, **factory: Any) -> None:
@@ -44,7 +45,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gated = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        with self.cheap():
+            return self.down_proj(gated)
 
 
 class FixedBuffers(nn.Module):

@@ -2,6 +2,7 @@
 """The mixture-of-experts layer: router, routed experts, shared experts."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from kimi_ops import TopkGate, fused_experts, sequence_balance_loss, topk_gate
 from kimi_ops._autocast import no_autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
-from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers
+from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, RMSNorm
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
+from kimi_ops.models.kimi_k2.recompute import Recomputes, fp8_storage
 from kimi_ops.operators.count_once import count_once_, recomputing
 
 Arrive = Callable[[], Tensor]
@@ -64,7 +66,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width, **factory))
 
 
-class MoE(nn.Module):
+class MoE(Recomputes):
     """Routed experts plus shared experts; counts its loads in training.
 
     Attributes
@@ -104,20 +106,22 @@ class MoE(nn.Module):
         self.register_buffer("tokens_per_expert", loads, persistent=False)
         self.balance_loss: Tensor | None = None
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """[B, S, H] from x [B, S, H]; tokens that are not `valid` [B, S] get no routed expert."""
-        compute = self.leave(x, valid)
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """[B, S, H] from x [B, S, H], or from norm(x); tokens that are not `valid` [B, S] get no
+        routed expert."""
+        compute = self.leave(x, valid, norm)
         arrive = compute()
         return arrive()
 
-    def leave(self, x: Tensor, valid: Tensor | None = None) -> Compute:
+    def leave(self, x: Tensor, valid: Tensor | None = None, norm: RMSNorm | None = None) -> Compute:
         """The first part of `forward`, up to where tokens are on their way to other ranks.
 
         The result is the second, up to where their results are; its result is the third, which
         gives what `forward` gives. Another batch may do its parts in between.
         """
-        tokens = x.flatten(0, 1)
-        logits, gate = self.gate(tokens, None if valid is None else valid.flatten())
+        tokens, logits, gate, shared = self.again(self._entered, x, valid, norm)
         balance_loss = None
         if self.training and self.config.aux_loss_alpha:
             balance_loss = self._balance(logits, gate.indices, x.shape[0], valid)
@@ -127,7 +131,6 @@ class MoE(nn.Module):
         elif self.training and not recomputing():  # a repeated forward counts once
             self.tokens_per_expert += gate.tokens_per_expert
         compute = self._compute(tokens, gate)
-        shared = None if self.shared_experts is None else self.shared_experts(tokens)
 
         def computed() -> Arrive:
             arrive = compute()
@@ -143,24 +146,33 @@ class MoE(nn.Module):
 
         return computed
 
+    def _entered(
+        self, x: Tensor, valid: Tensor | None, norm: RMSNorm | None
+    ) -> tuple[Tensor, Tensor, TopkGate, Tensor | None]:
+        """The tokens [T, H], their logits and experts, and what the shared experts give."""
+        tokens = (x if norm is None else norm(x)).flatten(0, 1)
+        logits, gate = self.gate(tokens, None if valid is None else valid.flatten())
+        shared = None if self.shared_experts is None else self.shared_experts(tokens)
+        return tokens, logits, gate, shared
+
     def _compute(self, tokens: Tensor, gate: TopkGate) -> Compute:
         """The weighted sum of the routed experts, in two parts; tokens leave before them."""
         stacks, activation = self.experts, self.config.hidden_act
+        matrices = stacks.gate_up_proj, stacks.down_proj
         if self.ranks is not None:
-            ranks, matrices = self.ranks, (stacks.gate_up_proj, stacks.down_proj)
-            leaving = ranks.leave(tokens, gate)
-            return lambda: ranks.compute(leaving, *matrices, activation).wait
+            ranks, leaving = self.ranks, self.ranks.leave(tokens, gate)
 
-        def compute() -> Arrive:
-            y = fused_experts(
-                tokens,
-                stacks.gate_up_proj,
-                stacks.down_proj,
-                gate.weights,
-                gate.indices,
-                activation=activation,
-            )
-            return lambda: y
+            def compute() -> Arrive:
+                with self._stored():
+                    return ranks.compute(leaving, *matrices, activation).wait
+        else:
+
+            def compute() -> Arrive:
+                with self._stored():
+                    y = fused_experts(
+                        tokens, *matrices, gate.weights, gate.indices, activation=activation
+                    )
+                return lambda: y
 
         return compute
 
@@ -180,6 +192,12 @@ class MoE(nn.Module):
             for n, part in enumerate(parts)
         ]
         return torch.stack(losses).mean()
+
+    def _stored(self) -> AbstractContextManager[Any]:
+        """How the inputs of the experts' products and of SwiGLU are kept."""
+        if not self.fp8_activations or not torch.is_grad_enabled():
+            return nullcontext()
+        return fp8_storage(self.config.hidden_size, 2 * self.config.moe_intermediate_size)
 
     def reset_statistics(self) -> None:
         """Forget the loads and the balance loss, which holds the graph of its forward."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from kimi_ops.models.kimi_k2.rope_scaling import RopeScaling
 
+NAMES = ("k2", "moonlight", "moonlight_slice", "mini", "tiny")  # methods of KimiK2Config
+
 K2: dict[str, Any] = dict(
     rope_scaling=RopeScaling(
         factor=32.0,
@@ -15,6 +17,23 @@ K2: dict[str, Any] = dict(
         mscale_all_dim=1.0,
     )
 )
+
+MOONLIGHT: dict[str, Any] = dict(
+    hidden_size=2048,
+    intermediate_size=11264,
+    moe_intermediate_size=1408,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    routed_scaling_factor=2.446,
+    q_lora_rank=None,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+)
+MOONLIGHT_SLICE: dict[str, Any] = MOONLIGHT | dict(num_hidden_layers=7)
 
 MINI: dict[str, Any] = dict(
     vocab_size=256,

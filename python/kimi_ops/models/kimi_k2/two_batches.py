@@ -127,6 +127,11 @@ def check_two(model: Decoder) -> None:
             f"{'no expert_ranks' if ranks is None else f'batches={ranks.batches}'}; there is "
             "nothing to hide on one rank: compute one batch after the other"
         )
+    if model.recompute == "full":
+        raise ValueError(
+            "forward_two: model: expected recompute none or selective, got full: a layer that is "
+            "computed again as a whole would exchange again, in no order that both batches share"
+        )
     if model.config.tie_word_embeddings:
         raise ValueError(
             "forward_two: model: expected an embedding and a head of their own, got "

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""Some layers of a model, as a stage of a pipeline.
+
+    stage 0      embedding, layers 0 .. a      ids [B, S]    -> hidden [B, S, H]
+    stage 1      layers a .. b                 hidden        -> hidden
+    stage 2      layers b .. L, norm, head     hidden        -> logits [B, S, vocabulary]
+
+For `torch.distributed.pipelining`, whose schedules move hidden values and their gradients. The
+names of parameters are those of the whole model, and so are checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kimi_ops.models.kimi_k2.decoder import Decoder, DecoderLayer
+from kimi_ops.models.kimi_k2.inputs import check_inputs
+from kimi_ops.models.kimi_k2.rope import rotary_tables
+
+__all__ = ["Stage"]
+
+
+class Stage(Decoder):
+    """The layers `layers` of a model, which gives them up; with layer 0 goes the embedding, with
+    the last one norm and head.
+
+    The balance losses of its layers are part of what its backward differentiates, micro-batch by
+    micro-batch: a schedule only sees the loss of the last stage. `auxiliary_loss()` is their sum
+    over the forwards since `reset_statistics`, a number without a graph.
+
+    Parameters
+    ----------
+    model : KimiK2
+        Of which every stage has a copy: on the meta device one without memory.
+    layers : range
+        Neighbours.
+
+    Raises
+    ------
+    ValueError
+        Layers that the model does not have, expert ranks, an embedding that is the head as well.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, Stage
+    >>> parts = [Stage(KimiK2(KimiK2Config.tiny()), layers) for layers in (range(2), range(2, 3))]
+    >>> ids = torch.tensor([[1, 2, 3]])
+    >>> torch.equal(parts[1](parts[0](ids)), KimiK2(KimiK2Config.tiny())(ids))
+    True
+    """
+
+    _balance: Tensor
+
+    def __init__(self, model: Decoder, layers: range) -> None:
+        config = model.config
+        total = config.num_hidden_layers
+        if len(layers) < 1 or layers.step != 1 or layers.start < 0 or layers.stop > total:
+            raise ValueError(
+                f"Stage: layers: expected neighbours among the {total} of the model, got {layers}; "
+                "kimi_ops.plan.work.Layout.stages shares them out"
+            )
+        if model.expert_ranks is not None:
+            raise ValueError(
+                "Stage: model: expected one with all of its experts, got one with expert_ranks; "
+                "leave them out, or train without stages"
+            )
+        if config.tie_word_embeddings:
+            raise ValueError(
+                "Stage: model: expected an embedding and a head of their own, got "
+                "tie_word_embeddings; they are on different stages"
+            )
+        nn.Module.__init__(self)
+        self.config, self.expert_ranks, self.layers = config, None, layers
+        self.first, self.last = layers.start == 0, layers.stop == total
+        self.model, self.lm_head = model.model, model.lm_head
+        for number in set(range(total)) - set(layers):
+            self.model.layers[number] = nn.Identity()
+        if not self.first:
+            self.model.embed_tokens = nn.Identity()
+        if not self.last:
+            self.model.norm, self.lm_head = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        self.reset_statistics()
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, S, H], from the last stage logits, from ids [B, S] or what the stage before gives."""
+        ids, hidden = (x, None) if self.first else (None, x)
+        inputs = check_inputs(self.config, 0, ids, hidden, None, None)
+        x = self.model.embed_tokens(x)
+        cos, sin = rotary_tables(self.config, inputs.positions)
+        for layer in self.decoder_layers():
+            x = layer(x, cos, sin)
+        x = self.lm_head(self.model.norm(x))
+        losses = [moe.balance_loss for moe in self.moe_layers() if moe.balance_loss is not None]
+        balance = sum(losses, torch.zeros_like(self._balance))
+        self._balance = self._balance + balance.detach()
+        return _Beside.apply(x, balance)
+
+    def decoder_layers(self) -> Iterator[DecoderLayer]:
+        for number in self.layers:
+            yield cast(DecoderLayer, self.model.layers[number])
+
+    def auxiliary_loss(self) -> Tensor:
+        return self._balance
+
+    def reset_statistics(self) -> None:
+        super().reset_statistics()
+        self._balance = torch.zeros((), device=next(self.parameters()).device)
+
+
+class _Beside(torch.autograd.Function):
+    """x; backward, the gradient of a loss beside those that x leads to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor]:
+        return dx, dx.new_ones((), dtype=torch.float32)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""examples/pipeline_k2.py and the stages that it is made of: the bits of one process."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from kimi_ops import MuonClip, muon_param_groups
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, Stage
+from tests.dist.world import fork
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples/pipeline_k2.py"
+IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def told(text: str) -> dict[str, str]:
+    """What a run prints of each step."""
+    lines = re.findall(r"^step (\d+) loss ([\d.]+) balance ([\d.]+)$", text, re.MULTILINE)
+    return {step: f"{loss} {balance}" for step, loss, balance in lines}
+
+
+def staged(*arguments: str) -> dict[str, str]:
+    """Two processes of torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    run = subprocess.run(
+        [*command, "2", str(EXAMPLE), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert run.returncode == 0, run.stderr
+    return told(run.stdout)
+
+
+def script(rank: int, folder: Path, *arguments: str) -> None:
+    """As one process of torchrun."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    sys.argv = [str(EXAMPLE), *arguments]
+    with (folder / "printed").open("w") as file, redirect_stdout(file):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def alone(folder: Path, *arguments: str) -> dict[str, str]:
+    fork(script, 1, folder, *arguments)
+    return told((folder / "printed").read_text())
+
+
+@pytest.mark.slow
+def test_two_stages_have_the_bits_of_one_process(tmp_path: Path):
+    """Either schedule, with whole layers computed again, and on from the checkpoint of the other
+    number of processes."""
+    saved = ("--checkpoint", str(tmp_path / "saved"))
+    single = alone(tmp_path, "--steps", "5")
+    first = staged("--steps", "2", *saved, "--schedule", "1F1B", "--recompute", "full")
+    later = alone(tmp_path, "--steps", "4", *saved)
+    last = staged("--steps", "5", *saved, "--schedule", "GPipe")
+    assert list(first) == ["0", "1"] and list(later) == ["2", "3"] and list(last) == ["4"]
+    assert first | later | last == single
+    assert float(single["4"].split()[0]) < 0.85 * float(single["0"].split()[0])
+
+
+def parts(**ways) -> list[Stage]:
+    return [Stage(KimiK2(KimiK2Config.tiny()), layers) for layers in (range(2), range(2, 3))]
+
+
+def test_stages_have_the_gradients_and_the_names_of_the_whole():
+    model, stages = KimiK2(KimiK2Config.tiny()), parts()
+    (model(IDS).logsumexp(-1).sum() + model.auxiliary_loss()).backward()
+    logits = stages[1](stages[0](IDS))
+    logits.logsumexp(-1).sum().backward()  # the balance losses come along
+    whole = dict(model.named_parameters())
+    named = [pair for stage in stages for pair in stage.named_parameters()]
+    assert [name for name, _ in named] and {name for name, _ in named} == set(whole)
+    assert all(torch.equal(p.grad, whole[name].grad) for name, p in named)
+    found = sum(stage.auxiliary_loss() for stage in stages)
+    torch.testing.assert_close(found, model.auxiliary_loss().detach())
+    assert not found.requires_grad
+    router = "model.layers.1.mlp.gate.weight"
+    stages[0].zero_grad()
+    with torch.no_grad():
+        hidden = stages[0](IDS)
+    assert stages[1](hidden).shape == (2, 9, 64) and whole[router].grad.norm() > 0
+    for stage in stages:
+        MuonClip(muon_param_groups(stage)).step()
+        stage.reset_statistics()
+        assert float(stage.auxiliary_loss()) == 0
+
+
+def test_balance_losses_alone_reach_the_routers():
+    """The gradient of a stage's output is zero: what is left is that of its balance losses."""
+    first = parts()[0]
+    out = first(IDS)
+    out.backward(torch.zeros_like(out))
+    model = KimiK2(KimiK2Config.tiny())
+    model(IDS)
+    model.moe_layers()[0].balance_loss.backward()
+    router = model.moe_layers()[0].gate.weight.grad
+    assert router.norm() > 0 and torch.equal(first.moe_layers()[0].gate.weight.grad, router)
+
+
+def test_what_cannot_be_a_stage_is_refused():
+    model = KimiK2(KimiK2Config.tiny())
+    for layers in (range(0), range(1, 4), range(0, 3, 2)):
+        with pytest.raises(ValueError, match="Stage: layers: expected neighbours among the 3"):
+            Stage(model, layers)
+    model.expert_ranks = object()
+    with pytest.raises(ValueError, match="Stage: model: expected one with all of its experts"):
+        Stage(model, range(2))
+    stage = parts()[1]
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected shape \[B, S, 32\]"):
+        stage(torch.zeros(2, 3, 7))
