@@ -121,7 +121,7 @@ class QKClip:
         layers: list[Layer],
         parts: list[Part],
         process_group: dist.ProcessGroup | None,
-        told: Callable[[dist.ProcessGroup], AbstractContextManager[None]] = nullcontext,
+        told: Callable[[dist.ProcessGroup], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         buffers = self._buffers()
         # a MAX over ranks may drop NaN; +inf says the same and stays
