@@ -84,8 +84,13 @@ def differ(rank: int, groups: dict[str, dist.ProcessGroup]) -> None:
 
 def worker(rank: int, folder: str, fault: str, place: str) -> None:
     # Made once: of equal meshes torch may take the one that it has seen before, and its groups.
-    groups = {way: dist.new_group(timeout=timedelta(seconds=SECONDS)) for way in WAYS}
     world = dist.get_world_size()
+    members = range(place == "first", world)  # then rank 1 is number 0 of its groups
+    limit = timedelta(seconds=SECONDS)
+    groups = {way: dist.new_group(list(members), timeout=limit) for way in WAYS}
+    if rank not in members:
+        Path(folder, f"told {rank}").touch()
+        os._exit(0)
     optimizers = {way: build(way, group) for way, group in groups.items()}
     if place != "first":
         differ(rank, groups)

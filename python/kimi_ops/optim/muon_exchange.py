@@ -35,10 +35,11 @@ from kimi_ops.optim.muon_routes import Route, buckets
 
 class Exchange:
     """One bucket there and back; `routes` ascend by owner, and so does what this rank holds of
-    them, one after the other. `name` tells of it where it fails."""
+    them, one after the other. `name` says what they are where it fails."""
 
     def __init__(self, routes: Sequence[Route], name: str) -> None:
-        self.circle, self.name = routes[0].circle, name
+        self.circle = routes[0].circle
+        self.name = f"{name}, from turn {min(route.turn for route in routes)} on"
         self.owned = [route for route in routes if route.owner == self.circle.rank]
         self.held = [route.numel(self.circle.rank) for route in routes]
         self.to_owners = [0] * self.circle.world
@@ -148,17 +149,15 @@ def averages(
     16-bit ones are added up in fp32."""
     found: dict[int, Tensor] = {}
 
-    def trip(bucket: list[int], name: str) -> Iterator[None]:
-        exchange = Copies([routes[i] for i in bucket], name)
+    def trip(bucket: list[int]) -> Iterator[None]:
+        exchange = Copies([routes[i] for i in bucket], "gradients")
         exchange.there(_wide(gradient(i)) for i in bucket)
         yield
         mine = [i for i in bucket if routes[i].owner == exchange.circle.rank]
         for i, total in zip(mine, exchange.wholes(), strict=True):
             found[i] = total / exchange.circle.world
 
-    overlapped(
-        trip(bucket, f"gradients, bucket {n}") for n, bucket in enumerate(buckets(routes, keys))
-    )
+    overlapped(map(trip, buckets(routes, keys)))
     return found
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -41,33 +40,21 @@ def routed_update(
         if item.route is not None and group["algorithm"] == "muon"
     }
     rows = [route for route in routed if not route.is_copy]
-    keys = []
+    keys: list[Any] = []
     for item, _ in map(routed.__getitem__, rows):
         double = item.state["momentum_buffer"].dtype == torch.float64
         keys.append((item.param.device, double))  # of the updates, whatever the momentum's dtype
-    routes = [route for route, _ in copies]
-    overlapped(
-        chain(
-            (
-                _rows_trip([rows[i] for i in bucket], routed, squares, n)
-                for n, bucket in enumerate(buckets(rows, keys))
-            ),
-            (
-                _copies_trip([copies[i] for i in bucket], routed, squares, n)
-                for n, bucket in enumerate(
-                    buckets(routes, [(rows.dtype, rows.device) for _, rows in copies])
-                )
-            ),
-        )
-    )
+    trips = [_rows_trip([rows[i] for i in b], routed, squares) for b in buckets(rows, keys)]
+    keys = [(copy.dtype, copy.device) for _, copy in copies]
+    together = buckets([route for route, _ in copies], keys)
+    trips += [_copies_trip([copies[i] for i in b], routed, squares) for b in together]
+    overlapped(trips)
 
 
-def _rows_trip(
-    routes: list[Route], routed: dict[Route, _Item], squares: Tensor, number: int
-) -> Iterator[None]:
+def _rows_trip(routes: list[Route], routed: dict[Route, _Item], squares: Tensor) -> Iterator[None]:
     """One bucket of which every rank moves its rows; pauses while messages fly."""
     work = [routed[route] for route in routes]
-    exchange = Rows(routes, f"updates, bucket {number}")
+    exchange = Rows(routes, "updates")
     updates: dict[int, Tensor] = {}
     for group, members in _by_group(group for _, group in work):
         done = momenta([work[i][0] for i in members], group, squares)
@@ -96,10 +83,10 @@ def _rows_trip(
 
 
 def _copies_trip(
-    copies: list[tuple[Route, Tensor]], routed: dict[Route, _Item], squares: Tensor, number: int
+    copies: list[tuple[Route, Tensor]], routed: dict[Route, _Item], squares: Tensor
 ) -> Iterator[None]:
     """One bucket of which the owners move all; pauses while messages fly."""
-    exchange = Copies([route for route, _ in copies], f"parameters, bucket {number}")
+    exchange = Copies([route for route, _ in copies], "parameters")
     work = [routed[route] for route in exchange.owned if route in routed]
     for group, members in _by_group(group for _, group in work):
         muon_update([work[i][0] for i in members], group, squares)

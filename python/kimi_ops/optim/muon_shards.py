@@ -111,9 +111,9 @@ class Shards:
                 "MuonClip: params: expected each parameter once, got one several times in a group, "
                 "which would be updated as often; drop the repetitions"
             )
-        groups = [[self.process_group]] if self.process_group else meshes_of(param_groups)
-        for mesh in groups:
-            agree([self._circle(group) for group in mesh], param_groups)
+        meshes = meshes_of(param_groups)
+        for groups in [[self.process_group]] if self.process_group is not None else meshes:
+            agree([self._circle(group) for group in groups], param_groups)
         found: dict[Circle, list[tuple[int, dict[str, Any]]]] = {}
         for param, group in fresh:
             pieces = pieces_of(param, group)
@@ -199,7 +199,7 @@ class Shards:
             flags = torch.tensor([here[i] for i in numbers], dtype=torch.uint8, device="cpu")
             found = circle.each(flags, "the presence of gradients").any(0)
             for i, flag in zip(numbers, found.tolist(), strict=True):
-                here[i] = flag
+                here[i] = bool(flag)
         return here
 
     def gradients(self, present: list[bool]) -> dict[int, Tensor]:
@@ -229,17 +229,13 @@ class Shards:
         places = [range(i, i + 1) for i in gradients]
         engine.squares_(squares, grads, places, [[grad.numel()] for grad in grads])
         for circle, numbers in self.members.items():
-            every = len(numbers) == len(squares)
-            mine = squares if every else squares[self._places[circle]]
-            parts = mine.new_empty(circle.world, len(numbers))
             # added up here, in one order: replicas of a circle must not differ by a bit. Zeros of
             # ranks that do not own a piece change nothing, and NaN stays.
+            chosen = self._places[circle]
+            parts = squares.new_empty(circle.world, len(numbers))
             with circle.told("squared norms"):
-                dist.all_gather(list(parts.unbind(0)), mine, group=circle.group)
-            if every:
-                squares = parts.sum(0)
-            else:
-                squares[self._places[circle]] = parts.sum(0)
+                dist.all_gather(list(parts.unbind(0)), squares[chosen], group=circle.group)
+            squares[chosen] = parts.sum(0)
         return squares
 
     def _gradient(self, i: int) -> Tensor:

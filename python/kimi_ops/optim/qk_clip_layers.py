@@ -124,7 +124,7 @@ class QKClip:
         parts: list[Part],
         process_group: dist.ProcessGroup | None,
         masters: Mapping[Tensor, list[tuple[Tensor, int]]] = MappingProxyType({}),
-        told: Callable[[dist.ProcessGroup], AbstractContextManager[None]] = lambda _: nullcontext(),
+        told: Callable[[dist.ProcessGroup], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         buffers = self._buffers()
         # a MAX over ranks may drop NaN; +inf says the same and stays
