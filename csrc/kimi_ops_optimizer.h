@@ -57,6 +57,7 @@ typedef struct kimi_newton_schulz_params {
   float eps; /* the norm counts as at least eps; 0 guards exact zeros only */
   kimi_dtype g_dtype, dtype, x_dtype; /* dtype: of everything in between */
   kimi_newton_schulz_method method;
+  int32_t aol; /* 1: after the norm, rows are scaled as AOL does, on the short side */
 } kimi_newton_schulz_params;
 
 KIMI_API size_t kimi_newton_schulz_workspace_bytes(const kimi_newton_schulz_params* params,

@@ -54,6 +54,7 @@ PyObject* newton_schulz(Call& call) {
   p.method = kimi_newton_schulz_method(call.int32("method"));
   const Type type = call.type("dtype");
   p.eps = float(call.number("eps"));
+  p.aol = call.truth();
   if (numbers.size() % 3)
     call.value_error("coefficients", "expected 3 a step, got ", numbers.size(), " numbers");
   if (!is_native(type))
@@ -108,7 +109,7 @@ PyObject* newton_schulz(Call& call) {
 
 void define_newton_schulz(Methods& methods) {
   methods.add<matrix_product, 6>("matrix_product");
-  methods.add<newton_schulz, 6>("newton_schulz");
+  methods.add<newton_schulz, 7>("newton_schulz");
 }
 
 }  // namespace kimi::bindings

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "common/dtype.h"
 #include "common/workspace.h"
@@ -37,9 +38,9 @@ float tree(float* lanes, int64_t stride) {
 
 struct Memory {  // of the workspace
   char* x;
-  char* squares[3] = {};  // [m, m] dtype
-  float *row_sums, *maxima;
-  char* scratch;  // of products
+  char* squares[3] = {};     // [m, m] dtype
+  float *row_sums, *maxima;  // row_sums: then AOL's roots
+  char* scratch;             // of products
   int64_t bytes;
 
   Memory(const NewtonSchulzParams& p, const ChainShape& s, int threads, void* workspace) {
@@ -70,8 +71,9 @@ class Chain {
         memory(p, shape, threads, workspace) {}
 
   void run(const void* g, void* out) {
-    normalize(g);
+    g_ = static_cast<const char*>(g);
     out_ = out;
+    normalize();
     if (p.method == KIMI_NEWTON_SCHULZ_GRAM)
       gram();
     else
@@ -79,26 +81,28 @@ class Chain {
   }
 
  private:
-  // body(line) for every line, in tasks of several.
+  // body(line) for `lines` of a length, in tasks of several.
   template <class Body>
-  void each_line(const Body& body) const {
-    const int64_t run = std::max<int64_t>(1, kElements / std::max<int64_t>(shape.length, 1));
-    tasks(ceil_div(shape.lines, run), threads, [&](int64_t task, int) {
-      for (int64_t i = task * run; i < std::min(shape.lines, (task + 1) * run); ++i) body(i);
+  void each_of(int64_t lines, int64_t length, const Body& body) const {
+    const int64_t run = std::max<int64_t>(1, kElements / std::max<int64_t>(length, 1));
+    tasks(ceil_div(lines, run), threads, [&](int64_t task, int) {
+      for (int64_t i = task * run; i < std::min(lines, (task + 1) * run); ++i) body(i);
     });
   }
+  template <class Body>
+  void each_line(const Body& body) const {
+    each_of(shape.lines, shape.length, body);
+  }
+  const char* line(int64_t i) const { return g_ + i * shape.g_stride * size_of(p.g_dtype); }
 
-  void normalize(const void* g) {
+  void normalize() {
     const CpuEngine& passes = kEngines.best();
-    const auto line = [&](int64_t i) {
-      return static_cast<const char*>(g) + i * shape.g_stride * size_of(p.g_dtype);
-    };
     each_line(
         [&](int64_t i) { memory.maxima[i] = passes.largest(line(i), p.g_dtype, shape.length); });
     const float most = *std::max_element(memory.maxima, memory.maxima + shape.lines);
     int exponent = 0;
     if (most <= math::kMaxFloat) (void)std::frexp(most, &exponent);
-    const float scale = std::ldexp(1.0f, -std::clamp(exponent, -126, 126));
+    const float scale = scale_ = std::ldexp(1.0f, -std::clamp(exponent, -126, 126));
 
     if (shape.across) {
       tasks(ceil_div(m, kRowsAcross), threads, [&](int64_t task, int) {
@@ -121,11 +125,38 @@ class Chain {
     for (int64_t i = 0; i < m; ++i) sum += double(memory.row_sums[i]);
     float norm = float(std::sqrt(sum));
     if (p.eps > 0 && norm < p.eps * scale) norm = p.eps * scale;
-    const float divisor = (norm == 0 ? 1.0f : norm) * std::ldexp(1.0f, -shape.shift);
+    if (norm == 0) norm = 1.0f;
+    least_root_ = p.eps * scale / norm;
+    divisor_ = norm * std::ldexp(1.0f, -shape.shift);
+    divide(nullptr);
+  }
+
+  // X = G / norm, and row i of that over roots[i].
+  void divide(const float* roots) const {
+    const bool of_lines = roots && !shape.across;
     each_line([&](int64_t i) {
-      passes.divide(line(i), p.g_dtype, shape.length, scale, divisor,
-                    memory.x + i * padded(shape.length) * size_of(p.dtype), p.dtype);
+      kEngines.best().divide(line(i), p.g_dtype, shape.length, scale_,
+                             of_lines ? divisor_ * roots[i] : divisor_, of_lines ? nullptr : roots,
+                             memory.x + i * padded(shape.length) * size_of(p.dtype), p.dtype);
     });
+  }
+
+  // AOL's scaling of X, and of its Gram matrix `a`, which is 2^lift times as large.
+  void balance(char* a, int lift) const {
+    const CpuEngine& passes = kEngines.best();
+    const float scale = std::ldexp(1.0f, -lift);
+    float* roots = memory.row_sums;
+    const auto row = [&](int64_t i) { return a + i * padded(m) * size_of(p.dtype); };
+    each_of(m, m, [&](int64_t i) {
+      float lanes[16] = {};
+      passes.sizes_along(row(i), p.dtype, m, scale, lanes);
+      const float root = std::max(std::sqrt(tree(lanes, 1)), least_root_);  // NaN stays
+      roots[i] = root < kLeastRoot ? std::numeric_limits<float>::infinity() : root;
+    });
+    each_of(m, m, [&](int64_t i) {
+      passes.divide(row(i), p.dtype, m, scale, roots[i], roots, row(i), p.dtype);
+    });
+    divide(roots);
   }
 
   // The m x n form by its rows, and by its columns.
@@ -147,12 +178,16 @@ class Chain {
     return x;
   }
 
-  void gram_matrix(char* to) const {
+  // X X^T; before the first step AOL scales both.
+  void gram_matrix(char* to, int32_t step) const {
+    const bool aol = p.aol && step == 0;
+    const int lift = aol && p.dtype == KIMI_FLOAT16 ? kGramLift : 0;
     Product q;
     q.a = q.b = rows_of_x();
     q.depth = n;
-    q.alpha = std::ldexp(1.0f, -2 * shape.shift);
+    q.alpha = std::ldexp(1.0f, lift - 2 * shape.shift);
     square_product(q, to);
+    if (aol) balance(to, lift);
   }
   // d = alpha a b + beta c, all m x m and symmetric; c may be nullptr.
   void polynomial(const char* a, const char* b, float alpha, float beta, const char* c,
@@ -199,7 +234,7 @@ class Chain {
     char* a = memory.squares[0];
     for (int32_t k = 0; k < p.steps; ++k) {
       const float* row = p.coefficients + 3 * k;
-      gram_matrix(a);
+      gram_matrix(a, k);
       if (row[2] != 0) polynomial(a, a, row[2], row[1], a, a);
       apply(a, row[2] != 0 ? 1.0f : row[1], row[0], k + 1 == p.steps);
     }
@@ -209,14 +244,14 @@ class Chain {
     char *r = memory.squares[0], *z = memory.squares[1], *q = memory.squares[2];
     const int32_t* restart = p.restarts;
     const int32_t* end = p.restarts + p.num_restarts;
-    gram_matrix(r);
+    gram_matrix(r, 0);
     bool fresh = true;
     for (int32_t k = 0; k < p.steps; ++k) {
       const float *row = p.coefficients + 3 * k, a = row[0];
       if (restart != end && *restart == k) {
         ++restart;
         apply(q, 1, 0, false);
-        gram_matrix(r);
+        gram_matrix(r, k);
         fresh = true;
       }
       if (row[2] != 0)
@@ -236,7 +271,7 @@ class Chain {
   }
 
   void scaled(const char* from, float factor, char* to) const {
-    kEngines.best().divide(from, p.dtype, m * padded(m), factor, 1.0f, to, p.dtype);
+    kEngines.best().divide(from, p.dtype, m * padded(m), factor, 1.0f, nullptr, to, p.dtype);
   }
   void plus_identity(const char* from, float a, char* to) const {
     std::memcpy(to, from, size_t(m * padded(m) * size_of(p.dtype)));
@@ -252,7 +287,10 @@ class Chain {
   const int64_t m, n;
   const int threads;
   const Memory memory;
+  const char* g_ = nullptr;
   void* out_ = nullptr;
+  float scale_ = 1, divisor_ = 1;  // X = (G scale) / divisor
+  float least_root_ = 0;           // AOL's roots are at least that
 };
 
 }  // namespace

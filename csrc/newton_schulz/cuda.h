@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // newton_schulz on CUDA: what the host decides about a call, and what its kernels are told.
 //
-//   on chip   m up to 128 (fp32: 64): one launch, everything but X in shared memory   on_chip.cuh
-//   stack     X in a stack [E, lines, length]; products over the whole stack          stack.cu
+//   on chip   m up to 128 (fp32: 64), not AOL: one launch, all but X in shared memory   on_chip.cuh
+//   stack     X in a stack [E, lines, length]; products over the whole stack            stack.cu
 //
 // Which one a matrix takes depends on its shape, the dtype and the number of steps, so that its
 // bits do not depend on its company.

@@ -124,6 +124,7 @@ Status check_schedule(const NewtonSchulzParams& p) {
       return invalid(op, ": restarts[", i, "]: expected ascending steps in 1..", p.steps - 1,
                      ", got ", p.restarts[i]);
   if (!(p.eps >= 0)) return invalid(op, ": eps: expected 0 or more, got ", p.eps);
+  if (p.aol != 0 && p.aol != 1) return invalid(op, ": aol: expected 0 or 1, got ", p.aol);
   return Status::ok();
 }
 

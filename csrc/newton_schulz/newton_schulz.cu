@@ -18,6 +18,11 @@ Lines lines_of(const ChainShape& s, int64_t stride, kimi_dtype dtype, const Poin
   return {stride, s.across, wide, dtype};
 }
 
+// AOL stands between the norm and the first product's sums: it goes through whole products.
+bool goes_on_chip(const NewtonSchulzParams& p, const ChainShape& s) {
+  return !p.aol && on_chip_serves(p, s);
+}
+
 }  // namespace
 
 Step step_of(const NewtonSchulzParams& p, int32_t k) {
@@ -36,12 +41,12 @@ Lines lines_of_x(const NewtonSchulzParams& p, const ChainShape& s, int64_t first
 
 size_t workspace_bytes(const NewtonSchulzParams& p) {
   const ChainShape s(p);
-  return on_chip_serves(p, s) ? on_chip_bytes(p, s) : stack_bytes(p, s, matrices_at_once(p, s));
+  return goes_on_chip(p, s) ? on_chip_bytes(p, s) : stack_bytes(p, s, matrices_at_once(p, s));
 }
 
 Status run(const NewtonSchulzParams& p, void* stream) {
   const ChainShape s(p);
-  return on_chip_serves(p, s) ? on_chip(p, s, stream) : stack(p, s, matrices_at_once(p, s), stream);
+  return goes_on_chip(p, s) ? on_chip(p, s, stream) : stack(p, s, matrices_at_once(p, s), stream);
 }
 
 }  // namespace kimi::newton_schulz_cuda

@@ -2,6 +2,7 @@
 // newton_schulz: the singular values of a matrix driven towards 1 by odd polynomials.
 //
 //   X <- G / ||G||_F      [m, n], m <= n; a tall matrix is read transposed where it lies
+//   AOL                   e_i = sqrt(sum_j |X X^T|_ij)      X <- diag(1 / e) X, where asked for
 //   for (a, b, c):        A = X X^T          B = b A + c A^2          X <- a X + B X
 //
 //   standard    every product in full               K (4 m^2 n + 2 m^3) operations
@@ -16,6 +17,10 @@
 //   sums    16 partial sums of (g 2^-e)^2 a row of the m x n form, by column % 16, fma, ascending;
 //           a tree of halves over the 16, rows added in fp64 in ascending order
 //   x       (g 2^-e) / max(norm, eps 2^-e), and 0 for a norm of 0; so 2^k g gives the bits of g
+//   e_i     from A = X X^T in dtype (fp16: 2^14 A, whose entries would be subnormal): 16 sums of
+//           |A_ij| by j % 16 in fp32, their tree, the root; at least eps / max(norm, eps), so that
+//           eps bounds what a row is divided by; below 2^-60 a row counts as zero
+//   x, A    (g 2^-e) / (max(norm, eps 2^-e) e_i) and A_ij / (e_i e_j): no second product
 // On CUDA the norm is the root of a sum in fp64, e its exponent; Q begins as Z + a I rounded once, and
 // R <- Q (R Q) where it does; standard is symmetric; a product's sums are the tensor cores' (elements.cuh,
 // on_chip.cuh, stack.cu).
@@ -25,7 +30,8 @@
 // Cost: 2048 x 7168, 5 steps: 687 GFLOP standard, 494 symmetric, 301 gram with one restart; each
 // product reads its operands once to pack them and its blocks from the L2 cache and beyond.
 // Threads share one matrix block by block; many small matrices go to one thread each. Neither
-// changes a bit. Source: K. Jordan et al., Muon (2024); the Gram form: Dao-AILab (2026).
+// changes a bit. Source: K. Jordan et al., Muon (2024); the Gram form: Dao-AILab (2026); AOL:
+// Boissin et al., Turbo-Muon (2025).
 #pragma once
 
 #include <cstdint>
@@ -73,11 +79,13 @@ struct CpuEngine {
   float (*largest)(const void* x, kimi_dtype dtype, int64_t n);  // max |x|, NaN left out
   // lanes[j % 16] += (x[j] scale)^2
   void (*squares_along)(const void* x, kimi_dtype dtype, int64_t n, float scale, float lanes[16]);
+  // lanes[j % 16] += |x[j] scale|
+  void (*sizes_along)(const void* x, kimi_dtype dtype, int64_t n, float scale, float lanes[16]);
   // sums[j] += (x[j] scale)^2
   void (*squares_across)(const void* x, kimi_dtype dtype, int64_t n, float scale, float* sums);
-  // y = x scale / divisor
-  void (*divide)(const void* x, kimi_dtype dtype, int64_t n, float scale, float divisor, void* y,
-                 kimi_dtype y_dtype);
+  // y[j] = x[j] scale / (divisor each[j]); each NULL: 1
+  void (*divide)(const void* x, kimi_dtype dtype, int64_t n, float scale, float divisor,
+                 const float* each, void* y, kimi_dtype y_dtype);
   void (*store)(const Tile& tile);
 };
 KIMI_CPU_ENGINES(CpuEngine);

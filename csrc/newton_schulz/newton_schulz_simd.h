@@ -24,8 +24,8 @@ float largest(const void* x, kimi_dtype dtype, int64_t n) {
   });
 }
 
-template <class O>
-void squares_along(const void* x, kimi_dtype dtype, int64_t n, float scale, float lanes[16]) {
+template <class O, bool kSquares>
+void sums_along(const void* x, kimi_dtype dtype, int64_t n, float scale, float lanes[16]) {
   dispatch(dtype, [&]<class T>() {
     constexpr int kVectors = 16 / O::kLanes;
     const T* from = static_cast<const T*>(x);
@@ -35,12 +35,13 @@ void squares_along(const void* x, kimi_dtype dtype, int64_t n, float scale, floa
     for (; j + 16 <= n; j += 16)
       for (int v = 0; v < kVectors; ++v) {
         const auto value = O::mul(O::load(from + j + v * O::kLanes), O::set(scale));
-        sum[v] = O::fma(value, value, sum[v]);
+        sum[v] = kSquares ? O::fma(value, value, sum[v]) : O::add(sum[v], O::abs(value));
       }
     for (int v = 0; v < kVectors; ++v) O::store(lanes + v * O::kLanes, sum[v]);
     for (; j < n; ++j) {
       const float value = to_float(from[j]) * scale;
-      lanes[j % 16] = __builtin_fmaf(value, value, lanes[j % 16]);
+      float& lane = lanes[j % 16];
+      lane = kSquares ? __builtin_fmaf(value, value, lane) : lane + __builtin_fabsf(value);
     }
   });
 }
@@ -57,15 +58,17 @@ void squares_across(const void* x, kimi_dtype dtype, int64_t n, float scale, flo
 }
 
 template <class O>
-void divide(const void* x, kimi_dtype dtype, int64_t n, float scale, float divisor, void* y,
-            kimi_dtype y_dtype) {
+void divide(const void* x, kimi_dtype dtype, int64_t n, float scale, float divisor,
+            const float* each, void* y, kimi_dtype y_dtype) {
   dispatch(dtype, [&]<class T>() {
     dispatch(y_dtype, [&]<class Y>() {
       const T* from = static_cast<const T*>(x);
       Y* to = static_cast<Y*>(y);
       cpu::vectors<O>(n, [&](int64_t j, int left) __attribute__((always_inline)) {
         const auto scaled = O::mul(O::load(from + j, left), O::set(scale));
-        O::store(to + j, O::div(scaled, O::set(divisor)), left);
+        auto by = O::set(divisor);
+        if (each) by = O::mul(by, O::load(each + j, left));
+        O::store(to + j, O::div(scaled, by), left);
       });
     });
   });
@@ -122,8 +125,8 @@ void store(const Tile& t) {
 }
 
 template <class O>
-constexpr CpuEngine kEngine = {largest<O>, squares_along<O>, squares_across<O>, divide<O>,
-                               store<O>};
+constexpr CpuEngine kEngine = {largest<O>,        sums_along<O, true>, sums_along<O, false>,
+                               squares_across<O>, divide<O>,           store<O>};
 
 }  // namespace
 }  // namespace kimi::newton_schulz_cpu

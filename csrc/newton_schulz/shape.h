@@ -10,6 +10,12 @@
 
 namespace kimi {
 
+// AOL's first Gram matrix in fp16 is 2^kGramLift times as large: its entries, 1 / m and less, keep
+// their bits, and its largest are 2^14.
+inline constexpr int kGramLift = 14;
+// Of a row that counts: the product of two such roots is in range.
+inline constexpr float kLeastRoot = 0x1p-60f;
+
 // What all matrices of a call share. In memory a matrix is `lines` of `length` consecutive
 // elements; the m x n form of newton_schulz.h has the lines as its rows, or across its rows.
 struct ChainShape {

@@ -4,14 +4,16 @@
 //
 //   squares   a block the sum of 131 072 elements of G, fp64
 //   divide    X = G / norm, as G lies in memory: tall matrices are never transposed
+//   roots     AOL, of R: a warp a row, e_i = sqrt(sum_j |R_ij|), lane l the columns 4 l + 128 k ...
+//   balance   AOL: R_ij / (e_i e_j), and X = G / (norm e_i) by `divide` once more
 //   products  a stack each: gram, one restart: 2 R = X X^T, 14 of m^3, 2 X = Q X; standard: 3 a step
 //   finish    only where the outputs are not equidistant: else the last product writes them
 //
-// Bytes a matrix: two X and four of [m, m] in dtype (2048 x 7168 in fp16: 92 MB) and 8 a block of
-// squares. A call asks for at most 1 GiB or what one matrix takes.
+// Bytes a matrix: two X and four of [m, m] in dtype (2048 x 7168 in fp16: 92 MB), 4 m and 8 a block
+// of squares. A call asks for at most 1 GiB or what one matrix takes.
 //
 // Predicted for an H100, not measured: squares 4 bytes an element of fp32 at 2.8 TB/s, divide 6:
-// 52 us for 2048 x 7168. The products: docs/performance.md.
+// 52 us for 2048 x 7168; AOL 6 m^2 + 6 m n bytes in fp16: 40 us. The products: docs/performance.md.
 #include <algorithm>
 #include <utility>
 
@@ -34,6 +36,9 @@ struct Pass {
   double* partial;        // [count, blocks]
   int32_t blocks, shift;  // of a matrix
   float eps;
+  float* roots;         // [count, m]: of the rows of the m x n form
+  int32_t rows_across;  // they are the columns of a line
+  float unlift;         // R is 1 / unlift times as large
 };
 
 // The tiles of this block, of a matrix of `tiles`.
@@ -74,16 +79,75 @@ __device__ inline void each_of_lines(const Pass& p, const Body& body) {
                  body);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    divide_kernel(const __grid_constant__ Pass p, const __grid_constant__ Matrices matrices) {
+// The sum of the squares of a matrix; every thread has it.
+__device__ inline double squares_of(const Pass& p) {
   double mine = 0.0;
   for (int b = static_cast<int>(threadIdx.x); b < p.blocks; b += kThreads)
     mine += p.partial[int64_t{blockIdx.y} * p.blocks + b];
-  const Unit unit(sum_of_warps(warp_sum(mine)), p.eps, p.shift);
+  return sum_of_warps(warp_sum(mine));
+}
+
+// roots[first ...] of a matrix, as many as there are.
+__device__ inline void load_roots(const Pass& p, int64_t first, int count, float (&roots)[4]) {
+  load4(p.roots + int64_t{blockIdx.y} * p.m + first, roots, count, false);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    divide_kernel(const __grid_constant__ Pass p, const __grid_constant__ Matrices matrices) {
+  const Unit unit(squares_of(p), p.eps, p.shift);
   each_of_lines(p, [&](const Block& b) {
     Values v;
     load_block(matrices.g[blockIdx.y], p.g, b, v);
-    unit.apply(v);
+    if (p.roots == nullptr) {
+      unit.apply(v);
+    } else {
+      float root[4];
+      load_roots(p, p.rows_across ? b.col : b.row, p.rows_across ? b.cols : b.rows, root);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          v[i][j] = div_rn(mul_rn(v[i][j], unit.scale),
+                           mul_rn(unit.divisor, p.rows_across ? root[j] : root[i]));
+    }
+    store_block(of_stack(p, p.x), p.x, b, v);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    roots_kernel(const __grid_constant__ Pass p, const __grid_constant__ Matrices) {
+  const double norm = sqrt(squares_of(p));
+  const float least = norm < double{p.eps} ? 1.0f : static_cast<float>(double{p.eps} / norm);
+  const int64_t row = int64_t{blockIdx.x} * kWarps + warp_id();
+  if (row >= p.m) return;
+  float sum = 0.0f;
+  for (int64_t col = 4 * lane_id(); col < p.m; col += 4 * kWarpSize) {
+    Values v;
+    load_block(of_stack(p, p.x), p.x, {row, col, 1, up_to_4(p.m - col)}, v);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum = add_rn(sum, fabsf(v[0][j]));
+  }
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) sum = add_rn(sum, warp_exchange(sum, half));
+  float root = sqrt_rn(mul_rn(sum, p.unlift));
+  if (root < least) root = least;
+  if (root < kLeastRoot) root = float_of(0x7f800000u);  // a row of zeros stays one
+  if (lane_id() == 0) p.roots[int64_t{blockIdx.y} * p.m + row] = root;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    balance_kernel(const __grid_constant__ Pass p, const __grid_constant__ Matrices) {
+  each_of_lines(p, [&](const Block& b) {
+    Values v;
+    float of_row[4], of_col[4];
+    load_block(of_stack(p, p.x), p.x, b, v);
+    load_roots(p, b.row, b.rows, of_row);
+    load_roots(p, b.col, b.cols, of_col);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        v[i][j] = div_rn(mul_rn(v[i][j], p.unlift), mul_rn(of_row[i], of_col[j]));
     store_block(of_stack(p, p.x), p.x, b, v);
   });
 }
@@ -105,6 +169,7 @@ struct Memory {
   int32_t blocks;
   char *x[2], *square[4];
   double* partial;
+  float* roots;
   int64_t bytes;
 
   Memory(const NewtonSchulzParams& p, const ChainShape& s, int64_t count, void* workspace)
@@ -118,6 +183,7 @@ struct Memory {
     for (char*& stack : x) stack = pieces.take(count * x_group * size);
     for (char*& stack : square) stack = pieces.take(count * square_group * size);
     partial = pieces.take<double>(count * blocks);
+    roots = pieces.take<float>(p.aol ? count * s.m : 0);
     bytes = pieces.bytes();
   }
 };
@@ -151,7 +217,8 @@ class Stack {
       if (end || step_of(p, k).fresh) {
         if (k > 0) KIMI_RETURN_IF_ERROR(apply(beta, end));
         if (end) return Status::ok();
-        KIMI_RETURN_IF_ERROR(gram_matrix());
+        KIMI_RETURN_IF_ERROR(gram_matrix(k == 0 ? lift() : 0));
+        if (k == 0 && p.aol) KIMI_RETURN_IF_ERROR(balance());
       }
       const Step step = step_of(p, k);
       KIMI_RETURN_IF_ERROR(polynomials(step, k + 1 == p.steps || step_of(p, k + 1).fresh));
@@ -162,8 +229,8 @@ class Stack {
  private:
   Lines lines_of_stack() const { return {memory_.x_stride, s.across, 1, p.dtype}; }
 
-  // kernel(pass, matrices) over every element. The passes count lines as rows, but for the norm.
-  Status pass(void (*kernel)(Pass, Matrices), Lines g, Lines x, void* stack) const {
+  using Kernel = void (*)(Pass, Matrices);
+  Pass pass_over(Lines g, Lines x, void* stack) const {
     Pass work{};
     work.m = s.m;
     work.n = s.n;
@@ -171,25 +238,46 @@ class Stack {
     work.length = s.length;
     work.g = g;
     work.x = x;
-    if (kernel != squares_kernel) work.g.across = work.x.across = 0;
     work.x_group = memory_.x_group;
     work.stack = stack;
     work.partial = memory_.partial;
     work.blocks = memory_.blocks;
     work.shift = s.shift;
     work.eps = p.eps;
-    const int64_t tiles =
-        kernel == squares_kernel ? tiles_of(s.m, s.n) : tiles_of(s.lines, s.length);
-    const dim3 grid(static_cast<unsigned>(ceil_div(tiles, kTilesOfBlock)),
-                    static_cast<unsigned>(count_));
+    return work;
+  }
+  // kernel(work, matrices), `blocks` a matrix.
+  Status launch_pass(Kernel kernel, const Pass& work, int64_t blocks) const {
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(count_));
     return launch(kernel, LaunchConfig{grid, dim3(kThreads), 0, stream_}, work, matrices_);
+  }
+  // Over every element; lines count as rows.
+  Status pass(Kernel kernel, Pass work) const {
+    work.g.across = work.x.across = 0;
+    return launch_pass(kernel, work, ceil_div(tiles_of(work.lines, work.length), kTilesOfBlock));
   }
 
   Status normalize() const {
-    const Lines g = lines_of_g(p, s, first_, count_);
-    KIMI_RETURN_IF_ERROR(pass(squares_kernel, g, lines_of_stack(), nullptr));
-    return pass(divide_kernel, g, lines_of_stack(), x_);
+    const Pass work = pass_over(lines_of_g(p, s, first_, count_), lines_of_stack(), x_);
+    KIMI_RETURN_IF_ERROR(launch_pass(squares_kernel, work, memory_.blocks));
+    return pass(divide_kernel, work);
   }
+
+  // AOL: rows of R and X over their roots.
+  Status balance() const {
+    Pass work = pass_over({}, {memory_.square_stride, 0, 1, p.dtype}, r_);
+    work.lines = work.length = s.m;
+    work.x_group = memory_.square_group;
+    work.roots = memory_.roots;
+    work.unlift = std::ldexp(1.0f, -lift());
+    KIMI_RETURN_IF_ERROR(launch_pass(roots_kernel, work, ceil_div(s.m, int64_t{kWarps})));
+    KIMI_RETURN_IF_ERROR(pass(balance_kernel, work));
+    work = pass_over(lines_of_g(p, s, first_, count_), lines_of_stack(), x_);
+    work.roots = memory_.roots;
+    work.rows_across = s.across;
+    return pass(divide_kernel, work);
+  }
+  int lift() const { return p.aol && p.dtype == KIMI_FLOAT16 ? kGramLift : 0; }
 
   // The m x n form by its rows, and by its columns.
   gemm::Matrix rows_of_x() const { return x_operand(s.across); }
@@ -234,9 +322,9 @@ class Stack {
     return square(square_operand(a), square_operand(b), s.m, alpha, beta, c, delta, d);
   }
 
-  Status gram_matrix() const {
+  Status gram_matrix(int lift) const {
     const gemm::Matrix x = rows_of_x();
-    return square(x, x, s.n, std::ldexp(1.0f, -2 * s.shift), 0.0f, nullptr, 0.0f, r_);
+    return square(x, x, s.n, std::ldexp(1.0f, lift - 2 * s.shift), 0.0f, nullptr, 0.0f, r_);
   }
 
   // As on_chip.cuh says.
@@ -274,7 +362,7 @@ class Stack {
     KIMI_RETURN_IF_ERROR(gemm::affine_cuda("newton_schulz", work, out, stream_));
     std::swap(x_, spare_x_);
     if (!last || distance != 0) return Status::ok();
-    return pass(finish_kernel, lines_of_stack(), lines_of_x(p, s, first_, count_), x_);
+    return pass(finish_kernel, pass_over(lines_of_stack(), lines_of_x(p, s, first_, count_), x_));
   }
 
   // Elements from output to output of the stack; 0: they are not equidistant.

@@ -112,6 +112,7 @@ struct Schedule {
   std::vector<float> rows;
   kimi_newton_schulz_method method;
   std::vector<int32_t> restarts;
+  int32_t aol = 0;
 };
 
 bool chain(const std::vector<const Matrix*>& g, const std::vector<const Matrix*>& x,
@@ -127,7 +128,7 @@ bool chain(const std::vector<const Matrix*>& g, const std::vector<const Matrix*>
   p.x_row_stride = x[0]->row_stride, p.x_col_stride = x[0]->col_stride;
   p.coefficients = schedule.rows.data(), p.steps = int32_t(schedule.rows.size() / 3);
   p.restarts = schedule.restarts.data(), p.num_restarts = int32_t(schedule.restarts.size());
-  p.method = schedule.method;
+  p.method = schedule.method, p.aol = schedule.aol;
   p.g_dtype = g[0]->tensor.dtype, p.dtype = dtype, p.x_dtype = x[0]->tensor.dtype;
   Buffer workspace(kimi_newton_schulz_workspace_bytes(&p, KIMI_DEVICE_CPU));
   p.workspace = workspace.data.get();
@@ -157,6 +158,38 @@ void rotate(const std::vector<double>& values, int64_t rows, int64_t cols,
     }
 }
 
+// X over the roots of its rows' sums of |X X^T|, then the steps, all as they are written.
+std::vector<double> scaled_image(std::vector<double> x, int64_t m, int64_t n,
+                                 const std::vector<float>& rows) {
+  const auto gram = [&] {
+    std::vector<double> a(size_t(m * m));
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t k = 0; k < m; ++k)
+        for (int64_t j = 0; j < n; ++j)
+          a[size_t(i * m + k)] += x[size_t(i * n + j)] * x[size_t(k * n + j)];
+    return a;
+  };
+  const auto sums = gram();
+  for (int64_t i = 0; i < m; ++i) {
+    double sum = 0;
+    for (int64_t k = 0; k < m; ++k) sum += std::abs(sums[size_t(i * m + k)]);
+    for (int64_t j = 0; j < n; ++j) x[size_t(i * n + j)] /= std::sqrt(sum);
+  }
+  for (size_t s = 0; s < rows.size(); s += 3) {
+    const auto a = gram();
+    std::vector<double> image(x.size());
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t k = 0; k < m; ++k) {
+        double factor = double(rows[s + 1]) * a[size_t(i * m + k)] + (i == k ? double(rows[s]) : 0);
+        for (int64_t l = 0; l < m; ++l)
+          factor += double(rows[s + 2]) * a[size_t(i * m + l)] * a[size_t(l * m + k)];
+        for (int64_t j = 0; j < n; ++j) image[size_t(i * n + j)] += factor * x[size_t(k * n + j)];
+      }
+    x = image;
+  }
+  return x;
+}
+
 // G with singular values 1, 1/2, 1/3, ... and its image.
 struct Oracle {
   int64_t m, n;
@@ -178,7 +211,10 @@ struct Oracle {
       images.push_back(x);
     }
     rotate(values, m, n, g);
-    rotate(images, m, n, image);
+    if (schedule.aol)
+      image = scaled_image(g, m, n, schedule.rows);
+    else
+      rotate(images, m, n, image);
   }
 };
 
@@ -234,7 +270,8 @@ void test_zeros_and_refusals() {
   for (const Schedule& wrong : {Schedule{quintic.rows, kimi_newton_schulz_method(3), {}},
                                 Schedule{{}, KIMI_NEWTON_SCHULZ_GRAM, {}},
                                 Schedule{quintic.rows, KIMI_NEWTON_SCHULZ_SYMMETRIC, {1}},
-                                Schedule{quintic.rows, KIMI_NEWTON_SCHULZ_GRAM, {1}}})
+                                Schedule{quintic.rows, KIMI_NEWTON_SCHULZ_GRAM, {1}},
+                                Schedule{quintic.rows, KIMI_NEWTON_SCHULZ_STANDARD, {}, 2}})
     check(!chain({&zero}, {&x}, KIMI_BFLOAT16, wrong), "a wrong schedule was taken");
   Matrix by_columns(5, 9, KIMI_FLOAT32, true);
   check(!chain({&zero}, {&by_columns}, KIMI_FLOAT32, quintic), "orientations that differ");
@@ -251,9 +288,10 @@ int main() {
   std::vector<float> five;
   for (int i = 0; i < 5; ++i) five.insert(five.end(), quintic.begin(), quintic.end());
   const std::vector<Schedule> schedules = {
-      {five, KIMI_NEWTON_SCHULZ_STANDARD, {}},   {five, KIMI_NEWTON_SCHULZ_SYMMETRIC, {}},
-      {five, KIMI_NEWTON_SCHULZ_GRAM, {2, 3}},   {five, KIMI_NEWTON_SCHULZ_GRAM, {3}},
-      {cubic, KIMI_NEWTON_SCHULZ_SYMMETRIC, {}}, {cubic, KIMI_NEWTON_SCHULZ_GRAM, {2}}};
+      {five, KIMI_NEWTON_SCHULZ_STANDARD, {}},    {five, KIMI_NEWTON_SCHULZ_SYMMETRIC, {}},
+      {five, KIMI_NEWTON_SCHULZ_GRAM, {2, 3}},    {five, KIMI_NEWTON_SCHULZ_GRAM, {3}},
+      {cubic, KIMI_NEWTON_SCHULZ_SYMMETRIC, {}},  {cubic, KIMI_NEWTON_SCHULZ_GRAM, {2}},
+      {five, KIMI_NEWTON_SCHULZ_STANDARD, {}, 1}, {five, KIMI_NEWTON_SCHULZ_GRAM, {3}, 1}};
   for (kimi_dtype dtype : {KIMI_FLOAT32, KIMI_BFLOAT16, KIMI_FLOAT16})
     for (const Shape& s : {Shape{1, 1, 1}, Shape{15, 33, 7}, Shape{130, 70, 530}})
       for (bool by_columns : {false, true}) {

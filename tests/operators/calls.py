@@ -47,7 +47,7 @@ CALLS = {
         lambda: [f(4, 8), f(4, 12, 8), f(4, 8, 6), f(4, 2), messages.ids()],
     ),
     "newton_schulz": (
-        lambda x, y: newton_schulz.newton_schulz([x, y], STEPS, [], 2, torch.float32, 1e-7),
+        lambda x, y: newton_schulz.newton_schulz([x, y], STEPS, [], 2, torch.float32, 1e-7, True),
         lambda: [f(4, 6), f(4, 6) + 1],
     ),
     "muon_momentum": (

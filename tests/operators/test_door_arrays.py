@@ -217,7 +217,7 @@ def test_names_and_dtypes():
         lambda: C.grouped_gemm(*product(), None, []),
         lambda: C.squares_(f(1).double(), 3, [0, 1], [1]),
         lambda: C.muon_update_([f(2, 2)], [f(2, 2)], ["x"], 0.1, False, *NO_FLAGS),
-        lambda: C.newton_schulz([f(4, 4)], [1.0, 1.0, 1.0], [1.5], 0, torch.float32, 1e-7),
+        lambda: C.newton_schulz([f(4, 4)], [1.0, 1.0, 1.0], [1.5], 0, torch.float32, 1e-7, False),
     ],
 )
 def test_every_message_names_the_op(call):
@@ -229,7 +229,7 @@ def test_every_message_names_the_op(call):
 
 def test_restarts_beyond_32_bits():
     with pytest.raises(ValueError, match="^newton_schulz: restarts"):
-        C.newton_schulz([f(4, 4)], [1.0, 1.0, 1.0] * 3, [2**32 + 1], 2, torch.float32, 1e-7)
+        C.newton_schulz([f(4, 4)], [1.0, 1.0, 1.0] * 3, [2**32 + 1], 2, torch.float32, 1e-7, False)
 
 
 # ---- memory

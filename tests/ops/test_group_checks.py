@@ -6,7 +6,7 @@ from collections import UserList
 
 import pytest
 import torch
-from optimizers import make, rand, same, train, values
+from optimizers import make, parameters, rand, same, train, values
 from torch import nn
 
 import kimi_ops
@@ -213,3 +213,49 @@ def test_a_key_that_nobody_reads_is_named(key, value, kind, text):
 def test_a_vector_in_a_muon_group_names_the_way():
     with pytest.raises(ValueError, match=r"muon_param_groups\(model\)"):
         MuonClip(nn.Linear(2, 2).parameters())
+
+
+# ---- max_grad_norm, which AdamW groups alone read
+
+
+def test_a_muon_group_does_not_clip_gradients():
+    refused = {"match": "^MuonClip: max_grad_norm: expected None without a group of AdamW"}
+    matrix, vector = parameters()
+    adamw = {"params": [vector], "algorithm": "adamw"}
+    for params in ([matrix], [{"params": [matrix]}], [("w", matrix)]):
+        with pytest.raises(ValueError, **refused):
+            MuonClip(params, max_grad_norm=1.0)
+    with pytest.raises(ValueError, **refused):
+        MuonClip([{"params": [matrix], "max_grad_norm": 1.0}, adamw], max_grad_norm=1.0)
+    optimizer = MuonClip([{"params": [matrix]}, adamw], max_grad_norm=1.0)
+    assert [group["max_grad_norm"] for group in optimizer.param_groups] == [None, 1.0]
+    late = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, **refused):
+        optimizer.add_param_group({"params": [late], "max_grad_norm": 1.0})
+    assert len(optimizer.param_groups) == 2
+    optimizer.add_param_group({"params": [late], "max_grad_norm": None})
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    before = matrix.detach().clone()
+    matrix.grad = torch.ones_like(matrix)
+    with pytest.raises(ValueError, **refused):
+        optimizer.step()
+    assert torch.equal(matrix, before)
+
+
+def test_a_state_whose_muon_groups_have_a_max_grad_norm():
+    """As earlier versions wrote where the constructor was given one: it loads where that clips
+    AdamW groups."""
+    params, optimizer = make(max_grad_norm=0.5)
+    train(optimizer, params)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["max_grad_norm"] = 0.5
+    _, other = make()
+    other.load_state_dict(state)
+    assert [group["max_grad_norm"] for group in other.param_groups] == [None, 0.5]
+    alone = MuonClip(parameters()[:1])
+    state = alone.state_dict()
+    alone.load_state_dict(state)
+    assert alone.param_groups[0]["max_grad_norm"] is None
+    state["param_groups"][0]["max_grad_norm"] = 0.5
+    with pytest.raises(ValueError, match="max_grad_norm: expected None without a group of AdamW"):
+        alone.load_state_dict(state)

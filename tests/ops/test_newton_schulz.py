@@ -360,7 +360,8 @@ def test_cans_goes_on_where_five_steps_end(steps: int, low: float, high: float):
     [
         ({"coefficients": "septic"}, "coefficients: expected one of"),
         ({"coefficients": "simple"}, "the triple that is 'quintic' here"),
-        ({"coefficients": "aol"}, "not served here"),
+        ({"coefficients": "deepseekv4"}, "'deepseek_v4' here"),
+        ({"coefficients": "aol", "steps": 0}, "1 to 99"),
         ({"coefficients": [(1.0, 2.0)]}, "triple"),
         ({"coefficients": [(1.0, 2.0, 3.0)] * 2}, "pass steps=2"),
         ({"coefficients": (1.0, float("nan"), 3.0)}, "finite"),

@@ -171,7 +171,7 @@ def test_opcheck():
     torch.library.opcheck(ops.matrix_product.default, (a, a.mT, c, 1.0, 0.5, True))
     torch.library.opcheck(ops.matrix_product.default, (a, a.mT, None, 1.0, 0.0, False))
     for g in ([torch.randn(4, 6), torch.randn(4, 6)], [torch.randn(6, 4).mT]):
-        arguments = (g, QUINTIC, [3], 2, torch.bfloat16, 0.0)
+        arguments = (g, QUINTIC, [3], 2, torch.bfloat16, 0.0, False)
         torch.library.opcheck(ops.newton_schulz.default, arguments)
 
 
@@ -179,7 +179,7 @@ def test_compile_full_graph_with_dynamic_sizes():
     torch._dynamo.reset()
 
     def both(g: Tensor) -> Tensor:
-        x = operators.newton_schulz([g], QUINTIC, [], 1, torch.bfloat16, 0.0)
+        x = operators.newton_schulz([g], QUINTIC, [], 1, torch.bfloat16, 0.0, True)
         return syrk(x[0]) * 2
 
     compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -293,21 +293,21 @@ X = torch.ones(3, 4)
         (ValueError, "symmetric result is square",
          lambda: PRODUCT(X, torch.ones(4, 5), None, 1.0, 0.0, True)),
         (ValueError, r"newton_schulz: restarts\[0\]: expected ascending steps in 1..4, got 5",
-         lambda: CHAIN([X], QUINTIC, [5], 2, torch.bfloat16, 0.0)),
+         lambda: CHAIN([X], QUINTIC, [5], 2, torch.bfloat16, 0.0, False)),
         (ValueError, "newton_schulz: num_restarts: expected 0",
-         lambda: CHAIN([X], QUINTIC, [2], 1, torch.bfloat16, 0.0)),
+         lambda: CHAIN([X], QUINTIC, [2], 1, torch.bfloat16, 0.0, False)),
         (ValueError, "newton_schulz: method: expected 0",
-         lambda: CHAIN([X], QUINTIC, [], 3, torch.bfloat16, 0.0)),
+         lambda: CHAIN([X], QUINTIC, [], 3, torch.bfloat16, 0.0, False)),
         (ValueError, "newton_schulz: coefficients: expected 3 a step",
-         lambda: CHAIN([X], QUINTIC[:-1], [], 1, torch.bfloat16, 0.0)),
+         lambda: CHAIN([X], QUINTIC[:-1], [], 1, torch.bfloat16, 0.0, False)),
         (ValueError, "newton_schulz: steps: expected 1 or more",
-         lambda: CHAIN([X], [], [], 1, torch.bfloat16, 0.0)),
+         lambda: CHAIN([X], [], [], 1, torch.bfloat16, 0.0, False)),
         (ValueError, "newton_schulz: eps: expected 0 or more",
-         lambda: CHAIN([X], QUINTIC, [], 1, torch.bfloat16, -1.0)),
+         lambda: CHAIN([X], QUINTIC, [], 1, torch.bfloat16, -1.0, False)),
         (TypeError, "newton_schulz: dtype: expected fp32, bf16 or fp16",
-         lambda: CHAIN([X], QUINTIC, [], 1, torch.float64, 0.0)),
+         lambda: CHAIN([X], QUINTIC, [], 1, torch.float64, 0.0, False)),
         (ValueError, r"newton_schulz: g\[1\]: expected shape \[3, 4\], got \[4, 3\]",
-         lambda: CHAIN([X, X.mT], QUINTIC, [], 1, torch.bfloat16, 0.0)),
+         lambda: CHAIN([X, X.mT], QUINTIC, [], 1, torch.bfloat16, 0.0, False)),
     ],
 )  # fmt: skip
 def test_bad_input_names_argument_and_cure(error, text, call):

@@ -218,7 +218,9 @@ def good() -> dict[str, dict[str, Any]]:
         "ops.matrix_product": {
             "a": f(4, 6), "b": f(6, 4), "c": None, "alpha": 1.0, "beta": 0.0, "symmetric": False
         },
-        "ops.newton_schulz": {"g": [f(4, 6)], **chain, "dtype": torch.float32, "eps": 0.0},
+        "ops.newton_schulz": {
+            "g": [f(4, 6)], **chain, "dtype": torch.float32, "eps": 0.0, "aol": False
+        },
         "ops.attention_max_logits": {**attention, "causal": True},
         "ops.clip_rows_": {
             "weights": [f(12, 3)], "max_logits": f(2), "layers": [2, 1],

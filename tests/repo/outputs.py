@@ -323,6 +323,13 @@ def newton_schulz(method, dtype, shape):
     return kimi_ops.newton_schulz(g, method=method, dtype=arithmetic, eps=1e-7)
 
 
+@case(method=("symmetric", "gram"), dtype=DTYPES)
+def newton_schulz_aol(method, dtype):
+    g = uniform(9, 20, dtype=dtype), uniform(20, 9)
+    options = {"method": method, "dtype": getattr(torch, dtype), "eps": 1e-7}
+    return kimi_ops.newton_schulz(g, coefficients="aol", steps=4, **options)
+
+
 @case(dtype=DTYPES, shape=((1, 1), (7, 30), (70, 33)), engines=CPU)
 def syrk(dtype, shape):
     a = uniform(*shape, dtype=dtype)

@@ -36,6 +36,7 @@ struct Case {
   bool scattered = false;     // outputs that are not equidistant
   float eps = 0.0f;
   int64_t at_once = 0;  // matrices of a stack; 0: as many as the workspace holds
+  bool aol = false;
   uint64_t seed = 3;
 
   std::string text() const {
@@ -45,7 +46,8 @@ struct Case {
                     " steps " + std::to_string(steps) + " cubic " + std::to_string(cubic) +
                     " turned " + std::to_string(turned) + " pad " + std::to_string(pad) +
                     " misalign " + std::to_string(misalign) + " scattered " +
-                    std::to_string(scattered) + " seed " + std::to_string(seed) + " restarts";
+                    std::to_string(scattered) + " aol " + std::to_string(aol) + " seed " +
+                    std::to_string(seed) + " restarts";
     for (int32_t r : restarts) t += " " + std::to_string(r);
     return t;
   }
@@ -146,6 +148,7 @@ std::vector<Numbers> run(const Case& c, const std::vector<Numbers>& matrices) {
   p.dtype = c.dtype;
   p.x_dtype = c.x_dtype;
   p.method = c.method;
+  p.aol = c.aol;
   const ChainShape shape(p);
   const size_t bytes = c.at_once ? newton_schulz_cuda::stack_bytes(p, shape, c.at_once)
                                  : newton_schulz_cuda::workspace_bytes(p);
@@ -159,6 +162,27 @@ std::vector<Numbers> run(const Case& c, const std::vector<Numbers>& matrices) {
   return images;
 }
 
+// x [rows, cols] over the norm, each row (of a tall matrix: column) over sqrt(sum |A_ij|) of it.
+void balance(const Case& c, Numbers& x, double least) {
+  const bool tall = c.rows > c.cols;
+  const int64_t m = std::min(c.rows, c.cols), n = std::max(c.rows, c.cols);
+  const auto at = [&](const Numbers& y, int64_t i, int64_t j) {
+    return y[size_t(tall ? j * c.cols + i : i * c.cols + j)];
+  };
+  const Numbers y = x;
+  for (int64_t i = 0; i < m; ++i) {
+    double sum = 0;
+    for (int64_t k = 0; k < m; ++k) {
+      double product = 0;
+      for (int64_t j = 0; j < n; ++j) product += at(y, i, j) * at(y, k, j);
+      sum += std::abs(product);
+    }
+    const double root = std::max(std::sqrt(sum), least);
+    for (int64_t j = 0; j < n; ++j)
+      x[size_t(tall ? j * c.cols + i : i * c.cols + j)] = root > 0 ? at(y, i, j) / root : 0;
+  }
+}
+
 // The iteration in fp64, X <- a X + (b A + c A^2) X.
 Numbers exact(const Case& c, Numbers x) {
   const int64_t rows = c.rows, cols = c.cols;
@@ -166,6 +190,7 @@ Numbers exact(const Case& c, Numbers x) {
   for (double v : x) norm += v * v;
   norm = std::max(std::sqrt(norm), double(c.eps));
   for (double& v : x) v /= norm == 0 ? 1 : norm;
+  if (c.aol) balance(c, x, double(c.eps) / norm);
   const std::vector<float> numbers = coefficients_of(c);
   const auto product = [](const Numbers& a, const Numbers& b, int64_t m, int64_t k, int64_t n) {
     Numbers d(size_t(m * n));
@@ -305,6 +330,51 @@ void each_road(const Body& body) {
             .dtype = KIMI_FLOAT32,
             .steps = 1,
             .at_once = 5});
+  for (kimi_newton_schulz_method method : {KIMI_NEWTON_SCHULZ_STANDARD, KIMI_NEWTON_SCHULZ_GRAM})
+    body(Case{.rows = 9,
+              .cols = 20,
+              .count = 3,
+              .method = method,
+              .restarts = {1},
+              .steps = 2,
+              .aol = true});
+}
+
+TEST(aol_is_near_to_fp64) {
+  const int64_t shapes[][2] = {{1, 9}, {9, 1}, {20, 36}, {33, 18}};
+  for (const auto& [rows, cols] : shapes)
+    for (kimi_dtype dtype : kDtypes)
+      for (kimi_newton_schulz_method method :
+           {KIMI_NEWTON_SCHULZ_SYMMETRIC, KIMI_NEWTON_SCHULZ_GRAM})
+        near({.rows = rows,
+              .cols = cols,
+              .count = 2,
+              .method = method,
+              .dtype = dtype,
+              .restarts = {2},
+              .steps = 4,
+              .aol = true});
+  near({.rows = 136, .cols = 130, .restarts = {2}, .steps = 4, .aol = true});
+}
+
+// A row of zeros, one of 2^-12 of the norm, whose products with itself fp16 cannot hold, and others.
+TEST(aol_of_rows_of_any_size) {
+  for (kimi_dtype dtype : kDtypes) {
+    Case c{.rows = 6, .cols = 20, .dtype = dtype, .restarts = {2}, .steps = 4, .aol = true};
+    Numbers g = randoms(c.rows * c.cols, 8);
+    for (int64_t j = 0; j < c.cols; ++j) {
+      g[size_t(j)] = 0;
+      g[size_t(c.cols + j)] *= 0x1p-12;
+      g[size_t(2 * c.cols + j)] *= 64;
+    }
+    const Numbers image = run(c, {g})[0], wanted = exact(c, g);
+    require(relative(image, wanted) < (dtype == KIMI_FLOAT32 ? 1e-3 : 0.1), c, "error");
+    const auto row = [&](const Numbers& x, int64_t i) {
+      return Numbers(x.begin() + i * c.cols, x.begin() + (i + 1) * c.cols);
+    };
+    require(row(image, 0) == Numbers(size_t(c.cols)), c, "a row of zeros");
+    require(relative(row(image, 1), row(wanted, 1)) < 0.15, c, "a small row");
+  }
 }
 
 TEST(bits_do_not_depend_on_company_place_or_threads) {
@@ -373,6 +443,7 @@ TEST(zero_is_zero_and_nan_stays_in_its_matrix) {
     c.eps = 100.0f;
     require(relative(run(c, {matrices[1]})[0], exact(c, matrices[1])) < 0.05, c, "eps");
     c.eps = 0.0f;
+    if (c.aol) return;                          // rows of 1e-30 of the norm count as zero there
     Numbers row = randoms(c.rows * c.cols, 2);  // one row that is all of the norm
     for (int64_t j = 0; j < c.cols; ++j) row[size_t(j)] *= 1e30;
     require(relative(run(c, {row})[0], exact(c, row)) < 0.02, c, "one huge row");
@@ -438,6 +509,8 @@ TEST(launches) {
   CHECK(launches(c) == 2 * (2 + 18));
   c.method = KIMI_NEWTON_SCHULZ_STANDARD;
   CHECK(launches(c) == 2 * (2 + 15));
+  c.aol = true;
+  CHECK(launches(c) == 2 * (2 + 3 + 15));
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ matrix_product = Operator(
 )
 newton_schulz = Operator(
     "newton_schulz(Tensor[] g, float[] coefficients, int[] restarts, int method, ScalarType dtype, "
-    "float eps) -> Tensor",
+    "float eps, bool aol) -> Tensor",
     _images,
     differentiable=False,
 )

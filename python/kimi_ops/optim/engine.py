@@ -90,6 +90,7 @@ def orthogonalize(
     restarts: tuple[int, ...],
     dtype: torch.dtype,
     eps: float,
+    aol: bool,
 ) -> list[Tensor]:
     """The chains of independent matrices [m, n] of any strides, each result in its matrix's dtype.
 
@@ -106,10 +107,12 @@ def orthogonalize(
     for members in alike.values():
         group = [matrices[i] for i in members]
         if served("newton_schulz", group[0]) and dtype in _native.DTYPES:
-            done = newton_schulz.newton_schulz(group, numbers, restarts, code, dtype, eps).unbind(0)
+            chain = newton_schulz.newton_schulz
+            done = chain(group, numbers, restarts, code, dtype, eps, aol).unbind(0)
         else:
             keys: dict[str, Any] = {"method": method, "restarts": restarts, "dtype": dtype}
-            done = [twin.newton_schulz(x, rows, **keys, eps=eps, products=PRODUCTS) for x in group]
+            keys |= {"eps": eps, "aol": aol, "products": PRODUCTS}
+            done = [twin.newton_schulz(x, rows, **keys) for x in group]
         for i, image in zip(members, done, strict=True):
             images[i] = image
     return [image for image in images if image is not None]

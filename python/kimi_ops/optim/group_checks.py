@@ -151,12 +151,22 @@ def check_numbers(group: dict[str, Any]) -> None:
         _check_number("betas", beta, 0, 1, "AdamW's habit is (0.9, 0.95)")
     limit = group["max_grad_norm"]
     if limit is not None:
+        check_clip(limit, [group])
         _check_number("max_grad_norm", limit, 0, math.inf, "1 is usual, None clips nothing")
         if limit == 0:
             raise ValueError(
                 "MuonClip: max_grad_norm: expected a positive number, got 0; 1 is usual, None "
                 "clips nothing"
             )
+
+
+def check_clip(limit: float | None, groups: list[dict[str, Any]]) -> None:
+    """Raise for a `max_grad_norm` where no group is AdamW's: Muon ignores a gradient's scale."""
+    if limit is not None and all(group["algorithm"] == "muon" for group in groups):
+        raise ValueError(
+            "MuonClip: max_grad_norm: expected None without a group of AdamW, since Muon does not "
+            f"see the scale of a gradient, got {limit!r}; give it to the groups of AdamW alone"
+        )
 
 
 def _check_tensors(group: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kimi_ops.optim import engine
-from kimi_ops.optim.group_checks import Checked, check_group, check_groups
+from kimi_ops.optim.group_checks import Checked, check_clip, check_group, check_groups
 from kimi_ops.optim.group_keys import check_keys, follow_cycle
 from kimi_ops.optim.learning_rate import AdjustLr
 from kimi_ops.optim.muon_blocks import MASTER, mastered, names, state_dtype
@@ -101,8 +101,8 @@ class MuonClip(torch.optim.Optimizer):
     betas, adamw_eps
         AdamW. A group with ``algorithm="adamw"`` may write ``eps`` for ``adamw_eps``.
     max_grad_norm : float, optional
-        Largest norm of all gradients of a group together; AdamW groups only. The gradients
-        themselves are not written.
+        Largest norm of all gradients of a group together; AdamW groups only, and refused in a Muon
+        group and where there is no group of AdamW. The gradients themselves are not written.
     foreach : bool, optional
         Put many parameters through Newton-Schulz at once (None: yes) or one at a time.
     ns_max_batch : int, optional
@@ -215,6 +215,7 @@ class MuonClip(torch.optim.Optimizer):
         self._warned = False
         self._checked: list[Checked] = []  # the groups of the last step
         super().__init__(params, defaults)
+        check_clip(max_grad_norm, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards.process_group is not None:
@@ -240,6 +241,12 @@ class MuonClip(torch.optim.Optimizer):
             loaded_group(unpack_function(group), old, self.defaults)
             for group, old in zip(state["param_groups"], olds, strict=True)
         ]
+        if any(group["algorithm"] == "adamw" for group in groups):
+            # theirs alone; earlier states have it in every group
+            groups = [
+                {**group, "max_grad_norm": None} if group["algorithm"] == "muon" else group
+                for group in groups
+            ]
         for group in groups:
             check_group(group)
         self._shards.update(groups)
@@ -252,6 +259,8 @@ class MuonClip(torch.optim.Optimizer):
         it was."""
         if isinstance(param_group, dict):
             check_keys(param_group, self.defaults)
+            if param_group.get("algorithm", "muon") == "muon":
+                param_group = {"max_grad_norm": None, **param_group}  # the default is AdamW's
             if param_group.get("algorithm") == "adamw":
                 # eps is torch.optim.AdamW's name; adamw_eps comes before it, both are saved
                 eps = param_group.get("eps", self.defaults["adamw_eps"])

@@ -49,21 +49,25 @@ _CANS = (
     (2.2737, -1.6447, 0.4162),
 )
 
+# J. You (2025): five triples tuned together, which leave [0.977, 1.146] of [3e-3, 1].
+_YOU = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+_SETTLE = (1.875, -1.25, 0.375)  # Newton-Schulz proper: values near 1 go to 1
+
 # Schedules whose last row may be repeated: any number of steps makes sense.
 OPEN_SCHEDULES: dict[str, tuple[Triple, ...]] = {
     "quintic": (_QUINTIC,),
     "polar_express": _guarded(_POLAR_EXPRESS),
-    "cans": (*_guarded(_CANS), (1.91257, -1.30923, 0.39647), (1.875, -1.25, 0.375)),
+    "cans": (*_guarded(_CANS), (1.91257, -1.30923, 0.39647), _SETTLE),
 }
 # Schedules tuned as a whole: they mean something only with all their rows.
 FIXED_SCHEDULES: dict[str, tuple[Triple, ...]] = {
-    "you": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
+    "you": _YOU,
     "deepseek_v4": (_QUINTIC,) * 8 + ((2.0, -1.5, 0.5),) * 2,
     "cubic": (
         (3.36566, -3.34210, 0.0),
@@ -74,6 +78,9 @@ FIXED_SCHEDULES: dict[str, tuple[Triple, ...]] = {
     ),
 }
 SCHEDULES: dict[str, tuple[Triple, ...]] = {**OPEN_SCHEDULES, **FIXED_SCHEDULES}
+# Turbo-Muon (arXiv 2512.04632): AOL's scaling takes the place of the first rows of `you`.
+AOL = "aol"
+NAMES = sorted((*SCHEDULES, AOL))
 
 # Names that others give to what is here, and what they mean.
 _ELSEWHERE = {
@@ -82,7 +89,7 @@ _ELSEWHERE = {
     "dion": "optax's name of the five triples that are 'you' here",
     "cubic5": "'cubic' here",
     "custom": "a list of triples here",
-    "aol": "a preconditioner that scales rows and so turns singular vectors; not served here",
+    "deepseekv4": "'deepseek_v4' here",
 }
 
 
@@ -95,7 +102,9 @@ def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         ``"quintic"`` (Keller Jordan's triple; Emerging-Optimizers calls it ``simple`` and what is
         ``"you"`` here ``quintic``), ``"polar_express"`` and ``"cans"`` take any number of steps
         (their last row repeats); ``"you"``, ``"cubic"`` (5 rows) and ``"deepseek_v4"`` (10 rows)
-        only their own; one triple repeats; a list has one per step.
+        only their own; ``"aol"`` has the last rows of ``"you"``, with more than five steps all of
+        them and then (1.875, -1.25, 0.375), and :func:`kimi_ops.newton_schulz` scales rows before
+        them; one triple repeats; a list has one per step.
     steps : int
         Number of iterations, 1 to 99.
 
@@ -116,9 +125,11 @@ def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
     if not 1 <= steps < 100:
         raise ValueError(f"newton_schulz: steps: expected 1 to 99, got {steps}; 5 is usual")
     if isinstance(coefficients, str):
+        if coefficients == AOL:
+            return (_YOU[-steps:] + (_SETTLE,) * steps)[:steps]
         if coefficients not in SCHEDULES:
             raise ValueError(
-                f"newton_schulz: coefficients: expected one of {sorted(SCHEDULES)}, a triple or "
+                f"newton_schulz: coefficients: expected one of {NAMES}, a triple or "
                 f"a list of triples, got {coefficients!r}; "
                 + _ELSEWHERE.get(coefficients, "choose one")
             )
@@ -147,6 +158,11 @@ def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
             f"steps={len(triples)}"
         )
     return tuple(triples)
+
+
+def has_aol(coefficients: Coefficients) -> bool:
+    """Whether the rows of a matrix are scaled before the steps."""
+    return isinstance(coefficients, str) and coefficients == AOL
 
 
 def tune_ns_restarts(
