@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kimi_ops import TopkGate, fused_experts, sequence_balance_loss, topk_gate
+from kimi_ops import (
+    PermutePlan,
+    TopkGate,
+    fused_experts,
+    gate_plan,
+    sequence_balance_loss,
+    topk_gate,
+)
 from kimi_ops._autocast import no_autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
@@ -29,24 +36,29 @@ class Router(FixedBuffers):
         bias = torch.zeros(experts, dtype=torch.float32, device=factory.get("device"))
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, TopkGate]:
-        """logits [T, E] fp32 and the choice of experts, for x [T, H]; none where not `valid`."""
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, *, planned: bool = False
+    ) -> tuple[Tensor, TopkGate, PermutePlan | None]:
+        """logits [T, E] fp32 and the choice of experts, for x [T, H]; none where not `valid`.
+
+        `planned`: with the plan of the experts' rows, from the same call.
+        """
         config = self.config
         with no_autocast(x.device.type):  # it would round the scores to 16 bits
             logits = F.linear(x.float(), self.weight.float())
         everyone = config.num_experts_per_tok == config.n_routed_experts
-        gate = topk_gate(
-            logits,
-            config.num_experts_per_tok,
-            score_function=config.scoring_func,
-            expert_bias=self.e_score_correction_bias,
-            num_groups=1 if everyone else config.n_group,
-            topk_groups=1 if everyone else config.topk_group,
-            renormalize=config.norm_topk_prob,
-            scaling_factor=config.routed_scaling_factor,
-            valid=valid,
-        )
-        return logits, gate
+        options: dict[str, Any] = {
+            "score_function": config.scoring_func,
+            "expert_bias": self.e_score_correction_bias,
+            "num_groups": 1 if everyone else config.n_group,
+            "topk_groups": 1 if everyone else config.topk_group,
+            "renormalize": config.norm_topk_prob,
+            "scaling_factor": config.routed_scaling_factor,
+            "valid": valid,
+        }
+        if planned:
+            return logits, *gate_plan(logits, config.num_experts_per_tok, **options)
+        return logits, topk_gate(logits, config.num_experts_per_tok, **options), None
 
 
 class Experts(nn.Module):
@@ -98,7 +110,9 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """[B, S, H] from x [B, S, H]; tokens that are not `valid` [B, S] get no routed expert."""
         tokens = x.flatten(0, 1)
-        logits, gate = self.gate(tokens, None if valid is None else valid.flatten())
+        valid_tokens = None if valid is None else valid.flatten()
+        # Ranks that share the experts make plans of the rows that they get.
+        logits, gate, plan = self.gate(tokens, valid_tokens, planned=self.ranks is None)
         balance_loss = None
         if self.training and self.config.aux_loss_alpha:
             balance_loss = self._balance(logits, gate.indices, x.shape[0], valid)
@@ -110,7 +124,7 @@ class MoE(nn.Module):
             self.balance_loss = balance_loss
             if self.training:
                 self.tokens_per_expert += gate.tokens_per_expert
-        y = self._mixed(tokens, gate)
+        y = self._mixed(tokens, gate, plan)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
         return y.view_as(x)
@@ -132,7 +146,7 @@ class MoE(nn.Module):
         ]
         return torch.stack(losses).mean()
 
-    def _mixed(self, tokens: Tensor, gate: TopkGate) -> Tensor:
+    def _mixed(self, tokens: Tensor, gate: TopkGate, plan: PermutePlan | None) -> Tensor:
         """The weighted sum of the routed experts."""
         stacks, activation = self.experts, self.config.hidden_act
         if self.ranks is not None and isinstance(stacks, Experts):
@@ -144,6 +158,7 @@ class MoE(nn.Module):
             gate.weights,
             gate.indices,
             activation=activation,
+            plan=plan,
         )
 
     def reset_statistics(self) -> None:
