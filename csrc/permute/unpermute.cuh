@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
           if (row[k] < 0) continue;
           const T* from = static_cast<const T*>(p.y) + row[k] * p.y_stride + h;
           if constexpr (kWide) {
-            const uint4 bits = load16_streaming(from);
+            const uint4 bits = load16_fresh(from);
             memcpy(&y[k], &bits, sizeof bits);
           } else {
             y[k][0] = *from;

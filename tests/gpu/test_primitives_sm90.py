@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The Hopper primitives of csrc/device on a GPU against their host models, word for word.
 
-The same scheme as test_primitives.py, from primitives_sm90.cu: TMA, wgmma, stmatrix, clusters, launches
-that overlap. The host build is held against numpy wherever it runs.
+The same scheme as test_primitives.py, from primitives_sm90.cu: TMA, wgmma, stmatrix, clusters,
+launches that overlap. The host build is held against numpy wherever it runs.
 """
 
 import ctypes
