@@ -7,7 +7,9 @@ GB on the way: batched_mm copies the chosen matrices for each pair, the backward
 stack of zeros for each expert. Roof: the slower of the operations at the rate of a
 large dense product and the bytes of the chosen experts' matrices (read twice for gradients, which
 are written for all experts) at the read bandwidth. Peak memory: ours, then grouped_mm's. A second
-table compares FP8 and INT4 experts with bfloat16.
+table compares FP8 and INT4 experts with bfloat16. The last one is decode: from the router's logits
+to the experts' sum, gate and plan in one call, beside the two ops apart; on a GPU from a graph. Its
+share of the roof is that of the chosen experts' bytes; KIMI_OPS_OVERLAP=0 keeps the launches apart.
 
     python -m benchmarks.bench_fused_experts [--help]
 """
@@ -19,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import ExpertsCase, experts_cases
+from benchmarks.cases import ExpertsCase, decode_cases, experts_cases
 from benchmarks.marks import parametrize
-from benchmarks.measure import Functions, roof_rate
+from benchmarks.measure import Functions, graphed, roof_rate
 from benchmarks.session import Session, main
-from kimi_ops import Fp8BlockWeight, Int4GroupWeight, fused_experts, topk_gate
+from kimi_ops import Fp8BlockWeight, Int4GroupWeight, fused_experts, gate_plan, topk_gate
 
 PEERS = ("eager", "batched_mm", "grouped_mm")
 FORMS = {"fp8": Fp8BlockWeight, "int4": Int4GroupWeight}
@@ -129,6 +131,7 @@ def compare(session: Session) -> None:
         table.compare(case, setting.functions(), case.flops, "TFLOP/s", roof)
     if device == "cpu":
         quantized(session)
+    decode(session)
 
 
 def quantized_cases(quick: bool) -> list[ExpertsCase]:
@@ -167,6 +170,39 @@ def quantized(session: Session) -> None:
         named, moved = quantized_functions(case, form, make_weights(case, "cpu"))
         roof = roof_rate(case.flops, moved, session.peak(torch.bfloat16), session.bandwidth)
         table.compare(name, named, case.flops, "TFLOP/s", roof)
+
+
+def decode_functions(case: ExpertsCase, weights: tuple[Tensor, Tensor]) -> tuple[Functions, int]:
+    """The layer behind its router's logits; the bytes of the experts that they choose."""
+    setting = Setting(case, weights)
+    logits = torch.randn(case.tokens, case.experts).to(setting.x.device)
+    active = len(topk_gate(logits, case.k).indices.unique())
+
+    @torch.no_grad()
+    def ours() -> Tensor:
+        gate, plan = gate_plan(logits, case.k)
+        return fused_experts(setting.x, *weights, gate.weights, gate.indices, plan=plan)
+
+    @torch.no_grad()
+    def apart() -> Tensor:
+        gate = topk_gate(logits, case.k)
+        return fused_experts(setting.x, *weights, gate.weights, gate.indices)
+
+    device = setting.x.device.type
+    named = {"kimi_ops": graphed(ours, device), "apart": graphed(apart, device)}
+    return named, active * case.expert_bytes
+
+
+def decode(session: Session) -> None:
+    table = session.table("fused_experts (decode)", width=40, peers=("apart",))
+    model, weights = "", None
+    for case in session.select(decode_cases(session.quick, session.device)):
+        if model != case.model:
+            weights = None
+            model, weights = case.model, make_weights(case, session.device)
+        assert weights is not None
+        named, moved = decode_functions(case, weights)
+        table.compare(case, named, moved, "GB/s", session.bandwidth)
 
 
 @parametrize("case", experts_cases(quick=True), ids=str)

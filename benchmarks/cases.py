@@ -244,6 +244,15 @@ def experts_cases(quick: bool, device: str = "cpu") -> list[ExpertsCase]:
     ]
 
 
+def decode_cases(quick: bool, device: str = "cpu") -> list[ExpertsCase]:
+    """Few tokens: on a GPU through all experts of a layer of Kimi K2 (34 GB), else small ones."""
+    if device == "cuda":
+        model, tokens = ("K2 E 384 decode", 384, 7168, 2048), (1, 16, 64)
+    else:
+        model, tokens = ("E 64, H 2048, F 768 decode", 64, 2048, 768), (1, 16)
+    return [ExpertsCase(*model, t) for t in tokens[: 1 if quick and device == "cpu" else None]]
+
+
 @dataclass(frozen=True)
 class StepCase:
     preset: str

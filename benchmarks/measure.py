@@ -121,6 +121,22 @@ class GpuSampler:
         return begin.elapsed_time(end) * 1e-3, self.CYCLES / end.elapsed_time(after) * 1e-3
 
 
+def graphed(function: Function, device: str) -> Function:
+    """On a GPU the replay of a graph of the call, which leaves the host out; elsewhere the call."""
+    if device != "cuda":
+        return function
+    function()  # what is done once is not captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = function()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
 def read_bandwidth(device: str) -> float:
     """Bytes a second that torch.sum reads from memory (512 MB of fp32)."""
     x = torch.ones(128 << 20, device=device)

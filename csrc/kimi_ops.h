@@ -261,6 +261,21 @@ KIMI_API size_t kimi_permute_plan_workspace_bytes(const kimi_permute_plan_params
 KIMI_API kimi_status kimi_permute_plan(const kimi_permute_plan_params* params, kimi_device device,
                                        void* stream);
 
+/* kimi_topk_gate, and kimi_permute_plan (align 1) of its ids and counts: on CUDA in one launch for
+ * few tokens. */
+typedef struct kimi_gate_plan_params {
+  kimi_topk_gate_params gate;
+  int32_t* row_map; /* out [T, K] */
+  int32_t* source;  /* out [T * K]; T * K must stay below 2^31 */
+  int32_t* offsets; /* out [E] */
+  void* workspace;  /* kimi_gate_plan_workspace_bytes() bytes, 16-byte aligned */
+} kimi_gate_plan_params;
+
+KIMI_API size_t kimi_gate_plan_workspace_bytes(const kimi_gate_plan_params* params,
+                                               kimi_device device);
+KIMI_API kimi_status kimi_gate_plan(const kimi_gate_plan_params* params, kimi_device device,
+                                    void* stream);
+
 /* y[row_map[t, k]] = x[t] byte for byte, rows with source -1 zero. */
 typedef struct kimi_permute_params {
   const void* x;          /* [T] rows of row_bytes, row t at x + t * x_stride_bytes */

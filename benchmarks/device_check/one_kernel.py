@@ -58,6 +58,21 @@ def layer(device: str, scale: int) -> Function:
     return lambda: kimi_ops.fused_experts(x, up, down, routed.weights, routed.indices)
 
 
+def decode(device: str, scale: int) -> Function:
+    """A token of K2 behind its router, through 48 of the experts: four launches."""
+    experts, hidden, width = 48, 7168 // scale, 2048 // scale
+    up = torch.randn(experts, 2 * width, hidden, device=device).bfloat16() / hidden**0.5
+    down = torch.randn(experts, hidden, width, device=device).bfloat16() / width**0.5
+    x, logits = torch.randn(1, hidden, device=device).bfloat16(), torch.randn(1, experts)
+    logits = logits.to(device)
+
+    def layer() -> Tensor:
+        routed, plan = kimi_ops.gate_plan(logits, 8)
+        return kimi_ops.fused_experts(x, up, down, routed.weights, routed.indices, plan=plan)
+
+    return layer
+
+
 # name -> (device, divisor of the sizes) -> the call
 KERNELS: dict[str, Callable[[str, int], Function]] = {
     "gate": lambda d, s: gate(d, 32768 // s, 384, 8),
@@ -71,6 +86,7 @@ KERNELS: dict[str, Callable[[str, int], Function]] = {
     "wgrad": lambda d, s: product(d, "wgrad", 4, 7168 // s, 4096 // s, 8192 // s),
     "wgradacc": lambda d, s: product(d, "wgradacc", 48, 7168 // s, 4096 // s, 64),
     "experts": layer,
+    "decode": decode,
     "fp8": lambda d, s: product(d, "fp8", 4, 7168 // s, 4096 // s, 8192 // s),
 }
 

@@ -20,7 +20,7 @@ WORKERS, TEST_SECONDS = 10, 40
 BENCHMARKS = ("topk_gate", "permute", "grouped_gemm", "fused_experts")
 KERNELS = (
     "gate", "gate896", "plan", "permute", "unpermute", "big", "down", "few", "wgrad", "wgradacc",
-    "experts", "fp8",
+    "experts", "decode", "fp8",
 )  # fmt: skip  # of one_kernel, whose imports the parent of a run cannot resolve
 PROFILED = ("gate", "big", "wgradacc", "experts")
 SECTIONS = [
@@ -69,6 +69,10 @@ def bench(logs: Path) -> list[Step]:
         command = [*MODULE, f"benchmarks.bench_{name}", "--device", "cuda", "--quick"]
         command += ["--no-compile", "--json", str(logs / result)]
         steps.append(Step(f"bench {name}", command, 60, result))
+    command = [*MODULE, "benchmarks.bench_fused_experts", "--device", "cuda", "--quick"]
+    command += ["--cases", "decode", "--json", str(logs / "bench_decode_apart.json")]
+    apart = {"KIMI_OPS_OVERLAP": "0"}  # what the overlap of launches is worth
+    steps.append(Step("bench decode apart", command, 30, "bench_decode_apart.json", None, apart))
     return steps
 
 

@@ -20,6 +20,7 @@
 #include "newton_schulz/newton_schulz.h"
 #include "permute/permute.h"
 #include "qk_clip/qk_clip.h"
+#include "topk_gate/gate_plan.h"
 #include "topk_gate/topk_gate.h"
 
 namespace {
@@ -137,6 +138,7 @@ size_t kimi_z_loss_workspace_bytes(int64_t num_tokens) {
 }
 
 KIMI_OP_WITH_WORKSPACE(permute_plan)
+KIMI_OP_WITH_WORKSPACE(gate_plan)
 KIMI_OP(permute)
 KIMI_OP(unpermute)
 KIMI_OP(unpermute_backward)

@@ -5,7 +5,13 @@
 namespace kimi::bindings {
 namespace {
 
-PyObject* topk_gate(Call& call) {
+// What topk_gate and gate_plan take and give alike.
+struct Gate {
+  kimi_topk_gate_params p;
+  Output weights, indices, counts;
+};
+
+Gate gate_of(Call& call) {
   const Tensor logits = call.tensor("logits").of(kNatives).shape({"T", "E"}, kFlatten).dense_rows();
   kimi_topk_gate_params p = {};
   p.top_k = call.int32("k");
@@ -18,7 +24,7 @@ PyObject* topk_gate(Call& call) {
   p.scaling_factor = float(call.number("scaling_factor"));
   const Tensor valid = call.optional("valid");
   set_logits(p, logits);
-  call.check(gate::check_options(p));
+  call.check(gate::check_options(std::string(call.op).c_str(), p));
   if (bias) {
     bias.of({kFloat32}, "keep the bias in float32: bfloat16 cannot hold steps of 0.001");
     p.expert_bias = bias.shape({p.num_experts}).beside(logits).dense().data<float>();
@@ -30,8 +36,27 @@ PyObject* topk_gate(Call& call) {
   p.weights = weights.data<float>();
   p.indices = indices.data<int32_t>();
   p.tokens_per_expert = counts.data<int32_t>();
-  call.run(kimi_topk_gate, p);
-  return call.result({weights, indices, counts});
+  return {p, weights, indices, counts};
+}
+
+PyObject* topk_gate(Call& call) {
+  const Gate gate = gate_of(call);
+  call.run(kimi_topk_gate, gate.p);
+  return call.result({gate.weights, gate.indices, gate.counts});
+}
+
+PyObject* gate_plan(Call& call) {
+  const Gate gate = gate_of(call);
+  kimi_gate_plan_params p = {gate.p, nullptr, nullptr, nullptr, nullptr};
+  const Output row_map = call.empty(kInt32, {gate.p.num_tokens, gate.p.top_k});
+  const Output source = call.empty(kInt32, {gate.p.num_tokens * gate.p.top_k});
+  const Output offsets = call.empty(kInt32, {gate.p.num_experts});
+  p.row_map = row_map.data<int32_t>();
+  p.source = source.data<int32_t>();
+  p.offsets = offsets.data<int32_t>();
+  p.workspace = call.workspace(kimi_gate_plan_workspace_bytes(&p, call.device()));
+  call.run(kimi_gate_plan, p);
+  return call.result({gate.weights, gate.indices, gate.counts, row_map, source, offsets});
 }
 
 PyObject* topk_gate_backward(Call& call) {
@@ -58,6 +83,7 @@ PyObject* topk_gate_backward(Call& call) {
 
 void define_topk_gate(Methods& methods) {
   methods.add<topk_gate, 10>("topk_gate");
+  methods.add<gate_plan, 10>("gate_plan");
   methods.add<topk_gate_backward, 6>("topk_gate_backward");
 }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
 namespace kimi {
 namespace {
@@ -20,12 +21,25 @@ int initial_sm() {
   return 0;
 }
 
+bool initial_overlap() {
+  const char* wanted = std::getenv("KIMI_OPS_OVERLAP");
+  if (!wanted || !*wanted || std::strcmp(wanted, "1") == 0) return true;
+  if (std::strcmp(wanted, "0") == 0) return false;
+  std::fprintf(stderr, "kimi_ops: KIMI_OPS_OVERLAP=%s: expected 0 or 1; kernels overlap\n", wanted);
+  return true;
+}
+
 std::atomic<int>& limit() {
   static std::atomic<int> value{initial_sm()};
   return value;
 }
 
 }  // namespace
+
+bool overlap_allowed() {
+  static const bool allowed = initial_overlap();
+  return allowed;
+}
 
 int max_sm() { return limit().load(std::memory_order_relaxed); }
 

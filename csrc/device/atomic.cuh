@@ -26,6 +26,11 @@ __device__ inline uint32_t atomic_min(uint32_t* address, uint32_t value) {
   return atomicMin(address, value);
 }
 
+/// atom.or.b32
+__device__ inline uint32_t atomic_or(uint32_t* address, uint32_t value) {
+  return atomicOr(address, value);
+}
+
 /// atom.cas.b32: stores `value` where `expected` stood; the old value.
 __device__ inline uint32_t atomic_cas(uint32_t* address, uint32_t expected, uint32_t value) {
   return atomicCAS(address, expected, value);

@@ -27,6 +27,9 @@ inline void mbarrier_arrive_in(MBarrier& b, int rank) {
   detail::check_fenced(there, "mbarrier_arrive_in");
   detail::arrive(there);
 }
+inline uint32_t load_in(const uint32_t* address, int rank) {
+  return *static_cast<const uint32_t*>(simt::in_peer(address, rank));
+}
 
 #else
 
@@ -66,6 +69,21 @@ __device__ __forceinline__ void mbarrier_arrive_in(MBarrier& b, int rank) {
       "}" ::"r"(detail::shared_u32(&b)),
       "r"(rank)
       : "memory");
+}
+
+/// ld.shared::cluster.u32 from the same place in block `rank`, once it has met this one.
+__device__ __forceinline__ uint32_t load_in(const uint32_t* address, int rank) {
+  uint32_t value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.u32 %0, [remote];\n"
+      "}"
+      : "=r"(value)
+      : "r"(detail::shared_u32(address)), "r"(rank)
+      : "memory");
+  return value;
 }
 
 #endif

@@ -22,8 +22,9 @@ struct LaunchConfig {
   size_t smem_bytes = 0;   // dynamic shared memory of a block
   void* stream = nullptr;  // a cudaStream_t
   bool cooperative =
-      false;             // all blocks are resident at once, so that they may wait for each other
-  unsigned cluster = 1;  // blocks along x that run together and reach each other's shared memory
+      false;              // all blocks are resident at once, so that they may wait for each other
+  unsigned cluster = 1;   // blocks along x that run together and reach each other's shared memory
+  bool overlaps = false;  // begins while the kernel before it ends, for which it waits: overlap.cuh
 };
 
 #if defined(KIMI_HOST_SIMT)
@@ -45,12 +46,14 @@ Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Argumen
     simt::fail("launch: cooperative: expected at most the " + std::to_string(resident) +
                " blocks that are resident, got " + std::to_string(blocks));
   simt::launch(kernel,
-               {config.grid, config.block, config.smem_bytes, config.cooperative, config.cluster},
+               {config.grid, config.block, config.smem_bytes, config.cooperative, config.cluster,
+                config.overlaps && overlap_allowed()},
                arguments...);
   return Status::ok();
 }
 
 inline Status memset_async(void* destination, int byte, size_t bytes, void* /*stream*/) {
+  simt::synchronize();
   if (bytes > 0) std::memset(destination, byte, bytes);
   return Status::ok();
 }
@@ -111,13 +114,17 @@ inline cudaLaunchAttribute cluster_attribute(unsigned cluster) {
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
   KIMI_RETURN_IF_ERROR(allow_shared_memory(kernel, config.smem_bytes));
-  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchAttribute attributes[3]{};
   unsigned count = 0;
   if (config.cooperative) {
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count++].val.cooperative = 1;
   }
   if (config.cluster > 1) attributes[count++] = cluster_attribute(config.cluster);
+  if (config.overlaps && overlap_allowed()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t cuda{};
   cuda.gridDim = config.grid;
   cuda.blockDim = config.block;

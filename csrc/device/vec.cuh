@@ -38,6 +38,10 @@ inline uint4 load16_streaming(const void* address) {
   simt::detail::check_global16(address, "load16_streaming");
   return *static_cast<const uint4*>(address);
 }
+inline uint4 load16_fresh(const void* address) {
+  simt::detail::check_global16(address, "load16_fresh");
+  return *static_cast<const uint4*>(address);
+}
 inline void store16(void* address, uint4 value) {
   detail::check_alignment(address, "store16");
   *static_cast<uint4*>(address) = value;
@@ -58,6 +62,16 @@ __device__ inline uint4 load16(const void* address) { return *static_cast<const 
 __device__ inline uint4 load16_streaming(const void* address) {
   uint4 value;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(address)));
+  return value;
+}
+
+/// ld.global.L1::no_allocate.v4.u32: the same for a kernel that overlaps the one which writes it
+/// (overlap.cuh).
+__device__ inline uint4 load16_fresh(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(__cvta_generic_to_global(address)));
   return value;

@@ -45,6 +45,7 @@ Product product_of(const Params& p, Grouping grouping, const Matrix& a, const Ma
   product.a = a;
   product.b = b;
   product.groups = {p.offsets, p.num_tokens * p.top_k, p.num_experts};
+  product.overlaps = true;
   return product;
 }
 template <class Params>
@@ -87,11 +88,14 @@ Status gate_up(const Params& p, void* saved, void* hidden, void* stream) {
   return activate_product(product, activate_of(p, saved, hidden), Pass::kForward, stream);
 }
 
-// out[t] = sum_k weights[t, k] A[row] B[e]^T, or without weights, through rows [R, H].
+// out[t] = sum_k weights[t, k] A[row] B[e]^T, or without weights, through rows [R, H]. `after_a`:
+// the last kernel launched writes A and nothing else that is read here.
 template <class Params>
 Status sum_of_products(const Params& p, Matrix left, Matrix right, int64_t depth,
-                       const float* weights, void* rows_of_product, void* out, void* stream) {
+                       const float* weights, void* rows_of_product, void* out, bool after_a,
+                       void* stream) {
   Product product = product_of(p, Grouping::kM, left, right);
+  product.groups.older = after_a;
   product.depth = depth;
   product.cols = p.hidden;
   KIMI_RETURN_IF_ERROR(
@@ -169,7 +173,7 @@ Status fused_experts_cuda(const FusedExpertsParams& p, void* stream) {
   const ForwardWorkspace workspace(p, p.workspace);
   KIMI_RETURN_IF_ERROR(gate_up(p, p.gate_up, workspace.hidden, stream));
   return sum_of_products(p, rows(workspace.hidden, p.width), weights_of(p.w_down), p.width,
-                         p.weights, workspace.rows, p.y, stream);
+                         p.weights, workspace.rows, p.y, p.num_tokens * p.width > 0, stream);
 }
 
 size_t fused_experts_backward_workspace_bytes_cuda(const FusedExpertsBackwardParams& p) {
@@ -206,7 +210,7 @@ Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* st
                                         p.grad_w_gate_up, stream));
   if (!p.dx || p.num_tokens == 0 || p.hidden == 0) return Status::ok();
   return sum_of_products(p, rows(workspace.grad_gate_up, 2 * p.width), transposed(p.w_gate_up),
-                         2 * p.width, nullptr, workspace.rows, p.dx, stream);
+                         2 * p.width, nullptr, workspace.rows, p.dx, false, stream);
 }
 
 }  // namespace kimi

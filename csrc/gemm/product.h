@@ -34,6 +34,9 @@ struct Groups {
   const int32_t* offsets;  // [count] inclusive ends, on the device; a batch has none
   int64_t num_rows;        // R, of what they divide; M-grouped: rows from offsets[count-1] on are 0
   int32_t count;
+  // Offsets and B are older than the kernel before this one on the stream, which does not write
+  // them: they may be read before it has ended (device/overlap.cuh).
+  bool older = false;
 };
 
 struct Product {
@@ -41,10 +44,11 @@ struct Product {
   kimi_dtype dtype;  // of A and B; means nothing for FP8
   Matrix a, b;
   Groups groups;
-  int64_t rows;        // of C for each group, unless M-grouped
-  int64_t depth;       // unless K-grouped
-  int64_t cols;        // that the epilogue writes: half the rows of B if it takes gate and up
-  bool lower = false;  // a batch's tiles wholly above the diagonal are left out; rows == cols
+  int64_t rows;           // of C for each group, unless M-grouped
+  int64_t depth;          // unless K-grouped
+  int64_t cols;           // that the epilogue writes: half the rows of B if it takes gate and up
+  bool lower = false;     // a batch's tiles wholly above the diagonal are left out; rows == cols
+  bool overlaps = false;  // on Hopper the kernel begins while the one before it ends
 };
 
 // The epilogue of products that stand for themselves: out = round(C + bias), or out += C.

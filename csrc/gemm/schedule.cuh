@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "device/math.cuh"
+#include "device/overlap.cuh"
 #include "device/warp.cuh"
 #include "gemm/product.h"
 
@@ -104,7 +105,7 @@ class RowSchedule {
     if (e < 0) return 0;
     const int32_t rows = static_cast<int32_t>(groups_.num_rows);
     if (e >= groups_.count) return rows;
-    const int32_t end = groups_.offsets[e];
+    const int32_t end = groups_.older ? load_older(groups_.offsets + e) : groups_.offsets[e];
     return end < 0 ? 0 : end > rows ? rows : end;
   }
   __device__ void load_window(int32_t first, uint32_t tiles_before) {

@@ -10,8 +10,7 @@
 
 namespace kimi::permutation {
 
-inline Status check_plan(const PermutePlanParams& p) {
-  const char* op = "permute_plan";
+inline Status check_plan(const PermutePlanParams& p, const char* op = "permute_plan") {
   constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
   if (p.num_tokens < 0) return invalid(op, ": num_tokens: expected 0 or more, got ", p.num_tokens);
   if (p.top_k < 1) return invalid(op, ": indices.shape[1]: expected 1..", kMost, ", got ", p.top_k);

@@ -106,7 +106,7 @@ __device__ inline T block_exclusive_sum(T value, T (&warp_sums)[kWarps], T& carr
 /// share a job's columns. Jobs and columns beyond the grid are reached by going round.
 template <class Params>
 Status launch_by_columns(void (*kernel)(Params), const Params& p, int64_t jobs, int64_t columns,
-                         void* stream) {
+                         void* stream, bool overlaps = false) {
   const int64_t parts = std::max<int64_t>(1, (columns + kMaxThreads - 1) / kMaxThreads);
   const int64_t even = (columns + parts - 1) / parts;  // columns of a part
   const int threads = static_cast<int>(std::max<int64_t>(1, (even + 31) / 32) * 32);
@@ -114,7 +114,9 @@ Status launch_by_columns(void (*kernel)(Params), const Params& p, int64_t jobs, 
   const int64_t split = std::clamp<int64_t>(resident / jobs, 1, std::min<int64_t>(parts, 65535));
   const dim3 grid(static_cast<unsigned>(std::min(jobs, resident * kBlocksAResident)),
                   static_cast<unsigned>(split));
-  return launch(kernel, LaunchConfig{grid, dim3(static_cast<unsigned>(threads)), 0, stream}, p);
+  LaunchConfig config{grid, dim3(static_cast<unsigned>(threads)), 0, stream};
+  config.overlaps = overlaps;
+  return launch(kernel, config, p);
 }
 
 }  // namespace kimi::permutation

@@ -66,5 +66,8 @@ struct CpuEngine {
 };
 KIMI_CPU_ENGINES(CpuEngine);
 
+// unpermute_sm90.cu
+Status unpermute_sm90(const UnpermuteParams& p, void* stream);
+
 }  // namespace permutation
 }  // namespace kimi

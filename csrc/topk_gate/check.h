@@ -36,8 +36,7 @@ Status check_score(const char* op, const Params& p) {
                  int(p.score_function));
 }
 
-inline Status check_options(const TopkGateParams& p) {
-  const char* op = "topk_gate";
+inline Status check_options(const char* op, const TopkGateParams& p) {
   KIMI_RETURN_IF_ERROR(check_logits(op, p));
   KIMI_RETURN_IF_ERROR(check_score(op, p));
   KIMI_RETURN_IF_ERROR(between(op, "num_groups", p.num_groups, 1, p.num_experts));
@@ -53,6 +52,21 @@ inline Status check_options(const TopkGateParams& p) {
   if (p.num_groups > 1 && (p.group_score_topk < 1 || p.group_score_topk > size))
     return invalid(op, ": group_score_topk: expected 1..", size, " (experts of a group), got ",
                    p.group_score_topk);
+  return Status::ok();
+}
+
+template <class Params>
+Status check_pointers(const char* op, const Params& p) {
+  if (p.num_tokens > 0 && (!p.logits || !p.indices))
+    return invalid(op, ": logits, indices: expected pointers, got NULL");
+  return Status::ok();
+}
+
+inline Status check_arguments(const char* op, const TopkGateParams& p) {
+  KIMI_RETURN_IF_ERROR(check_options(op, p));
+  KIMI_RETURN_IF_ERROR(check_pointers(op, p));
+  if (!p.tokens_per_expert || (p.num_tokens > 0 && !p.weights))
+    return invalid(op, ": weights, tokens_per_expert: expected pointers, got NULL");
   return Status::ok();
 }
 

@@ -15,28 +15,13 @@ namespace {
 
 constexpr int kTokensPerThread = 16;  // below about 3 us of work a second thread does not pay
 
-template <class Params>
-Status check_pointers(const char* op, const Params& p) {
-  if (p.num_tokens > 0 && (!p.logits || !p.indices))
-    return invalid(op, ": logits, indices: expected pointers, got NULL");
-  return Status::ok();
-}
-
-Status check(const TopkGateParams& p) {
-  KIMI_RETURN_IF_ERROR(gate::check_options(p));
-  KIMI_RETURN_IF_ERROR(check_pointers("topk_gate", p));
-  if (!p.tokens_per_expert || (p.num_tokens > 0 && !p.weights))
-    return invalid("topk_gate: weights, tokens_per_expert: expected pointers, got NULL");
-  return Status::ok();
-}
-
 Status check(const TopkGateBackwardParams& p) {
   const char* op = "topk_gate_backward";
   KIMI_RETURN_IF_ERROR(gate::check_logits(op, p));
   KIMI_RETURN_IF_ERROR(gate::check_score(op, p));
   KIMI_RETURN_IF_ERROR(gate::between(op, "indices.shape[1]", p.top_k, 1,
                                      std::min(p.num_experts, KIMI_TOPK_GATE_MAX_K)));
-  KIMI_RETURN_IF_ERROR(check_pointers(op, p));
+  KIMI_RETURN_IF_ERROR(gate::check_pointers(op, p));
   if (p.num_tokens > 0 && (!p.grad_weights || !p.grad_logits))
     return invalid(op, ": grad_weights, grad_logits: expected pointers, got NULL");
   return Status::ok();
@@ -56,7 +41,7 @@ void forward_cpu(const TopkGateParams& p) {
 }  // namespace
 
 Status topk_gate(const TopkGateParams& p, kimi_device device, [[maybe_unused]] void* stream) {
-  KIMI_RETURN_IF_ERROR(check(p));
+  KIMI_RETURN_IF_ERROR(gate::check_arguments("topk_gate", p));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("topk_gate", topk_gate_cuda(p, stream));
   forward_cpu(p);
   return Status::ok();

@@ -24,7 +24,7 @@ from kimi_ops.moe.permute import (
 )
 from kimi_ops.moe.quantized import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
 from kimi_ops.moe.replicas import replica_ids
-from kimi_ops.moe.topk_gate import TopkGate, topk_gate
+from kimi_ops.moe.topk_gate import TopkGate, gate_plan, topk_gate
 from kimi_ops.optim.muon_clip import MuonClip, QKClip
 from kimi_ops.optim.muon_groups import muon_param_groups
 from kimi_ops.optim.newton_schulz import newton_schulz, symmetric_matmul, syrk
@@ -51,6 +51,7 @@ __all__ = [
     "attention_max_logits",
     "eplb",
     "fused_experts",
+    "gate_plan",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "info",

@@ -12,6 +12,7 @@
 #include "device/convert.cuh"
 #include "device/fence.cuh"
 #include "device/launch.cuh"
+#include "device/overlap.cuh"
 #include "device/registers.cuh"
 #include "device/stmatrix.cuh"
 #include "device/tma.cuh"
@@ -230,11 +231,26 @@ __global__ void convert_kernel(Io io, KIMI_MAPS) {
   }
 }
 
+// out[i] = 5 out[i] + in[i], 200 times a launch: of several that overlap each needs what the one
+// before wrote, and its block may run on another multiprocessor.
+__global__ void overlap_kernel(Io io, KIMI_MAPS) {
+  (void)from, (void)to;
+  const int i = static_cast<int>(threadIdx.x);
+  const uint32_t in =
+      static_cast<uint32_t>(load_older(reinterpret_cast<const int32_t*>(io.in) + i));
+  wait_for_previous();
+  let_next_start();
+  uint32_t value = io.out[i];
+  for (int n = 0; n < 200; ++n) value = 5 * value + in;
+  io.out[i] = value;
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(Io, TensorMap, TensorMap);
   unsigned threads, cluster;
   Geometry geometry;
+  int launches = 1;  // more overlap
 };
 
 #define KIMI_TMA(T, rank, swizzle)                                                                \
@@ -305,6 +321,7 @@ const Entry kEntries[] = {
     {"stmatrix", stmatrix_kernel, 128, 1, {kBytes, 2, Swizzle::kNone}},
     {"convert", convert_kernel, 128, 1, {kBytes, 2, Swizzle::kNone}},
     {"cluster", cluster_kernel, 384, 2, {kBytes, 2, Swizzle::kNone}},
+    {"overlap", overlap_kernel, 256, 1, {kBytes, 2, Swizzle::kNone}, 40},
 };
 
 template <class T>
@@ -334,11 +351,18 @@ Status run(const Entry& entry, const Io& io) {
   KIMI_RETURN_IF_ERROR(encode(&to, io.out, entry.geometry));
   LaunchConfig config{entry.cluster, entry.threads, 8192 + 256 * 128};
   config.cluster = entry.cluster;
-  return launch(entry.kernel, config, io, from, to);
+  config.overlaps = entry.launches > 1;
+  for (int i = 0; i < entry.launches; ++i)
+    KIMI_RETURN_IF_ERROR(launch(entry.kernel, config, io, from, to));
+  return Status::ok();
 }
 
 #if defined(KIMI_HOST_SIMT)
-Status run_on_device(const Entry& entry, const Io& io, int /*outputs*/) { return run(entry, io); }
+Status run_on_device(const Entry& entry, const Io& io, int /*outputs*/) {
+  Status status;
+  simt::overlapped([&] { status = run(entry, io); });
+  return status;
+}
 #else
 struct DeviceMemory {
   void* data = nullptr;

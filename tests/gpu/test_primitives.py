@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_name("primitives.cu")
 RUNNER = ROOT / "tests" / "simt"
+LIMITS = ROOT / "csrc" / "common" / "sm.cpp"  # what launch() asks
 N = 4096
 OUTPUTS = {
     "warp": 12 * N,
@@ -62,6 +63,7 @@ def load(path: Path) -> ctypes.CDLL:
 def runner() -> list[str]:
     """The host runner: the build's, or its sources where it is missing or older than they are."""
     sources = [p for p in RUNNER.glob("*.cpp") if not p.name.startswith(("test_", "bench_"))]
+    sources.append(LIMITS)
     python = f"python-{sys.implementation.cache_tag}"
     archive = ROOT / "build" / python / "tests" / "simt" / "libkimi_simt.a"
     newest = max(p.stat().st_mtime for p in [*sources, *RUNNER.glob("*.h")])
@@ -85,7 +87,7 @@ def build_gpu(source: Path, folder: Path, architecture: str) -> ctypes.CDLL:
     path = folder / f"{source.stem}_gpu.so"
     flags = ["-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", architecture, "-cudart=static"]
     flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["nvcc", *flags, str(source), "-o", str(path)], check=True)
+    subprocess.run(["nvcc", *flags, str(source), str(LIMITS), "-o", str(path)], check=True)
     return load(path)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The Hopper primitives of csrc/device on a GPU against their host models, word for word.
 
-The same scheme as test_primitives.py, from primitives_sm90.cu: TMA, wgmma, stmatrix, clusters. The
-host build is held against numpy wherever it runs.
+The same scheme as test_primitives.py, from primitives_sm90.cu: TMA, wgmma, stmatrix, clusters,
+launches that overlap. The host build is held against numpy wherever it runs.
 """
 
 import ctypes
@@ -43,7 +43,9 @@ def words_of(name: str) -> int:
         return 64 * int(rest[1])
     if kind == "load":
         return len(POINTS) * placed(int(rest[1]), rest[2]).size // 4
-    return {"stmatrix": 1024, "convert": 1024, "cluster": 484}.get(kind, TENSOR_WORDS)
+    return {"stmatrix": 1024, "convert": 1024, "cluster": 484, "overlap": 256}.get(
+        kind, TENSOR_WORDS
+    )
 
 
 def inputs(name: str) -> np.ndarray:
@@ -189,6 +191,14 @@ def test_host_model_of_conversion_to_e4m3(host: ctypes.CDLL) -> None:
         near = torch.from_numpy(np.clip(x, -448, 448)).to(torch.float8_e4m3fn)
         want = np.where(np.isnan(x), 0x7F, near.view(torch.uint8).numpy())
         np.testing.assert_array_equal(got, want)
+
+
+def test_host_model_of_launches_that_overlap(host: ctypes.CDLL) -> None:
+    words = inputs("overlap")[:256]
+    want = np.zeros_like(words)
+    for _ in range(40 * 200):
+        want = 5 * want + words
+    np.testing.assert_array_equal(run(host, "overlap"), want)
 
 
 def test_host_model_of_stmatrix_and_clusters(host: ctypes.CDLL) -> None:

@@ -175,7 +175,7 @@ def test_the_balance_loss_of_a_batch_is_over_its_tokens(model):
     moe.config.seq_aux = False
     x = torch.randn(3, 14, 32)
     moe(x, RIGHT.bool())
-    logits, gate = moe.gate(x[RIGHT.bool()])
+    logits, gate, _ = moe.gate(x[RIGHT.bool()])
     expected = sequence_balance_loss(logits, gate.indices, coefficient=model.config.aux_loss_alpha)
     near(moe.balance_loss, expected)
 

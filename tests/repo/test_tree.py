@@ -146,7 +146,6 @@ def test_asm_stands_in_device_headers_only():
 NON_COHERENT_LOADS = {
     ("csrc/permute/permute.cu", "from + column"): ("kimi_permute_params", "x"),
     ("csrc/permute/sort_chunks.cu", "from + c"): ("kimi_sort_chunks_params", "x"),
-    ("csrc/permute/unpermute.cu", "from"): ("kimi_unpermute_params", "y"),
     ("csrc/permute/unpermute_backward.cu", "y + h"): ("kimi_unpermute_backward_params", "y"),
 }
 
@@ -168,8 +167,8 @@ def test_non_coherent_loads_read_inputs_that_no_block_writes():
             if name == "csrc/permute/permute.cuh" and match[1] in ("from", "const Unit* from"):
                 continue  # load_once itself: its calls are looked at
             found.add((name, match[1]))
-            # blocks that wait for each other may read what others have written
-            assert not re.search(r"cooperative|const_cast", text), f"{name}: a cooperative launch"
+            # blocks that wait for each other, or for the kernel before, may read what those wrote
+            assert not re.search(r"cooperative|const_cast|overlap", text), f"{name}: not read-only"
     assert found == set(NON_COHERENT_LOADS), "review the address, then list it here"
     for struct, member in NON_COHERENT_LOADS.values():
         declared = re.search(

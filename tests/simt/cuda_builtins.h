@@ -222,6 +222,10 @@ T atomicMin(T* address, std::type_identity_t<T> value) {
   return simt::detail::atomic_update(address, [=](T old) { return value < old ? value : old; });
 }
 template <simt::detail::AtomicInteger T>
+T atomicOr(T* address, std::type_identity_t<T> value) {
+  return simt::detail::atomic_update(address, [=](T old) { return old | value; });
+}
+template <simt::detail::AtomicInteger T>
 T atomicExch(T* address, std::type_identity_t<T> value) {
   return simt::detail::atomic_update(address, [=](T) { return value; });
 }

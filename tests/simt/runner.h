@@ -103,6 +103,23 @@ struct Cluster {
   unsigned char meetings[2];
 };
 
+/// A launch, and how far it is.
+struct Grid {
+  LaunchShape shape;
+  std::function<void()> body;
+  Grid* before = nullptr;         // of the same overlapped()
+  std::vector<uint64_t> waiting;  // first blocks of clusters to be started, last first
+  size_t live = 0;                // blocks
+  uint64_t holding;               // blocks that keep the next launch from overlapping
+  unsigned char launched, ended;  // addresses for ThreadSanitizer
+
+  bool has_ended() const { return waiting.empty() && live == 0; }
+  bool overlaps() const { return shape.overlaps && before != nullptr && !before->has_ended(); }
+  bool may_begin() const {
+    return before == nullptr || before->has_ended() || (shape.overlaps && before->holding == 0);
+  }
+};
+
 /// The last write of threads to 16 bytes of shared memory; `at` 0 if there is none.
 struct GenericWrite {
   const Thread* writer;
@@ -119,6 +136,8 @@ struct WarpgroupOperation {
 struct Block {
   static constexpr int kBarriers = 16;
   uint3 index{};
+  Grid* grid = nullptr;
+  bool has_waited = false, lets_next_start = false;  // for the launch before; the next one
   std::shared_ptr<Cluster> cluster;
   int rank = 0;
   std::vector<GenericWrite> generic_writes;  // of the dynamic memory; empty if there were none
@@ -145,7 +164,10 @@ enum Lateness { kAnyTime, kAtOnce, kAsLateAsPossible };
 class Runner {
  public:
   static Runner& instance();
-  void run(const LaunchShape& shape, void (*body)(void*), void* argument);
+  void submit(const LaunchShape& shape, std::function<void()> body);
+  void queue(bool wanted) { queues_ = wanted; }
+  void run_submitted();
+  void discard() { grids_.clear(); }
 
   Thread& self(const char* what);
   Block& block() { return *current_->block; }
@@ -156,6 +178,7 @@ class Runner {
   void yield();
   bool one_in(unsigned n) { return random_() % n == 0; }
   void wake_spinners();
+  void let_next_start(Block& block);
   Lateness lateness() const { return static_cast<Lateness>(settings.seed / 4 % 3); }
   /// Whether what may happen later happens now.
   bool at_once() { return lateness() == kAtOnce || (lateness() == kAnyTime && one_in(2)); }
@@ -169,7 +192,7 @@ class Runner {
   friend struct Thread;
   void progress() { ++progress_; }
   void start_blocks();
-  void start_block(uint64_t index, const std::shared_ptr<Cluster>& cluster);
+  void start_block(Grid& grid, uint64_t index, const std::shared_ptr<Cluster>& cluster);
   void land(size_t flight);
   void land_all_of(const Block& block);
   void finish_block(Block& block);
@@ -181,13 +204,11 @@ class Runner {
   void switch_to(Thread* next);
   [[noreturn]] static void thread_main(void* thread);
 
-  LaunchShape shape_;
-  void (*body_)(void*) = nullptr;
-  void* argument_ = nullptr;
+  std::vector<std::unique_ptr<Grid>> grids_;  // in the order of the stream
+  bool queues_ = false;
   std::vector<std::unique_ptr<Thread>> threads_;  // all that were ever made, on this OS thread
   std::vector<Thread*> free_;
   std::vector<std::unique_ptr<Block>> live_;
-  std::vector<uint64_t> waiting_blocks_;  // first ones of clusters to be started, last first
   std::vector<Flight> in_flight_;
   uint64_t ticks_ = 0;
   std::vector<Thread*> ready_;  // a heap by priority, or unordered if the order is random

@@ -48,7 +48,7 @@ Thread& Runner::self(const char* what) {
   return *current_;
 }
 
-void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) {
+void Runner::submit(const LaunchShape& shape, std::function<void()> body) {
   if (current_ != nullptr) fail("launch: a kernel cannot launch a kernel here");
   const uint64_t threads = uint64_t{shape.block.x} * shape.block.y * shape.block.z;
   const uint64_t blocks = uint64_t{shape.grid.x} * shape.grid.y * shape.grid.z;
@@ -64,62 +64,78 @@ void Runner::run(const LaunchShape& shape, void (*body)(void*), void* argument) 
   if (shape.dynamic_shared_bytes > kMostShared)
     throw Error("launch: dynamic shared memory: expected at most " + std::to_string(kMostShared) +
                 " bytes, got " + std::to_string(shape.dynamic_shared_bytes));
-  shape_ = shape;
-  body_ = body;
-  argument_ = argument;
+  auto grid = std::make_unique<Grid>();
+  grid->shape = shape;
+  grid->body = std::move(body);
+  grid->holding = blocks;
+  if (!grids_.empty()) grid->before = grids_.back().get();
+  release(&grid->launched);
+  grids_.push_back(std::move(grid));
+  if (!queues_) run_submitted();
+}
+
+void Runner::run_submitted() {
+  if (grids_.empty()) return;
   random_.seed(settings.seed);
-  statistics = {.launches = statistics.launches + 1};
+  statistics = {.launches = statistics.launches + grids_.size()};
   progress_ = progress_at_wake_ = 0;
   fruitless_wakes_ = 0;
   giving_up_ = false;
   error_ = nullptr;
   if (!main_) main_ = std::make_unique<Fiber>();
 
-  waiting_blocks_.clear();
-  for (uint64_t first = blocks; first > 0;) waiting_blocks_.push_back(first -= shape.cluster);
-  if (order_of(settings.seed) == kDescending)
-    std::reverse(waiting_blocks_.begin(), waiting_blocks_.end());
-  if (order_of(settings.seed) >= kWarpByWarp)
-    std::shuffle(waiting_blocks_.begin(), waiting_blocks_.end(), random_);
-  release(&body_);
+  for (const auto& grid : grids_) {
+    for (uint64_t first = grid->holding; first > 0;)
+      grid->waiting.push_back(first -= grid->shape.cluster);
+    if (order_of(settings.seed) == kDescending)
+      std::reverse(grid->waiting.begin(), grid->waiting.end());
+    if (order_of(settings.seed) >= kWarpByWarp)
+      std::shuffle(grid->waiting.begin(), grid->waiting.end(), random_);
+  }
   ignore_accesses(true);
   start_blocks();
   switch_to(next_ready());  // comes back when nothing is left to run
   if (error_) give_up();
   ignore_accesses(false);
-  acquire(&main_);
+  for (const auto& grid : grids_) acquire(&grid->ended);
+  grids_.clear();
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void Runner::start_blocks() {
   const size_t resident = static_cast<size_t>(std::max(1, settings.resident_blocks));
-  while ((shape_.cooperative || live_.size() + shape_.cluster <= resident * shape_.cluster) &&
-         !waiting_blocks_.empty()) {
-    const uint64_t first = waiting_blocks_.back();
-    waiting_blocks_.pop_back();
-    const auto cluster = std::make_shared<Cluster>();
-    for (uint64_t rank = 0; rank < shape_.cluster; ++rank) start_block(first + rank, cluster);
+  for (const auto& grid : grids_) {
+    const uint64_t together = grid->shape.cluster;
+    while (grid->may_begin() && !grid->waiting.empty() &&
+           (grid->shape.cooperative || grid->live + together <= resident * together)) {
+      const uint64_t first = grid->waiting.back();
+      grid->waiting.pop_back();
+      const auto cluster = std::make_shared<Cluster>();
+      for (uint64_t rank = 0; rank < together; ++rank) start_block(*grid, first + rank, cluster);
+    }
   }
 }
 
-void Runner::start_block(uint64_t index, const std::shared_ptr<Cluster>& cluster) {
-  const dim3 shape = shape_.block, grid = shape_.grid;
+void Runner::start_block(Grid& of, uint64_t index, const std::shared_ptr<Cluster>& cluster) {
+  const dim3 shape = of.shape.block, grid = of.shape.grid;
   const int n = static_cast<int>(shape.x * shape.y * shape.z);
   auto block = std::make_unique<Block>();
   block->index = {static_cast<unsigned>(index % grid.x),
                   static_cast<unsigned>(index / grid.x % grid.y),
                   static_cast<unsigned>(index / grid.x / grid.y)};
+  block->grid = &of;
+  ++of.live;
   block->cluster = cluster;
   block->rank = static_cast<int>(cluster->blocks.size());
   cluster->blocks.push_back(block.get());
-  block->dynamic = std::make_unique<SharedMemory>(shape_.dynamic_shared_bytes, 1024);
+  block->dynamic = std::make_unique<SharedMemory>(of.shape.dynamic_shared_bytes, 1024);
   block->running = n;
   block->warps.resize(static_cast<size_t>(n + 31) / 32);
   block->warpgroups.resize(static_cast<size_t>(n + 127) / 128);
   for (Warp& warp : block->warps) warp.registers = registers_at_launch(n);
   block->threads.reserve(static_cast<size_t>(n));
   warp_priority_.resize(block->warps.size());
-  for (uint64_t& priority : warp_priority_) priority = random_();
+  for (uint64_t& priority : warp_priority_) priority = random_() >> 1;
   for (int i = 0; i < n; ++i) {
     if (free_.empty()) {
       threads_.push_back(std::make_unique<Thread>(settings.stack_bytes));
@@ -151,6 +167,7 @@ void Runner::start_block(uint64_t index, const std::shared_ptr<Cluster>& cluster
       default:
         thread->priority = (warp_priority_[u / 32] & ~uint64_t{31}) | (random_() & 31);
     }
+    if (of.overlaps()) thread->priority |= uint64_t{1} << 63;  // ahead of the launch before
     block->warps[u / 32].present |= 1u << i % 32;
     block->threads.push_back(thread);
     make_ready(thread);
@@ -170,9 +187,15 @@ void Runner::finish_block(Block& block) {
       damage = "static shared memory of " + std::to_string(memory->bytes()) +
                " bytes: " + memory->damage();
   const std::string name = name_of(*block.threads[0]);
+  Grid& grid = *block.grid;
+  if (damage.empty() && grid.shape.overlaps && !block.has_waited)
+    damage = "launched to overlap the kernel before it, but ended without waiting for that";
   block.cluster->blocks[static_cast<size_t>(block.rank)] = nullptr;
   free_.insert(free_.end(), block.threads.begin(), block.threads.end());
+  if (!block.lets_next_start) --grid.holding;
+  --grid.live;
   std::erase_if(live_, [&](const auto& b) { return b.get() == &block; });
+  if (grid.has_ended()) wake_spinners();
   if (!damage.empty()) throw Error(name.substr(0, name.find(" thread")) + ": " + damage);
   start_blocks();
 }
@@ -224,9 +247,10 @@ void Runner::switch_to(Thread* next) {
 void Runner::resume_next() {
   Thread* next = error_ ? nullptr : next_ready();
   if (error_) next = nullptr;
+  size_t blocks_to_come = 0;
+  for (const auto& grid : grids_) blocks_to_come += grid->waiting.size() * grid->shape.cluster;
   if (next == nullptr && !live_.empty() && !error_)
-    error_ = std::make_exception_ptr(
-        Error(deadlock_report(live_, waiting_blocks_.size() * shape_.cluster)));
+    error_ = std::make_exception_ptr(Error(deadlock_report(live_, blocks_to_come)));
   switch_to(next);
 }
 
@@ -246,6 +270,13 @@ void Runner::yield() {
   make_ready(current_);
   resume_next();
   if (giving_up_) throw Cancelled{};
+}
+
+void Runner::let_next_start(Block& block) {
+  if (block.grid->shape.overlaps && !block.has_waited)
+    fail("let_next_start: expected wait_for_previous first, or the next launch meets older ones");
+  if (std::exchange(block.lets_next_start, true)) return;
+  if (--block.grid->holding == 0) start_blocks();
 }
 
 void Runner::check_exit(Thread& thread) {
@@ -289,8 +320,12 @@ void Runner::thread_main(void*) {
     self.started = true;
     switch_sanitizer_thread(self.sanitizer_thread);
     try {
-      acquire(&runner.body_);
-      runner.body_(runner.argument_);
+      Grid& grid = *self.block->grid;
+      acquire(&grid.launched);
+      const Grid* older = grid.before;
+      if (older != nullptr && grid.shape.overlaps) older = older->before;
+      if (older != nullptr) acquire(&older->ended);
+      grid.body();
       self.wgmma.finish();
       self.bulk.finish();
       if (self.cluster_arrival >= 0) fail("cluster_arrive: not waited for when the thread ended");
@@ -300,7 +335,7 @@ void Runner::thread_main(void*) {
     }
     self.wgmma.clear();  // here, since it is this thread's memory to ThreadSanitizer
     self.bulk.clear();
-    release(&runner.main_);
+    release(&self.block->grid->ended);
     switch_sanitizer_thread(nullptr);
     try {
       runner.thread_exits(self);
@@ -320,7 +355,7 @@ void Runner::give_up() {
   giving_up_ = true;
   ready_.clear();
   spinning_.clear();
-  waiting_blocks_.clear();
+  for (const auto& grid : grids_) grid->waiting.clear();
   in_flight_.clear();
   for (const auto& block : live_)
     for (Thread* thread : block->threads) {
@@ -330,8 +365,8 @@ void Runner::give_up() {
   live_.clear();
 }
 
-void run(const LaunchShape& shape, void (*body)(void*), void* argument) {
-  Runner::instance().run(shape, body, argument);
+void submit(const LaunchShape& shape, std::function<void()> body) {
+  Runner::instance().submit(shape, std::move(body));
 }
 
 void park_spinning(std::string (*describe)(const void*), const void* context,
@@ -353,6 +388,38 @@ void park_spinning(std::string (*describe)(const void*), const void* context,
 Settings& settings() { return detail::Runner::instance().settings; }
 Statistics last_statistics() { return detail::Runner::instance().statistics; }
 uint64_t launches() { return detail::Runner::instance().statistics.launches; }
+
+void overlapped(const std::function<void()>& launches) {
+  detail::Runner& runner = detail::Runner::instance();
+  runner.queue(true);
+  try {
+    launches();
+  } catch (...) {
+    runner.queue(false);
+    runner.discard();
+    throw;
+  }
+  runner.queue(false);
+  runner.run_submitted();
+}
+void synchronize() { detail::Runner::instance().run_submitted(); }
+
+void wait_for_previous(std::source_location where) {
+  detail::Block& block = *detail::Runner::instance().self("wait_for_previous").block;
+  const detail::Grid* const before = block.grid->before;
+  if (before != nullptr) {
+    spin_until([=] { return before->has_ended(); }, [] { return std::string("the launch before"); },
+               where);
+    acquire(&before->ended);
+  }
+  block.has_waited = true;
+}
+
+void let_next_start() {
+  const InsideModel inside;
+  detail::Runner& runner = detail::Runner::instance();
+  runner.let_next_start(*runner.self("let_next_start").block);
+}
 
 void notify_spinners() {
   const InsideModel inside;

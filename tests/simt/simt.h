@@ -32,6 +32,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -66,9 +67,10 @@ struct LaunchShape {
   size_t dynamic_shared_bytes = 0;
   bool cooperative = false;  // every block is live at once, as cudaLaunchCooperativeKernel promises
   unsigned cluster = 1;      // blocks along x that are live at once and reach each other
+  bool overlaps = false;     // begins while the launch before it ends: see overlapped()
 };
 
-/// Counts of the calling OS thread's last launch.
+/// Counts of the calling OS thread's last launch, or launches of overlapped().
 struct Statistics {
   uint64_t switches = 0;
   uint64_t barriers = 0;
@@ -105,7 +107,7 @@ inline const Builtins& builtins(const char* what) {
   return *t_builtins;
 }
 
-void run(const LaunchShape& shape, void (*body)(void*), void* argument);
+void submit(const LaunchShape& shape, std::function<void()> body);
 void* dynamic_shared();
 void* static_shared(const void* site, size_t bytes, size_t alignment);
 int block_barrier(const char* name, int id, int expected_threads, bool predicate,
@@ -233,9 +235,25 @@ void* in_peer(const void* address, int rank);
 /// Runs `kernel(arguments...)` once for every thread of `shape`; every thread gets its own copies.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
-  auto body = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  detail::run(shape, [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body);
+  const std::tuple<Parameters...> copies(static_cast<Parameters>(arguments)...);
+  detail::submit(shape, [=] { std::apply(kernel, copies); });
 }
+
+/// Runs what `launches` launches as a stream does, after it has returned: one kernel after the
+/// other, but one that `overlaps` begins once every block of the one before has called
+/// let_next_start() or ended, and goes as far as it can without it. So it meets what the one before
+/// has not written yet, and may overwrite what that one has not read. Elsewhere a launch has run
+/// when it returns.
+void overlapped(const std::function<void()>& launches);
+/// What has been launched so far has run: before the host itself goes to its memory.
+void synchronize();
+
+/// For primitives: waits until the launch before has ended. In a launch that `overlaps` a thread of
+/// each block has to, and before any let_next_start(): so what is older than the launch before has
+/// always ended.
+void wait_for_previous(std::source_location where);
+/// For primitives: as far as this block is concerned the next launch may begin.
+void let_next_start();
 
 }  // namespace simt
 

@@ -78,6 +78,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   meet<X>();
+  if (!(reads_ahead<X>(p) && warp_id() == 0)) {
+    wait_for_previous();
+    let_next_start();
+  }
   if (threadIdx.x < kGroupThreads) {
     registers_decrease<X::kProducerRegisters>();
     if constexpr (!X::kScaled)
@@ -154,6 +158,7 @@ Status launch_product(const Product& p, const InputsOf<X>& in,
   LaunchConfig config{dim3(static_cast<unsigned>(std::min(tiles * kBlocks, resident))),
                       dim3(kThreads), sizeof(Shared<X>), stream};
   config.cluster = X::kCluster;
+  config.overlaps = p.overlaps;
   return launch(kernel, config, p, in, params);
 }
 

@@ -5,11 +5,15 @@
 //   scaled   the same, and the scales of FP8: produce_scaled.cuh
 //   gather   all 128 threads: gather.cuh
 //
+// Where offsets and B are older than the kernel before, B of the first stages comes before that has
+// ended: at decode up to 96 KB of weights a multiprocessor are on their way when A appears.
+//
 // Rows of the next group, or past the end, may come along: M-grouped they are never stored, and
 // K-grouped the consumers clear them. Of A's upper 64 rows nothing comes where none exists.
 #pragma once
 
 #include "device/cluster.cuh"
+#include "device/overlap.cuh"
 #include "device/tma.cuh"
 #include "gemm/schedule.cuh"
 #include "gemm/sm90/produce_scaled.cuh"
@@ -94,7 +98,7 @@ class Loader {
 
   __device__ void load(int stage, int step) const {
     MBarrier& full = s_.full[stage];
-    const int32_t depth = work_.first + step * X::kBlockDepth;
+    const int32_t depth = depth_of(step);
     mbarrier_arrive_expect_tx(full, bytes());
     if (p_.a.index == nullptr) load_a(s_.stages[stage].a, full, depth);
     if constexpr (X::kScaled)
@@ -104,9 +108,20 @@ class Loader {
     if (p_.b.index == nullptr) load_b(s_.stages[stage].b, full, depth);
   }
 
+  // The same in two parts.
+  __device__ void load_b_ahead(int stage, int step) const {
+    mbarrier_arrive_expect_tx(s_.full[stage], bytes());
+    load_b(s_.stages[stage].b, s_.full[stage], depth_of(step));
+  }
+  __device__ void load_a_behind(int stage, int step) const {
+    load_a(s_.stages[stage].a, s_.full[stage], depth_of(step));
+  }
+
  private:
   static constexpr bool kBatch = X::kGrouping == Grouping::kBatch;
   static constexpr uint16_t kAll = (1u << X::kCluster) - 1;
+
+  __device__ int32_t depth_of(int step) const { return work_.first + step * X::kBlockDepth; }
 
   // What comes to this block's stage, from the cluster's other block as well.
   __device__ uint32_t bytes() const {
@@ -159,17 +174,35 @@ class Loader {
   int rank_ = 0, boxes_ = 1;
 };
 
+// Whether the producer comes to the wait for the kernel before with B on its way.
+template <class X>
+__device__ inline bool reads_ahead(const Product& p) {
+  return X::kGrouping == Grouping::kM && !X::kScaled && p.groups.older && p.a.index == nullptr;
+}
+
 template <class X>
 __device__ inline void produce_by_tma(const Product& p, const InputsOf<X>& in, Shared<X>& s) {
   Loader<X> loader(p, in, s);
   Ring<X::kStages> ring;
+  bool ahead = reads_ahead<X>(p);
   produce_tiles<X>(p, s, [&](const Work& work) {
-    if (lane_id() != 0) return;
     const int stages = stages_of<X>(work);
     loader.set_tile(work);
+    int step = 0;
+    if (ahead) {  // the ring is empty
+      ahead = false;
+      const int first = stages < X::kStages ? stages : X::kStages;
+      if (lane_id() == 0)
+        for (int i = 0; i < first; ++i) loader.load_b_ahead(i, i);
+      wait_for_previous();
+      let_next_start();
+      if (lane_id() == 0)
+        for (; step < first; ++step, ring.next()) loader.load_a_behind(step, step);
+    }
+    if (lane_id() != 0) return;
     [[maybe_unused]] const ColumnScales<X> scales(p, work);
 #pragma unroll 1
-    for (int step = 0; step < stages; ++step, ring.next()) {
+    for (; step < stages; ++step, ring.next()) {
       if constexpr (X::kScaled) {
         float scale[X::kColumnScales];  // on its way while the stage is awaited
         scales.load(in.column_scales, step, scale);

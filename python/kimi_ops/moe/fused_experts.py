@@ -11,6 +11,7 @@ from kimi_ops.moe.permute import permute, permute_plan, unpermute
 from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.operators import fused_experts as operators
 from kimi_ops.reference import fused_experts as reference
+from kimi_ops.routing import PermutePlan
 
 __all__ = ["fused_experts"]
 
@@ -24,6 +25,7 @@ def fused_experts(
     *,
     activation: str = "silu",
     recompute: bool = False,
+    plan: PermutePlan | None = None,
 ) -> Tensor:
     """Send every token through its experts and add their weighted outputs.
 
@@ -46,6 +48,9 @@ def fused_experts(
     recompute : bool
         False keeps ``[gate; up]`` [T * K, 2F] in the dtype of x for the backward. True keeps only
         the inputs and computes it again: a sixth product in the backward for 4 T K F bytes less.
+    plan : PermutePlan, optional
+        ``permute_plan(indices, E)``, where it is there already: from `gate_plan`. The CPU refuses
+        one that leads out of memory; no device is asked whether it is that of the ids.
 
     Returns
     -------
@@ -76,7 +81,7 @@ def fused_experts(
     (gate_up, down), scales = zip(*map(_stored, (w_gate_up, w_down)), strict=True)
     tensors = (x, gate_up, down, weights, indices)
     quantised = gate_up is not w_gate_up or down is not w_down
-    if not torch.compiler.is_dynamo_compiling():
+    if plan is None and not torch.compiler.is_dynamo_compiling():
         result = _native.engine.eager.fused_experts(*tensors, *scales, activation, False)
         if type(result) is not int:
             return result[0]
@@ -89,7 +94,7 @@ def fused_experts(
             return operators.Layer.apply(*tensors, activation, not recompute)
     if x.dtype == torch.float64:
         return reference.fused_experts(*tensors, activation)
-    plan = permute_plan(indices, gate_up.shape[0])
+    plan = permute_plan(indices, gate_up.shape[0]) if plan is None else plan
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors[:4])
     if quantised and wanted:
         rows = permute(x, plan)

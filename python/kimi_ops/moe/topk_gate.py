@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Top-k gating: router scores, selection of the experts, weights and expert counts."""
+"""Top-k gating: router scores, selection of the experts, weights and expert counts; and the same
+with the plan of the experts' rows beside it."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
 from kimi_ops.operators import topk_gate as operators
+from kimi_ops.routing import PermutePlan
 
 
 class TopkGate(NamedTuple):
@@ -97,3 +99,62 @@ def topk_gate(
         bool(renormalize), scaling_factor, valid,
     )  # fmt: skip
     return TopkGate._make(outputs)
+
+
+def gate_plan(
+    logits: Tensor,
+    k: int,
+    *,
+    score_function: str = "sigmoid",
+    expert_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score_topk: int = 2,
+    renormalize: bool = True,
+    scaling_factor: float = 1.0,
+    valid: Tensor | None = None,
+) -> tuple[TopkGate, PermutePlan]:
+    """`topk_gate`, and `permute_plan` of its ids, in one call: for `fused_experts(..., plan=plan)`.
+
+    ``gate = topk_gate(logits, k, ...); plan = permute_plan(gate.indices, E)``, with the same bits.
+    On CUDA few tokens need one launch: 64 on a Hopper GPU, 16 elsewhere, of up to 896 experts.
+
+    Parameters
+    ----------
+    logits : Tensor [T, E], float32, bfloat16 or float16
+    k : int
+    score_function, expert_bias, num_groups, topk_groups, group_score_topk, renormalize, \
+scaling_factor, valid
+        As `topk_gate` takes them.
+
+    Returns
+    -------
+    TopkGate
+        ``weights`` [T, K] float32, ``indices`` [T, K] int32, ``tokens_per_expert`` [E] int32.
+    PermutePlan
+        Of these ids with ``align=1``: T * K rows. Its ``tokens_per_expert`` is the gate's.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `topk_gate`; nothing is launched.
+
+    Notes
+    -----
+    Differentiable in `logits` through the weights. Once differentiable.
+
+    Examples
+    --------
+    >>> import torch, kimi_ops
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    >>> gate, plan = kimi_ops.gate_plan(logits, k=2)
+    >>> gate.indices.tolist()
+    [[1, 2], [0, 2]]
+    >>> plan.row_map.tolist(), plan.offsets.tolist()
+    ([[1, 2], [0, 3]], [1, 2, 4])
+    """
+    *gate, row_map, source, offsets = operators.gate_plan(
+        logits, k, score_function, expert_bias, num_groups, topk_groups, group_score_topk,
+        bool(renormalize), scaling_factor, valid,
+    )  # fmt: skip
+    return TopkGate._make(gate), PermutePlan(row_map, source, offsets, gate[2])

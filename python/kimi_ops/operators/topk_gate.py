@@ -35,6 +35,12 @@ def like_logits(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+def _planned_outputs(logits: Tensor, k: int, *_: Any) -> tuple[Tensor, ...]:
+    gate = _outputs(logits, k)
+    pairs = gate[1].new_empty((logits.shape[0] * k,))
+    return *gate, gate[1].new_empty(gate[1].shape), pairs, gate[2].new_empty(gate[2].shape)
+
+
 topk_gate_backward = Operator(
     "topk_gate_backward(Tensor grad_weights, Tensor logits, Tensor indices, str score_function, "
     "bool renormalize, float scaling_factor) -> Tensor",
@@ -45,6 +51,14 @@ topk_gate = Operator(
     "int topk_groups, int group_score_topk, bool renormalize, float scaling_factor, "
     "Tensor? valid) -> (Tensor, Tensor, Tensor)",
     _outputs,
+    _context,
+    _backward,
+)
+gate_plan = Operator(
+    "gate_plan(Tensor logits, int k, str score_function, Tensor? expert_bias, int num_groups, "
+    "int topk_groups, int group_score_topk, bool renormalize, float scaling_factor, "
+    "Tensor? valid) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _planned_outputs,
     _context,
     _backward,
 )

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Router scores and top-k selection in plain torch."""
+"""Router scores and top-k selection in plain torch, and the plan beside them."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from kimi_ops.reference.permute import permute_plan
+from kimi_ops.routing import PermutePlan
 
 EPSILON = 1e-20  # added to the sum of the chosen scores, as in DeepSeek-V3's router
 
@@ -83,3 +88,11 @@ def count(indices: Tensor, num_experts: int) -> Tensor:
     flat = indices.flatten().long()
     flat = flat.masked_fill(flat < 0, num_experts)
     return counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))[:num_experts]
+
+
+def gate_plan(
+    logits: Tensor, k: int, **options: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor], PermutePlan]:
+    """What `topk_gate` gives, and the plan of its ids."""
+    gate = topk_gate(logits, k, **options)
+    return gate, permute_plan(gate[1], logits.shape[1])

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kimi_ops import TopkGate, fused_experts, sequence_balance_loss, topk_gate
+from kimi_ops import (
+    PermutePlan,
+    TopkGate,
+    fused_experts,
+    gate_plan,
+    sequence_balance_loss,
+    topk_gate,
+)
 from kimi_ops._autocast import no_autocast
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
@@ -35,24 +42,29 @@ class Router(FixedBuffers):
         bias = torch.zeros(experts, dtype=torch.float32, device=factory.get("device"))
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, TopkGate]:
-        """logits [T, E] fp32 and the choice of experts, for x [T, H]; none where not `valid`."""
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, *, planned: bool = False
+    ) -> tuple[Tensor, TopkGate, PermutePlan | None]:
+        """logits [T, E] fp32 and the choice of experts, for x [T, H]; none where not `valid`.
+
+        `planned`: with the plan of the experts' rows, from the same call.
+        """
         config = self.config
         with no_autocast(x.device.type):  # it would round the scores to 16 bits
             logits = F.linear(x.float(), self.weight.float())
         everyone = config.num_experts_per_tok == config.n_routed_experts
-        gate = topk_gate(
-            logits,
-            config.num_experts_per_tok,
-            score_function=config.scoring_func,
-            expert_bias=self.e_score_correction_bias,
-            num_groups=1 if everyone else config.n_group,
-            topk_groups=1 if everyone else config.topk_group,
-            renormalize=config.norm_topk_prob,
-            scaling_factor=config.routed_scaling_factor,
-            valid=valid,
-        )
-        return logits, gate
+        options: dict[str, Any] = {
+            "score_function": config.scoring_func,
+            "expert_bias": self.e_score_correction_bias,
+            "num_groups": 1 if everyone else config.n_group,
+            "topk_groups": 1 if everyone else config.topk_group,
+            "renormalize": config.norm_topk_prob,
+            "scaling_factor": config.routed_scaling_factor,
+            "valid": valid,
+        }
+        if planned:
+            return logits, *gate_plan(logits, config.num_experts_per_tok, **options)
+        return logits, topk_gate(logits, config.num_experts_per_tok, **options), None
 
 
 class Experts(nn.Module):
@@ -121,7 +133,7 @@ class MoE(Recomputes):
         The result is the second, up to where their results are; its result is the third, which
         gives what `forward` gives. Another batch may do its parts in between.
         """
-        tokens, logits, gate, shared = self.again(self._entered, x, valid, norm)
+        tokens, logits, gate, plan, shared = self.again(self._entered, x, valid, norm)
         balance_loss = None
         if self.training and self.config.aux_loss_alpha:
             balance_loss = self._balance(logits, gate.indices, x.shape[0], valid)
@@ -130,7 +142,7 @@ class MoE(Recomputes):
                 count_once_(self.tokens_per_expert, gate.tokens_per_expert)
         elif self.training and not recomputing():  # a repeated forward counts once
             self.tokens_per_expert += gate.tokens_per_expert
-        compute = self._compute(tokens, gate)
+        compute = self._compute(tokens, gate, plan)
 
         def computed() -> Arrive:
             arrive = compute()
@@ -148,14 +160,16 @@ class MoE(Recomputes):
 
     def _entered(
         self, x: Tensor, valid: Tensor | None, norm: RMSNorm | None
-    ) -> tuple[Tensor, Tensor, TopkGate, Tensor | None]:
-        """The tokens [T, H], their logits and experts, and what the shared experts give."""
+    ) -> tuple[Tensor, Tensor, TopkGate, PermutePlan | None, Tensor | None]:
+        """The tokens [T, H], their logits, experts and rows, and what the shared experts give."""
         tokens = (x if norm is None else norm(x)).flatten(0, 1)
-        logits, gate = self.gate(tokens, None if valid is None else valid.flatten())
+        valid_tokens = None if valid is None else valid.flatten()
+        # Ranks that share the experts make plans of the rows that they get.
+        logits, gate, plan = self.gate(tokens, valid_tokens, planned=self.ranks is None)
         shared = None if self.shared_experts is None else self.shared_experts(tokens)
-        return tokens, logits, gate, shared
+        return tokens, logits, gate, plan, shared
 
-    def _compute(self, tokens: Tensor, gate: TopkGate) -> Compute:
+    def _compute(self, tokens: Tensor, gate: TopkGate, plan: PermutePlan | None) -> Compute:
         """The weighted sum of the routed experts, in two parts; tokens leave before them."""
         stacks, activation = self.experts, self.config.hidden_act
         matrices = stacks.gate_up_proj, stacks.down_proj
@@ -170,7 +184,12 @@ class MoE(Recomputes):
             def compute() -> Arrive:
                 with self._stored():
                     y = fused_experts(
-                        tokens, *matrices, gate.weights, gate.indices, activation=activation
+                        tokens,
+                        *matrices,
+                        gate.weights,
+                        gate.indices,
+                        activation=activation,
+                        plan=plan,
                     )
                 return lambda: y
 
