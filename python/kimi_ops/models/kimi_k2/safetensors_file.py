@@ -15,9 +15,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-import torch
-from torch import Tensor
-
 _LONGEST = 100_000_000  # bytes of a header, by the format
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
 _BITS |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
@@ -74,9 +71,9 @@ class SafetensorsFile:
         )
         return ValueError(f"from_pretrained: {where}, got {came}; restore the file")
 
-    def read(self, begin: int, buffer: Tensor) -> None:
-        """Fill `buffer` [n] uint8 with the bytes from `begin` on."""
-        done, memory = 0, buffer.numpy().data
+    def read(self, begin: int, memory: memoryview) -> None:
+        """Fill `memory`, of bytes, with those from `begin` on."""
+        done = 0
         while done < len(memory):
             count = os.preadv(self._descriptor, [memory[done:]], begin + done)
             if count == 0:
@@ -85,21 +82,21 @@ class SafetensorsFile:
 
     def _header(self) -> dict[str, Stored]:
         size = os.fstat(self._descriptor).st_size
-        prefix = torch.empty(8, dtype=torch.uint8)
+        prefix = bytearray(8)
         if size < 8:
             raise self._error("", "a whole safetensors file", f"a truncated one of {size} bytes")
-        self.read(0, prefix)
-        length = int.from_bytes(prefix.numpy().tobytes(), "little")
+        self.read(0, memoryview(prefix))
+        length = int.from_bytes(prefix, "little")
         if length > min(size - 8, _LONGEST):
             raise self._error(
                 "",
                 "a whole safetensors file",
                 f"{length} bytes of header in {size}: truncated or of another kind",
             )
-        text = torch.empty(length, dtype=torch.uint8)
-        self.read(8, text)
+        text = bytearray(length)
+        self.read(8, memoryview(text))
         try:
-            values = json.loads(text.numpy().tobytes(), object_pairs_hook=unique)
+            values = json.loads(text.decode(), object_pairs_hook=unique)
             if not isinstance(values, dict):
                 raise ValueError(f"a {type(values).__name__}")
         except (ValueError, RecursionError) as error:

@@ -141,8 +141,8 @@ class Shards:
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, in memory of its own."""
         file, stored = self._file_of[name], self._stored(name)
-        data = torch.empty(stored.nbytes, dtype=torch.uint8)
-        file.read(stored.begin, data)
+        data = torch.empty(stored.nbytes, dtype=torch.uint8, device="cpu")
+        file.read(stored.begin, data.numpy().data)
         return data.view(_DTYPES[stored.dtype]).view(stored.shape)
 
     def slabs(self, name: str, step: int = 1) -> Iterator[tuple[int, Tensor]]:
@@ -155,11 +155,11 @@ class Shards:
             return
         row = nbytes // shape[0]
         rows = min(max(step, _SLAB // row // step * step), shape[0])
-        buffer = torch.empty(rows * row, dtype=torch.uint8)
+        buffer = torch.empty(rows * row, dtype=torch.uint8, device="cpu")
         for first in range(0, shape[0], rows):
             count = min(rows, shape[0] - first)
             part = buffer[: count * row]
-            file.read(begin + first * row, part)
+            file.read(begin + first * row, part.numpy().data)
             yield first, part.view(_DTYPES[dtype]).view(count, *shape[1:])
 
     def _stored(self, name: str) -> Stored:

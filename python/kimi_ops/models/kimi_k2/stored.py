@@ -82,7 +82,7 @@ def scales(name: str, shards: Shards) -> Tensor:
     if shards.header(name)[1] not in _EXPONENTS:
         return values
     exponents = values.view(torch.uint8).int() - 127
-    powers = torch.ldexp(torch.ones(exponents.shape), exponents)
+    powers = torch.ldexp(torch.ones(exponents.shape, device="cpu"), exponents)
     return powers.masked_fill(exponents == 128, torch.nan)
 
 
