@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, load_layer, safetensors_file
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, load_layer
 from kimi_ops.models.kimi_k2.loading import load_weights
-from kimi_ops.models.kimi_k2.safetensors_file import SafetensorsFile
 from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
 
 NAME = "model.layers.1.mlp.experts.3.up_proj.weight"  # [16, 32] float32
@@ -64,7 +63,7 @@ def shift(by: int) -> Callable:
 
 def twice(folder):
     header, data = parts(folder)
-    one = json.dumps({NAME: header[NAME]})[1:-1]
+    one = json.dumps({NAME: {**header[NAME], "data_offsets": header[OTHER]["data_offsets"]}})[1:-1]
     write(folder, f"{json.dumps(header)[:-1]}, {one}}}".encode(), data)
 
 
@@ -82,39 +81,36 @@ def header(text: bytes, length: int | None = None) -> Callable:
     return lambda folder: write(folder, text, parts(folder)[1], length)
 
 
+# What a header may not say is what the library of the format refuses.
+HEADER = f"folder: expected .*{SINGLE_NAME} as a whole safetensors file, got .*"
 DAMAGE = {
-    "truncated": (
-        lambda f: content(f, lambda b: b[:-100]),
-        "safetensors as a file of .* truncated",
-    ),
-    "longer": (lambda f: content(f, lambda b: b + b"x"), "as a file of .*, where .* ends, got"),
-    "header cut": (lambda f: content(f, lambda b: b[:20]), "bytes of header in 20: truncated"),
-    "empty": (lambda f: content(f, lambda b: b""), "got a truncated one of 0 bytes"),
-    "absurd header": (header(b"{}", 2**63), f"got {2**63} bytes of header"),
-    "no JSON": (header(b"{'a': 1}"), "got no header .Expecting"),
-    "a list": (header(b"[1]"), "got no header .a list"),
-    "nested": (header(b"[" * 200_000), "got no header"),
-    "not text": (header(b'{"\xff": 1}'), "got no header"),
-    "name twice": (twice, f"no header .{NAME} is there twice"),
-    "no object": (lambda f: write(f, json.dumps({NAME: 3}).encode(), b""), f"{NAME}: .* got 3;"),
-    "dtype": (lie("dtype", lambda _: "Q7"), f"{NAME}: expected one of F64, .* got dtype 'Q7'"),
-    "dtype of another kind": (lie("dtype", lambda _: [1]), f"{NAME}: .* got dtype .1."),
-    "other dtype": (lie("dtype", lambda _: "BF16"), f"{NAME}: expected 1024 bytes for BF16"),
-    "bits": (lie("dtype", lambda _: "F4"), f"{NAME}: expected 256 bytes for F4"),
-    "shape": (lie("shape", lambda _: [16, 33]), f"{NAME}: expected 2112 bytes .* got 2048 by"),
-    "negative": (lie("shape", lambda _: [-16, -32]), f"{NAME}: expected a shape of sizes in"),
-    "no shape": (lie("shape", lambda _: "16x32"), f"{NAME}: expected a shape .* got '16x32'"),
-    "huge": (lie("shape", lambda _: [2**62, 2**62]), f"{NAME}: expected 8.5.* bytes for F32"),
-    "true": (lie("shape", lambda _: [True, 512]), f"{NAME}: expected a shape of sizes"),
-    "offsets": (lie("data_offsets", lambda _: [0.5, 2]), f"{NAME}: expected data_offsets of a b"),
-    "one offset": (lie("data_offsets", lambda p: p[:1]), f"{NAME}: expected data_offsets of a b"),
-    "backwards": (lie("data_offsets", lambda p: p[::-1]), f"{NAME}: .* got -2048 by"),
-    "beyond": (lie("data_offsets", lambda p: [p[0], 10**9]), f"{NAME}: expected 2048 bytes .* got"),
-    "far away": (shift(10**9), "expected data at offset"),
-    "overlap": (shift(-8), f"{NAME}: expected data at offset .*, where .* ends in .*{SINGLE_NAME}"),
-    "hole": (lambda f: write(f, *dropped(f)), r"expected data at offset \d+, where .* ends"),
+    "truncated": (lambda f: content(f, lambda b: b[:-100]), f"{HEADER}not fully covered"),
+    "longer": (lambda f: content(f, lambda b: b + b"x"), f"{HEADER}not fully covered"),
+    "header cut": (lambda f: content(f, lambda b: b[:20]), HEADER),
+    "empty": (lambda f: content(f, lambda b: b""), f"{HEADER}too small"),
+    "absurd header": (header(b"{}", 2**63), f"{HEADER}too large"),
+    "no JSON": (header(b"{'a': 1}"), f"{HEADER}invalid JSON"),
+    "a list": (header(b"[1]"), f"{HEADER}invalid JSON"),
+    "nested": (header(b"[" * 200_000), HEADER),
+    "not text": (header(b'{"\xff": 1}'), HEADER),
+    "name twice": (twice, f"{HEADER}invalid offset"),
+    "no object": (lambda f: write(f, json.dumps({NAME: 3}).encode(), b""), HEADER),
+    "dtype": (lie("dtype", lambda _: "Q7"), f"{HEADER}Q7"),
+    "other dtype": (lie("dtype", lambda _: "BF16"), HEADER),
+    "bits": (lie("dtype", lambda _: "F4"), HEADER),
+    "shape": (lie("shape", lambda _: [16, 33]), f"{HEADER}invalid shape"),
+    "negative": (lie("shape", lambda _: [-16, -32]), HEADER),
+    "no shape": (lie("shape", lambda _: "16x32"), HEADER),
+    "huge": (lie("shape", lambda _: [2**62, 2**62]), HEADER),
+    "offsets": (lie("data_offsets", lambda _: [0.5, 2]), HEADER),
+    "one offset": (lie("data_offsets", lambda p: p[:1]), HEADER),
+    "backwards": (lie("data_offsets", lambda p: p[::-1]), HEADER),
+    "beyond": (lie("data_offsets", lambda p: [p[0], 10**9]), HEADER),
+    "far away": (shift(10**9), HEADER),
+    "overlap": (shift(-8), f"{HEADER}invalid offset"),
+    "hole": (lambda f: write(f, *dropped(f)), HEADER),
     "no weights": (lambda f: (f / SINGLE_NAME).unlink(), "with neither"),
-    "a folder": (lambda f: as_folder(f / SINGLE_NAME), "got something else of that name"),
+    "a folder": (lambda f: as_folder(f / SINGLE_NAME), HEADER),
     "no config": (
         lambda f: (f / "config.json").unlink(),
         "KimiK2Config: path: .*config.json, which does not exist",
@@ -230,24 +226,6 @@ def test_a_value_in_a_later_slab_is_found(tmp_path, monkeypatch):
         KimiK2.from_pretrained(tmp_path)
 
 
-def test_a_file_that_is_cut_while_it_is_read(model, tmp_path):
-    """An error, where a mapping would end the process."""
-    model.save_pretrained(tmp_path)
-    file = SafetensorsFile(tmp_path / SINGLE_NAME)
-    place = file.tensors[NAME]
-    with open(tmp_path / SINGLE_NAME, "r+b") as other:
-        other.truncate(place.begin + 10)
-    with pytest.raises(ValueError, match="got its end, since it was cut meanwhile"):
-        file.read(place.begin, memoryview(bytearray(place.nbytes)))
-    file.close()
-
-
-def test_the_longest_header_is_that_of_the_format(model, tmp_path, monkeypatch):
-    model.save_pretrained(tmp_path)
-    monkeypatch.setattr(safetensors_file, "_LONGEST", 1000)
-    assert_refused(tmp_path, "bytes of header in")
-
-
 def test_a_head_that_is_a_copy_of_the_embedding_is_tied(model, tmp_path):
     model.save_pretrained(tmp_path)
     edit(tmp_path, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
@@ -288,7 +266,7 @@ def renamed(folder, index):
 
 
 INDEX = {
-    "no such file": (gone, r"expected .*/model-.*.safetensors as a file, got no such file"),
+    "no such file": (gone, r"expected .*/model-.*.safetensors as a whole .*, got No such file"),
     "another file": (replaced, "other: expected it in no file, as .* got it in model-"),
     "in another shard": (moved, rf"{NAME}: expected it in model-.*, as {INDEX_NAME} says"),
     "not in its shard": (renamed, "model.unheard: expected it in model-.* got a file without it"),
@@ -352,7 +330,7 @@ def test_a_layer_is_read_from_its_files_alone(model, sharded):
     theirs = model.model.layers[1].state_dict()
     assert layer.state_dict().keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in layer.state_dict().items())
-    with pytest.raises(ValueError, match="got no such file"):
+    with pytest.raises(ValueError, match="got No such file"):
         load_layer(folder, 2)
     with pytest.raises(ValueError, match="load_layer: layer: expected an int of 0 .. 2, got 3"):
         load_layer(folder, 3)
