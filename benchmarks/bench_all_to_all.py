@@ -22,9 +22,7 @@ On a GPU (--device cuda) the ranks of a LocalWorld share it, up to 8 in a launch
 
 import argparse
 import json
-import os
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +36,7 @@ from torch import Tensor
 from benchmarks import one_gpu
 from benchmarks.measure import Time, peak_memory
 from benchmarks.options import parse, parser
+from benchmarks.processes import join, samples
 from benchmarks.report import OURS, Row
 from benchmarks.session import Session
 from kimi_ops import ExpertParallel, topk_gate
@@ -46,7 +45,7 @@ from kimi_ops.parallel.results import Dispatched
 HIDDEN, TOP_K, EXPERTS = 7168, 8, (64, 384)
 OPS = ("dispatch", "combine")
 RANKS, TOKENS = (2, 4), (64, 512, 2048)
-BUDGET, QUICK, LEAST, MOST = 2.0, 0.5, 9, 300  # seconds a way; rounds
+BUDGET, QUICK = 2.0, 0.5  # seconds a way
 
 
 @dataclass(frozen=True)
@@ -142,38 +141,15 @@ class Rank:
 def _samples(rank: Rank, budget: float) -> dict[str, dict[str, list[list[float]]]]:
     """Seconds and seconds of processor time, of the slowest rank, by op and way."""
     ways = rank.ways()
-
-    def round_of() -> Tensor:
-        times = []
-        for _, _, function in ways:
-            dist.barrier()
-            worked, start = time.process_time(), time.perf_counter()
-            function()
-            times.append([time.perf_counter() - start, time.process_time() - worked])
-        return torch.tensor(times, dtype=torch.float64)
-
-    def slowest(times: Tensor) -> Tensor:
-        dist.all_reduce(times, dist.ReduceOp.MAX)
-        return times
-
-    for _ in range(2):
-        once = slowest(round_of())
-    rounds = int(min(MOST, max(LEAST, len(ways) * budget / once[:, 0].sum())))
-    times = slowest(torch.stack([round_of() for _ in range(rounds)])).permute(1, 2, 0).tolist()
     found: dict[str, dict[str, list[list[float]]]] = {op: {} for op in OPS}
-    for (op, way, _), samples in zip(ways, times, strict=True):
-        found[op][way] = samples
+    times = samples([function for _, _, function in ways], budget)
+    for (op, way, _), taken in zip(ways, times, strict=True):
+        found[op][way] = taken
     return found
 
 
 def _work(index: int, folder: str, cases: list[Case], budget: float) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    mine = cores[index :: cases[0].ranks] or [cores[index % len(cores)]]
-    os.sched_setaffinity(0, mine)  # each rank has its cores, as launchers do it
-    torch.set_num_threads(len(mine))
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.FileStore(f"{folder}/store", cases[0].ranks)
-    dist.init_process_group("gloo", store=store, rank=index, world_size=cases[0].ranks)
+    join(index, folder, cases[0].ranks)
     with torch.no_grad():
         for number, case in enumerate(cases):
             rank = Rank(case, index)
@@ -197,11 +173,11 @@ def _work(index: int, folder: str, cases: list[Case], budget: float) -> None:
 def _row(case: Case, op: str, times: dict[str, list[list[float]]], records: list[int]) -> MovedRow:
     # a combine brings each record's sum back, to the rank that its token is of
     logical, wire = (count * 2 * HIDDEN for count in records)
-    samples = sorted(times[OURS][0])
+    taken = sorted(times[OURS][0])
     named = {way: Time.of(found) for way, (found, _) in times.items()}
     processor = {way: Time.of(worked).median for way, (_, worked) in times.items()}
     ours = named.pop(OURS)
-    p99 = samples[round(0.99 * (len(samples) - 1))]
+    p99 = taken[round(0.99 * (len(taken) - 1))]
     roof = logical / named["memcpy"].median
     return MovedRow(
         f"{op} {case}", ours, logical, "GB/s", roof, named, p99=p99, processor=processor,

@@ -2,7 +2,9 @@
 """Two micro-batches side by side: the formula against the schedule, and what a plan makes of it."""
 
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,16 +14,18 @@ from kimi_ops.models.kimi_k2 import KimiK2Config
 from kimi_ops.plan import HARDWARE, plan
 from kimi_ops.plan.counts import count
 from kimi_ops.plan.estimate import estimate
-from kimi_ops.plan.layer import Piece, moe_layer
+from kimi_ops.plan.layer import COMMUNICATION, Piece, moe_layer
 from kimi_ops.plan.memory import memory
 from kimi_ops.plan.pairs import pair_seconds
 from kimi_ops.plan.report import as_text
+from kimi_ops.plan.skew import busiest
 from kimi_ops.plan.work import Layout, Work
 
 K2 = count(KimiK2Config.k2())
 TRAIN = Work("train", 4096, 4096, 1.0, "bf16", "bf16", 2**26)
 PAIRS = replace(TRAIN, overlap=True)
 H200 = HARDWARE["h200"]
+PAGE = Path(__file__).parents[2].joinpath("docs/plan.md").read_text()
 NAMES = {"a": "attention", "d": "dispatch", "e": "experts", "c": "combine"}
 
 
@@ -51,6 +55,21 @@ def test_the_formula_is_the_schedule(seed: int):
     # gradients of combined rows go as a dispatch, those of dispatched rows as a combine
     backward = ends(times, layers, "deca", "BA")
     assert pair_seconds(pieces, layers, backward=True) == pytest.approx(backward)
+
+
+def test_the_table_of_the_page():
+    rows = re.findall(
+        r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", PAGE, re.MULTILINE
+    )
+    assert [int(row[0]) for row in rows] == [2**n for n in range(3, 9)]
+    for ep, *told in rows:
+        work = replace(TRAIN, skew=busiest(K2.config, TRAIN, int(ep), H200.domain))
+        passes = [moe_layer(H200, K2, work, int(ep), backward=b) for b in (False, True)]
+        times = [p.seconds for pieces in passes for p in pieces]
+        sent = sum(p.seconds for pieces in passes for p in pieces if p.name in COMMUNICATION)
+        pair = sum(pair_seconds(p, 15, backward=b) for b, p in enumerate(passes)) / 15
+        found = 2 * sum(times), 2 * sent, pair, 2 * max(sent, sum(times) - sent)
+        assert [f"{1e3 * seconds:.1f}" for seconds in found] == told
 
 
 def test_a_step_in_twos_is_its_pairs():
