@@ -15,7 +15,9 @@ each rank); a combine the sums of its records (about u T H, u ranks a token) and
 new memory). The roof is that of memcpy.
 GB/s are bytes of records that ranks get from all ranks (logical), or from others only (wire).
 
-    python -m benchmarks.bench_all_to_all [--ranks 2,4] [--tokens 64,512,2048] [--help]
+On a GPU (--device cuda) the ranks of a LocalWorld share it, up to 8 in a launch: see one_gpu.py.
+
+    python -m benchmarks.bench_all_to_all [--ranks 2,4] [--tokens 64,512,2048] [--device cuda]
 """
 
 import argparse
@@ -31,6 +33,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks import one_gpu
 from benchmarks.measure import Time, peak_memory
 from benchmarks.options import parse, parser
 from benchmarks.processes import join, samples
@@ -183,10 +186,18 @@ def _row(case: Case, op: str, times: dict[str, list[list[float]]], records: list
 
 
 def compare(session: Session) -> None:
+    gpu = session.device == "cuda"
     ranks, tokens = (
-        getattr(session.options, name, None) or default
-        for name, default in (("ranks", RANKS), ("tokens", TOKENS))
+        tuple(getattr(session.options, name, None) or default)
+        for name, default in (
+            ("ranks", one_gpu.RANKS if gpu else RANKS),
+            ("tokens", one_gpu.TOKENS if gpu else TOKENS),
+        )
     )
+    if gpu:  # quick: 8 ranks, a decode and a prefill
+        if session.quick:
+            ranks, tokens = ranks[-1:], tokens[3::2]
+        return one_gpu.compare(session, ranks, tokens)
     if session.quick:
         ranks, tokens = ranks[:1], tokens[:2]
     budget = QUICK if session.quick else BUDGET
@@ -224,9 +235,9 @@ def numbers(text: str) -> list[int]:
 
 def options() -> argparse.ArgumentParser:
     made = parser("benchmarks.bench_all_to_all", __doc__ or "")
-    words = "ranks, each a process (default: 2,4)"
+    words = "ranks, each a process (default: 2,4), or of one GPU (2,4,8)"
     made.add_argument("--ranks", type=numbers, metavar="P,..", help=words)
-    words = "tokens of a rank (default: 64,512,2048)"
+    words = "tokens of a rank (default: 64,512,2048; 1,8,32,128,512,4096 on a GPU)"
     made.add_argument("--tokens", type=numbers, metavar="T,..", help=words)
     return made
 

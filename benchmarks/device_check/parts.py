@@ -11,13 +11,14 @@ from benchmarks.device_check.steps import Step
 
 TESTS = "tests/ops"  # those that run on the engines of a GPU
 DOOR = "tests/operators"  # streams and devices of a call
+RANKS = "tests/dist/test_peers_cuda.py"  # several on one GPU
 MEMCHECK = ("topk_gate", "permute", "grouped_gemm_torch", "fused_experts_torch")
 MEMCHECK_NAMES = "groups or empty or ties or contract or valid or nan_stays or awkward_sizes"
 MEMCHECK_NAMES += " or no_rows"
 ON_GPU = "cuda and not simt"
 WORKERS, TEST_SECONDS = 10, 40
 
-BENCHMARKS = ("topk_gate", "permute", "grouped_gemm", "fused_experts")
+BENCHMARKS = ("topk_gate", "permute", "grouped_gemm", "fused_experts", "all_to_all")
 KERNELS = (
     "gate", "gate896", "plan", "permute", "unpermute", "big", "down", "few", "wgrad", "wgradacc",
     "experts", "decode", "fp8",
@@ -54,7 +55,7 @@ def pytest_command(names: str, paths: list[str]) -> list[str]:
 
 
 def tests(logs: Path, names: str = ON_GPU, paths: list[str] | None = None) -> list[Step]:
-    command = pytest_command(names, paths or [TESTS, DOOR])
+    command = pytest_command(names, paths or [TESTS, DOOR, RANKS])
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--max-worker-restart", "120"]
     else:

@@ -121,6 +121,21 @@ def test_operations_under_way_are_waited_for_in_any_order():
                 assert rows[n].x[:, 0].tolist() == want
                 y = ep.combine(rows[n].x, rows[n].handle)
                 assert torch.equal(y, torch.full((1, 2), 2 * (10.0 * n + ep.rank)))
+            x = torch.full((1, 2), 1.0 + ep.rank)
+            for homeward in (True, False):  # one way and the other at once
+                first = ep.dispatch(x, ids)
+                begin = [
+                    lambda: ep.dispatch(3 * x, ids, async_op=True),
+                    lambda first=first: ep.combine(first.x, first.handle, async_op=True),
+                ]
+                both = []
+                for start in begin[::-1] if homeward else begin:
+                    both.append(start())
+                    if ep.rank % 2:
+                        both[-1].wait()
+                second, y = sorted((each.wait() for each in both), key=torch.is_tensor)
+                assert torch.equal(y, 2 * x)
+                assert torch.equal(ep.combine(second.x, second.handle), 6 * x)
 
     LocalWorld(4).run(work)
 

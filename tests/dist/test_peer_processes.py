@@ -118,7 +118,16 @@ def test_a_world_in_one_launch_on_a_gpu_has_no_gradients() -> None:
         assert away(joint, x)
 
 
-def test_streams_of_a_world_are_few() -> None:
+def test_streams_of_a_world_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, gpu, made = LocalWorld(2, streams=True), torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "Stream", made.append)
+    for crowded, count in ((True, 0), (False, 1)):  # a second one for each rank, or none
+        talk = LocalTransport(LocalGroup(world, 0), 1.0, torch.device("cpu"))
+        link = peer_transport.PeerTransport(
+            talk, gpu, 1.0, 2, range(2), None, peer_transport.alone, crowded
+        )
+        Peers(link, None, 2)
+        assert len(made) == count
     with pytest.raises(ValueError, match="LocalWorld: streams: expected at most 8 ranks, got 9"):
         LocalWorld(9, streams=True)
     assert LocalWorld(9).size == 9

@@ -46,7 +46,8 @@ class EPMisuse(EPError):
 
 
 class EPOverflow(EPError):
-    """More rows arrive than the capacity holds. All ranks get this error, before a row moves."""
+    """More rows arrive than the capacity holds. All ranks get this error, before a row moves; with
+    the backend cuda their next calls do, and the group is out of use."""
 
     def __init__(self, text: str, ranks: Iterable[int], count: int) -> None:
         super().__init__(text, ranks)

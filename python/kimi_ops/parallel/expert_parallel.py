@@ -15,6 +15,7 @@ from kimi_ops.parallel.layout import Placement, Rules
 from kimi_ops.parallel.local import LocalGroup
 from kimi_ops.parallel.results import Dispatched, Handle, Pending
 from kimi_ops.parallel.router import Router
+from kimi_ops.parallel.transport import Motions
 from kimi_ops.parallel.wire import FP8, Form
 
 __all__ = ["ExpertParallel"]
@@ -145,7 +146,7 @@ class ExpertParallel:
             "timeout": timeout,
             "ranks_per_node": ranks_per_node,
         }
-        self._direct = layout == "expert_direct"
+        self._direct, self._left = layout == "expert_direct", list[Motions]()
         self._connect(range(self.world), capacity)
         self._limits = call_checks.Limits(
             num_experts, hidden, max_tokens_per_rank, wire_dtype, self.device
@@ -199,6 +200,8 @@ class ExpertParallel:
         per_node = self._options["ranks_per_node"]
         call_checks.maskable(self.rank, self.active_ranks, ranks, per_node)
         capacity = self.capacity
+        if self._connection.lays_rows_out:  # kernels of a rank that is late still write there
+            self._left.append(self._motions)
         self._connection.close()
         self._connect([rank for rank in self.active_ranks if rank not in ranks], capacity)
 

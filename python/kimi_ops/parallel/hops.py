@@ -87,22 +87,37 @@ class Hops:
     def way(self, route: Any, form: Form, back: Form) -> "Relayed":
         return Relayed(self, route.relay, True, form, back)
 
-    def in_turn(self, hand_on: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
-        """Second hops start in the order of the first ones, whichever is waited for first."""
-        turn = Turn(hand_on)
+    def before(self, away: bool) -> None:
+        """Before a first hop: where it takes the way of earlier second hops, they go first.
+
+        So both connections see operations in the order in which they begin, on every rank,
+        whatever is waited for first.
+        """
+        if self._turns and self._turns[0].away != away:
+            self._hand_on_to(self._turns[-1])
+
+    def in_turn(
+        self, away: bool, hand_on: Callable[[], Callable[[], Tensor]]
+    ) -> Callable[[], Tensor]:
+        """The result starts a second hop, behind those of earlier operations, and waits for it."""
+        turn = Turn(away, hand_on)
         self._turns.append(turn)
 
         def arrived() -> Tensor:
-            while turn in self._turns:
-                earlier = self._turns.pop(0)
-                earlier.wait = earlier.hand_on()
+            self._hand_on_to(turn)
             return turn.wait()
 
         return arrived
 
+    def _hand_on_to(self, turn: "Turn") -> None:
+        while turn in self._turns:
+            earlier = self._turns.pop(0)
+            earlier.wait = earlier.hand_on()
+
 
 @dataclass(eq=False)
 class Turn:
+    away: bool
     hand_on: Callable[[], Callable[[], Tensor]]
     wait: Any = None  # once it was handed on
 
@@ -133,6 +148,7 @@ class Relayed:
 
     def _go_away(self, records: Tensor, kinds: list[Field]) -> Callable[[], Tensor]:
         relay, hops = self.relay, self.hops
+        hops.before(away=True)
         came = _exchange(hops.rail, records, relay.rail_sent, relay.rail_received)
 
         def hand_on() -> Callable[[], Tensor]:
@@ -142,11 +158,12 @@ class Relayed:
             copies = tokens.index_select(0, relay.copies)
             return _exchange(hops.node, copies, relay.handed, relay.arriving)
 
-        arrived = hops.in_turn(hand_on)
+        arrived = hops.in_turn(True, hand_on)
         return lambda: arrived().index_select(0, relay.order)
 
     def _go_home(self, records: Tensor, kinds: list[Field]) -> Callable[[], Tensor]:
         relay, hops = self.relay, self.hops
+        hops.before(away=False)
         records = records.index_select(0, relay.by_arrival)
         came = _exchange(hops.node, records, relay.arriving, relay.handed)
 
@@ -155,7 +172,7 @@ class Relayed:
             sums = pack([moves_of(part.dtype).unpermute(part, relay.plan) for part in parts])
             return _exchange(hops.rail, sums, relay.rail_received, relay.rail_sent)
 
-        return hops.in_turn(hand_on)
+        return hops.in_turn(False, hand_on)
 
 
 def _exchange(

@@ -79,6 +79,8 @@ def in_one_process(
     def provide(size: int) -> PeerMemory:
         made = slices(group.size, size, device, members) if talk.rank == 0 else None
         memory: PeerMemory = talk.share(made)[0][group.rank]
+        if device.type == "cuda":  # it is zero, and what was there before is read no more
+            torch.cuda.synchronize(device)
         return memory
 
     apart = group.world.streams

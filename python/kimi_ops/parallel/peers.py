@@ -23,6 +23,7 @@ from kimi_ops.operators import permute as operators
 from kimi_ops.parallel import transport as links
 from kimi_ops.parallel.errors import EPMismatch, EPOverflow, EPTimeout, named
 from kimi_ops.parallel.journey import Gradients, Journey
+from kimi_ops.parallel.local import LocalTransport
 from kimi_ops.parallel.peer_memory import PeerMemory
 from kimi_ops.parallel.peer_transport import PeerTransport, Roles, Together
 from kimi_ops.parallel.side_stream import beside
@@ -70,7 +71,9 @@ class Peers:
         self._at_once = 0 if transport.crowded else _ONE_LAUNCH
         joint = isinstance(transport.launcher, Together)
         self._gradients = not (joint and transport.device.type == "cuda")
-        if buffers > 1 and transport.device.type == "cuda":
+        # The streams of one process are few: where each rank needs one, none has a second.
+        few = transport.crowded and isinstance(transport.talk, LocalTransport)
+        if buffers > 1 and transport.device.type == "cuda" and not few:
             side = torch.cuda.Stream(transport.device)
             self.start = lambda begin: start(lambda: beside(side, begin))
         self._provide, self._launch = transport.provide, transport.launcher
