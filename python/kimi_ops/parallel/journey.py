@@ -74,6 +74,9 @@ class Journey(Generic[Came]):
         constant : bool
             The outputs but the first have no gradient.
         """
+        if not self._graded:
+            with torch.no_grad():
+                return (self._tie, *outputs(False)[0])
         return _Arrive.apply(self._op, self._link, outputs, back, constant, self._tie)
 
 
