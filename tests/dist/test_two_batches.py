@@ -6,6 +6,7 @@ import dataclasses
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def same_bits(
     group, rank: int, dtype=torch.float32, repeated: bool = False, backend: str = "reference"
 ) -> None:
     """Logits, losses, gradients and statistics of four batches, in twos and one by one."""
-    options = {"max_tokens": 14, "batches": 2, "backend": backend}
+    options: dict[str, Any] = {"max_tokens": 14, "batches": 2, "backend": backend}
     with ExpertRanks(group, AUXILIARY, **options) as ranks:
         assert ranks.backend == backend
         models = [KimiK2(AUXILIARY, expert_ranks=ranks).train() for _ in range(2)]
@@ -80,10 +81,13 @@ def same_bits(
         assert sum(moe.tokens_per_expert.sum() for moe in models[1].moe_layers()) > 0
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("dtype", "repeated"),
-    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
+    ("world", "dtype", "repeated"),
+    [
+        *((world, torch.float32, False) for world in (1, 2, 4)),
+        (2, torch.bfloat16, False),
+        (4, torch.float32, True),
+    ],
 )
 def test_the_bits_of_one_after_the_other(world: int, dtype: torch.dtype, repeated: bool):
     LocalWorld(world).run(lambda group: same_bits(group, group.rank, dtype, repeated))
@@ -94,7 +98,6 @@ def processes(rank: int, folder: str) -> None:
         group = dist.new_group(list(range(world)))
         for backend in ("shm", "gloo") if rank < world else ():
             same_bits(group, rank, backend=backend)
-            same_bits(group, rank, torch.bfloat16, backend=backend)
 
 
 def test_processes_have_the_bits_of_one_after_the_other(tmp_path: Path):
@@ -149,6 +152,17 @@ def test_the_messages_of_one_travel_while_the_other_computes():
     assert back == [*layer, *between, *layer[2:], *["dispatch: wait"] * 2]
 
 
+def test_gradients_that_are_there_are_added_to_where_they_lie():
+    layer = torch.nn.Linear(64, 64)
+    inputs = [torch.randn(3, 64) for _ in range(3)]
+    layer(inputs[0]).square().sum().backward()
+    before = layer.weight.grad.data_ptr()
+    backward_two(layer, [layer(x).square().sum() for x in inputs[1:]])
+    assert layer.weight.grad.data_ptr() == before
+    wanted = sum(2 * layer(x).detach().T @ x for x in inputs)
+    torch.testing.assert_close(layer.weight.grad, wanted)
+
+
 def test_what_cannot_be_side_by_side_is_refused():
     def work(group):
         first, second = batches(group.rank)[:2]
@@ -161,6 +175,8 @@ def test_what_cannot_be_side_by_side_is_refused():
                     forward_two(KimiK2(config, expert_ranks=ranks), first, second)
         with ExpertRanks(group, CONFIG, max_tokens=14, batches=2) as ranks:
             model = KimiK2(CONFIG, expert_ranks=ranks)
+            with pytest.raises(ValueError, match="save_pretrained: expert_ranks: .* a LocalWorld"):
+                ranks.to_first(torch.zeros(1), 0)
             with pytest.raises(ValueError, match="input_ids: expected ids in 0 .. 63"):
                 forward_two(model, first, second + 64)
             return [output.logits.shape[1] for output in forward_two(model, first, second)]
@@ -168,3 +184,24 @@ def test_what_cannot_be_side_by_side_is_refused():
     assert LocalWorld(2).run(work) == [list(SIZES[:2])] * 2
     with pytest.raises(ValueError, match="got no expert_ranks"):
         forward_two(KimiK2(CONFIG), *batches(0)[:2])
+
+
+def on_a_gpu(rank: int, folder: str) -> None:
+    """Logits have the same bits; gradients of attention are added up in any order there."""
+    options: dict[str, Any] = {"max_tokens": 14, "batches": 2, "backend": "cuda"}
+    with ExpertRanks(dist.group.WORLD, CONFIG, device="cuda:0", **options) as ranks:
+        models = [KimiK2(CONFIG, device="cuda:0", expert_ranks=ranks) for _ in range(2)]
+        given = [ids.cuda() for ids in batches(rank)[:2]]
+        apart = [models[0](ids) for ids in given]
+        together = forward_two(models[1], *given)
+        for logits, output in zip(apart, together, strict=True):
+            assert torch.equal(logits, output.logits)
+            logits.square().mean().backward()
+        backward_two(models[1], [output.logits.square().mean() for output in together])
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_two_processes_on_one_gpu(tmp_path: Path):
+    launch(on_a_gpu, tmp_path, 2)

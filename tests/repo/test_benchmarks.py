@@ -258,7 +258,7 @@ def test_cases_are_chosen_by_name(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--only"], "--only: expected one or more of all_to_all, .*, train_step, got nothing"),
+        (["--only"], "--only: expected one or more of all_to_all, .*, two_batches, got nothing"),
         (["--only", "topk"], "--only: expected one or more of .*topk_gate.*, got topk"),
         (["--threads", "0"], "--threads: expected 1 or more, got 0"),
         (["--json", "."], "--json: expected a file, got the folder ."),

@@ -180,7 +180,7 @@ def test_help_shows_every_default(program: str):
     outputs = [runner.invoke(app, [program, flag]).output for flag in ("-h", "--help")]
     assert outputs[0] == outputs[1] and "Usage: " in outputs[0]
     for block in outputs[0].split("\n  -")[1:]:  # one option each; switches are off unless given
-        switch = block.startswith(("-resume ", "-plot ", "-json ", "h, "))
+        switch = block.startswith(("-resume ", "-plot ", "-json ", "-overlap ", "h, "))
         assert switch or "[default:" in block, block
     shown = " ".join(outputs[0].split())
     if program == "train":

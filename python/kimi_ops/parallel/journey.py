@@ -9,6 +9,7 @@ messages, is what the backward has to do while the gradients' messages are under
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -42,13 +43,17 @@ class Journey(Generic[Came]):
         self, op: str, begin: Callable[[], Callable[[], Came]], tie: Tensor, *inputs: Tensor | None
     ) -> None:
         self._op, self._link = op, _Link()
-        with torch.no_grad(), record_function(f"{op}: begin"):
+        self._tie = tie
+        with torch.no_grad(), _named(f"{op}: begin"):
             self._wait = begin()
-        self._tie = _Leave.apply(op, self._link, tie, *inputs)
+        wanted = (part is not None and part.requires_grad for part in (tie, *inputs))
+        self._graded = torch.is_grad_enabled() and any(wanted)
+        if self._graded:
+            self._tie = _Leave.apply(op, self._link, tie, *inputs)
 
     def wait(self) -> Came:
         """What came."""
-        with record_function(f"{self._op}: wait"):
+        with _named(f"{self._op}: wait"):
             return self._wait()
 
     def arrive(
@@ -69,7 +74,15 @@ class Journey(Generic[Came]):
         constant : bool
             The outputs but the first have no gradient.
         """
+        if not self._graded:
+            with torch.no_grad():
+                return (self._tie, *outputs(False)[0])
         return _Arrive.apply(self._op, self._link, outputs, back, constant, self._tie)
+
+
+def _named(name: str) -> AbstractContextManager[object]:
+    """A range of a trace, at no cost where nobody takes one."""
+    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
 
 
 class _Link:
@@ -89,7 +102,7 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, tie: Tensor) -> tuple[Any, ...]:
         wait = ctx.link.wait
         del ctx.link.wait
-        with record_function(f"gradient of {ctx.op}: wait"):
+        with _named(f"gradient of {ctx.op}: wait"):
             return (None, None, tie, *wait())
 
 
@@ -111,6 +124,6 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, tie: Tensor, *gradients: Tensor) -> tuple[Any, ...]:
-        with record_function(f"gradient of {ctx.op}: begin"):
+        with _named(f"gradient of {ctx.op}: begin"):
             ctx.link.wait = ctx.back(ctx.saved_tensors, gradients)
         return (None, None, None, None, None, tie)
