@@ -259,16 +259,44 @@ class StepCase:
     sequences: int
     window: int
     optimizer: bool = True
+    recompute: str = "none"
+    weights: str = "float32"
+    hidden: int = 0  # not the preset's: Moonlight's heads and ratios, 16 experts, 4 layers
+    apart: bool = False  # one after the other: both do not fit into a GPU's memory
 
     def __str__(self) -> str:
         what = "step" if self.optimizer else "fwd+bwd"
-        return f"{self.preset} B {self.sequences}, S {self.window} {what}"
+        size = f" H {self.hidden}" if self.hidden else ""
+        again = f", {self.recompute} again" if self.recompute != "none" else ""
+        return f"{self.preset}{size} B {self.sequences}, S {self.window} {what}{again}"
+
+    def fields(self) -> dict[str, int]:
+        """In which the model differs from the preset."""
+        if not self.hidden:
+            return {}
+        of_hidden = {"intermediate_size": 4, "moe_intermediate_size": 2 / 3}
+        widths = {name: round(self.hidden * ratio) for name, ratio in of_hidden.items()}
+        heads = self.hidden // 128
+        return widths | {
+            "hidden_size": self.hidden, "num_attention_heads": heads, "num_key_value_heads": heads,
+            "n_routed_experts": 16, "num_hidden_layers": 4,
+        }  # fmt: skip
 
 
-def step_cases(quick: bool) -> list[StepCase]:
-    """The default of `kimi-ops train`, with and without the optimizer."""
-    del quick  # it shortens the samples
-    return [StepCase("mini", 16, 256, False), StepCase("mini", 16, 256)]
+def step_cases(quick: bool, device: str = "cpu") -> list[StepCase]:
+    """The default of `kimi-ops train`, with and without the optimizer, and from less memory.
+
+    CPU: the widest model of which 2 cores make a step of either side in 10 s, the most that a peer
+    may take. CUDA: Moonlight's slice, which fills 80 GB.
+    """
+    cases = [StepCase("mini", 16, 256, False), StepCase("mini", 16, 256)]
+    if quick:
+        return cases
+    cases += [StepCase("mini", 16, 256, True, way) for way in ("selective", "full")]
+    if device == "cpu":
+        return [*cases, StepCase("moonlight", 2, 512, hidden=768)]
+    slice_ = StepCase("moonlight_slice", 2, 4096, True, "selective", "bfloat16", apart=True)
+    return [*cases, slice_]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def parser(module: str, description: str) -> Parser:
         words = "run these benchmarks only (default: all, in the order of the names below)"
         made.add_argument("--only", nargs="*", metavar="NAME", help=words)
     add = made.add_argument
-    only = "call_overhead, threads and train_step know cpu only"
+    only = "call_overhead and threads know cpu only"
     words = f"where the tensors lie (default: cpu); {only}"
     add("--device", default="cpu", choices=["cpu", "cuda"], help=words)
     add("--quick", action="store_true", help="few cases, short samples (default: all, 1.5 s each)")

@@ -31,7 +31,8 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
-from kimi_ops import MuonClip, muon_param_groups
+from kimi_ops import MuonClip, QKClip, muon_param_groups
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.optim import muon_exchange, muon_routes
 from kimi_ops.optim.muon_mesh import circle_of, edges_of
 from tests.dist.world import launch
@@ -368,3 +369,38 @@ def error_worker(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_what_is_not_served_is_refused(tmp_path: Path):
     launch(error_worker, tmp_path, PROCESSES)
+
+
+def mastered(rank: int, folder: str) -> None:
+    """A model in bf16 with masters, plain and sharded, with QK-Clip that acts."""
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    for sharded in (False, True):
+        model = KimiK2(KimiK2Config.tiny()).bfloat16()
+        for layer in model.model.layers if sharded else ():
+            fully_shard(layer, mesh=mesh)
+        if sharded:
+            fully_shard(model, mesh=mesh)
+        clip = QKClip(model.attention_layers(), tau=1.0)
+        groups = muon_param_groups(model)
+        optimizer = MuonClip(groups, lr=0.02, qk_clip=clip, master_weights=True)
+        for step in range(3):
+            for number, param in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(100 * step + number)
+                grad = torch.randn(param.shape, generator=generator).bfloat16()
+                param.grad = (
+                    distribute_tensor(grad, mesh, param.placements) if sharded else grad
+                )
+            for attention in model.attention_layers():
+                attention.max_logits.copy_(torch.tensor([0.5, 3.0]))
+            optimizer.step()
+        states = [optimizer.state[param]["master"] for param in model.parameters()]
+        whole = [*(p.detach() for p in model.parameters()), *states]
+        found.append([x.full_tensor() if sharded else x for x in whole])
+        assert all(state.dtype == torch.float32 for state in states)
+        assert all(isinstance(state, DTensor) == sharded for state in states)
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.slow
+def test_masters_of_shards_are_shards_of_masters(tmp_path: Path):
+    launch(mastered, tmp_path, 2)

@@ -80,14 +80,6 @@ def state_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
     return chosen or (torch.float64 if param.dtype == torch.float64 else torch.float32)
 
 
-MASTER = "master"  # the state that is the parameter in fp32
-
-
-def mastered(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a parameter has an fp32 master."""
-    return group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16)
-
-
 def cost(shape: torch.Size, group: dict[str, Any]) -> int:
     """Operations of one update, by which ranks share the work."""
     if group["algorithm"] == "adamw":

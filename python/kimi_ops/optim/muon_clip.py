@@ -19,8 +19,9 @@ from kimi_ops.optim import engine
 from kimi_ops.optim.group_checks import Checked, check_clip, check_group, check_groups
 from kimi_ops.optim.group_keys import check_keys, follow_cycle
 from kimi_ops.optim.learning_rate import AdjustLr
-from kimi_ops.optim.muon_blocks import MASTER, mastered, names, state_dtype
+from kimi_ops.optim.muon_blocks import names, state_dtype
 from kimi_ops.optim.muon_groups import muon_param_groups
+from kimi_ops.optim.muon_masters import MASTER, mastered, worked
 from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, sharded, whole_state
 from kimi_ops.optim.muon_routed import routed_update
 from kimi_ops.optim.muon_shards import Shards
@@ -32,13 +33,7 @@ from kimi_ops.optim.muon_state import (
     unpack_function,
     wrap_state,
 )
-from kimi_ops.optim.muon_update import (
-    Work,
-    adamw_update,
-    measured,
-    muon_update,
-    worked,
-)
+from kimi_ops.optim.muon_update import Work, adamw_update, measured, muon_update
 from kimi_ops.optim.ns_schedule import Coefficients
 from kimi_ops.optim.qk_clip_layers import QKClip
 
@@ -106,7 +101,7 @@ class MuonClip(torch.optim.Optimizer):
     foreach : bool, optional
         Put many parameters through Newton-Schulz at once (None: yes) or one at a time.
     ns_max_batch : int, optional
-        Matrices in one such batch; None: as many as hold 2^26 elements.
+        Matrices in one such batch; None: as many as hold 2^26 elements, on a CPU 2^23.
     capturable : bool
         ``lr`` and ``weight_decay`` may be tensors on the parameters' device, read there: a CUDA
         graph of ``step`` follows them.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kimi_ops.optim.group_keys import TORCH_FLAGS, check_keys
-from kimi_ops.optim.muon_blocks import MASTER, names, state_dtype
+from kimi_ops.optim.muon_blocks import names, state_dtype
+from kimi_ops.optim.muon_masters import MASTER
 from kimi_ops.optim.muon_shards import Shards
 
 FUNCTION = "a function, which is not saved"  # stands for one in a state dict

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from kimi_ops.optim import engine
 from kimi_ops.optim.learning_rate import adjusted_lr
-from kimi_ops.optim.muon_blocks import MASTER, aligned, blocks, ns_options
+from kimi_ops.optim.muon_blocks import aligned, blocks, ns_options
 from kimi_ops.optim.muon_routes import Route
 from kimi_ops.optim.muon_shards import Shards
 from kimi_ops.optim.newton_schulz import as_matrices, newton_schulz
 
-_BATCH_ELEMENTS = 1 << 26  # of the updates that go through Newton-Schulz at once
+# Of the updates that go through Newton-Schulz at once, in about 12 bytes each; elsewhere than on a
+# GPU, which many matrices fill, they are to be few beside the model.
+_BATCH_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 23}
 
 
 @dataclass(slots=True)
@@ -32,16 +34,6 @@ class Work:
     route: Route | None = None  # of what travels
     heads: int | None = None  # among these rows, where that is not the group's num_heads
     shown: Tensor | None = None  # the 16-bit rows that follow a master
-
-
-def worked(param: Tensor, grad: Tensor, state: dict[str, Tensor], *more: Any) -> Work:
-    """The work on a parameter, or on the master in its state."""
-    master = state.get(MASTER)
-    if master is None:
-        return Work(param, grad, state, *more)
-    work = Work(master, grad, state, *more)
-    work.shown = param
-    return work
 
 
 def _rounded(work: Iterable[Work]) -> None:
@@ -132,7 +124,7 @@ def batches(params: Sequence[Tensor], group: dict[str, Any]) -> Iterator[list[in
     size = 0
     for i, param in enumerate(params):
         if limit is None:
-            more, bound = param.numel(), _BATCH_ELEMENTS
+            more, bound = param.numel(), _BATCH_ELEMENTS.get(param.device.type, 1 << 26)
         else:
             more, bound = sum(b.shape[:-2].numel() for b in blocks(param, group)), limit
         apart = group["foreach"] is False or size + more > bound

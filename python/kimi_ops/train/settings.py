@@ -132,9 +132,14 @@ class TrainSettings:
             )
 
     def model_config(self) -> KimiK2Config:
-        """The preset with one token for each byte value."""
-        preset = getattr(KimiK2Config, self.preset)()
-        return dataclasses.replace(preset, vocab_size=VOCABULARY, torch_dtype=self.weights)
+        """The preset with one token for each byte value, and no others."""
+        none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return dataclasses.replace(
+            getattr(KimiK2Config, self.preset)(),
+            vocab_size=VOCABULARY,
+            torch_dtype=self.weights,
+            **none,
+        )
 
     @property
     def windows_per_step(self) -> int:
