@@ -43,7 +43,7 @@ def build(way: str, group: dist.ProcessGroup, count: int = 4, **keys) -> MuonCli
 
 
 def refuse(
-    ways: dict[str, MuonClip], expected: type[EPError], details: dict[str, str]
+    ways: dict[str, MuonClip], expected: type[EPError], number: int, details: dict[str, str]
 ) -> None:
     """Every step raises in time and names rank 1; both at once, for each waits for its group."""
 
@@ -58,7 +58,8 @@ def refuse(
     assert time.monotonic() - began < 6 * SECONDS
     for way, error in zip(ways, errors, strict=True):
         assert type(error) is expected and error.ranks == (1,), repr(error)
-        assert re.search(rf"^MuonClip: step [02]: .*rank 1 .*\({details[way]}: ", str(error)), error
+        told = rf"^MuonClip: step {number}: .*rank 1 .*\({details[way]}: "
+        assert re.search(told, str(error)), error
 
 
 def stop(folder: str, others: int) -> None:
@@ -116,7 +117,8 @@ def worker(rank: int, folder: str, fault: str, place: str) -> None:
         details = dict.fromkeys(WAYS, first)
         if place == "within":  # of the first step
             details["group"] = "squared norms"
-        refuse(optimizers, EPRankLost if fault == "gone" else EPTimeout, details)
+        expected = EPRankLost if fault == "gone" else EPTimeout
+        refuse(optimizers, expected, 0 if place == "first" else 2, details)
     Path(folder, f"told {rank}").touch()
     os._exit(0)
 
