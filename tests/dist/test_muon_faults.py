@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from kimi_ops import MuonClip
 from kimi_ops.optim.muon_mesh import local
@@ -29,13 +30,15 @@ WAYS = ("group", "mesh")
 SECONDS = 5  # of the groups that meet a fault
 
 
-def build(way: str, group: dist.ProcessGroup, count: int = 4, **keys) -> MuonClip:
+def build(
+    way: str, group: dist.ProcessGroup, count: int = 4, place: Placement = Shard(0), **keys
+) -> MuonClip:
     tensors = [torch.ones(8, 8) for _ in range(count)]
     if way == "group":
         keys["process_group"] = group
     else:
         mesh = DeviceMesh.from_group(group, "cpu")
-        tensors = [distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None) for x in tensors]
+        tensors = [distribute_tensor(x, mesh, [place], src_data_rank=None) for x in tensors]
     params = [nn.Parameter(x) for x in tensors]
     for param in params:
         param.grad = torch.ones_like(param)
@@ -43,7 +46,7 @@ def build(way: str, group: dist.ProcessGroup, count: int = 4, **keys) -> MuonCli
 
 
 def refuse(
-    ways: dict[str, MuonClip], expected: type[EPError], details: dict[str, str]
+    ways: dict[str, MuonClip], expected: type[EPError], number: int, details: dict[str, str]
 ) -> None:
     """Every step raises in time and names rank 1; both at once, for each waits for its group."""
 
@@ -58,7 +61,8 @@ def refuse(
     assert time.monotonic() - began < 6 * SECONDS
     for way, error in zip(ways, errors, strict=True):
         assert type(error) is expected and error.ranks == (1,), repr(error)
-        assert re.search(rf"^MuonClip: step [02]: .*rank 1 .*\({details[way]}: ", str(error)), error
+        told = rf"^MuonClip: step {number}: .*rank 1 .*\({details[way]}: "
+        assert re.search(told, str(error)), error
 
 
 def stop(folder: str, others: int) -> None:
@@ -70,12 +74,17 @@ def stop(folder: str, others: int) -> None:
 
 
 def differ(rank: int, groups: dict[str, dist.ProcessGroup]) -> None:
+    odd = rank == 1
     for way, group in groups.items():
-        for count, decay, expected in (
-            (2, 0.1 * (rank == 1), "other ones from parameter 0 of 2 on"),
-            (1 + (rank == 1), 0.0, "from 1 to 2 parameters"),
-        ):
-            optimizer = build(way, group, count, weight_decay=decay)
+        cases: list[tuple[str, dict[str, Any]]] = [
+            ("other ones from parameter 0 of 2 on", {"count": 2, "weight_decay": 0.1 * odd}),
+            ("from 1 to 2 parameters", {"count": 1 + odd}),
+        ]
+        if way == "mesh":
+            place = Replicate() if odd else Shard(0)
+            cases.append(("other ones from parameter 0 of 2 on", {"count": 2, "place": place}))
+        for expected, keys in cases:
+            optimizer = build(way, group, **keys)
             with pytest.raises(ValueError, match=expected):
                 optimizer.step()
             for param in optimizer.param_groups[0]["params"]:
@@ -116,7 +125,8 @@ def worker(rank: int, folder: str, fault: str, place: str) -> None:
         details = dict.fromkeys(WAYS, first)
         if place == "within":  # of the first step
             details["group"] = "squared norms"
-        refuse(optimizers, EPRankLost if fault == "gone" else EPTimeout, details)
+        expected = EPRankLost if fault == "gone" else EPTimeout
+        refuse(optimizers, expected, 0 if place == "first" else 2, details)
     Path(folder, f"told {rank}").touch()
     os._exit(0)
 

@@ -239,6 +239,33 @@ def test_a_bucket_is_under_way_while_the_one_before_is_worked():
     ]
 
 
+class Ring:
+    """A circle of two ranks that never meet."""
+
+    world, rank = 2, 0
+
+
+@pytest.mark.parametrize("kind", ["rows", "copies"])
+def test_a_bucket_is_whole_turns_up_to_what_a_rank_sends_at_once(monkeypatch, kind: str):
+    """12 elements: of rows each rank sends its half, of copies all."""
+    monkeypatch.setattr(muon_routes, "_BUCKET", 6 if kind == "rows" else 12)
+    turns = [(5, 5), (2,), (1, 9), (1, 1), (13,), (2, 2)]  # elements of owners 0 and 1
+    edges = (0, 1, 2) if kind == "rows" else None
+    routes = [
+        muon_routes.Route(Ring, owner, turn, torch.Size((size,)), edges)
+        for turn, sizes in reversed(list(enumerate(turns)))  # not in the order of turns
+        for owner, size in enumerate(sizes)
+    ]
+    found = [[(routes[i].turn, routes[i].owner) for i in b] for b in
+             muon_routes.buckets(routes, ["alike"] * len(routes))]  # fmt: skip
+    assert found == [
+        [(0, 0), (1, 0), (0, 1)],
+        [(2, 0), (3, 0), (2, 1), (3, 1)],
+        [(4, 0)],
+        [(5, 0), (5, 1)],
+    ]
+
+
 @pytest.mark.slow
 def test_every_mesh_gives_the_bits_of_one_process(tmp_path: Path):
     launch(bits_worker, tmp_path, PROCESSES)

@@ -245,3 +245,14 @@ def test_a_parameter_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \(24, 40\) .* got \(3, 40\); make a new optimizer"):
         optimizer.step()
     assert torch.equal(params["tall"], before)
+
+
+def test_only_what_is_not_finite_is_left_alone():
+    """Whatever lies before it in the list: the numbers of pieces are its own."""
+    for bad in (0, 1):
+        params = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+        for i, param in enumerate(params):
+            param.grad = torch.full_like(param, math.nan if i == bad else 1.0)
+        with pytest.warns(UserWarning, match=f"not finite for #{bad}"):
+            MuonClip(params).step()
+        assert [bool((param == 1).all()) for param in params] == [bad == 0, bad == 1]
