@@ -2,7 +2,7 @@
 //
 // The CUDA chains run on the host: near to the iteration in fp64, and the same bits whatever the
 // order of the threads, the orientation, the company and the scale of a matrix.
-#include "newton_schulz_case.h"
+#include "newton_schulz_cases.h"
 
 namespace {
 
