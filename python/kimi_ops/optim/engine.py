@@ -94,8 +94,8 @@ def orthogonalize(
 ) -> list[Tensor]:
     """The chains of independent matrices [m, n] of any strides, each result in its matrix's dtype.
 
-    A result does not depend on the other matrices of the call. Native: matrices that agree in
-    shape, dtype and strides share a call.
+    `aol`: a matrix is scaled before the steps that `rows` are. A result does not depend on the
+    other matrices of the call. Native: matrices that agree in shape, dtype and strides share one.
     """
     images: list[Tensor | None] = [None] * len(matrices)
     alike: dict[Any, list[int]] = {}
