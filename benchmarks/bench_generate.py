@@ -2,11 +2,12 @@
 """Prefill and decode of a slice of Kimi K2 against transformers' DeepseekV3, over the same weights.
 
 The slice has K2's widths in bfloat16 and fewer layers, experts and words: one dense layer, one with
-experts. Prefill: the prompt into an empty cache, the logits of its last token. Decode: one token
-of each sequence behind a cache. transformers keeps expanded keys and values and computes what it
-computes with `DynamicCache`; ours keeps latents. Work of a prefill: 2 FLOP for each weight in use
-and token; roof: a large dense product of this run. Work of a decode step: the bytes of all weights
-but the embedding's and of the experts that the tokens chose; roof: the read bandwidth of this run.
+experts. Prefill: the prompt into an empty cache, the logits of its last token. Decode: one token of
+each sequence behind a cache. transformers keeps expanded keys and values and computes what it
+computes with `DynamicCache`; ours keeps latents, and on a GPU replays a step from a CUDA graph.
+Work of a prefill: 2 FLOP for each weight in use and token; roof: a large dense product of this run.
+Work of a decode step: the bytes of all weights but the embedding's and of the experts that the
+tokens chose; roof: the read bandwidth of this run.
 
     python -m benchmarks.bench_generate [--help]
 """
@@ -21,6 +22,7 @@ from benchmarks.marks import parametrize
 from benchmarks.measure import Functions
 from benchmarks.session import Session, main
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, LatentCache
+from kimi_ops.models.kimi_k2.decode_graphs import CudaGraphs, DecodeGraphs
 from kimi_ops.models.kimi_k2.parameters import parameter_report
 
 PEERS = ("grouped_mm", "eager")
@@ -68,6 +70,9 @@ class Ours:
         self.cache = LatentCache(model.config, len(ids), length + ids.shape[1], **place)
         if length:
             self._forward(torch.zeros(len(ids), length, dtype=torch.int64, device=ids.device))
+        self.graphs = None
+        if length and ids.device.type == "cuda":
+            self.graphs = DecodeGraphs(model, self.cache, CudaGraphs())
 
     @torch.no_grad()
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -76,7 +81,7 @@ class Ours:
 
     def __call__(self) -> torch.Tensor:
         self.cache.length = self.length
-        return self._forward(self.ids)
+        return self._forward(self.ids) if self.graphs is None else self.graphs.step(self.ids)
 
 
 class Theirs:

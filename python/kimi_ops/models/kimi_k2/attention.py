@@ -88,6 +88,10 @@ class LatentCache:
         self.documents[:, self.length : end] = 0 if documents is None else documents
         return self.documents[:, :end]
 
+    def seen(self, documents: Tensor | None, start: int, end: int) -> Tensor | None:
+        """[B, end - start, end]: the tokens that those from `start` on see; None: all before."""
+        return None if documents is None else sees(documents, start, end)
+
     def repeated(self, times: int) -> "LatentCache":
         """A cache that holds every sequence so often, side by side, with the same room."""
         other = copy.copy(self)
@@ -179,7 +183,7 @@ class Attention(FixedBuffers):
         if cache is not None:
             entries = cache.write(layer, torch.cat((latent, k_rope), dim=-1))
             if cache.length > 0:
-                return self._attend_latents(q_nope, q_rope, entries, documents)
+                return self._attend_latents(q_nope, q_rope, entries, cache, documents)
         return self._attend_expanded(q_nope, q_rope, latent, k_rope, documents)
 
     def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +250,12 @@ class Attention(FixedBuffers):
         return torch.stack(parts).amax(0) * self.softmax_scale
 
     def _attend_latents(
-        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, documents: Tensor | None
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        entries: Tensor,
+        cache: LatentCache,
+        documents: Tensor | None,
     ) -> Tensor:
         """Tokens after a cache: one shared key and value head, the cached entries [B, n, width].
 
@@ -264,7 +273,7 @@ class Attention(FixedBuffers):
         for start in range(0, new, block):
             part = q[:, :, start : start + block]
             end = past + start + part.shape[2]
-            mask = None if documents is None else sees(documents, past + start, end)
+            mask = cache.seen(documents, past + start, end)
             parts.append(self._attend_shared(part, entries[:, None, :end], mask))
         return self._project(torch.cat(parts, dim=2) @ to_v.transpose(1, 2))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops.models.kimi_k2.attention import LatentCache
+from kimi_ops.models.kimi_k2.decode_graphs import CudaGraphs, DecodeGraphs
 from kimi_ops.models.kimi_k2.decoder import Decoder
 from kimi_ops.models.kimi_k2.sampling import Sampling
 
@@ -126,9 +127,12 @@ def generate(
     use_cache: bool = True,
     prefill_chunk: int | None = None,
     streamer: Streamer | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Continue every sequence; see `KimiK2.generate`."""
     _check(model, prompt, max_new_tokens, copies, cache, use_cache, prefill_chunk)
+    if cuda_graph:
+        _check_graph(model, use_cache)
     batch, length = prompt.ids.shape
     weight = model.lm_head.weight
     if use_cache and cache is None:
@@ -143,6 +147,9 @@ def generate(
         if copies > 1:
             prompt, logits = prompt.repeated(copies), logits.repeat_interleave(copies, 0)
             cache = None if cache is None else cache.repeated(copies)
+        graphs = None
+        if cuda_graph and cache is not None:
+            graphs = DecodeGraphs(model, cache, CudaGraphs())
         ending.start(batch * copies)
         for step in range(max_new_tokens):
             chosen = ending.fill(sampling.choose(logits, prompt.ids, prompt.mask))
@@ -151,7 +158,7 @@ def generate(
                 streamer.put(chosen.cpu())
             if ending.look(chosen, prompt.ids[:, length:]) or step + 1 == max_new_tokens:
                 break
-            logits = _last_logits(model, prompt, cache)
+            logits = _last_logits(model, prompt, cache, graphs=graphs)
         if streamer is not None:
             streamer.end()
         return prompt.ids
@@ -170,13 +177,34 @@ def _prefill(
 
 
 def _last_logits(
-    model: Decoder, prompt: Prompt, cache: LatentCache | None, end: int | None = None
+    model: Decoder,
+    prompt: Prompt,
+    cache: LatentCache | None,
+    end: int | None = None,
+    graphs: DecodeGraphs | None = None,
 ) -> Tensor:
     """[B, V] behind the columns before `end`, those that the cache does not hold computed."""
     start = 0 if cache is None else cache.length
     end = prompt.ids.shape[1] if end is None else end
     where = prompt.positions(start, end)
+    if graphs is not None:
+        return graphs.step(prompt.ids[:, start:end], where.get("position_ids"))
     return model(prompt.ids[:, start:end], cache=cache, logits_to_keep=1, **where)[:, -1]
+
+
+def _check_graph(model: Decoder, use_cache: bool) -> None:
+    device = model.lm_head.weight.device
+    if device.type != "cuda":
+        raise _error("cuda_graph", "a model on a CUDA device", device, "leave it out")
+    if not use_cache:
+        raise _error("cuda_graph", "use_cache=True beside it", False, "leave one of them out")
+    if model.expert_ranks is not None:
+        raise _error(
+            "cuda_graph",
+            "all experts on this device",
+            "expert_ranks, whose calls wait on the host",
+            "leave it out",
+        )
 
 
 def _check(

@@ -70,6 +70,7 @@ class KimiK2(Decoder):
         use_cache: bool = True,
         prefill_chunk: int | None = None,
         streamer: Streamer | None = None,
+        cuda_graph: bool = False,
     ) -> Tensor:
         """Continue every sequence by up to `max_new_tokens` tokens.
 
@@ -112,6 +113,9 @@ class KimiK2(Decoder):
             Compute the prompt in pieces of so many tokens, in less memory.
         streamer : object with ``put(ids)`` and ``end()``, optional
             Given the prompt, then the tokens [B] of each step, as transformers' streamers are.
+        cuda_graph : bool
+            On a GPU: replay a step of one token from a CUDA graph, made once for each power of two
+            of tokens in the cache.
 
         Returns
         -------
@@ -171,6 +175,7 @@ class KimiK2(Decoder):
             use_cache=use_cache,
             prefill_chunk=prefill_chunk,
             streamer=streamer,
+            cuda_graph=cuda_graph,
         )
 
     @classmethod
