@@ -127,6 +127,7 @@ def good() -> dict[str, dict[str, Any]]:
     chain = {"coefficients": [3.4445, -4.775, 2.0315] * 5, "restarts": [3], "method": 2}
     return {
         "topk_gate": gate,
+        "gate_plan": gate,
         "update_expert_bias_": bias,
         "sequence_balance_loss": {"logits": f(4, 16), "indices": ids()},
         "z_loss": {"logits": f(4, 16)},
@@ -177,6 +178,7 @@ def good() -> dict[str, dict[str, Any]]:
         "Fp8Rows": {"data": fp8(6, 8), "scale": f(6, 1)},
         "Fp8Rows.quantize": {"x": f(6, 8)},
         "ops.topk_gate": {**gate, **options, **groups, **none},
+        "ops.gate_plan": {**gate, **options, **groups, **none},
         "ops.topk_gate_backward": {
             "grad_weights": f(4, 2), "logits": f(4, 16), "indices": ids(), **options
         },

@@ -132,6 +132,14 @@ def topk_gate(dtype, score, size):
     return *gate, *gradients(gate.weights, z)
 
 
+@case(dtype=DTYPES, score=SCORES)
+def gate_plan(dtype, score):
+    z = wanted(strided(logits(19, 72, dtype)))
+    valid = torch.arange(19) != 4
+    gate, plan = kimi_ops.gate_plan(z, 6, score_function=score, valid=valid)
+    return *gate, *plan, *gradients(gate.weights, z)
+
+
 @case(dtype=DTYPES, groups=((8, 4, 2), (4, 1, 3), (1, 1, 2)))
 def topk_gate_groups(dtype, groups):
     z = wanted(logits(11, 64, dtype))

@@ -3,6 +3,7 @@
 memory."""
 
 import importlib.metadata
+import itertools
 import re
 import shutil
 import subprocess
@@ -16,7 +17,12 @@ SOURCES = sorted((ROOT / "csrc").rglob("*_sm90.cu"))
 
 
 WGMMA = ("HGMMA", "QGMMA")  # of 16-bit and of FP8 operands
-WANTED = {"fp8_rows_sm90": ("F2FP.SATFINITE.E4M3",)}  # of other kernels than products
+WAIT = ("ACQBULK",)  # for the kernel before: griddepcontrol.wait
+WANTED = {  # of other kernels than products
+    "fp8_rows_sm90": ("F2FP.SATFINITE.E4M3",),
+    "gate_plan_sm90": WAIT,
+    "unpermute_sm90": WAIT,
+}
 
 
 def find_tool(name: str) -> str:
@@ -43,11 +49,19 @@ def kernels_of(sass: str) -> dict[str, list[str]]:
     }
 
 
+def before_the_wait(opcodes: list[str]) -> list[str]:
+    """What goes to global memory, perhaps that of the kernel before, ahead of the wait for it."""
+    ahead = itertools.takewhile(lambda opcode: not opcode.startswith(WAIT), opcodes)
+    return [opcode for opcode in ahead if opcode.split(".")[0] in ("LDG", "LD", "STG", "ST")]
+
+
 def complaints(kernels: dict[str, list[str]], wanted: tuple[str, ...] = WGMMA) -> list[str]:
     found = []
     for name, opcodes in kernels.items():
         if not any(o.startswith(wanted) for o in opcodes):
             found.append(f"{name}: no {wanted[0]}")
+        if wanted == WAIT and (early := before_the_wait(opcodes)):
+            found.append(f"{name}: {early[0]} before {WAIT[0]}")
         local = {o.split(".")[0] for o in opcodes} & {"LDL", "STL"}
         found += [f"{name}: {o}" for o in sorted(local)]
     return found
@@ -80,3 +94,5 @@ def test_parser_sees_opcodes() -> None:
     assert first == ["BAR.SYNC.DEFER_BLOCKING", "HGMMA.64x256x16.F32.BF16", "WARPGROUP.DEPBAR.LE"]
     assert second == ["STL.64", "LDL"]
     assert [text.split(": ")[1] for text in complaints(kernels)] == ["no HGMMA", "LDL", "STL"]
+    early = {"a": ["LDC", "ACQBULK", "LDG.E"], "b": ["LDG.E", "ACQBULK"]}
+    assert complaints(early, WAIT) == ["b: LDG.E before ACQBULK"]

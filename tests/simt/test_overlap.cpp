@@ -2,6 +2,7 @@
 //
 // Launches that overlap: what a kernel meets before and after it has waited for the one before, and
 // what the rules of device/overlap.cuh forbid.
+#include <cstdlib>
 #include <vector>
 
 #include "check.h"
@@ -153,6 +154,28 @@ TEST(rules) {
     CHECK(launch(does_not_wait_kernel, config_of(false), out.data()).is_ok());
     CHECK(launch(lets_start_first_kernel, config_of(false), out.data()).is_ok());
   });
+}
+
+// Runs the tests of that name in another process.
+bool passes(const char* test, const char* overlap) {
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    setenv("KIMI_OPS_OVERLAP", overlap, 1);
+    if (!freopen("/dev/null", "w", stdout)) _exit(2);
+    execl("/proc/self/exe", "simt_test_overlap", test, nullptr);
+    _exit(2);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+TEST(environment_switches_the_overlap_off) {
+  if (std::getenv("KIMI_OPS_OVERLAP") != nullptr) return;
+  CHECK(passes("rules", "1"));
+  CHECK(passes("rules", "yes"));
+  CHECK(!passes("rules", "0"));  // no kernel is launched to overlap, so none breaks a rule
 }
 
 }  // namespace

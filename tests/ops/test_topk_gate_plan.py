@@ -44,7 +44,7 @@ SIZES = [
 @pytest.mark.parametrize("tokens,experts,k", SIZES)
 def test_the_bits_of_both_ops(engine, tokens, experts, k, options):
     given = OPTIONS[options]
-    if options == "groups" and k > experts // 2:
+    if options == "groups" and (experts < 8 or k > experts // 2):
         given = {}
     dtype = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}[tokens % 3]
     logits = (randn(tokens, experts) * 2).round().to(dtype).to(engine.device)  # full of ties
@@ -160,13 +160,11 @@ def test_a_plan_that_leads_out_of_memory_is_refused():
 # ---- the reference model
 
 
-def test_a_layer_of_the_model_at_decode_is_four_launches(device_engine):
+def test_a_layer_of_the_model_at_decode_is_four_launches(simt_engine):
     """Gate and plan, two products, the sum; beside torch's own."""
-    moe = KimiK2(KimiK2Config.tiny()).eval().moe_layers()[0].to(device_engine.device)
-    x = randn(1, 1, moe.config.hidden_size).to(device_engine.device)
+    moe = KimiK2(KimiK2Config.tiny()).eval().moe_layers()[0]
+    x = randn(1, 1, moe.config.hidden_size)
     with torch.no_grad():
+        before = _native.engine.launches()
         moe(x)
-        before = _native.engine.launches() if device_engine.name == "simt" else 0
-        moe(x)
-    if device_engine.name == "simt":
         assert _native.engine.launches() - before == 4
