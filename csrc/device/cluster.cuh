@@ -3,12 +3,14 @@
 // Clusters (sm_90): blocks that run together and reach each other's shared memory.
 // LaunchConfig::cluster says how many follow one another along x.
 //
-// Between mbarrier_init and the first arrival or multicast from another block, and before a block
-// ends whose shared memory another may still reach, all meet: cluster_arrive(); cluster_wait().
+// All meet, by cluster_arrive(); cluster_wait();, before one reaches another's shared memory for
+// the first time (it may not have started, nor initialised its barriers), and before a block ends
+// whose shared memory another may still reach.
 #pragma once
 
 #include "device/mbarrier.cuh"
 #include "device/platform.cuh"
+#include "device/vec.cuh"
 
 namespace kimi {
 
@@ -26,6 +28,9 @@ inline void mbarrier_arrive_in(MBarrier& b, int rank) {
   MBarrier& there = *static_cast<MBarrier*>(simt::in_peer(&b, rank));
   detail::check_fenced(there, "mbarrier_arrive_in");
   detail::arrive(there);
+}
+inline void store16_in(void* address, uint4 value, int rank) {
+  store16(simt::in_peer(address, rank), value);
 }
 
 #else
@@ -65,6 +70,18 @@ __device__ __forceinline__ void mbarrier_arrive_in(MBarrier& b, int rank) {
       "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(detail::shared_u32(&b)),
       "r"(rank)
+      : "memory");
+}
+
+/// st.shared::cluster.v4.u32 to the same place in block `rank`, which sees it when all have met.
+__device__ __forceinline__ void store16_in(void* address, uint4 value, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.u32 [remote], {%2, %3, %4, %5};\n"
+      "}" ::"r"(detail::shared_u32(address)),
+      "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
       : "memory");
 }
 
