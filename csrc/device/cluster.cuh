@@ -3,12 +3,14 @@
 // Clusters (sm_90): blocks that run together and reach each other's shared memory.
 // LaunchConfig::cluster says how many follow one another along x.
 //
-// Between mbarrier_init and the first arrival or multicast from another block, and before a block
-// ends whose shared memory another may still reach, all meet: cluster_arrive(); cluster_wait().
+// All meet, by cluster_arrive(); cluster_wait();, before one reaches another's shared memory for
+// the first time (it may not have started, nor initialised its barriers), and before a block ends
+// whose shared memory another may still reach.
 #pragma once
 
 #include "device/mbarrier.cuh"
 #include "device/platform.cuh"
+#include "device/vec.cuh"
 
 namespace kimi {
 
@@ -29,6 +31,9 @@ inline void mbarrier_arrive_in(MBarrier& b, int rank) {
 }
 inline uint32_t load_in(const uint32_t* address, int rank) {
   return *static_cast<const uint32_t*>(simt::in_peer(address, rank));
+}
+inline void store16_in(void* address, uint4 value, int rank) {
+  store16(simt::in_peer(address, rank), value);
 }
 
 #else
@@ -84,6 +89,18 @@ __device__ __forceinline__ uint32_t load_in(const uint32_t* address, int rank) {
       : "r"(detail::shared_u32(address)), "r"(rank)
       : "memory");
   return value;
+}
+
+/// st.shared::cluster.v4.u32 to the same place in block `rank`, which sees it when all have met.
+__device__ __forceinline__ void store16_in(void* address, uint4 value, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.u32 [remote], {%2, %3, %4, %5};\n"
+      "}" ::"r"(detail::shared_u32(address)),
+      "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
 }
 
 #endif

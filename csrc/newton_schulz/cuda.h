@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 // newton_schulz on CUDA: what the host decides about a call, and what its kernels are told.
 //
-//   on chip   m up to 128 (fp32: 64), not AOL: one launch, all but X in shared memory   on_chip.cuh
-//   stack     X in a stack [E, lines, length]; products over the whole stack            stack.cu
+//   on chip    m up to 128 (fp32: 64): one launch, everything but X in shared memory   on_chip.cuh
+//   on chips   m up to 256 (fp32: 128), Hopper: the same by clusters of blocks   on_chip_sm90.cu
+//   stack      AOL and the rest: X in a stack [E, lines, length]; products over it   stack.cu
 //
-// Which one a matrix takes depends on its shape, the dtype and the number of steps, so that its
-// bits do not depend on its company.
+// Which one a matrix takes depends on its shape, the dtype, the number of steps and the device, so
+// that its bits do not depend on its company.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +23,7 @@ namespace kimi::newton_schulz_cuda {
 
 inline constexpr int kTileRows = 16, kTileCols = 32;     // of an elementwise pass, by a warp
 inline constexpr int kMostMatrices = 512;                // of a launch: pointers are parameters
-inline constexpr int kMostSteps = 128;                   // of the kernel on chip
+inline constexpr int kMostSteps = 128;                   // of the kernels on chip
 inline constexpr int64_t kWorkspace = int64_t{1} << 30;  // bytes, or those of one matrix
 
 inline constexpr int64_t tiles_of(int64_t rows, int64_t cols) {
@@ -56,9 +57,16 @@ inline bool keeps_a_out(const NewtonSchulzParams& p) { return p.method != KIMI_N
 Lines lines_of_g(const NewtonSchulzParams& p, const ChainShape& s, int64_t first, int64_t count);
 Lines lines_of_x(const NewtonSchulzParams& p, const ChainShape& s, int64_t first, int64_t count);
 
-bool on_chip_serves(const NewtonSchulzParams& p, const ChainShape& s);
+// m, at most.
+inline constexpr int most_side_of_block(kimi_dtype dtype) {
+  return dtype == KIMI_FLOAT32 ? 64 : 128;
+}
+inline constexpr int most_side_of_cluster(kimi_dtype dtype) {
+  return 2 * most_side_of_block(dtype);
+}
 size_t on_chip_bytes(const NewtonSchulzParams& p, const ChainShape& s);
 Status on_chip(const NewtonSchulzParams& p, const ChainShape& s, void* stream);
+Status on_chips(const NewtonSchulzParams& p, const ChainShape& s, void* stream);
 
 // `at_once` matrices go through together; the workspace is theirs.
 int64_t matrices_at_once(const NewtonSchulzParams& p, const ChainShape& s);

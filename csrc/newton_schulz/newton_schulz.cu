@@ -18,9 +18,13 @@ Lines lines_of(const ChainShape& s, int64_t stride, kimi_dtype dtype, const Poin
   return {stride, s.across, wide, dtype};
 }
 
-// AOL stands between the norm and the first product's sums: it goes through whole products.
-bool goes_on_chip(const NewtonSchulzParams& p, const ChainShape& s) {
-  return !p.aol && on_chip_serves(p, s);
+enum class Way { kOnChip, kOnChips, kStack };
+
+// The second one on Hopper only: elsewhere such matrices are a stack. AOL stands between the norm
+// and the first product's sums: it goes through whole products.
+Way way_of(const NewtonSchulzParams& p, const ChainShape& s) {
+  if (p.aol || p.steps > kMostSteps || s.m > most_side_of_cluster(p.dtype)) return Way::kStack;
+  return s.m > most_side_of_block(p.dtype) ? Way::kOnChips : Way::kOnChip;
 }
 
 }  // namespace
@@ -39,14 +43,23 @@ Lines lines_of_x(const NewtonSchulzParams& p, const ChainShape& s, int64_t first
   return lines_of(s, s.x_stride, p.x_dtype, p.x + first, count);
 }
 
+// Does not depend on the device.
 size_t workspace_bytes(const NewtonSchulzParams& p) {
   const ChainShape s(p);
-  return goes_on_chip(p, s) ? on_chip_bytes(p, s) : stack_bytes(p, s, matrices_at_once(p, s));
+  const Way way = way_of(p, s);
+  if (way == Way::kOnChip) return on_chip_bytes(p, s);
+  const size_t bytes = stack_bytes(p, s, matrices_at_once(p, s));
+  return way == Way::kStack ? bytes : std::max(bytes, on_chip_bytes(p, s));
 }
 
 Status run(const NewtonSchulzParams& p, void* stream) {
   const ChainShape s(p);
-  return goes_on_chip(p, s) ? on_chip(p, s, stream) : stack(p, s, matrices_at_once(p, s), stream);
+  const Way way = way_of(p, s);
+  if (way == Way::kOnChip) return on_chip(p, s, stream);
+  bool hopper = false;
+  KIMI_RETURN_IF_ERROR(gemm::is_hopper("newton_schulz", &hopper));
+  if (way == Way::kOnChips && hopper) return on_chips(p, s, stream);
+  return stack(p, s, matrices_at_once(p, s), stream);
 }
 
 }  // namespace kimi::newton_schulz_cuda

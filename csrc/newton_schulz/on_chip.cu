@@ -1,65 +1,27 @@
 // SPDX-License-Identifier: MIT
-// Launches of the kernel on chip: as many blocks as the device runs at once, and as the workspace
-// has room for, take the matrices in turn.
-#include <algorithm>
-
-#include "newton_schulz/on_chip.cuh"
+// Matrices that one block of any GPU holds.
+#include "newton_schulz/on_chip_launch.cuh"
 
 namespace kimi::newton_schulz_cuda {
 namespace {
 
-// Of X of one block.
-int64_t bytes_of_x(const NewtonSchulzParams& p, const ChainShape& s) {
-  return s.m * round_up(s.n, 8) * size_of(p.dtype);
-}
-
-// Blocks that the workspace is for: a number that no device changes.
-int64_t most_blocks(const NewtonSchulzParams& p, const ChainShape& s) {
-  const int64_t fit = std::max<int64_t>(1, kWorkspace / bytes_of_x(p, s));
-  return std::min<int64_t>({p.num_matrices, kMostMatrices, fit});
-}
-
 template <class T>
-Status launch_all(const NewtonSchulzParams& p, const ChainShape& s, void* stream) {
-  Job job{};
-  OnChip<T>::set_sizes(job, s);
-  job.steps = p.steps;
-  job.shift = s.shift;
-  job.eps = p.eps;
-  job.a_outside = keeps_a_out(p);
-  job.workspace = p.workspace;
-  const size_t shared = OnChip<T>::shared_bytes(job);
-  const int64_t resident = resident_blocks(on_chip_kernel<T>, OnChip<T>::kThreads, shared);
-  const int64_t blocks = std::min(most_blocks(p, s), resident);
-  for (int32_t k = 0; k < p.steps; ++k) job.step[k] = step_of(p, k);
-  for (int64_t first = 0; first < p.num_matrices; first += kMostMatrices) {
-    job.count = static_cast<int32_t>(std::min<int64_t>(kMostMatrices, p.num_matrices - first));
-    job.g = lines_of_g(p, s, first, job.count);
-    job.x = lines_of_x(p, s, first, job.count);
-    Matrices matrices;
-    std::copy_n(p.g + first, job.count, matrices.g);
-    std::copy_n(p.x + first, job.count, matrices.x);
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(job.count, blocks)));
-    KIMI_RETURN_IF_ERROR(launch(on_chip_kernel<T>,
-                                LaunchConfig{grid, dim3(OnChip<T>::kThreads), shared, stream}, job,
-                                matrices));
-  }
-  return Status::ok();
+__global__ void __launch_bounds__(OnChip<T, false>::kThreads, 1)
+    on_chip_kernel(const __grid_constant__ Job job, const __grid_constant__ Matrices matrices) {
+  take_matrices<T, false>(job, matrices);
 }
 
 }  // namespace
 
-bool on_chip_serves(const NewtonSchulzParams& p, const ChainShape& s) {
-  const int most = p.dtype == KIMI_FLOAT32 ? OnChip<float>::kMostSide : OnChip<fp16>::kMostSide;
-  return s.m <= most && p.steps <= kMostSteps;
-}
-
 size_t on_chip_bytes(const NewtonSchulzParams& p, const ChainShape& s) {
-  return static_cast<size_t>(most_blocks(p, s) * bytes_of_x(p, s));
+  return static_cast<size_t>(most_clusters(p, s) * bytes_of_x(p, s));
 }
 
 Status on_chip(const NewtonSchulzParams& p, const ChainShape& s, void* stream) {
-  return dispatch(p.dtype, [&]<class T>() { return launch_all<T>(p, s, stream); });
+  return dispatch(p.dtype, [&]<class T>() {
+    static_assert(OnChip<T, false>::kMostSide == most_side_of_block(kDtype<T>));
+    return launch_on_chip<T, false>(on_chip_kernel<T>, p, s, 1, stream);
+  });
 }
 
 }  // namespace kimi::newton_schulz_cuda

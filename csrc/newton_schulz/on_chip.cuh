@@ -1,122 +1,152 @@
 // SPDX-License-Identifier: MIT
-// Small matrices: a block of 8 warps takes one after the other from norm to output in one launch.
+// Small matrices: a block of 16 warps, or a cluster of blocks of 8, takes one after the other from
+// norm to output in one launch.
 //
-//   shared memory   R [m, m]  Z [m, m]  Q [m, m]  ring of 3 chunks of X [m, 128 bytes]
-//   workspace       X [m, n] of every block, in dtype: it stays in the L2 cache
+//   shared memory   R, Z, Q [m, m], lower triangles of tiles (triangles.cuh), whole in every block
+//                   a ring of 3 chunks of X [m, 128 bytes], where two of them are idle
+//   workspace       X [m, n] of every cluster, in dtype: it stays in the L2 cache
 //
-//   norm, X         two passes over G (elements.cuh)
-//   R = X X^T       chunks of columns come through the ring by cp.async and are both operands
-//   polynomials     products of R, Z and Q, all of them symmetric: tiles of the lower triangle are
-//                   computed and their mirror images stored with them. A warp keeps the sums of its
-//                   tiles (2 of 10 at most) in registers until all have read, so D may lie anywhere
-//   X = Q X + beta X   chunk by chunk through the same ring, in place
+//   norm, X            two passes over G (elements.cuh)
+//   R = X X^T          chunks of columns come through the ring by cp.async and are both operands
+//   polynomials        products of R, Z and Q, all of them symmetric. A warp keeps the sums of its
+//                      tiles in registers until all have read, so D may lie anywhere
+//   X = Q X + beta X   chunk by chunk through the ring, in place
 //
-// A tile is 32 x 32 by mma.sync, in fp32 16 x 16 by fma; nothing is split over the depth, so sums
-// depend on m and n alone.
+// The blocks of a cluster share out the tiles of an [m, m], and each sends what it has to all
+// others; of X they share out the columns. Which thread has which sum changes no bit of it: sums
+// depend on m and n alone, and a matrix may go to a cluster of any size.
 //
 // 16-bit, m = 128, 5 steps with one restart: 14 products of m^3 / 2 and 4 of m^2 n. Shared memory is
 // the limit: a tile's step of 16 in depth reads 2 KB for 32 768 operations, 16 clocks. Predicted for
-// an H100 at 1.75 GHz, not measured, n = 512: polynomials 14 x 2000 clocks (1280 of reading, 500 of
-// storing, two barriers), R 2 x 5100, Q X 2 x 12 300 with its stores, norm and X 17 000 (256 KB
-// twice, 25 bytes a clock): 80 000 clocks, 46 us for as many matrices as the GPU has
-// multiprocessors. A block takes 144 KB of shared memory there; up to m = 64 two share a
-// multiprocessor.
+// an H100 at 1.75 GHz, not measured, n = 512, one block: polynomials 14 x 1900 clocks (1280 of
+// reading, 250 of storing, barriers), R 2 x 5100, Q X 2 x 12 300 with its stores, norm and X 17 000
+// (256 KB twice, 25 bytes a clock): 79 000 clocks, 45 us for as many matrices as the GPU has
+// multiprocessors, each of which holds one block. Clusters: on_chip_sm90.cu.
 #pragma once
 
+#include "device/cluster.cuh"
 #include "device/cp_async.cuh"
 #include "device/launch.cuh"
-#include "gemm/sm80/warp_tile.cuh"
 #include "newton_schulz/elements.cuh"
+#include "newton_schulz/triangles.cuh"
 
 namespace kimi::newton_schulz_cuda {
 
 struct Job {
   Lines g, x;
-  int64_t n, stride;      // from row to row of X, a multiple of 8
-  int32_t m, side;        // side: m in whole tiles
-  int32_t square, stage;  // bytes of R; of a chunk of X
+  int64_t n, stride;             // from row to row of X, a multiple of 8
+  int32_t m, tiles;              // tiles: of the side
+  int32_t square, stage, bytes;  // of R; of a chunk of X; of all shared memory
   int32_t count, steps, shift;
   float eps;
   int32_t a_outside;  // of Q
-  void* workspace;    // [blocks, m, stride] dtype
+  void* workspace;    // [clusters, m, stride] dtype
   Step step[kMostSteps];
 };
 
-template <class T>
-struct OnChip {
-  static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize, kStages = 3;
-  static constexpr int kTile = sizeof(T) == 2 ? 32 : 16;  // of sums, by a warp
-  static constexpr int kMostSide = 4 * kTile, kMostTiles = 2;
+template <class T, bool kCluster>
+class OnChip {
+  using Square = Triangles<T>;
+  using Affine = typename Square::Affine;
+  static constexpr int kTile = Square::kTile, kStages = 3;
   static constexpr int kCols = 128 / static_cast<int>(sizeof(T));  // of a chunk of X
-  static constexpr int kSums = kTile * kTile / kWarpSize;
-  static_assert(10 <= kMostTiles * kWarps && kMostSide * kCols <= kTile * kTile * kWarps);
+  // Of a warp: tiles of a square, and next to each other in a chunk of X.
+  static constexpr int kMostTiles = kCluster ? 3 : 1, kAcross = kCluster ? 2 : 1;
 
-  using Square = gemm::sm80::TileLayout<T, Major::kDepth, kMostSide, kMostSide>;
-  using ByDepth = gemm::sm80::TileLayout<T, Major::kDepth, kMostSide, kCols>;
-  using ByOuter = gemm::sm80::TileLayout<T, Major::kOuter, kCols, kMostSide>;
-  template <class A, class B>
-  using Warp = gemm::sm80::WarpTile<T, A, B, kTile, kTile>;
+  using ByDepth = gemm::sm80::TileLayout<T, Major::kDepth, kTile, kCols>;
+  using ByOuter = gemm::sm80::TileLayout<T, Major::kOuter, kCols, kTile>;
+  static constexpr int kRowBytes = ByDepth::kRowBytes;
+
+ public:
+  static constexpr int kWarps = kCluster ? 8 : 16, kThreads = kWarps * kWarpSize;
+  static constexpr int kMostTileRows = kCluster ? 8 : 4;
+  static constexpr int kMostSide = kMostTileRows * kTile;
+  static constexpr int kLeastBlocks = kCluster ? 2 : 1;  // of a cluster
+  static_assert(kMostTileRows * (kMostTileRows + 1) / 2 <= kLeastBlocks * kWarps * kMostTiles);
+  static_assert(kMostTileRows * kCols <= kWarps * kAcross * kTile);
 
   static void set_sizes(Job& job, const ChainShape& s) {
     job.n = s.n;
     job.m = static_cast<int32_t>(s.m);
     job.stride = round_up(s.n, 8);
-    job.side = static_cast<int32_t>(round_up(s.m, kTile));
-    job.square = job.side * Square::kRowBytes;
-    job.stage = job.side * ByDepth::kRowBytes;
-  }
-  static size_t shared_bytes(const Job& job) {
-    return static_cast<size_t>(3 * job.square + kStages * job.stage);
+    job.tiles = static_cast<int32_t>(ceil_div(s.m, kTile));
+    job.square = Square::bytes(job.tiles);
+    job.stage = job.tiles * kTile * kRowBytes;
+    job.bytes = job.square + std::max(2 * job.square, kStages * job.stage);
   }
 
   __device__ OnChip(const Job& job, char* shared)
       : job_(job),
         shared_(shared),
-        x_(static_cast<T*>(job.workspace) + blockIdx.x * (job.m * job.stride)) {}
+        rank_(kCluster ? cluster_rank() : 0),
+        blocks_(kCluster ? cluster_blocks() : 1),
+        x_(static_cast<T*>(job.workspace) + cluster() * (job.m * job.stride)) {}
 
-  __device__ void run(const void* g, void* out) {
-    normalize(g);
-    float beta = 0.0f;
+  // Of all blocks, or there is one in each.
+  __device__ int cluster() const { return static_cast<int>(blockIdx.x) / blocks_; }
+  __device__ int clusters() const { return static_cast<int>(gridDim.x) / blocks_; }
+
+  // All threads of the cluster.
+  __device__ static void meet() {
+    if constexpr (kCluster) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  __device__ void run(const Matrices& matrices, int e) const {
+    normalize(matrices.g[e]);
 #pragma unroll 1
     for (int k = 0;; ++k) {
       const bool end = k == job_.steps;
       if (end || job_.step[k].fresh) {
-        if (k > 0) apply(beta);
+        if (k > 0) apply(job_.a_outside ? job_.step[k - 1].a : 0.0f);
         if (end) break;
         gram_matrix();
       }
-      const Step& s = job_.step[k];
-      polynomials(s, k + 1 == job_.steps || job_.step[k + 1].fresh);
-      beta = job_.a_outside ? s.a : 0.0f;
+      polynomials(k);
     }
-    finish(out);
+    finish(matrices.x[e]);
   }
 
  private:
   __device__ char* r() const { return shared_; }
   __device__ char* z() const { return shared_ + job_.square; }
-  __device__ char* q() const { return shared_ + 2 * job_.square; }
-  __device__ char* chunk_at(int slot) const {
-    return shared_ + 3 * job_.square + slot * job_.stage;
-  }
+  __device__ char* q() const { return shared_ + job_.bytes - job_.square; }
+  __device__ char* other_than_r() const { return z(); }
+  __device__ char* other_than_q() const { return r(); }
   __device__ Lines lines_of_x() const { return {job_.stride, 0, 1, kDtype<T>}; }
   template <class Body>
   __device__ void each_block(const Body& body) const {
-    for_each_block(job_.m, job_.n, 0, tiles_of(job_.m, job_.n), kWarps, body);
+    for_each_block(job_.m, job_.n, rank_ * kWarps, tiles_of(job_.m, job_.n), blocks_ * kWarps,
+                   body);
+  }
+
+  // Parts of the sum: as many as the lanes of a warp, shared out to the warps there are.
+  __device__ double sum_of_squares(const void* g) const {
+    KIMI_STATIC_SHARED(uint4, parts, kWarpSize);  // fp64
+#pragma unroll 1
+    for (int first = rank_ * kWarps; first < kWarpSize; first += blocks_ * kWarps) {
+      const double sum = newton_schulz_cuda::sum_of_squares(g, job_.g, job_.m, job_.n, first,
+                                                            tiles_of(job_.m, job_.n), kWarpSize);
+      if (lane_id() == 0) {
+        uint4 part{};
+        memcpy(&part, &sum, sizeof sum);
+        parts[first + warp_id()] = part;
+        send(&parts[first + warp_id()], part);
+      }
+    }
+    meet();
+    double sum;
+    memcpy(&sum, &parts[lane_id()], sizeof sum);
+    return warp_sum(sum);
   }
 
   // X and, up to a multiple of 8 columns, zero.
-  __device__ void normalize(const void* g) {
-    KIMI_STATIC_SHARED(double, partial, kWarps);
-    const double mine =
-        sum_of_squares(g, job_.g, job_.m, job_.n, 0, tiles_of(job_.m, job_.n), kWarps);
-    __syncthreads();  // the matrix before this one is done with
-    if (lane_id() == 0) partial[warp_id()] = mine;
-    __syncthreads();
-    double squares = 0.0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) squares += partial[w];
-    const Unit unit(squares, job_.eps, job_.shift);
+  __device__ void normalize(const void* g) const {
+    const Unit unit(sum_of_squares(g), job_.eps, job_.shift);
     each_block([&](Block b) {
       Values v;
       load_block(g, job_.g, b, v);
@@ -124,7 +154,7 @@ struct OnChip {
       b.cols = up_to_4(job_.stride - b.col);
       store_block(x_, lines_of_x(), b, v);
     });
-    __syncthreads();
+    meet();
   }
 
   __device__ void finish(void* out) const {
@@ -136,33 +166,33 @@ struct OnChip {
     });
   }
 
-  // body(tile, column) for every chunk of X in turn. All threads come; nobody reads the last chunk
-  // any more when they leave.
+  // body(chunk, column) for the chunks `first`, `first + by`, ... of X, which come to `ring`. All
+  // threads of the block come; nobody reads the last chunk any more when they leave.
   template <class Layout, class Body>
-  __device__ void each_chunk(const Body& body) const {
-    const int64_t chunks = (job_.n + kCols - 1) / kCols;
+  __device__ void each_chunk(char* ring, int first, int by, const Body& body) const {
+    const int chunks = static_cast<int>(ceil_div(job_.n, kCols));
     const int row = static_cast<int>(threadIdx.x) / 8, piece = static_cast<int>(threadIdx.x) % 8;
-    const auto fill = [&](int slot, int64_t chunk) {
+    const auto fill = [&](int slot, int chunk) {
       if (chunk < chunks) {
-        const int64_t col = chunk * kCols + piece * Layout::kPerChunk;
+        const int64_t col = int64_t{chunk} * kCols + piece * Layout::kPerChunk;
 #pragma unroll 1
-        for (int i = row; i < job_.side; i += kThreads / 8) {
+        for (int i = row; i < job_.tiles * kTile; i += kThreads / 8) {
           const bool inside = i < job_.m && col < job_.stride;
-          cp_async16(chunk_at(slot) + Layout::offset(i, piece),
+          cp_async16(ring + slot * job_.stage + Layout::offset(i, piece),
                      inside ? x_ + i * job_.stride + col : x_, inside);
         }
       }
       cp_async_commit();  // an empty group too: waits count groups
     };
 #pragma unroll 1
-    for (int s = 0; s + 1 < kStages; ++s) fill(s, s);
+    for (int s = 0; s + 1 < kStages; ++s) fill(s, first + s * by);
     int slot = 0, next = kStages - 1;
 #pragma unroll 1
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = first; chunk < chunks; chunk += by) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // the chunk is there, and everybody is through with the one before
-      fill(next, chunk + kStages - 1);
-      body(chunk_at(slot), chunk * kCols);
+      fill(next, chunk + (kStages - 1) * by);
+      body(ring + slot * job_.stage, int64_t{chunk} * kCols);
       slot = slot + 1 == kStages ? 0 : slot + 1;
       next = next + 1 == kStages ? 0 : next + 1;
     }
@@ -170,165 +200,125 @@ struct OnChip {
     __syncthreads();
   }
 
-  template <class A, class B>
-  __device__ static void accumulate(const Warp<A, B>& warp, const char* a, const char* b, int depth,
-                                    float (&sums)[kSums]) {
-    typename Warp<A, B>::Fragment f;
-#pragma unroll 2
-    for (int step = 0; step < depth / Warp<A, B>::kStepDepth; ++step) {
-      warp.load(f, a, b, step);
-      Warp<A, B>::multiply(f, sums);
-    }
-  }
-
-  // The warp's i-th tile of the lower triangle; false if there is none.
+  // body(i, tile) for the warp's tiles of a square. Blocks take turns.
   struct Tile {
     int row, col;
   };
-  __device__ bool lower_tile(int i, Tile& tile) const {
-    int left = warp_id() + i * kWarps, row = 0;
-    for (; left > row; ++row) left -= row + 1;
-    tile = {row * kTile, left * kTile};
-    return tile.row < job_.side;
+  template <class Body>
+  __device__ void each_tile(const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < kMostTiles; ++i) {
+      int left = (warp_id() + i * kWarps) * blocks_ + rank_, row = 0;
+      for (; left > row; ++row) left -= row + 1;
+      if (row < job_.tiles) body(i, Tile{row, left});
+    }
   }
 
   __device__ void gram_matrix() const {
-    float sums[kMostTiles][kSums] = {};
-    each_chunk<ByDepth>([&](const char* chunk, int64_t) {
-#pragma unroll
-      for (int i = 0; i < kMostTiles; ++i)
-        if (Tile t; lower_tile(i, t))
-          accumulate(Warp<ByDepth, ByDepth>(t.row, t.col), chunk, chunk, kCols, sums[i]);
+    float sums[kMostTiles][Square::kSums] = {};
+    each_chunk<ByDepth>(other_than_r(), 0, 1, [&](const char* chunk, int64_t) {
+      each_tile([&](int i, const Tile& t) {
+        const typename Square::template Warp<ByDepth, ByDepth> warp(t.row * kTile, t.col * kTile);
+        Square::accumulate(warp, chunk, chunk, kCols, sums[i]);
+      });
     });
     const float alpha = power_of_two(-2 * job_.shift);
-    store_squares(sums, alpha, 0.0f, r(), 0.0f, r());
+    store(sums, {alpha, 0.0f, 0.0f}, r(), r());
   }
 
   // Of a step (a, b, c) on R = X X^T or what has become of it:
   //   fresh     Q = c R R + b R + a I        R = Q (R Q)
   //   else      Z = c R R + b R    Q = Q Z + a Q    R = Z (R Z + a R) + a (R Z + a R)
-  // `last`: R is not needed any more.
-  __device__ void polynomials(const Step& s, bool last) const {
-    char* const w = s.fresh ? q() : z();
-    const float beta = s.fresh ? 0.0f : s.a;
-    const float delta = s.fresh && !job_.a_outside ? s.a : 0.0f;
-    square(r(), r(), s.c, s.b, r(), delta, w);
-    if (!s.fresh) square(q(), w, 1.0f, beta, q(), 0.0f, q());
-    if (last) return;
-    square(r(), w, 1.0f, beta, r(), 0.0f, r());
-    square(w, r(), 1.0f, beta, r(), 0.0f, r());
+  __device__ void polynomials(int k) const {
+    const auto step = [&]() -> const Step& { return job_.step[k]; };
+    // Read when they are wanted: registers are few.
+    const auto first = [&] {
+      return Affine{step().c, step().b, step().fresh && !job_.a_outside ? step().a : 0.0f};
+    };
+    const auto other = [&] { return Affine{1.0f, step().fresh ? 0.0f : step().a, 0.0f}; };
+    char* const w = step().fresh ? q() : z();
+    square(r(), r(), first, r(), w);
+    if (!step().fresh) square(q(), w, other, q(), q());
+    if (k + 1 == job_.steps || job_.step[k + 1].fresh) return;  // R is not needed any more
+    square(r(), w, other, r(), r());
+    square(w, r(), other, r(), r());
   }
 
-  // D = alpha A B + beta C + delta I, all symmetric.
-  __device__ void square(const char* a, const char* b, float alpha, float beta, const char* c,
-                         float delta, char* d) const {
-    float sums[kMostTiles][kSums] = {};
-    if (alpha != 0.0f) {
+  // D = alpha A B + beta C + delta I, all symmetric; f() has the numbers.
+  template <class F>
+  __device__ void square(const char* a, const char* b, const F& f, const char* c, char* d) const {
+    float sums[kMostTiles][Square::kSums] = {};
+    if (f().alpha != 0.0f)
+      each_tile([&](int i, const Tile& t) {
+        Square::accumulate_tile(a, b, t.row, t.col, job_.tiles, sums[i]);
+      });
+    meet();
+    store(sums, f(), c, d);
+  }
+  __device__ void store(const float (&sums)[kMostTiles][Square::kSums], const Affine& f,
+                        const char* c, char* d) const {
+    each_tile([&](int i, const Tile& t) {
+      char* const tile = d + Square::at(t.row, t.col);
+      Square::store(sums[i], f, c + Square::at(t.row, t.col), tile, t.row == t.col);
+      if constexpr (kCluster) {
+        warp_barrier();
 #pragma unroll
-      for (int i = 0; i < kMostTiles; ++i)
-        if (Tile t; lower_tile(i, t))
-          accumulate(Warp<Square, Square>(t.row, t.col), a, b, job_.side, sums[i]);
+        for (int piece = lane_id(); piece < Square::kTileBytes / 16; piece += kWarpSize)
+          send(tile + 16 * piece, load16(tile + 16 * piece));
+      }
+    });
+    meet();
+  }
+
+  // To the same place in the other blocks.
+  __device__ void send(void* address, uint4 value) const {
+    if constexpr (kCluster) {
+#pragma unroll 1
+      for (int i = 1; i < blocks_; ++i) store16_in(address, value, (rank_ + i) % blocks_);
     }
-    __syncthreads();
-    store_squares(sums, alpha, beta, c, delta, d);
-  }
-
-  // visit(row, col, pair of sums) for the sums that a lane has of a tile, as mma.m16n8 leaves them.
-  template <class Visitor>
-  __device__ static void each_pair(const float (&sums)[kSums], const Visitor& visit) {
-#pragma unroll
-    for (int rows = 0; rows < kTile / 16; ++rows)
-#pragma unroll
-      for (int cols = 0; cols < kTile / 8; ++cols)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float* pair = sums + 4 * (rows * (kTile / 8) + cols) + 2 * half;
-          visit(16 * rows + 8 * half + lane_id() / 4, 8 * cols + lane_id() % 4 * 2, pair[0],
-                pair[1]);
-        }
-  }
-  __device__ static Vec<T, 2> rounded(float first, float second) {
-    Vec<T, 2> both;
-    if constexpr (sizeof(T) == 2) {
-      const uint32_t pair = round_pair<T>(first, second);
-      memcpy(&both, &pair, sizeof both);
-    } else {
-      both[0] = first;
-      both[1] = second;
-    }
-    return both;
-  }
-  template <class Layout>
-  __device__ static T* at(char* tile, int row, int col) {
-    constexpr int kPer = Layout::kPerChunk;
-    return reinterpret_cast<T*>(tile + Layout::offset(row, col / kPer)) + col % kPer;
-  }
-  template <class Layout>
-  __device__ static const T* at(const char* tile, int row, int col) {
-    return at<Layout>(const_cast<char*>(tile), row, col);
-  }
-
-  // Lower triangle and mirror image. An element of C is read by the thread that writes it in D.
-  __device__ void store_squares(const float (&sums)[kMostTiles][kSums], float alpha, float beta,
-                                const char* c, float delta, char* d) const {
-#pragma unroll
-    for (int i = 0; i < kMostTiles; ++i)
-      if (Tile t; lower_tile(i, t))
-        each_pair(sums[i], [&](int row, int col, float first, float second) {
-          row += t.row;
-          col += t.col;
-          const bool one = col <= row, two = col + 1 <= row;
-          float v[2] = {mul_rn(alpha, first), mul_rn(alpha, second)};
-          if (beta != 0.0f) {
-            if (one) v[0] = fma_rn(beta, to_float(at<Square>(c, row, col)[0]), v[0]);
-            if (two) v[1] = fma_rn(beta, to_float(at<Square>(c, row, col)[1]), v[1]);
-          }
-          if (col == row) v[0] = add_rn(v[0], delta);
-          if (col + 1 == row) v[1] = add_rn(v[1], delta);
-          const Vec<T, 2> value = rounded(v[0], v[1]);
-          if (one) at<Square>(d, row, col)[0] = value[0];
-          if (two) at<Square>(d, row, col)[1] = value[1];
-          if (col < row) *at<Square>(d, col, row) = value[0];
-          if (col + 1 < row) *at<Square>(d, col + 1, row) = value[1];
-        });
-    __syncthreads();
   }
 
   // X = Q X + beta X.
   __device__ void apply(float beta) const {
-    each_chunk<ByOuter>([&](const char* chunk, int64_t first) {
-      const int row = warp_id() % (kMostSide / kTile) * kTile;
-      const int col = warp_id() / (kMostSide / kTile) * kTile;
-      if (row >= job_.side) return;
-      float sums[kSums] = {};
-      accumulate(Warp<Square, ByOuter>(row, col), q(), chunk, job_.side, sums);
-      each_pair(sums, [&](int i, int j, float one, float two) {
-        i += row;
+    each_chunk<ByOuter>(other_than_q(), rank_, blocks_, [&](const char* chunk, int64_t first) {
+      const int row = warp_id() % kMostTileRows;
+      const int col = warp_id() / kMostTileRows * kTile;
+      if (row >= job_.tiles || col >= kCols) return;
+      float sums[kAcross * Square::kSums] = {};
+      const auto part = [&](int k) { return chunk + k * kTile * kRowBytes; };
+      Square::template accumulate_row<ByOuter, kAcross * kTile>(q(), row, job_.tiles, col, part,
+                                                                sums);
+      Square::template each_pair<kAcross * kTile>([&](int pair, int i, int j) {
+        float one = sums[2 * pair], two = sums[2 * pair + 1];
+        i += row * kTile;
         j += col;
         if (i >= job_.m || first + j >= job_.stride) return;
         if (beta != 0.0f) {
-          const T* old = at<ByOuter>(chunk, i, j);
+          const T* old = Square::template element<ByOuter>(chunk, i, j);
           one = fma_rn(beta, to_float(old[0]), one);
           two = fma_rn(beta, to_float(old[1]), two);
         }
-        *reinterpret_cast<Vec<T, 2>*>(x_ + i * job_.stride + first + j) = rounded(one, two);
+        Square::store(x_ + i * job_.stride + first + j, one, two);
       });
     });
+    meet();
   }
 
   const Job& job_;
   char* const shared_;
+  const int rank_, blocks_;
   T* const x_;
 };
 
-template <class T>
-__global__ void __launch_bounds__(OnChip<T>::kThreads, 2)
-    on_chip_kernel(const __grid_constant__ Job job, const __grid_constant__ Matrices matrices) {
+// A block or, of `kCluster`, a cluster takes every clusters-th matrix.
+template <class T, bool kCluster>
+__device__ void take_matrices(const Job& job, const Matrices& matrices) {
   KIMI_SHARED(char, shared);
-  OnChip<T> chip(job, shared);
+  using Chip = OnChip<T, kCluster>;
+  Chip chip(job, shared);
+  if constexpr (kCluster) Chip::meet();  // the others are there
 #pragma unroll 1
-  for (int e = static_cast<int>(blockIdx.x); e < job.count; e += static_cast<int>(gridDim.x))
-    chip.run(matrices.g[e], matrices.x[e]);
+  for (int e = chip.cluster(); e < job.count; e += chip.clusters()) chip.run(matrices, e);
 }
 
 }  // namespace kimi::newton_schulz_cuda

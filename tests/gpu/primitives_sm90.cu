@@ -183,14 +183,15 @@ __global__ void stmatrix_kernel(Io io, KIMI_MAPS) {
 }
 
 // Two warpgroups get the registers of a third one. Each block of a cluster of two loads a box for
-// both, and its last two threads arrive at the other's barrier. out [block][both boxes, as they
-// lie, 1024 bytes apart; then rank and blocks].
+// both and stores 16 bytes into the other, whose barrier its last two threads arrive at. out
+// [block][both boxes, as they lie, 1024 bytes apart; then rank and blocks; what came from the other].
 __global__ void __launch_bounds__(384, 1) cluster_kernel(Io io, KIMI_MAPS) {
   (void)to;
   constexpr int kBytes = box_bytes(2, Swizzle::kNone), kWords = kBytes / 4, kApart = 1024 / 4;
   KIMI_SHARED(uint32_t, tile);
   KIMI_STATIC_SHARED(MBarrier, full, 1);
   KIMI_STATIC_SHARED(MBarrier, met, 1);
+  KIMI_STATIC_SHARED(uint4, mail, 1);
   const int rank = cluster_rank(), t = static_cast<int>(threadIdx.x);
   if (t == 0) {
     mbarrier_init(full[0], 1);
@@ -205,12 +206,13 @@ __global__ void __launch_bounds__(384, 1) cluster_kernel(Io io, KIMI_MAPS) {
   } else {
     registers_increase<232>();
     if (t == 0) {
+      store16_in(mail, load16(io.in + 4 * rank), rank ^ 1);
       mbarrier_arrive_expect_tx(full[0], 2 * kBytes);
       tma_load_multicast(tile + rank * kApart, from, full[0], 16 * rank, rank, uint16_t{3});
     }
     mbarrier_wait(full[0], 0);
     mbarrier_wait(met[0], 0);
-    uint32_t* const out = io.out + static_cast<int>(blockIdx.x) * (2 * kWords + 2);
+    uint32_t* const out = io.out + static_cast<int>(blockIdx.x) * (2 * kWords + 6);
     for (int i = t; i < 2 * kWords; i += 256) out[i] = tile[i / kWords * kApart + i % kWords];
     if (t == 0) {
       out[2 * kWords] = static_cast<uint32_t>(rank);
@@ -219,6 +221,10 @@ __global__ void __launch_bounds__(384, 1) cluster_kernel(Io io, KIMI_MAPS) {
   }
   cluster_arrive();
   cluster_wait();
+  if (t == 0) {
+    uint32_t* const out = io.out + static_cast<int>(blockIdx.x) * (2 * kWords + 6);
+    memcpy(out + 2 * kWords + 2, mail, 16);
+  }
 }
 
 // Any bits, and numbers from 2^-11 to 2^9 of either sign.

@@ -43,7 +43,7 @@ def words_of(name: str) -> int:
         return 64 * int(rest[1])
     if kind == "load":
         return len(POINTS) * placed(int(rest[1]), rest[2]).size // 4
-    return {"stmatrix": 1024, "convert": 1024, "cluster": 484, "overlap": 256}.get(
+    return {"stmatrix": 1024, "convert": 1024, "cluster": 492, "overlap": 256}.get(
         kind, TENSOR_WORDS
     )
 
@@ -212,7 +212,8 @@ def test_host_model_of_stmatrix_and_clusters(host: ctypes.CDLL) -> None:
 
     tensor = np.append(inputs("cluster").view(np.uint8), 0)
     boxes = [tensor[elements((r, r, 0), 2, "kNone", 1)].ravel() for r in range(2)]
-    out = run(host, "cluster").reshape(2, 242)
+    out = run(host, "cluster").reshape(2, 246)
     for rank in range(2):
         np.testing.assert_array_equal(out[rank, :240].view(np.uint8), np.concatenate(boxes))
-        np.testing.assert_array_equal(out[rank, 240:], [rank, 2])
+        np.testing.assert_array_equal(out[rank, 240:242], [rank, 2])
+        np.testing.assert_array_equal(out[rank, 242:], inputs("cluster")[4 - 4 * rank :][:4])

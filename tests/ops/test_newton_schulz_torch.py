@@ -188,14 +188,14 @@ def test_compile_full_graph_with_dynamic_sizes():
         assert torch.equal(compiled(g), both(g))
 
 
-# ---- CUDA kernels too: m x n on chip, and in stacks of whole products
+# ---- CUDA kernels too: m x n on chip, in clusters on Hopper, and in stacks of whole products
 
 cuda_kernels = pytest.mark.parametrize(
     "gemm_engine", ["simt", "simt_sm80", "cuda", "cuda_sm80"], indirect=True
 )
 ON_CHIP = [(1, 1), (2, 9), (33, 7), (20, 64)]
-STACKS = [(129, 136)]
-ONLY_ON_A_GPU = [(128, 512), (129, 40), (576, 1100), (1100, 600), (128, 129)]
+LARGER = [(129, 136)]  # a stack but on Hopper
+ONLY_ON_A_GPU = [(128, 512), (192, 1536), (512, 256), (257, 300), (576, 1100), (1100, 600)]
 # of the exact image of a Gaussian matrix
 NEAR = {
     ("standard", torch.float32): 1e-5,
@@ -217,7 +217,7 @@ SPECTRA = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["standard", "gram"])
 def test_kernels_against_the_scalar_polynomial(gemm_engine, dtype: torch.dtype, method: str):
-    shapes = ON_CHIP + (STACKS if dtype == torch.float16 else [])
+    shapes = ON_CHIP + (LARGER if dtype == torch.float16 else [])
     rows = schedule("quintic", 5)
     for m, n in shapes + ([] if gemm_engine.slow else ONLY_ON_A_GPU):
         g = randn(m, n, seed=m + n)

@@ -79,6 +79,9 @@ void* in_peer(const void* address, int rank) {
   detail::Block* const peer = blocks[static_cast<size_t>(rank)];
   if (peer == nullptr)
     fail("block " + std::to_string(rank) + " of the cluster has ended: its shared memory is gone");
+  if (peer != &block && block.cluster->generation == 0)
+    fail("block " + std::to_string(rank) +
+         " of the cluster may not have started: all must have met at its barrier before");
   const detail::SharedMemory* const own = detail::memory_of(block, address);
   if (own == nullptr) fail("the address is not in shared memory");
   const ptrdiff_t offset = static_cast<const char*>(address) - own->data();

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Cases of newton_schulz on CUDA, run on the host, and the same iteration in fp64. For one test.
+//
+// newton_schulz for kernels that run on the host: a case describes matrices and what is asked, run()
+// gives their images, exact() those in fp64. What is no part of a matrix is NaN, and memory ends with
+// the last element (ASan).
 #pragma once
 
 #include <algorithm>
@@ -13,16 +16,17 @@
 
 #include "check.h"
 #include "common/dtype.h"
+#include "common/sm.h"
 #include "newton_schulz/cuda.h"
 #include "simt.h"
 
-namespace {
+namespace newton_schulz_cases {
 
 using namespace kimi;
 using Numbers = std::vector<double>;
 
-constexpr float kQuintic[] = {3.4445f, -4.7750f, 2.0315f};
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+inline constexpr float kQuintic[] = {3.4445f, -4.7750f, 2.0315f};
+inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Case {
   int64_t rows = 0, cols = 0, count = 1;
@@ -35,7 +39,8 @@ struct Case {
   int pad = 0, misalign = 0;  // elements: after each line, before the first
   bool scattered = false;     // outputs that are not equidistant
   float eps = 0.0f;
-  int64_t at_once = 0;  // matrices of a stack; 0: as many as the workspace holds
+  int64_t at_once = 0;    // matrices of a stack; 0: as run() decides
+  bool clusters = false;  // whatever run() decides
   bool aol = false;
   uint64_t seed = 3;
 
@@ -46,8 +51,8 @@ struct Case {
                     " steps " + std::to_string(steps) + " cubic " + std::to_string(cubic) +
                     " turned " + std::to_string(turned) + " pad " + std::to_string(pad) +
                     " misalign " + std::to_string(misalign) + " scattered " +
-                    std::to_string(scattered) + " aol " + std::to_string(aol) + " seed " +
-                    std::to_string(seed) + " restarts";
+                    std::to_string(scattered) + " clusters " + std::to_string(clusters) + " aol " +
+                    std::to_string(aol) + " seed " + std::to_string(seed) + " restarts";
     for (int32_t r : restarts) t += " " + std::to_string(r);
     return t;
   }
@@ -100,7 +105,7 @@ class Stack {
   std::vector<unsigned char> bytes_;
 };
 
-Numbers randoms(int64_t size, unsigned seed) {
+inline Numbers randoms(int64_t size, unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   Numbers values(static_cast<size_t>(size));
@@ -108,7 +113,7 @@ Numbers randoms(int64_t size, unsigned seed) {
   return values;
 }
 
-std::vector<float> coefficients_of(const Case& c) {
+inline std::vector<float> coefficients_of(const Case& c) {
   std::vector<float> all;
   for (int k = 0; k < c.steps; ++k)
     for (int i = 0; i < 3; ++i)
@@ -117,7 +122,7 @@ std::vector<float> coefficients_of(const Case& c) {
 }
 
 // The images of the matrices, row by row.
-std::vector<Numbers> run(const Case& c, const std::vector<Numbers>& matrices) {
+inline std::vector<Numbers> run(const Case& c, const std::vector<Numbers>& matrices) {
   simt::settings().seed = c.seed;
   Stack g(c, c.g_dtype, false), x(c, c.x_dtype, c.scattered);
   std::vector<const void*> sources;
@@ -154,8 +159,9 @@ std::vector<Numbers> run(const Case& c, const std::vector<Numbers>& matrices) {
                                  : newton_schulz_cuda::workspace_bytes(p);
   std::vector<unsigned char> workspace(bytes + 64, 0xff);
   p.workspace = workspace.data() + 64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64;
-  const Status status = c.at_once ? newton_schulz_cuda::stack(p, shape, c.at_once, nullptr)
-                                  : newton_schulz_cuda::run(p, nullptr);
+  const Status status = c.at_once    ? newton_schulz_cuda::stack(p, shape, c.at_once, nullptr)
+                        : c.clusters ? newton_schulz_cuda::on_chips(p, shape, nullptr)
+                                     : newton_schulz_cuda::run(p, nullptr);
   if (!status.is_ok()) check::fail(__FILE__, __LINE__, status.message + ": " + c.text());
   std::vector<Numbers> images;
   for (int64_t e = 0; e < c.count; ++e) images.push_back(x.get(e));
@@ -163,7 +169,7 @@ std::vector<Numbers> run(const Case& c, const std::vector<Numbers>& matrices) {
 }
 
 // x [rows, cols] over the norm, each row (of a tall matrix: column) over sqrt(sum |A_ij|) of it.
-void balance(const Case& c, Numbers& x, double least) {
+inline void balance(const Case& c, Numbers& x, double least) {
   const bool tall = c.rows > c.cols;
   const int64_t m = std::min(c.rows, c.cols), n = std::max(c.rows, c.cols);
   const auto at = [&](const Numbers& y, int64_t i, int64_t j) {
@@ -184,7 +190,7 @@ void balance(const Case& c, Numbers& x, double least) {
 }
 
 // The iteration in fp64, X <- a X + (b A + c A^2) X.
-Numbers exact(const Case& c, Numbers x) {
+inline Numbers exact(const Case& c, Numbers x) {
   const int64_t rows = c.rows, cols = c.cols;
   double norm = 0;
   for (double v : x) norm += v * v;
@@ -213,7 +219,7 @@ Numbers exact(const Case& c, Numbers x) {
   return x;
 }
 
-double relative(const Numbers& value, const Numbers& reference) {
+inline double relative(const Numbers& value, const Numbers& reference) {
   double off = 0, size = 0;
   for (size_t i = 0; i < value.size(); ++i) {
     off += (value[i] - reference[i]) * (value[i] - reference[i]);
@@ -222,7 +228,7 @@ double relative(const Numbers& value, const Numbers& reference) {
   return std::sqrt(off / size);
 }
 
-void near(const Case& c) {
+inline void near(const Case& c) {
   std::vector<Numbers> matrices;
   for (int64_t e = 0; e < c.count; ++e) {
     matrices.push_back(randoms(c.rows * c.cols, unsigned(17 * e + c.rows)));
@@ -241,15 +247,15 @@ void near(const Case& c) {
   }
 }
 
-bool same(const Numbers& a, const Numbers& b) {
+inline bool same(const Numbers& a, const Numbers& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
 }
-void require(bool condition, const Case& c, const char* what) {
+inline void require(bool condition, const Case& c, const char* what) {
   if (!condition) check::fail(__FILE__, __LINE__, std::string(what) + ": " + c.text());
 }
 
-constexpr kimi_newton_schulz_method kMethods[] = {
+inline constexpr kimi_newton_schulz_method kMethods[] = {
     KIMI_NEWTON_SCHULZ_STANDARD, KIMI_NEWTON_SCHULZ_SYMMETRIC, KIMI_NEWTON_SCHULZ_GRAM};
-constexpr kimi_dtype kDtypes[] = {KIMI_FLOAT32, KIMI_BFLOAT16, KIMI_FLOAT16};
+inline constexpr kimi_dtype kDtypes[] = {KIMI_FLOAT32, KIMI_BFLOAT16, KIMI_FLOAT16};
 
-}  // namespace
+}  // namespace newton_schulz_cases

@@ -89,17 +89,17 @@ TEST(multicast_and_arrivals_in_a_cluster) {
 
 // Every block hands a number to the next one; some threads leave before the second barrier.
 __global__ void ring_of_blocks_kernel(int* out) {
-  KIMI_STATIC_SHARED(int, mailbox, 1);
+  KIMI_STATIC_SHARED(uint4, mailbox, 1);
   const int rank = cluster_rank(), blocks = cluster_blocks();
-  if (threadIdx.x == 0) mailbox[0] = -1;
+  if (threadIdx.x == 0) mailbox[0] = {};
   cluster_arrive();
   cluster_wait();
   if (threadIdx.x >= 32) return;
-  if (threadIdx.x == 0)
-    *static_cast<int*>(simt::in_peer(mailbox, (rank + 1) % blocks)) = static_cast<int>(blockIdx.x);
+  if (threadIdx.x == 0) store16_in(mailbox, {1, 2, 3, blockIdx.x}, (rank + 1) % blocks);
   cluster_arrive();
   cluster_wait();
-  if (threadIdx.x == 1) out[blockIdx.x] = mailbox[0];
+  if (threadIdx.x == 1 && mailbox[0].x + mailbox[0].y + mailbox[0].z == 6)
+    out[blockIdx.x] = static_cast<int>(mailbox[0].w);
 }
 
 TEST(cluster_barriers_order_blocks_and_do_not_wait_for_exited_threads) {
@@ -118,7 +118,8 @@ enum Mistake {
   kNoSuchBlock,
   kPeerEnded,
   kMulticastToNobody,
-  kNoArrival
+  kNoArrival,
+  kNotMet
 };
 
 __global__ void misuse_kernel(const __grid_constant__ TensorMap map, Mistake mistake) {
@@ -152,6 +153,9 @@ __global__ void misuse_kernel(const __grid_constant__ TensorMap map, Mistake mis
         mbarrier_arrive_in(barrier[0], 1);
       }
       break;
+    case kNotMet:
+      store16_in(tile, {}, 1 - cluster_rank());
+      break;
     case kMulticastToNobody:
       tma_load_multicast(tile, map, barrier[0], 0, 0, uint16_t{4});
       break;
@@ -174,6 +178,7 @@ TEST(misused_clusters) {
     EXPECT_ERROR(simt::Error, "has not waited since it arrived", run(kArrivesTwice));
     EXPECT_ERROR(simt::Error, "block 2 of a cluster of 2", run(kNoSuchBlock));
     EXPECT_ERROR(simt::Error, "block 1 of the cluster has ended", run(kPeerEnded));
+    EXPECT_ERROR(simt::Error, "of the cluster may not have started", run(kNotMet));
     EXPECT_ERROR(simt::Error, "blocks: names none or more than the 2", run(kMulticastToNobody));
     EXPECT_ERROR(simt::Error, "cluster_wait (64 of 128 threads have arrived)", run(kNoArrival));
   });

@@ -6,6 +6,8 @@
 
 namespace {
 
+using namespace newton_schulz_cases;
+
 TEST(on_chip_is_near_to_fp64) {
   const int64_t shapes[][2] = {{1, 1}, {1, 70}, {7, 2}, {33, 65}, {64, 40}, {16, 130}};
   for (const auto& [rows, cols] : shapes)
@@ -18,14 +20,39 @@ TEST(on_chip_is_near_to_fp64) {
 
 TEST(stacks_are_near_to_fp64) {
   for (kimi_newton_schulz_method method : {KIMI_NEWTON_SCHULZ_SYMMETRIC, KIMI_NEWTON_SCHULZ_GRAM}) {
-    near({.rows = 66, .cols = 72, .count = 2, .method = method, .dtype = KIMI_FLOAT32});
-    near({.rows = 129, .cols = 136, .method = method});
+    near({.rows = 66,
+          .cols = 72,
+          .count = 2,
+          .method = method,
+          .dtype = KIMI_FLOAT32,
+          .at_once = 2});
+    near({.rows = 129, .cols = 136, .method = method, .at_once = 1});
   }
   near({.rows = 136,
         .cols = 130,
         .dtype = KIMI_BFLOAT16,
         .x_dtype = KIMI_BFLOAT16,
-        .restarts = {2, 4}});
+        .restarts = {2, 4},
+        .at_once = 1});
+}
+
+TEST(clusters_are_near_to_fp64) {
+  near({.rows = 129, .cols = 136});
+  near({.rows = 129, .cols = 131, .method = KIMI_NEWTON_SCHULZ_SYMMETRIC, .steps = 2});
+  near({.rows = 177, .cols = 160, .dtype = KIMI_BFLOAT16, .restarts = {1}, .steps = 2});  // tall
+  near({.rows = 192, .cols = 195, .restarts = {2}, .steps = 3, .turned = true});
+  near({.rows = 193,
+        .cols = 193,
+        .method = KIMI_NEWTON_SCHULZ_STANDARD,
+        .dtype = KIMI_BFLOAT16,
+        .steps = 1});
+  near({.rows = 256, .cols = 257, .restarts = {1}, .steps = 3});
+  near({.rows = 65, .cols = 67, .dtype = KIMI_FLOAT32});
+  near({.rows = 128,
+        .cols = 129,
+        .method = KIMI_NEWTON_SCHULZ_STANDARD,
+        .dtype = KIMI_FLOAT32,
+        .steps = 2});
 }
 
 TEST(a_step_without_its_last_coefficient) {
@@ -64,7 +91,7 @@ TEST(any_dtypes_strides_and_addresses) {
         }
 }
 
-// Both roads: on chip, and matrices as a stack, which each product gives a whole tile.
+// All roads: on chip, in clusters, and matrices as a stack, which each product gives a whole tile.
 template <class Body>
 void each_road(const Body& body) {
   for (kimi_dtype dtype : kDtypes) {
@@ -76,6 +103,14 @@ void each_road(const Body& body) {
               .dtype = dtype,
               .steps = 2});
   }
+  body(Case{.rows = 70, .cols = 133, .count = 3, .restarts = {1}, .steps = 2, .clusters = true});
+  body(Case{.rows = 9,
+            .cols = 20,
+            .count = 3,
+            .method = KIMI_NEWTON_SCHULZ_STANDARD,
+            .dtype = KIMI_FLOAT32,
+            .steps = 2,
+            .clusters = true});
   body(Case{.rows = 9, .cols = 20, .count = 3, .restarts = {1}, .steps = 2, .at_once = 5});
   body(Case{.rows = 9,
             .cols = 20,
@@ -154,6 +189,29 @@ TEST(bits_do_not_depend_on_company_place_or_threads) {
     c.count = 1;
     require(same(run(c, {matrices[1]})[0], images[1]), c, "alone");
   });
+}
+
+// One block, four and two of them (the host runner holds three clusters of four), and the products
+// of a stack by the same instructions.
+TEST(bits_do_not_depend_on_the_blocks_of_a_matrix) {
+  for (kimi_dtype dtype : kDtypes)
+    for (kimi_newton_schulz_method method : {KIMI_NEWTON_SCHULZ_STANDARD, KIMI_NEWTON_SCHULZ_GRAM})
+      for (int64_t rows : {21, 63}) {
+        Case c{.rows = rows, .cols = 90, .method = method, .dtype = dtype, .restarts = {1}};
+        c.steps = 3;
+        const Numbers g = randoms(c.rows * c.cols, 3);
+        const Numbers image = run(c, {g})[0];
+        c.clusters = true;
+        require(same(run(c, {g})[0], image), c, "four blocks");
+        c.count = 4;
+        for (const Numbers& other : run(c, std::vector<Numbers>(4, g)))
+          require(same(other, image), c, "two blocks");
+        c.count = c.at_once = 1;
+        CHECK(set_max_sm(80).is_ok());
+        const Numbers of_stack = run(c, {g})[0];
+        CHECK(set_max_sm(0).is_ok());
+        require(same(of_stack, image), c, "stack");
+      }
 }
 
 TEST(bits_do_not_depend_on_orientation_or_scale) {
@@ -239,14 +297,15 @@ TEST(a_norm_of_many_blocks) {
 }
 
 // Warp operations that a step of 32 x 64 costs on chip. A step of 16 in depth is 4 ldmatrix and 8 mma
-// for a tile of 32 x 32: 4 of them for X X^T, 2 for its square and 2 for each half of the image.
+// for a tile of 32 x 32: 4 of them for X X^T, 2 for its square and 2 for each half of the image. A
+// tile on the diagonal has a barrier before it is mirrored.
 TEST(a_step_on_chip_multiplies_no_more_than_it_must) {
   const auto work = [](int steps) {
     const Case c{.rows = 32, .cols = 64, .method = KIMI_NEWTON_SCHULZ_STANDARD, .steps = steps};
     run(c, {randoms(32 * 64, 1)});
     return simt::last_statistics().warp_operations;
   };
-  CHECK(work(3) - work(2) == uint64_t{32} * 12 * (4 + 2 + 2 * 2));
+  CHECK(work(3) - work(2) == uint64_t{32} * (12 * (4 + 2 + 2 * 2) + 2));
 }
 
 TEST(launches) {
@@ -268,6 +327,25 @@ TEST(launches) {
   CHECK(launches(c) == 2 * (2 + 15));
   c.aol = true;
   CHECK(launches(c) == 2 * (2 + 3 + 15));
+}
+
+TEST(clusters_are_for_hopper_and_what_fits) {
+  const auto launches = [](int64_t rows, kimi_dtype dtype) {
+    const Case c{.rows = rows,
+                 .cols = 260,
+                 .method = KIMI_NEWTON_SCHULZ_STANDARD,
+                 .dtype = dtype,
+                 .steps = 1,
+                 .cubic = true};
+    const uint64_t before = simt::last_statistics().launches;
+    run(c, {Numbers(size_t(c.rows * c.cols))});
+    return simt::last_statistics().launches - before;
+  };
+  CHECK(launches(256, KIMI_BFLOAT16) == 1 && launches(128, KIMI_FLOAT32) == 1);
+  CHECK(launches(257, KIMI_BFLOAT16) == 2 + 3 && launches(129, KIMI_FLOAT32) == 2 + 3);
+  CHECK(set_max_sm(80).is_ok());
+  CHECK(launches(129, KIMI_BFLOAT16) == 2 + 3 && launches(128, KIMI_BFLOAT16) == 1);
+  CHECK(set_max_sm(0).is_ok());
 }
 
 }  // namespace

@@ -116,8 +116,9 @@ class WarpTile<float, A, B, kWarpRows, kWarpCols> {
   }
   template <class L>
   __device__ static const float* at(const char* tile, int lane, int outer, int depth) {
-    const int byte = L::kDepthMajor ? (lane ^ depth / 4 * 16) + depth % 4 * 4 + outer * L::kRowBytes
-                                    : lane + outer * 4 + depth * L::kRowBytes;
+    const int byte = L::kDepthMajor
+                         ? (lane ^ depth / 4 * 16) + depth % 4 * 4 + outer * L::kRowBytes
+                         : ((lane + outer * 4) ^ L::key(depth) * 16) + depth * L::kRowBytes;
     return reinterpret_cast<const float*>(tile + byte);
   }
 
