@@ -21,8 +21,8 @@ from kimi_ops.optim.group_keys import check_keys, follow_cycle
 from kimi_ops.optim.learning_rate import AdjustLr
 from kimi_ops.optim.muon_blocks import names, state_dtype
 from kimi_ops.optim.muon_groups import muon_param_groups
-from kimi_ops.optim.muon_masters import MASTER, mastered, worked
-from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, sharded, whole_state
+from kimi_ops.optim.muon_masters import MASTER, mastered, rows_of_masters, worked
+from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, whole_state
 from kimi_ops.optim.muon_routed import routed_update
 from kimi_ops.optim.muon_shards import Shards
 from kimi_ops.optim.muon_state import (
@@ -304,7 +304,8 @@ class MuonClip(torch.optim.Optimizer):
         self._report(squares)
         if clip is not None:
             told = partial(shards.told, what="the largest logits")
-            clip(shards.process_group, self._masters(), told)
+            masters = rows_of_masters(self._params(), self.state, shards)
+            clip(shards.process_group, masters, told)
         return loss
 
     def _params(self) -> Iterator[Tensor]:
@@ -365,21 +366,6 @@ class MuonClip(torch.optim.Optimizer):
             if not beside or step.dtype is not torch.float32:
                 state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
         return state
-
-    def _masters(self) -> dict[Tensor, list[tuple[Tensor, int]]]:
-        """Of each parameter the rows of its master that this rank has, and the first of each."""
-        found: dict[Tensor, list[tuple[Tensor, int]]] = {}
-        for param in self._params():
-            master = self.state[param].get(MASTER) if param in self.state else None
-            if master is None or not master.ndim:
-                continue
-            pieces = [self._shards.pieces[i] for i in self._shards.mine(param)]
-            if sharded(param) or self._shards.process_group is None:
-                found[param] = [(local(master), 0)]
-                continue
-            rows = master.split([piece.stop - piece.start for piece in pieces])
-            found[param] = [(r, p.start) for r, p in zip(rows, pieces, strict=True)]
-        return found
 
     def _clip_factor(self, group: dict[str, Any], squares: Tensor) -> Tensor | None:
         """min(1, max_grad_norm / norm) over the finite gradients of a group, on their device."""

@@ -6,11 +6,14 @@ gradient -> master += update (fp32) -> parameter = master, rounded
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kimi_ops.optim.muon_mesh import local, sharded
+from kimi_ops.optim.muon_shards import Shards
 from kimi_ops.optim.muon_update import Work
 
 MASTER = "master"  # its name among the states
@@ -29,3 +32,21 @@ def worked(param: Tensor, grad: Tensor, state: dict[str, Tensor], *more: Any) ->
     work = Work(master, grad, state, *more)
     work.shown = param
     return work
+
+
+def rows_of_masters(
+    params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Tensor]], shards: Shards
+) -> dict[Tensor, list[tuple[Tensor, int]]]:
+    """Of each parameter the rows of its master that this rank has, and the first of each."""
+    found: dict[Tensor, list[tuple[Tensor, int]]] = {}
+    for param in params:
+        master = state[param].get(MASTER) if param in state else None
+        if master is None or not master.ndim:
+            continue
+        if sharded(param) or shards.process_group is None:
+            found[param] = [(local(master), 0)]
+            continue
+        pieces = [shards.pieces[i] for i in shards.mine(param)]
+        rows = master.split([piece.stop - piece.start for piece in pieces])
+        found[param] = [(r, p.start) for r, p in zip(rows, pieces, strict=True)]
+    return found
