@@ -41,6 +41,7 @@ from benchmarks.report import OURS, Row
 from benchmarks.session import Session
 from kimi_ops import ExpertParallel, topk_gate
 from kimi_ops.parallel.results import Dispatched
+from kimi_ops.parallel.segment import available_memory
 
 HIDDEN, TOP_K, EXPERTS = 7168, 8, (64, 384)
 OPS = ("dispatch", "combine")
@@ -56,6 +57,16 @@ class Case:
 
     def __str__(self) -> str:
         return f"ranks{self.ranks} tokens{self.tokens} experts{self.experts}"
+
+
+def too_large(case: Case) -> str | None:
+    """Why this machine has not the memory for a case: a rank keeps about ten times the rows that it
+    gets, in results, windows of both backends and the peers' buffers, beside 0.4 GB of torch."""
+    rows = case.tokens * TOP_K * 2 * HIDDEN
+    needed, free = case.ranks * (10 * rows + 400_000_000), available_memory()
+    if needed <= free:
+        return None
+    return f"{case}: not run, it takes about {needed / 1e9:.0f} of {free / 1e9:.0f} GB of memory"
 
 
 @dataclass
@@ -203,7 +214,12 @@ def compare(session: Session) -> None:
     budget = QUICK if session.quick else BUDGET
     tables = {op: session.table(f"all_to_all ({op})", width=42, memory="gloo") for op in OPS}
     for count in ranks:
-        cases = session.select([Case(count, t, e) for t in tokens for e in EXPERTS])
+        cases = []
+        for case in session.select([Case(count, t, e) for t in tokens for e in EXPERTS]):
+            if reason := too_large(case):
+                print(reason, flush=True)
+            else:
+                cases.append(case)
         if not cases:
             continue
         with tempfile.TemporaryDirectory() as folder:

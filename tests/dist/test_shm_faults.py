@@ -153,7 +153,7 @@ def no_memory(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert caught.value.ranks == (0, 1, 2)
     with monkeypatch.context() as patched, make(max_tokens_per_rank=tokens) as ep:
         if rank == 1:
-            patched.setattr(segment, "_available", lambda: 0)
+            patched.setattr(segment, "available_memory", lambda: 0)
         with pytest.raises(EPError, match="rank 1: no shared memory left") as caught:
             ep.dispatch(X.expand(tokens, 2), ID.expand(tokens, 1))
         assert caught.value.ranks == (1,)

@@ -178,7 +178,7 @@ class Segment:
             return True
         needed = len(self._head) + size - window.reserved
         needed += sum(each.reserved for each in self._windows)
-        return needed - os.fstat(self._opened.file).st_blocks * 512 <= _available()
+        return needed - os.fstat(self._opened.file).st_blocks * 512 <= available_memory()
 
     def _label(self, number: int, rank: int) -> slice:
         at = self._labels_at + _LABEL * (number % self._buffers * self.world + rank)
@@ -364,7 +364,7 @@ def _head_bytes(world: int, under_way: int) -> int:
     return _sizes(world)[2] + (under_way + 1) * world * _LABEL
 
 
-def _available() -> int:
+def available_memory() -> int:
     """Bytes of memory that this machine, and the container of this process, can still give."""
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":", 1) for line in file)
