@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Reading a Hugging Face checkpoint: everything is compared, then memory, then values.
 
-Values pass through a buffer of a few MiB: beside the model no tensor is whole in memory. FP8 and
+Values pass a few MiB at a time: beside the model and the mapped files no tensor is whole in memory. FP8 and
 INT4 matrices are dequantised on the way, unless the model keeps its experts in that form. What
 fails leaves no memory behind.
 """
