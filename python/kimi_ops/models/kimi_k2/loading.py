@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Reading a Hugging Face checkpoint: everything is compared, then memory, then values.
 
-Values pass a few MiB at a time: beside the model and the mapped files no tensor is whole in memory. FP8 and
-INT4 matrices are dequantised on the way, unless the model keeps its experts in that form. What
-fails leaves no memory behind.
+Values pass a few MiB at a time: beside the model and the mapped files no tensor is whole in memory.
+FP8 and INT4 matrices are dequantised on the way, unless the model keeps its experts in that form.
+What fails leaves no memory behind.
 """
 
 from collections.abc import Callable, Iterable
