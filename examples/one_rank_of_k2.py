@@ -16,6 +16,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ from kimi_ops import TopkGate, fused_experts
 from kimi_ops.models.kimi_k2 import KimiK2Config
 from kimi_ops.models.kimi_k2.decoder import DecoderLayer
 from kimi_ops.models.kimi_k2.rope import rotary_tables
+
+
+class Here(NamedTuple):
+    """What needs not come from anywhere."""
+
+    y: Tensor
+
+    def wait(self) -> Tensor:
+        return self.y
 
 
 class OneRank:
@@ -37,11 +47,19 @@ class OneRank:
             )
         self.experts = range(self.count // world)
 
-    def mixed(
-        self, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate: TopkGate, activation: str
-    ) -> Tensor:
+    def leave(self, x: Tensor, gate: TopkGate) -> tuple[Tensor, TopkGate]:
+        return x, gate
+
+    def compute(
+        self,
+        leaving: tuple[Tensor, TopkGate],
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        activation: str,
+    ) -> Here:
+        x, gate = leaving
         here = gate.indices % len(self.experts)
-        return fused_experts(x, w_gate_up, w_down, gate.weights, here, activation=activation)
+        return Here(fused_experts(x, w_gate_up, w_down, gate.weights, here, activation=activation))
 
 
 def build(config: KimiK2Config, world: int, device: str) -> DecoderLayer:

@@ -245,6 +245,8 @@ def overlaps(rank: int, folder: str) -> None:
     ranks = Ranks(dist.group.WORLD, 2, overlap=True)
     with pytest.raises(first, match="--accumulate: expected an even number beside --overlap"):
         run(root / "odd", ranks, accumulate=3)
+    with pytest.raises(first, match="--recompute: expected none or selective beside --overlap"):
+        run(root / "odd", ranks, accumulate=2, recompute="full")
     ranks.close()
 
 

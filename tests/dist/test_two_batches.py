@@ -61,13 +61,19 @@ def side_by_side(
 
 
 def same_bits(
-    group, rank: int, dtype=torch.float32, repeated: bool = False, backend: str = "reference"
+    group,
+    rank: int,
+    dtype=torch.float32,
+    repeated: bool = False,
+    backend: str = "reference",
+    recompute: str = "none",
 ) -> None:
     """Logits, losses, gradients and statistics of four batches, in twos and one by one."""
     options: dict[str, Any] = {"max_tokens": 14, "batches": 2, "backend": backend}
     with ExpertRanks(group, AUXILIARY, **options) as ranks:
         assert ranks.backend == backend
         models = [KimiK2(AUXILIARY, expert_ranks=ranks).train() for _ in range(2)]
+        models[1].recompute = recompute
         for model in models:
             for layer in model.attention_layers():
                 layer.track_max_logits = True
@@ -91,6 +97,21 @@ def same_bits(
 )
 def test_the_bits_of_one_after_the_other(world: int, dtype: torch.dtype, repeated: bool):
     LocalWorld(world).run(lambda group: same_bits(group, group.rank, dtype, repeated))
+
+
+def test_norms_and_expansions_may_be_computed_again():
+    LocalWorld(2).run(lambda group: same_bits(group, group.rank, recompute="selective"))
+
+
+def test_layers_may_not():
+    def work(group):
+        with ExpertRanks(group, AUXILIARY, max_tokens=14, batches=2) as ranks:
+            model = KimiK2(AUXILIARY, expert_ranks=ranks)
+            model.recompute = "full"
+            with pytest.raises(ValueError, match="expected recompute none or selective, got full"):
+                forward_two(model, torch.tensor([[1]]), torch.tensor([[2]]))
+
+    LocalWorld(2).run(work)
 
 
 def processes(rank: int, folder: str) -> None:

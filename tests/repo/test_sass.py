@@ -21,6 +21,7 @@ WAIT = ("ACQBULK",)  # for the kernel before: griddepcontrol.wait
 WANTED = {  # of other kernels than products
     "fp8_rows_sm90": ("F2FP.SATFINITE.E4M3",),
     "gate_plan_sm90": WAIT,
+    "on_chip_sm90": ("ST.E.128",),  # into the shared memory of another block
     "unpermute_sm90": WAIT,
 }
 

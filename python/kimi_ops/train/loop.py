@@ -133,7 +133,7 @@ def _train(
 ) -> TrainResult:
     settings, state = plan.settings, plan.state
     with ranks.together():
-        check_batch(settings.sequences, settings.accumulate, ranks)
+        check_batch(settings.sequences, settings.accumulate, settings.recompute, ranks)
         place = choose_device(device, "train", say)
         if settings.threads:  # a resumed run takes the threads it had: they decide about bits
             torch.set_num_threads(settings.threads)

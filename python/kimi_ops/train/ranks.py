@@ -267,8 +267,14 @@ def check_overlap(overlap: bool, expert_parallel: int) -> None:
         )
 
 
-def check_batch(sequences: int, accumulate: int, ranks: Ranks) -> None:
-    """Raise unless every rank gets as many sequences of a micro-batch, and twos come out even."""
+def check_batch(sequences: int, accumulate: int, recompute: str, ranks: Ranks) -> None:
+    """Raise unless every rank gets as many sequences of a micro-batch, and twos can be computed."""
+    if ranks.overlap and recompute == "full":
+        raise ValueError(
+            "train: --recompute: expected none or selective beside --overlap, got full, of which a "
+            "layer of one micro-batch would exchange anew beside the other's; change it (a resumed "
+            "run may), or leave --overlap out"
+        )
     if ranks.overlap and accumulate % 2:
         raise ValueError(
             f"train: --accumulate: expected an even number beside --overlap, which takes "

@@ -91,7 +91,7 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.settings, self.ranks = settings, Ranks() if ranks is None else ranks
-        check_batch(settings.sequences, settings.accumulate, self.ranks)
+        check_batch(settings.sequences, settings.accumulate, settings.recompute, self.ranks)
         if model is None:
             config = settings.model_config()
             spread = spread_experts(settings, self.ranks, device)

@@ -129,8 +129,9 @@ def check_two(model: Decoder) -> None:
         )
     if model.recompute == "full":
         raise ValueError(
-            "forward_two: model: expected recompute none or selective, got full: a layer that is "
-            "computed again as a whole would exchange again, in no order that both batches share"
+            "forward_two: model: expected recompute none or selective, got full, of which a layer "
+            "of one batch would exchange anew beside the other's; choose selective, or compute one "
+            "batch after the other"
         )
     if model.config.tie_word_embeddings:
         raise ValueError(
