@@ -241,40 +241,56 @@ __device__ void settle(const DispatchParams& p, const Exchange<Flags>& exchange,
     most = std::max(most, wanted);
     if (wanted > p.num_rows) overfull |= uint64_t{1} << owner;
   }
+  const bool fails = p.strict && overfull != 0;
   for (int e = thread; e < table.experts; e += kThreads) {
     const int32_t start = e == 0 ? 0 : table.end[e - 1];
-    p.y_offsets[e] = table.end[e];
-    p.y_tokens_per_expert[e] = table.cut[e] - start;
+    // rows of a call that fails are not all there: whoever works on them has none
+    p.y_offsets[e] = fails ? 0 : table.end[e];
+    p.y_tokens_per_expert[e] = fails ? 0 : table.cut[e] - start;
   }
   if (thread < world) p.report[kReportHead + thread] = table.tokens[thread];
   if (thread == 0) {
     p.report[1] = table.wanted;
     p.report[2] = most;
     p.report[3] = table.dropped;
-    if (p.strict && overfull != 0) exchange.overflow(overfull, most);
+    if (fails) exchange.overflow(overfull, most);
   }
 }
 
-/// An operation that has failed lays out no row: what comes behind it reads nothing that is not there.
+/// An operation that has failed lays out no row, and rows that were laid out before are zeros: what
+/// comes behind it reads nothing that is not there. Other blocks of it may have been in time.
 __device__ inline void leave_empty(const DispatchParams& p) {
-  if (p.again) return;
-  const int64_t units = p.peers.world * p.max_tokens;
-  const auto fill = [&](auto* to, int64_t count, auto value) {
-    for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads)
-      to[i] = value;
-  };
-  if (p.phases & KIMI_ALL_TO_ALL_SEND) fill(p.home, p.num_tokens, 0u);
-  if (p.phases & KIMI_ALL_TO_ALL_MEET) {
-    const int owned = Placement(p.num_experts, p.peers.world).count(p.peers.rank);
-    fill(p.y_offsets, owned, 0);
-    fill(p.y_tokens_per_expert, owned, 0);
-    fill(p.loads, int64_t{p.peers.world} * p.num_experts, 0);
-    fill(p.report, kReportHead + p.peers.world, int64_t{0});
+  const bool receives = p.phases & KIMI_ALL_TO_ALL_RECEIVE;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (p.again) {
+    for (int64_t row = blockIdx.x; receives && row < p.num_rows; row += gridDim.x) {
+      clear_row(p.y, row, p.row_bytes);
+      if (p.beside_bytes > 0) clear_row(p.y_beside, row, p.beside_bytes);
+    }
+  } else {
+    const auto fill = [&](auto* to, int64_t count, auto value) {
+      for (int64_t i = blockIdx.x * kThreads + thread; i < count; i += gridDim.x * kThreads)
+        to[i] = value;
+    };
+    if (p.phases & KIMI_ALL_TO_ALL_SEND) fill(p.home, p.num_tokens, 0u);
+    if (p.phases & KIMI_ALL_TO_ALL_MEET) {
+      const int owned = Placement(p.num_experts, p.peers.world).count(p.peers.rank);
+      fill(p.y_offsets, owned, 0);
+      fill(p.y_tokens_per_expert, owned, 0);
+      fill(p.loads, int64_t{p.peers.world} * p.num_experts, 0);
+      fill(p.report, kReportHead + p.peers.world, int64_t{0});
+    }
+    for (int64_t row = thread; receives && row < p.num_rows; row += kThreads) p.y_source[row] = -1;
   }
-  if (p.phases & KIMI_ALL_TO_ALL_RECEIVE) {
-    fill(p.y_row_map, units * p.top_k, -1);
-    fill(p.y_source, p.num_rows, -1);
-    fill(p.y_slots, units, 0u);
+  if (!receives) return;
+  const int jobs =
+      static_cast<int>(p.peers.world * p.max_tokens);  // of this block, as in receive()
+  for (int job = static_cast<int>(blockIdx.x); job < jobs; job += static_cast<int>(gridDim.x)) {
+    const Job at(job, p.peers);
+    const int64_t token = at.rank * p.max_tokens + at.token, pair = token * p.top_k + thread;
+    if (thread < p.top_k && !p.again) p.y_row_map[pair] = -1;
+    if (thread < p.top_k && p.y_weights != nullptr) p.y_weights[pair] = 0.0f;
+    if (thread == 0 && !p.again) p.y_slots[token] = 0;
   }
 }
 
@@ -361,8 +377,9 @@ __device__ void dispatch_rank(const DispatchParams& p) {
   if (exchange.broken()) return leave_empty(p);
   if (sends) send(p, exchange);
   if (meets) {
-    const uint32_t tag = tag_of({1, p.max_tokens, p.row_bytes, p.beside_bytes, p.num_experts,
-                                 p.top_k, p.align, p.direct, p.again, p.y_weights != nullptr});
+    const uint32_t tag =
+        tag_of({1, p.max_tokens, p.row_bytes, p.beside_bytes, p.num_experts, p.top_k, p.align,
+                p.direct, p.again, p.y_weights != nullptr, p.strict, p.strict ? p.num_rows : 0});
     exchange.signal(tag);
     if (!exchange.wait(tag)) return leave_empty(p);
   }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """examples/pipeline_k2.py and the stages that it is made of: the bits of one process."""
 
+import dataclasses
 import os
 import re
 import runpy
@@ -103,6 +104,19 @@ def test_balance_losses_alone_reach_the_routers():
     model.moe_layers()[0].balance_loss.backward()
     router = model.moe_layers()[0].gate.weight.grad
     assert router.norm() > 0 and torch.equal(first.moe_layers()[0].gate.weight.grad, router)
+
+
+def test_a_stage_without_memory_gets_some():
+    config = dataclasses.replace(KimiK2Config.tiny(), aux_loss_alpha=0.01)
+    stage = Stage(KimiK2(config, device="meta"), range(1, 3))
+    stage.allocate("cpu")
+    whole = KimiK2(config).state_dict()
+    stage.load_state_dict({name: whole[name] for name in stage.state_dict()})
+    x = torch.randn(1, 4, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    stage.train()(x).sum().backward()
+    assert stage.auxiliary_loss() > 0
+    with pytest.raises(ValueError, match="init_weights: model: expected a whole one"):
+        stage.init_weights(0)
 
 
 def test_what_cannot_be_a_stage_is_refused():

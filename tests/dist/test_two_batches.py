@@ -207,6 +207,22 @@ def test_what_cannot_be_side_by_side_is_refused():
         forward_two(KimiK2(CONFIG), *batches(0)[:2])
 
 
+def test_hooks_of_gradients_are_refused():
+    """They would be given those that are there already, too."""
+
+    def work(group):
+        with ExpertRanks(group, CONFIG, max_tokens=14, batches=2) as ranks:
+            model = KimiK2(CONFIG, expert_ranks=ranks)
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            model.lm_head.weight.register_hook(lambda grad: grad)
+            loss = model.lm_head.weight.sum()
+            with pytest.raises(ValueError, match="expected parameters without hooks"):
+                backward_two(model, [loss, loss])
+
+    LocalWorld(1).run(work)
+
+
 def on_a_gpu(rank: int, folder: str) -> None:
     """Logits have the same bits; gradients of attention are added up in any order there."""
     options: dict[str, Any] = {"max_tokens": 14, "batches": 2, "backend": "cuda"}

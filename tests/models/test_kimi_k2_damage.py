@@ -235,6 +235,23 @@ def test_a_head_that_is_a_copy_of_the_embedding_is_tied(model, tmp_path):
     assert torch.equal(again.lm_head.weight, model.model.embed_tokens.weight)
 
 
+def test_a_layer_beside_a_head_that_the_config_ties(model, tmp_path):
+    """The embedding is in a file that the layer does not need."""
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    tensors = load_file(tmp_path / SINGLE_NAME)
+    (tmp_path / SINGLE_NAME).unlink()
+    names = {"one.safetensors": ["model.embed_tokens.weight"]}
+    names["two.safetensors"] = [name for name in tensors if name not in names["one.safetensors"]]
+    for file, held in names.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / file)
+    where = {name: file for file, held in names.items() for name in held}
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": where}))
+    configure(tmp_path, tie_word_embeddings=True)
+    assert load_layer(tmp_path, 1).layer == 1
+    KimiK2.from_pretrained(tmp_path)
+
+
 def test_a_file_in_place_of_a_folder(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="config.json/config.json, which does not exist; pass the"):

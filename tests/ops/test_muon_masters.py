@@ -90,6 +90,37 @@ def test_a_saved_state_goes_on_with_the_same_bits():
         assert torch.equal(ours.state[param]["master"], fresh.state[twin]["master"])
 
 
+def test_what_is_written_to_a_parameter_reaches_its_master():
+    """As a checkpoint that is loaded into the model behind a step."""
+    (model, optimizer), _ = pair()
+    step(model, optimizer, 0)
+    kept, changed = list(model.named_parameters())[1], model.lm_head.weight
+    before = optimizer.state[kept[1]]["master"].clone()
+    with torch.no_grad():
+        changed.fill_(0.5)
+        kept[1].copy_(kept[1].clone())  # nothing new: the master keeps what the parameter has not
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    step(model, optimizer, 1)
+    assert torch.equal(optimizer.state[changed]["master"], torch.full_like(changed, 0.5).float())
+    assert torch.equal(optimizer.state[kept[1]]["master"], before)
+    assert not torch.equal(before, kept[1].float())
+
+
+def test_masters_go_where_the_option_does():
+    (model, optimizer), _ = pair()
+    step(model, optimizer, 0)
+    for group in optimizer.param_groups:
+        group["master_weights"] = False
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    step(model, optimizer, 1)
+    assert not any("master" in state for state in optimizer.state.values())
+    assert not model.lm_head.weight.any()
+
+
 def test_a_gradient_that_is_not_finite_leaves_parameter_and_master_alone():
     params, optimizer = make(torch.bfloat16, master_weights=True)
     train(optimizer, params, 1)

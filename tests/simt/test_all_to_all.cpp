@@ -3,119 +3,13 @@
 // Dispatch and combine on the host, several ranks as blocks of one launch over slices of one
 // allocation, bit for bit against the definition in loops; what happens when a rank does not come or
 // does something else; and that broken flags are noticed.
-#include "all_to_all/combine.cuh"
-#include "all_to_all/dispatch.cuh"
-#include "all_to_all_world.h"
+#include "all_to_all_runs.h"
 #include "races.h"
-#include "simt.h"
 
 namespace {
 
 using namespace a2a;
 using namespace kimi::exchange;
-
-enum Way { kOneLaunch, kPhases, kGrid };  // kGrid: several blocks, and as many ranks as one likes
-
-template <class F>
-void dispatch_ranks(const DispatchParams* ranks, uint32_t alive) {
-  if (alive >> blockIdx.y & 1) dispatch_rank<F>(ranks[blockIdx.y]);
-}
-template <class F>
-void combine_ranks(const CombineParams* ranks, uint32_t alive) {
-  if (alive >> blockIdx.y & 1) combine_rank<F>(ranks[blockIdx.y]);
-}
-
-unsigned ranks_of(const World& w) { return static_cast<unsigned>(w.s.ranks); }
-
-template <class F = Flags>
-void run_grid(const std::vector<DispatchParams>& p, unsigned blocks, uint32_t alive = ~0u) {
-  simt::launch(dispatch_ranks<F>,
-               {{blocks, static_cast<unsigned>(p.size())},
-                kThreads,
-                table_bytes(p[0].peers.world, p[0].num_experts),
-                true},
-               p.data(), alive);
-}
-template <class F = Flags>
-void run_grid(const std::vector<CombineParams>& p, unsigned blocks, uint32_t alive = ~0u) {
-  simt::launch(combine_ranks<F>, {{blocks, static_cast<unsigned>(p.size())}, kThreads, 0, true},
-               p.data(), alive);
-}
-
-void check_ok(const Status& status) { require(status.is_ok(), status.message); }
-
-Status call(const DispatchParams& p) { return all_to_all_dispatch(p, KIMI_DEVICE_CUDA, nullptr); }
-Status call(const CombineParams& p) { return all_to_all_combine(p, KIMI_DEVICE_CUDA, nullptr); }
-
-template <class Params>
-void run(std::vector<Params> p, Way way, unsigned blocks) {
-  if (way == kGrid) return run_grid(p, blocks);
-  for (Params& each : p) each.num_local = static_cast<int32_t>(p.size());
-  for (Params& each : p) each.num_blocks = way == kOneLaunch ? 1 : static_cast<int32_t>(blocks);
-  if (way == kOneLaunch) return check_ok(call(p[0]));
-  for (int phase : {KIMI_ALL_TO_ALL_SEND, KIMI_ALL_TO_ALL_MEET, KIMI_ALL_TO_ALL_RECEIVE}) {
-    for (Params& each : p) each.phases = static_cast<kimi_all_to_all_phase>(phase);
-    check_ok(call(p[0]));
-  }
-}
-
-std::vector<Bytes> results_of(World& w, const Expected& e) {
-  std::vector<Bytes> outs;
-  for (const auto& rows : e.rows) {
-    Bytes& out = outs.emplace_back(rows.size() * w.row_bytes());
-    for (size_t i = 0; i < out.size(); i += value_bytes(w.s.dtype))
-      store_value(&out[i], w.s.dtype, std::normal_distribution<float>(0.0f, 2.0f)(w.random));
-  }
-  return outs;
-}
-
-void dispatch_once(World& w, const Expected& e, Way way, unsigned blocks, bool again) {
-  w.fill(0xff);
-  std::vector<DispatchParams> p;
-  for (int r = 0; r < w.s.ranks; ++r)
-    p.push_back(w.dispatch_params(r, static_cast<int64_t>(e.rows[r].size()), again));
-  run(p, way, blocks);
-  for (int r = 0; r < w.s.ranks; ++r)
-    if (!w.masked(r)) w.check_dispatch(e, r);
-}
-void combine_once(World& w, const Expected& e, Way way, unsigned blocks) {
-  w.fill(0xff);
-  const std::vector<Bytes> outs = results_of(w, e);
-  std::vector<CombineParams> p;
-  for (int r = 0; r < w.s.ranks; ++r) {
-    w.rank[r].home_y.assign(w.rank[r].tokens * w.row_bytes(), 0xa5);
-    p.push_back(w.combine_params(r, outs[r]));
-  }
-  run(p, way, blocks);
-  for (int r = 0; r < w.s.ranks; ++r)
-    if (!w.masked(r)) w.check_combine(e, outs, r);
-}
-
-void start(const Shape& s, Way way, uint64_t seed) {
-  simt::settings().seed = seed;
-  g_case = "P " + std::to_string(s.ranks) + " E " + std::to_string(s.experts) + " K " +
-           std::to_string(s.top_k) + " H " + std::to_string(s.hidden) + " align " +
-           std::to_string(s.align) + " capacity " + std::to_string(s.capacity) + " dtype " +
-           std::to_string(s.dtype) + " wire " + std::to_string(s.wire) + " direct " +
-           std::to_string(s.direct) + " way " + std::to_string(way) + " seed " +
-           std::to_string(seed);
-}
-
-void there_and_back(const Shape& s, Way way, int calls, uint64_t seed) {
-  start(s, way, seed);
-  World w(s, seed);
-  for (int call = 0; call < calls; ++call) {
-    w.draw(w.random() % 3 == 0 ? 2 : 0, w.random() % 3 * 0.2);
-    const Expected e = w.expected();
-    const unsigned blocks = 1 + static_cast<unsigned>(w.random() % 3);
-    dispatch_once(w, e, way, blocks, false);
-    combine_once(w, e, way, blocks);
-    if (w.random() % 2 == 0) continue;
-    for (Rank& k : w.rank) std::shuffle(k.x.begin(), k.x.end(), w.random);
-    dispatch_once(w, e, way, blocks, true);
-    combine_once(w, e, way, blocks);
-  }
-}
 
 TEST(ranks_layouts_types) {
   uint64_t seed = 0;
@@ -417,6 +311,26 @@ TEST(a_rank_that_does_not_come_is_named) {
   }
 }
 
+TEST(rows_of_a_repeated_dispatch_that_fails_are_zeros) {
+  Shape s;
+  s.ranks = 3;
+  for (Way way : {kOneLaunch, kGrid, kPhases}) {
+    start(s, way, 1);
+    World w(s, 1);
+    w.draw(0, 0.0);
+    const Expected e = w.expected();
+    dispatch_once(w, e, way, 2, false);
+    for (auto& state : w.state) state.silent = 2;
+    std::vector<DispatchParams> again;
+    for (int r = 0; r < s.ranks; ++r)
+      again.push_back(w.dispatch_params(r, static_cast<int64_t>(e.rows[r].size()), true));
+    run(again, way, 2);
+    for (const Rank& k : w.rank)
+      for (const Bytes* bytes : {&k.y, &k.y_beside})
+        CHECK(std::ranges::all_of(*bytes, [](auto byte) { return byte == 0; }));
+  }
+}
+
 TEST(a_rank_with_another_call_is_named) {
   Shape s;
   s.timeout = 150'000;
@@ -430,6 +344,16 @@ TEST(a_rank_with_another_call_is_named) {
   p[1].align = 2;
   run_grid(p, 1);
   CHECK(w.state[0].strange == 2 && w.state[0].silent == 0 && w.state[1].strange == 1);
+
+  World room(s, 3);  // where too little of it fails, they have the same
+  room.draw(0, 0.0);
+  p.clear();
+  for (int r = 0; r < s.ranks; ++r) {
+    p.push_back(room.dispatch_params(r, 40 + r));
+    p.back().strict = 1;
+  }
+  run_grid(p, 1);
+  CHECK(room.state[0].strange == 2 && room.state[1].strange == 1 && room.state[0].overfull == 0);
 }
 
 TEST(too_little_room_fails_on_all_ranks) {
@@ -459,6 +383,9 @@ TEST(too_little_room_fails_on_all_ranks) {
         CHECK(state.overfull == overfull && state.silent == 0 && state.epoch == 1);
         CHECK(state.most == static_cast<uint64_t>(w.s.capacity + 1));
         if (call == 1) check_empty(w.rank[r]);
+        const auto zero = [](auto v) { return v == 0; };
+        CHECK(std::ranges::all_of(w.rank[r].y_offsets, zero));
+        CHECK(std::ranges::all_of(w.rank[r].y_counts, zero));
       }
     }
   }

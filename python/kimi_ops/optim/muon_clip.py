@@ -21,7 +21,7 @@ from kimi_ops.optim.group_keys import check_keys, follow_cycle
 from kimi_ops.optim.learning_rate import AdjustLr
 from kimi_ops.optim.muon_blocks import names, state_dtype
 from kimi_ops.optim.muon_groups import muon_param_groups
-from kimi_ops.optim.muon_masters import MASTER, mastered, rows_of_masters, worked
+from kimi_ops.optim.muon_masters import MASTER, followed, mastered, rows_of_masters, worked
 from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, whole_state
 from kimi_ops.optim.muon_routed import routed_update
 from kimi_ops.optim.muon_shards import Shards
@@ -209,6 +209,7 @@ class MuonClip(torch.optim.Optimizer):
         self._squares: Tensor | None = None  # norms of the last step's gradients
         self._warned = False
         self._checked: list[Checked] = []  # the groups of the last step
+        self._written: dict[Tensor, int] = {}  # what torch counts of writes, of those with masters
         super().__init__(params, defaults)
         check_clip(max_grad_norm, self.param_groups)
 
@@ -247,6 +248,7 @@ class MuonClip(torch.optim.Optimizer):
         self._shards.update(groups)
         loaded = loaded_state(state["state"], groups, self._shards)
         super().__setstate__({**state, "param_groups": groups, "state": loaded})
+        self._written = {}  # the masters are those of the model that is loaded with them
         self.defaults.pop("differentiable", None)  # torch's addition, which no group has
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -306,6 +308,8 @@ class MuonClip(torch.optim.Optimizer):
             told = partial(shards.told, what="the largest logits")
             masters = rows_of_masters(self._params(), self.state, shards)
             clip(shards.process_group, masters, told)
+        mine = (p for group in self.param_groups for p in group["params"] if mastered(p, group))
+        self._written = {p: local(p)._version for p in mine}
         return loss
 
     def _params(self) -> Iterator[Tensor]:
@@ -354,8 +358,12 @@ class MuonClip(torch.optim.Optimizer):
             if key not in state:
                 empty = torch.zeros_like(param, dtype=state_dtype(param, group))
                 state[key] = self._shards.local(param, empty)
-        if MASTER not in state and mastered(param, group):
+        if not mastered(param, group):
+            state.pop(MASTER, None)
+        elif MASTER not in state:
             state[MASTER] = self._shards.local(param, param.detach().float())
+        elif self._written.get(param, version := local(param)._version) != version:
+            followed(param, state[MASTER], partial(self._shards.local, param))
         if adamw:
             # beside the parameter, as torch's fused kernel keeps it: what is left alone does not
             # count, and only the device knows

@@ -6,7 +6,7 @@ gradient -> master += update (fp32) -> parameter = master, rounded
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ MASTER = "master"  # its name among the states
 def mastered(param: Tensor, group: dict[str, Any]) -> bool:
     """Whether a parameter has an fp32 master."""
     return group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16)
+
+
+def followed(param: Tensor, master: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
+    """Give a master what was written to its parameter since the last step: entries that it does not
+    round to. `rows` are those of a tensor like the parameter that this rank has."""
+    shown = local(rows(param.detach()))
+    master = local(master)
+    master.copy_(torch.where(master.to(shown.dtype) == shown, master, shown.float()))
 
 
 def worked(param: Tensor, grad: Tensor, state: dict[str, Tensor], *more: Any) -> Work:

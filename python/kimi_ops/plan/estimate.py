@@ -124,15 +124,11 @@ def _passes(
     return [forward, again(hardware, counts, work, forward, layout.recompute), made(True)]
 
 
-def _side_by_side(passes: list[list[Piece]], layers: int, recompute: str) -> float:
+def _side_by_side(passes: list[list[Piece]], layers: int) -> float:
     """Seconds of two micro-batches in so many layers with experts."""
     forward, repeated, backward = passes
-    seconds = pair_seconds(forward, layers)
-    if recompute == "full":  # a layer at a time, before its backward
-        seconds += layers * pair_seconds(repeated, 1)
-    else:
-        backward = [*repeated, *backward]
-    return seconds + pair_seconds(backward, layers, backward=True)
+    backward = [*repeated, *backward]
+    return pair_seconds(forward, layers) + pair_seconds(backward, layers, backward=True)
 
 
 def _depth(counts: Counts) -> int:
@@ -157,7 +153,7 @@ def _stage(
             everything, sending = everything + count * all_, sending + count * sent
     if work.overlap and sparse:
         in_turn = sparse * _split([*chain(*kinds[True])])[0]
-        saved = in_turn - _side_by_side(kinds[True], sparse, layout.recompute) / 2
+        saved = in_turn - _side_by_side(kinds[True], sparse) / 2
     if _depth(counts) - 1 in layers:
         passes = 3 if work.training else 1
         flops = 2.0 * work.predicted * config.hidden_size * config.vocab_size * passes

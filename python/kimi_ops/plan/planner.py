@@ -36,13 +36,16 @@ def layouts(counts: Counts, work: Work, gpus: int) -> Iterator[Layout]:
     ranks alike.
     """
     config = counts.config
+    ways = [w for w in RECOMPUTE if not (work.overlap and w == "full")]  # `forward_two` refuses it
+    if not work.training:
+        ways = ["none"]
     for pp in divisors(gpus, config.num_hidden_layers if work.training else 1):
         if work.training and gpus // pp * work.at_once * work.tokens > work.batch_tokens:
             continue
         for ep in divisors(gpus // pp, config.n_routed_experts):
             if work.redundant and work.slots(config.n_routed_experts) % ep:
                 continue
-            for recompute in RECOMPUTE if work.training else ("none",):
+            for recompute in ways:
                 yield Layout(ep, pp, gpus // pp, recompute)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kimi_ops import QKClip, update_expert_bias_
 from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2, backward_two, forward_two
+from kimi_ops.models.kimi_k2.recompute import set_storage
 from kimi_ops.reference.qk_clip import clip_factor
 from kimi_ops.train.optimizer import optimizer_of
 from kimi_ops.train.ranks import Ranks, check_batch
@@ -99,7 +100,7 @@ class Trainer:
             model = KimiK2(config, device=device, dtype=dtype, expert_ranks=spread)
             model.init_weights(settings.seed)
         self.model = model.train()
-        model.recompute, model.fp8_activations = settings.recompute, settings.fp8_activations
+        set_storage(model, settings.recompute, settings.fp8_activations)
         self.device = model.lm_head.weight.device
         self.qk_clip = QKClip(self.model.attention_layers(), tau=settings.tau)
         self.optimizer = optimizer_of(self.model, self.ranks, settings.lr, self.qk_clip)

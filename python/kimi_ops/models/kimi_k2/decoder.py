@@ -239,7 +239,7 @@ class Decoder(nn.Module):
         past = 0 if cache is None else cache.length
         given = input_ids, inputs_embeds, attention_mask, position_ids
         inputs = check_inputs(self.config, past, *given)
-        self._check(inputs, cache, labels, logits_to_keep)
+        self.check(inputs, cache, labels, logits_to_keep)
         documents = inputs.documents
         valid = None if documents is None or attention_mask is None else documents >= 0
         if cache is not None:
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
             tuple(router_logits) if output_router_logits else None,
         )
 
-    def _check(
+    def check(
         self,
         inputs: Inputs,
         cache: LatentCache | None,
@@ -313,7 +313,8 @@ class Decoder(nn.Module):
     @property
     def fp8_activations(self) -> bool:
         """Whether the inputs of the routed experts' products and SwiGLU are kept in FP8 for the
-        backward. May be set; it rounds the experts' gradients, and nothing of the forward."""
+        backward. May be set; it rounds what the experts' gradients are made of, and with them those
+        of all that comes before, and nothing of the forward."""
         return self.model.fp8_activations
 
     @fp8_activations.setter

@@ -7,7 +7,8 @@ backward and a save are calls of all ranks of the group, in the same order.
 
 from __future__ import annotations
 
-from typing import Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -121,8 +122,10 @@ class ExpertRanks:
         w_gate_up: Tensor | QuantizedWeight,
         w_down: Tensor | QuantizedWeight,
         activation: str,
+        stored: AbstractContextManager[Any] = nullcontext(),  # noqa: B008  (holds nothing)
     ) -> Pending[Tensor]:
-        """`fused_experts` of those tokens, on their way home; the matrices are this rank's.
+        """`fused_experts` of those tokens (in `stored`) on their way home; the matrices are this
+        rank's.
 
         A rank adds up its experts' weighted outputs of a token, the token's own rank adds up those
         sums, in the order of the ranks: one rounding more than where all experts are at home.
@@ -134,7 +137,10 @@ class ExpertRanks:
             numbers = torch.arange(len(self.experts), dtype=torch.int32, device=x.device)
             expert = numbers.repeat_interleave(rows.tokens_per_expert, output_size=len(x))
             once = x.new_ones(len(x), 1, dtype=torch.float32)
-            out = fused_experts(x, w_gate_up, w_down, once, expert[:, None], activation=activation)
+            with stored:
+                out = fused_experts(
+                    x, w_gate_up, w_down, once, expert[:, None], activation=activation
+                )
         return self._parallel.combine(out, rows.handle, async_op=True)
 
     def to_first(self, tensor: Tensor, owner: int) -> Tensor | None:

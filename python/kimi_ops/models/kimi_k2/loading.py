@@ -140,7 +140,7 @@ def _load(part: Part, shards: Shards, allocated: Callable[[], None]) -> None:
     """Compare, allocate, read; the tensors of a file from its front to its back."""
     block = fp8_block(part.config.quantization_config)
     forms = _compare(part, shards, block)
-    if part.config.tie_word_embeddings and _HEAD in shards:
+    if part.config.tie_word_embeddings and {_HEAD, _EMBEDDING} <= set(shards.names()):
         _check_tied(shards)
     try:
         allocated()

@@ -177,8 +177,7 @@ class MoE(Recomputes):
             ranks, leaving = self.ranks, self.ranks.leave(tokens, gate)
 
             def compute() -> Arrive:
-                with self._stored():
-                    return ranks.compute(leaving, *matrices, activation).wait
+                return ranks.compute(leaving, *matrices, activation, self._stored()).wait
         else:
 
             def compute() -> Arrive:

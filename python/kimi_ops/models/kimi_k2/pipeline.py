@@ -6,7 +6,7 @@
     stage 2      layers b .. L, norm, head     hidden        -> logits [B, S, vocabulary]
 
 For `torch.distributed.pipelining`, whose schedules move hidden values and their gradients. The
-names of parameters are those of the whole model, and so are checkpoints.
+names of parameters are those of the whole model: the state dicts of all stages are its.
 """
 
 from __future__ import annotations
@@ -99,6 +99,16 @@ class Stage(Decoder):
         balance = sum(losses, torch.zeros_like(self._balance))
         self._balance = self._balance + balance.detach()
         return _Beside.apply(x, balance)
+
+    def allocate(self, device: torch.device | str) -> None:
+        super().allocate(device)
+        self.reset_statistics()
+
+    def init_weights(self, seed: int) -> None:
+        raise ValueError(
+            "init_weights: model: expected a whole one, whose matrices are drawn in their order, "
+            "got a Stage; draw the weights of the model before it is cut"
+        )
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         for number in self.layers:

@@ -111,9 +111,15 @@ def backward_two(model: nn.Module, losses: Sequence[Tensor]) -> None:
     -----
     The bits are those of ``losses[0].backward()`` and ``losses[1].backward()`` of batches that were
     computed one after the other: (what was there + the first) + the second. Within one backward
-    autograd would add the sum of the two to what was there.
+    autograd would add the sum of the two to what was there. An error on the way loses what was
+    there: begin the step again.
     """
     held = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+    if any(p._backward_hooks for p in held):
+        raise ValueError(
+            "backward_two: model: expected parameters without hooks of their gradients, which "
+            "would be given those that are there already, got some; take the hooks off"
+        )
     roots = [*losses, _Held.apply(*held)] if held else losses
     torch.autograd.backward(list(roots))
 
@@ -147,6 +153,7 @@ class _Batch:
     def __init__(self, model: Decoder, name: str, ids: Tensor) -> None:
         self._model, self._name = model, name
         inputs = check_inputs(model.config, 0, ids, None, None, None)
+        model.check(inputs, None, None, 0)
         self._tables = rotary_tables(model.config, inputs.positions)
         self._balance: list[Tensor] = []
         self._layer: DecoderLayer | None = None
