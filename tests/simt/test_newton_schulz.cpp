@@ -46,7 +46,7 @@ TEST(clusters_are_near_to_fp64) {
         .method = KIMI_NEWTON_SCHULZ_STANDARD,
         .dtype = KIMI_BFLOAT16,
         .steps = 1});
-  near({.rows = 256, .cols = 257, .restarts = {1}, .steps = 3});
+  near({.rows = 256, .cols = 257, .restarts = {1}, .steps = 2});
   near({.rows = 65, .cols = 67, .dtype = KIMI_FLOAT32});
   near({.rows = 128,
         .cols = 129,
@@ -195,23 +195,24 @@ TEST(bits_do_not_depend_on_company_place_or_threads) {
 // of a stack by the same instructions.
 TEST(bits_do_not_depend_on_the_blocks_of_a_matrix) {
   for (kimi_dtype dtype : kDtypes)
-    for (kimi_newton_schulz_method method : {KIMI_NEWTON_SCHULZ_STANDARD, KIMI_NEWTON_SCHULZ_GRAM})
-      for (int64_t rows : {21, 63}) {
-        Case c{.rows = rows, .cols = 90, .method = method, .dtype = dtype, .restarts = {1}};
-        c.steps = 3;
-        const Numbers g = randoms(c.rows * c.cols, 3);
-        const Numbers image = run(c, {g})[0];
-        c.clusters = true;
-        require(same(run(c, {g})[0], image), c, "four blocks");
-        c.count = 4;
-        for (const Numbers& other : run(c, std::vector<Numbers>(4, g)))
-          require(same(other, image), c, "two blocks");
-        c.count = c.at_once = 1;
-        CHECK(set_max_sm(80).is_ok());
-        const Numbers of_stack = run(c, {g})[0];
-        CHECK(set_max_sm(0).is_ok());
-        require(same(of_stack, image), c, "stack");
-      }
+    for (kimi_newton_schulz_method method :
+         {KIMI_NEWTON_SCHULZ_STANDARD, KIMI_NEWTON_SCHULZ_GRAM}) {
+      const int64_t rows = method == KIMI_NEWTON_SCHULZ_GRAM ? 63 : 21;
+      Case c{.rows = rows, .cols = 90, .method = method, .dtype = dtype, .restarts = {1}};
+      c.steps = 3;
+      const Numbers g = randoms(c.rows * c.cols, 3);
+      const Numbers image = run(c, {g})[0];
+      c.clusters = true;
+      require(same(run(c, {g})[0], image), c, "four blocks");
+      c.count = 4;
+      for (const Numbers& other : run(c, std::vector<Numbers>(4, g)))
+        require(same(other, image), c, "two blocks");
+      c.count = c.at_once = 1;
+      CHECK(set_max_sm(80).is_ok());
+      const Numbers of_stack = run(c, {g})[0];
+      CHECK(set_max_sm(0).is_ok());
+      require(same(of_stack, image), c, "stack");
+    }
 }
 
 TEST(bits_do_not_depend_on_orientation_or_scale) {
