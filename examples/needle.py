@@ -92,7 +92,7 @@ def train(model: KimiK2, minutes: float, longest: int, lr: float = 0.01) -> int:
         for moe in model.moe_layers():
             update_expert_bias_(moe.gate.e_score_correction_bias, moe.tokens_per_expert, 1e-3)
         model.reset_statistics()
-        mean, step = 0.95 * mean + 0.05 * float(loss), step + 1
+        mean, step = 0.95 * mean + 0.05 * loss.item(), step + 1
         if mean < 0.05:
             print(f"{length:>7} tokens learnt after {step} steps", flush=True)
             learnt, length, mean = length, 2 * length, 3.0

@@ -16,7 +16,8 @@ import argparse
 import resource
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,10 +57,13 @@ class OneRank:
         w_gate_up: Tensor,
         w_down: Tensor,
         activation: str,
+        stored: AbstractContextManager[Any],
     ) -> Here:
         x, gate = leaving
         here = gate.indices % len(self.experts)
-        return Here(fused_experts(x, w_gate_up, w_down, gate.weights, here, activation=activation))
+        options = {"activation": activation}
+        with stored:
+            return Here(fused_experts(x, w_gate_up, w_down, gate.weights, here, **options))
 
 
 def build(config: KimiK2Config, world: int, device: str) -> DecoderLayer:
