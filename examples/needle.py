@@ -5,10 +5,10 @@
 
     hay hay [mark key w w w w] hay ... hay [mark key] -> w w w w
 
-Random words, one of them after the other. The model (two layers, 0.1 M parameters) trains on short
-haystacks that double in length once it finds the needle; then YaRN stretches its positions to 131
-072, as Kimi K2's were, and it looks for needles at five depths of longer and longer ones. A needle
-is found if all four words are right, greedily.
+Random words, one after the other. The model (two layers, 0.1 M parameters) has K2's positions, 4096
+that YaRN stretches to 131 072, and trains on haystacks that double in length once it finds their
+needles; then it looks for needles at five depths of longer and longer ones. A needle is found if
+all four words are right, greedily.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_ops import MuonClip, QKClip, muon_param_groups, update_expert_bias_
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, RopeScaling
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 
 WORDS, FOUND = 64, 4
 SPAN = FOUND + 2  # a mark, a key, the words
@@ -31,18 +31,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TOKENS = 3072  # of a step
 
 
-def config(trained: int | None) -> KimiK2Config:
-    """Positions as trained, or stretched from so many to all of K2's."""
-    stretched = None
-    if trained is not None:
-        stretched = RopeScaling(
-            factor=POSITIONS / trained,
-            original_max_position_embeddings=trained,
-            beta_fast=1.0,
-            beta_slow=1.0,
-            mscale=1.0,
-            mscale_all_dim=1.0,
-        )
+def config() -> KimiK2Config:
+    k2 = KimiK2Config.k2()
     return replace(
         KimiK2Config.tiny(),
         vocab_size=WORDS + 1,
@@ -55,7 +45,8 @@ def config(trained: int | None) -> KimiK2Config:
         qk_rope_head_dim=16,
         v_head_dim=32,
         max_position_embeddings=POSITIONS,
-        rope_scaling=stretched,
+        rope_theta=k2.rope_theta,
+        rope_scaling=k2.rope_scaling,
     )
 
 
@@ -117,16 +108,15 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=POSITIONS, help="looked through (131072)")
     parser.add_argument("--needles", type=int, default=4, help="a length and depth (4)")
     options = parser.parse_args()
-    model = KimiK2(config(None)).train()
+    model = KimiK2(config()).train()
     learnt = train(model, options.minutes, options.trained)
     if not learnt:
         raise SystemExit("needle: no length was learnt; raise --minutes")
-    stretched = KimiK2(config(learnt)).eval()
-    stretched.load_state_dict(model.state_dict())
-    print(f"positions stretched from {learnt} to {POSITIONS}\n tokens   at depth", *DEPTHS)
+    model.eval()
+    print(" tokens   at depth", *DEPTHS)
     length = learnt
     while length <= options.longest:
-        shares = [found(stretched, length, depth, options.needles) for depth in DEPTHS]
+        shares = [found(model, length, depth, options.needles) for depth in DEPTHS]
         print(f"{length:>7}", *(f"{share:5.0%}" for share in shares), flush=True)
         length = POSITIONS if length < POSITIONS < 2 * length else 2 * length
 
