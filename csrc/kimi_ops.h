@@ -77,6 +77,12 @@ KIMI_API const char* kimi_isa_name(kimi_isa isa);
 KIMI_API kimi_status kimi_set_max_sm(int32_t sm); /* 0, or 80 and above */
 KIMI_API int32_t kimi_max_sm(void);
 
+/* Whether a row of a product has the same bits however many rows its group has (docs/determinism.md);
+ * CPU products of few rows are slower then. At first the environment variable
+ * KIMI_OPS_BATCH_INVARIANT (0 | 1), 0 without it. */
+KIMI_API void kimi_set_batch_invariant(int wanted);
+KIMI_API int kimi_batch_invariant(void);
+
 /* The instruction set whose engine serves CPU tensors of an op ("topk_gate"); NULL: no such op. */
 KIMI_API const char* kimi_cpu_engine(const char* op);
 

@@ -6,6 +6,7 @@
 
 #include "all_to_all/all_to_all.h"
 #include "balance/balance.h"
+#include "common/invariance.h"
 #include "common/sm.h"
 #include "common/status.h"
 #include "cpu/features.h"
@@ -89,6 +90,8 @@ kimi_status kimi_set_max_sm(int32_t sm) {
   return guard([&] { return kimi::set_max_sm(sm); });
 }
 int32_t kimi_max_sm(void) { return kimi::max_sm(); }
+void kimi_set_batch_invariant(int wanted) { kimi::set_batch_invariant(wanted != 0); }
+int kimi_batch_invariant(void) { return kimi::batch_invariant(); }
 
 const char* kimi_cpu_engine(const char* op) {
   for (const auto& [name, isa] : kCpuOps)

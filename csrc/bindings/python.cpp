@@ -61,6 +61,8 @@ void kimi_bind(py::module_& m) {
   m.def("current_isa", [] { return kimi_isa_name(kimi_current_isa()); });
   m.def("set_max_sm", [](int32_t sm) { raise_if_error(kimi_set_max_sm(sm)); });
   m.def("max_sm", &kimi_max_sm);
+  m.def("set_batch_invariant", [](bool wanted) { kimi_set_batch_invariant(wanted); });
+  m.def("batch_invariant", [] { return kimi_batch_invariant() != 0; });
   m.def("set_isa",
         [](const std::string& isa) { raise_if_error(kimi_set_isa(isa_from_name(isa))); });
   m.def("cpu_engine", &kimi_cpu_engine);

@@ -9,6 +9,7 @@ Every op has one name: ``kimi_ops.topk_gate``, ``torch.ops.kimi_ops.topk_gate``,
 from kimi_ops import _program  # isort: skip  (before torch is loaded)
 from kimi_ops import _native
 from kimi_ops.info import info
+from kimi_ops.invariance import is_batch_invariant, set_batch_invariant
 from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
 from kimi_ops.moe.eplb import ExpertPlacement, eplb
 from kimi_ops.moe.expert_loads import ExpertLoads
@@ -55,6 +56,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "info",
+    "is_batch_invariant",
     "move_experts",
     "muon_param_groups",
     "newton_schulz",
@@ -65,6 +67,7 @@ __all__ = [
     "qk_clip_",
     "replica_ids",
     "sequence_balance_loss",
+    "set_batch_invariant",
     "sort_chunks",
     "symmetric_matmul",
     "syrk",

@@ -10,6 +10,7 @@ import torch
 from kimi_ops import _native
 from kimi_ops._native import CUDA_OPS
 from kimi_ops.gpu import Fault, gpu_fault
+from kimi_ops.invariance import is_batch_invariant
 
 OPS = (
     "topk_gate", "balance", "permute", "grouped_gemm", "fused_experts", "newton_schulz", "qk_clip",
@@ -24,9 +25,9 @@ def info() -> dict[str, Any]:
     -------
     dict
         ``version``, ``python``, ``torch``; ``cpu`` (``isa`` in use, ``detected``, ``threads``,
-        ``openmp`` runtimes and whether torch's is ``shared``); ``cuda`` (``built`` architectures,
-        ``device`` or the reason for none, what serves ``fp8`` rows there); ``engines``: op ->
-        engine of CPU and of CUDA tensors.
+        ``openmp`` runtimes and whether torch's is ``shared``, ``batch_invariant``); ``cuda``
+        (``built`` architectures, ``device`` or the reason for none, what serves ``fp8`` rows
+        there); ``engines``: op -> engine of CPU and of CUDA tensors.
 
     Examples
     --------
@@ -50,6 +51,7 @@ def info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "openmp": runtimes,
             "shared": len(runtimes) == 1,
+            "batch_invariant": is_batch_invariant(),
         },
         "cuda": {"built": built, "device": _gpu(fault), "fp8": _fp8(fault)},
         "engines": _engines(),
@@ -91,6 +93,7 @@ def describe() -> str:
         + (
             "(shared with torch)" if cpu["shared"] else "(not shared with torch: told at each call)"
         ),
+        *["rows      the same bits in any batch"] * cpu["batch_invariant"],
         f"cuda      built for {cuda['built'] or 'nothing (no nvcc, or KIMI_OPS_CUDA=off)'}",
         f"gpu       {cuda['device']}",
         f"fp8 rows  {cuda['fp8']}",
