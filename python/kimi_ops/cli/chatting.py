@@ -17,7 +17,7 @@ from kimi_ops.train.checkpoint import find_checkpoint
 from kimi_ops.train.settings import DTYPES
 
 if TYPE_CHECKING:
-    from kimi_ops.models.kimi_k2.tool_call_parser import Event
+    from kimi_ops.models.kimi_k2.chat import Event
 
 
 def chat(
@@ -46,8 +46,7 @@ def chat(
     import torch
 
     from kimi_ops.models.kimi_k2 import KimiK2
-    from kimi_ops.models.kimi_k2.reply import reply
-    from kimi_ops.models.kimi_k2.tokenizer import load_tokenizer
+    from kimi_ops.models.kimi_k2.chat import load_tokenizer, reply
 
     say = partial(typer.echo, err=True)
     try:
@@ -112,7 +111,7 @@ def _line(prompt: str) -> str:
 
 
 def _declared(path: Path) -> list[dict[str, Any]]:
-    from kimi_ops.models.kimi_k2.tool_schema import functions_of
+    from kimi_ops.models.kimi_k2.chat.tool_schema import functions_of
 
     try:
         declared = json.loads(path.read_text(encoding="utf-8"))

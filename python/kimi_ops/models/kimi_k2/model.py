@@ -11,10 +11,14 @@ from kimi_ops.models.kimi_k2.attention import LatentCache
 from kimi_ops.models.kimi_k2.decoder import Decoder
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.generate import Decodes, Ending, Prompt, Streamer, generate
-from kimi_ops.models.kimi_k2.layout import whole
-from kimi_ops.models.kimi_k2.loading import keep_quantized, load_weights, read_config
+from kimi_ops.models.kimi_k2.pretrained import (
+    keep_quantized,
+    load_weights,
+    read_config,
+    save_weights,
+    whole,
+)
 from kimi_ops.models.kimi_k2.sampling import Processor, Sampling
-from kimi_ops.models.kimi_k2.saving import save
 
 __all__ = ["KimiK2"]
 
@@ -252,4 +256,4 @@ class KimiK2(Decoder):
             Weights in a dtype that is not served or on the meta device, experts that are kept
             quantised, a limit below 1.
         """
-        save(self, folder, max_shard_bytes=max_shard_bytes)
+        save_weights(self, folder, max_shard_bytes=max_shard_bytes)
