@@ -41,6 +41,9 @@ def chat(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the tokenizer's code in the folder.")
     ] = False,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Leave out the vision tower of a model that sees.")
+    ] = False,
 ) -> None:
     """Talk with a model, a line at a time; you are the tools that it calls."""
     import torch
@@ -62,6 +65,7 @@ def chat(
             folder,
             device=choose_device(device, "chat", say),
             dtype=None if dtype is None else getattr(torch, dtype),
+            text_only=text_only,
         ).eval()
         source = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
         messages: list[dict[str, Any]] = []

@@ -299,6 +299,13 @@ BAD_VALUES = [
     ({"aux_loss_alpha": -1.0}, ValueError, "aux_loss_alpha: expected at least 0"),
     ({"rms_norm_eps": "1e-6"}, TypeError, "rms_norm_eps: expected a number, got str"),
     ({"q_lora_rank": "x"}, TypeError, "q_lora_rank: expected an int or None, got str"),
+    ({"eos_token_id": 64}, ValueError, r"eos_token_id: expected ids in 0 \.\. 63, .* got 64; pass"),
+    ({"eos_token_id": [1, 64]}, ValueError, r"eos_token_id: expected ids .*, got \[1, 64\]"),
+    ({"eos_token_id": [1, "2"]}, TypeError, "eos_token_id: expected an int, a list of int or None"),
+    ({"bos_token_id": -1}, ValueError, "bos_token_id: expected ids in 0 .. 63, .* got -1"),
+    ({"bos_token_id": [1]}, TypeError, r"bos_token_id: expected an int or None, got \[1\]"),
+    ({"pad_token_id": 163839}, ValueError, "pad_token_id: expected ids in 0 .. 63"),
+    ({"pad_token_id": True}, TypeError, "pad_token_id: expected an int or None, got True"),
 ]
 
 

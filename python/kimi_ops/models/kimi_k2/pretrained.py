@@ -17,9 +17,11 @@ from kimi_ops.models.kimi_k2.quantized_experts import FORMS, QuantizedExperts
 __all__ = ["keep_quantized", "load_layer", "load_weights", "read_config", "save_weights", "whole"]
 
 
-def read_config(folder: str | Path, dtype: torch.dtype | None) -> tuple[KimiK2Config, torch.dtype]:
+def read_config(
+    folder: str | Path, dtype: torch.dtype | None, *, text_only: bool
+) -> tuple[KimiK2Config, torch.dtype]:
     """The configuration in a folder; the dtype of the parameters, by it where None is given."""
-    config = KimiK2Config.from_file(Path(folder) / "config.json")
+    config = KimiK2Config.from_file(Path(folder) / "config.json", text_only=text_only)
     return config, dtype or getattr(torch, config.torch_dtype or "float32")
 
 
@@ -52,7 +54,9 @@ def keep_quantized(part: Part, form: str) -> None:
     part.module.eval()
 
 
-def load_weights(model: Decoder, folder: str | Path, *, device: torch.device | str) -> None:
+def load_weights(
+    model: Decoder, folder: str | Path, *, device: torch.device | str, text_only: bool = False
+) -> None:
     """Allocate a model on the meta device and read its tensors from `folder`, converting dtypes.
 
     All names and shapes are compared before memory is allocated. What fails later, at a value that
@@ -64,7 +68,7 @@ def load_weights(model: Decoder, folder: str | Path, *, device: torch.device | s
         A file that is missing, truncated or no safetensors; files that do not fit their index; a
         tensor that is missing, unknown, has another shape or values that are not finite.
     """
-    load(whole(model), folder, lambda: model.allocate(device))
+    load(whole(model), folder, lambda: model.allocate(device), text_only=text_only)
 
 
 def load_layer(
@@ -75,12 +79,13 @@ def load_layer(
     dtype: torch.dtype | None = None,
     experts: str | None = None,
     expert_ranks: ExpertRanks | None = None,
+    text_only: bool = False,
 ) -> DecoderLayer:
     """One layer of a checkpoint: no other is read, and only the files that hold it are opened.
 
     Parameters
     ----------
-    folder, device, dtype, experts, expert_ranks
+    folder, device, dtype, experts, expert_ranks, text_only
         As of `KimiK2.from_pretrained`.
     layer : int
         From 0.
@@ -110,7 +115,7 @@ def load_layer(
     >>> layer(torch.randn(1, 5, config.hidden_size), cos, sin).shape
     torch.Size([1, 5, 32])
     """
-    config, dtype = read_config(folder, dtype)
+    config, dtype = read_config(folder, dtype, text_only=text_only)
     if type(layer) is not int or not 0 <= layer < config.num_hidden_layers:
         raise ValueError(
             f"load_layer: layer: expected an int of 0 .. {config.num_hidden_layers - 1}, got "
@@ -121,7 +126,7 @@ def load_layer(
     part = Part(module, config, expert_ranks, f"model.layers.{layer}.")
     if experts is not None:
         keep_quantized(part, experts)
-    load(part, folder, lambda: allocate(module, device))
+    load(part, folder, lambda: allocate(module, device), text_only=text_only)
     return module
 
 

@@ -90,7 +90,9 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> To
     """
     folder = Path(folder)
     config = folder / "config.json"
-    size = KimiK2Config.from_file(config).vocab_size if config.exists() else None
+    size = None
+    if config.exists():
+        size = KimiK2Config.from_file(config, text_only=True).vocab_size
     if not any((folder / name).exists() for name in FILES):
         if size != ByteTokenizer.vocab_size:
             raise _error(

@@ -24,10 +24,10 @@ __all__ = ["load"]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def load(part: Part, folder: str | Path, allocated: Callable[[], None]) -> None:
+def load(part: Part, folder: str | Path, allocated: Callable[[], None], *, text_only: bool) -> None:
     """Compare a part on the meta device with the files of `folder`, let `allocated` give it memory,
     and read its tensors, those of a file from its front to its back."""
-    with Shards(Path(folder), part.prefix) as shards:
+    with Shards(Path(folder), part.prefix, text_only=text_only) as shards:
         _load(part, shards, allocated)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+# Of a model that sees: what its language model's names begin with, and those of the rest.
+_TEXT, _VISION = "language_model.", ("vision_tower.", "mm_projector.")
 _SLAB = 2 << 20  # bytes that are read at once: what becomes of them stays in the cache
 
 _DTYPES = {
@@ -88,13 +90,16 @@ class Shards:
     Opening reads headers only, so files that do not fit each other are refused before anything is
     loaded. With a `prefix` only the files that have names with it are opened. Files are mapped, not
     read: what was touched of them stays in memory as long as nothing else needs it.
+
+    `text_only`: of a model that sees the language model alone, by the names that it has alone.
     """
 
-    def __init__(self, folder: Path, prefix: str = "") -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, prefix: str = "", *, text_only: bool = False) -> None:
+        self.folder, self._text_only = folder, text_only
         self._opened = ExitStack()
         self._files: dict[str, _File] = {}
         self._file_of: dict[str, _File] = {}  # by the name of the tensor
+        self._text = ""  # what the names of the language model begin with
         with ExitStack() as failed:
             failed.callback(self.__exit__)
             self._open_all(prefix)
@@ -106,6 +111,7 @@ class Shards:
             self._open_index(index, prefix)
         elif single.exists():
             file = self._open(SINGLE_NAME)
+            self._text = self._text_of(file.places)
             self._file_of = dict.fromkeys(file.places, file)
         else:
             raise _error(
@@ -118,7 +124,8 @@ class Shards:
     def _open_index(self, index: Path, prefix: str) -> None:
         """Open the files of an index; each has to hold what the index says and nothing else."""
         weight_map, total = self._read_index(index)
-        wanted = {file for name, file in weight_map.items() if name.startswith(prefix)}
+        self._text = self._text_of(weight_map)
+        wanted = {f for name, f in weight_map.items() if name.startswith(self._text + prefix)}
         for file in sorted(wanted):
             for name in self._open(file).places:
                 said = weight_map.get(name)
@@ -172,29 +179,49 @@ class Shards:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
+    def _text_of(self, names: Iterable[str]) -> str:
+        """What every name of the language model begins with; the rest must be what is left out."""
+        if not self._text_only or not any(name.startswith(_TEXT) for name in names):
+            return ""
+        if unknown := [name for name in names if not name.startswith((_TEXT, *_VISION))]:
+            raise _error(
+                unknown[0],
+                f"names that begin with {_TEXT} or, to be left out, {' or '.join(_VISION)}",
+                "this one beside them",
+                "nothing says whether the text needs it: restore the files",
+            )
+        return _TEXT
+
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return self._text + name in self._file_of
 
     def names(self) -> Iterable[str]:
-        return self._file_of.keys()
+        """Of the language model."""
+        of_text = (name for name in self._file_of if name.startswith(self._text))
+        return [name.removeprefix(self._text) for name in of_text]
 
     def header(self, name: str) -> tuple[list[int], str]:
         """Shape and safetensors dtype (F32, BF16, F8_E4M3 ...)."""
+        name = self._text + name
         return self._file_of[name].header(name)
 
     def place(self, name: str) -> tuple[Path, int]:
         """File and number in it: tensors in this order are read from the front to the back."""
+        name = self._text + name
         file = self._file_of[name]
         return file.path, file.places[name]
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, in memory of its own."""
+        name = self._text + name
         return self._file_of[name].whole(name).clone()
 
     def slabs(self, name: str, step: int = 1) -> Iterator[tuple[int, Tensor]]:
         """(first row, a multiple of `step` rows or what is left), a few MiB at a time; they lie in
         the file."""
-        file, (shape, dtype) = self._file_of[name], self.header(name)
+        shape, dtype = self.header(name)
+        name = self._text + name
+        file = self._file_of[name]
         if not math.prod(shape):
             return
         row = math.prod(shape[1:]) * _DTYPES[dtype].itemsize

@@ -134,12 +134,13 @@ class KimiK2Config:
         return hf_json.to_json(self._fields())
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "KimiK2Config":
+    def from_dict(cls, values: dict[str, Any], *, text_only: bool = False) -> "KimiK2Config":
         """Read the content of a Hugging Face ``config.json``, old and new spellings.
 
         ``rope_parameters`` and ``dtype`` (transformers 5) are understood beside ``rope_scaling``,
         ``rope_theta`` and ``torch_dtype``. Keys that are known to change nothing go to `extra`.
-        Absent fields take the defaults of Kimi K2.
+        Absent fields take the defaults of Kimi K2. Of a model that sees (``kimi_k25``) `text_only`
+        takes the language model, ``text_config``.
 
         Raises
         ------
@@ -148,15 +149,16 @@ class KimiK2Config:
             different things, or a key that may change the mathematics and is not served.
         """
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        return cls(**hf_json.from_json(values, names))
+        return cls(**hf_json.from_json(values, names, text_only=text_only))
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "KimiK2Config":
-        """Read a ``config.json``; a missing, broken or unfit file is a ValueError that names it."""
+    def from_file(cls, path: str | Path, *, text_only: bool = False) -> "KimiK2Config":
+        """Read a ``config.json``, as `from_dict` reads its content; a missing, broken or unfit file
+        is a ValueError that names it."""
         path = Path(path)
         values = hf_json.read_object(path)
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values, text_only=text_only)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error} (in {path})") from None
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kimi_ops.models.kimi_k2.config.nested import text_part
 from kimi_ops.models.kimi_k2.config.rope_scaling import read_rope, write_scaling
 
 __all__ = ["from_json", "read_object", "to_json"]
@@ -27,14 +28,15 @@ def to_json(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields["extra"], **values}
 
 
-def from_json(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """The fields of `names` that are there; the other keys as one field, `extra`."""
+def from_json(values: dict[str, Any], names: set[str], *, text_only: bool) -> dict[str, Any]:
+    """The fields of `names` that are there; the other keys as one field, `extra`. `text_only`
+    takes the language model of one that sees."""
     if not isinstance(values, dict):
         raise TypeError(
             f"KimiK2Config: values: expected a dict, got {type(values).__name__}; pass the "
             "object that config.json holds"
         )
-    values = dict(values)
+    values = dict(text_part(values, names | _ALIASES.keys(), text_only=text_only))
     for alias, name in _ALIASES.items():
         if alias in values:
             value = values.pop(alias)

@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kimi_ops.models.kimi_k2.config.field_checks import check_int, check_number, error
+from kimi_ops.models.kimi_k2.config.field_checks import check_int, check_number, check_tokens, error
 from kimi_ops.models.kimi_k2.config.other_fields import check_others
 from kimi_ops.models.kimi_k2.config.quantization import check_quantization
 from kimi_ops.models.kimi_k2.config.rope_scaling import check_scaling
@@ -49,6 +49,7 @@ _SWITCHES = (
     "attention_bias",
     "tie_word_embeddings",
 )
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MOST_EXPERTS, _MOST_CHOSEN = 1024, 32  # of topk_gate
 
 
@@ -67,6 +68,8 @@ def validate(values: Mapping[str, Any]) -> None:
     for name in _SWITCHES:
         if not isinstance(values[name], bool):
             raise error(name, "a bool", values[name], "use true or false")
+    for name in _TOKENS:
+        check_tokens(name, values[name], values["vocab_size"], several=name == "eos_token_id")
     _validate_attention(values)
     _validate_router(values)
     check_quantization(values["quantization_config"])
