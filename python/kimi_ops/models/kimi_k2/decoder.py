@@ -15,7 +15,7 @@ from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm, check_dtype
 from kimi_ops.models.kimi_k2.moe import Arrive, Compute, MoE
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output, check_labels, next_token_loss, recorded
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
-from kimi_ops.models.kimi_k2.recompute import Recomputes, set_storage
+from kimi_ops.models.kimi_k2.recompute import Recomputes
 from kimi_ops.models.kimi_k2.rope import rotary_tables
 
 __all__ = ["Decoder", "DecoderLayer"]
@@ -308,7 +308,7 @@ class Decoder(nn.Module):
 
     @recompute.setter
     def recompute(self, way: str) -> None:
-        set_storage(self, way, self.fp8_activations)
+        self.model.recompute = way
 
     @property
     def fp8_activations(self) -> bool:
@@ -319,7 +319,7 @@ class Decoder(nn.Module):
 
     @fp8_activations.setter
     def fp8_activations(self, wanted: bool) -> None:
-        set_storage(self, self.recompute, wanted)
+        self.model.fp8_activations = wanted
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         for layer in self.model.layers:

@@ -94,7 +94,8 @@ def load_layer(
     -------
     DecoderLayer
         ``layer(x, cos, sin)`` gives the hidden states [B, S, H] after the layer, for x [B, S, H]
-        and the rotary tables of ``rotary_tables(config, positions [B, S])``.
+        and the rotary tables of ``rotary_tables(config, positions [B, S])``. `recompute` and
+        `fp8_activations` may be set, as of the model.
 
     Raises
     ------
