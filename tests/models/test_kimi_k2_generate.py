@@ -204,6 +204,8 @@ BAD_ARGUMENTS = [
     ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, r"input_ids: expected shape \[B, S\]"),
     ({"input_ids": torch.zeros(3, dtype=torch.int64)}, r"input_ids: expected shape \[B, S\]"),
     ({"input_ids": torch.full((1, 3), 64)}, r"ids in 0 \.\. 63"),
+    ({"eos_token_id": [3, 64]}, r"generate: eos_token_id: expected ids in 0 \.\. 63.*\[3, 64\]"),
+    ({"pad_token_id": -1}, r"generate: pad_token_id: expected ids in 0 \.\. 63"),
 ]
 
 

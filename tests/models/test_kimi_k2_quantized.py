@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kimi_ops import Fp8BlockWeight, Int4GroupWeight
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, shards
-from kimi_ops.models.kimi_k2.layout import whole
-from kimi_ops.models.kimi_k2.shards import INDEX_NAME, SINGLE_NAME
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
+from kimi_ops.models.kimi_k2.checkpoint import shards
+from kimi_ops.models.kimi_k2.checkpoint.shards import INDEX_NAME, SINGLE_NAME
+from kimi_ops.models.kimi_k2.pretrained import whole
 from kimi_ops.moe.quantized import QuantizedWeight
 
 IDS = torch.arange(24).view(2, 12)

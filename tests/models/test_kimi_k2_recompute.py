@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import kept_memory
 from kimi_ops import Fp8Rows
-from kimi_ops.models.kimi_k2 import Attention, KimiK2, KimiK2Config
-from kimi_ops.models.kimi_k2.recompute import fp8_storage
+from kimi_ops.models.kimi_k2 import Attention, KimiK2, KimiK2Config, load_layer
+from kimi_ops.models.kimi_k2.recompute import Recomputes, fp8_storage
+from kimi_ops.models.kimi_k2.rope import rotary_tables
 
 IDS = torch.randint(0, 64, (3, 21), generator=torch.Generator().manual_seed(0))
 
@@ -139,6 +140,42 @@ def test_fp8_storage_keeps_rows_of_the_given_width_as_fp8():
     rows = Fp8Rows.quantize(x.detach())
     assert torch.equal(x.grad, 2 * rows.dequantize(torch.float32))
     assert not torch.equal(x.grad, 2 * x.detach())
+
+
+def step(layer, x, tables):
+    """What a layer gives, its gradients, and how many values it kept for them, without x."""
+    layer.zero_grad()
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks:
+        y = layer(x, *tables)
+    y.square().sum().backward()
+    fixed = {p.data_ptr() for p in layer.parameters()}
+    values = {t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in fixed}
+    return [y.detach(), *(p.grad for p in layer.parameters())], sum(values.values())
+
+
+def test_a_layer_alone_is_told_with_all_its_parts(tmp_path):
+    KimiK2(KimiK2Config.tiny()).save_pretrained(tmp_path)
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    tables = rotary_tables(KimiK2Config.tiny(), torch.arange(9)[None])
+    for number in range(2):  # dense, with experts
+        layer = load_layer(tmp_path, number)
+        plain, most = step(layer, x, tables)
+        found = []
+        for way in ("selective", "full"):
+            layer.recompute = way
+            parts = [part for part in layer.modules() if isinstance(part, Recomputes)]
+            assert len(parts) >= 3 and all(part.recompute == way for part in parts)
+            again, kept = step(layer, x, tables)
+            assert all(map(torch.equal, plain, again))
+            found.append(kept)
+        assert most > found[0] > found[1]
+        with pytest.raises(ValueError, match="recompute: expected one of none, selective, full"):
+            layer.recompute = "some"
+        assert layer.recompute == layer.mlp.recompute == "full"
+    layer.recompute, layer.fp8_activations = "none", True
+    assert layer.mlp.fp8_activations and step(layer, x, tables)[1] < most
 
 
 def test_what_is_not_known_is_refused():

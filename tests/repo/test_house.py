@@ -27,7 +27,10 @@ LAYERS = """
 kimi_ops.__main__
 kimi_ops.cli
 kimi_ops.train kimi_ops.plan
+kimi_ops.models.kimi_k2.chat
 kimi_ops.models.kimi_k2 kimi_ops.models
+kimi_ops.models.kimi_k2.checkpoint
+kimi_ops.models.kimi_k2.config
 kimi_ops
 kimi_ops.info
 kimi_ops.gpu

@@ -17,7 +17,7 @@ from kimi_ops.cli.generating import generate
 from kimi_ops.cli.options import NAME, fail
 from kimi_ops.cli.plan import plan
 from kimi_ops.cli.training import demo, train
-from kimi_ops.models.kimi_k2 import presets
+from kimi_ops.models.kimi_k2.config import presets
 
 app = typer.Typer(
     name=NAME,

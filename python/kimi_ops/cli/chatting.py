@@ -17,7 +17,7 @@ from kimi_ops.train.checkpoint import find_checkpoint
 from kimi_ops.train.settings import DTYPES
 
 if TYPE_CHECKING:
-    from kimi_ops.models.kimi_k2.tool_call_parser import Event
+    from kimi_ops.models.kimi_k2.chat import Event
 
 
 def chat(
@@ -41,13 +41,15 @@ def chat(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the tokenizer's code in the folder.")
     ] = False,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Leave out the vision tower of a model that sees.")
+    ] = False,
 ) -> None:
     """Talk with a model, a line at a time; you are the tools that it calls."""
     import torch
 
     from kimi_ops.models.kimi_k2 import KimiK2
-    from kimi_ops.models.kimi_k2.reply import reply
-    from kimi_ops.models.kimi_k2.tokenizer import load_tokenizer
+    from kimi_ops.models.kimi_k2.chat import load_tokenizer, reply
 
     say = partial(typer.echo, err=True)
     try:
@@ -63,6 +65,7 @@ def chat(
             folder,
             device=choose_device(device, "chat", say),
             dtype=None if dtype is None else getattr(torch, dtype),
+            text_only=text_only,
         ).eval()
         source = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
         messages: list[dict[str, Any]] = []
@@ -112,7 +115,7 @@ def _line(prompt: str) -> str:
 
 
 def _declared(path: Path) -> list[dict[str, Any]]:
-    from kimi_ops.models.kimi_k2.tool_schema import functions_of
+    from kimi_ops.models.kimi_k2.chat.tool_schema import functions_of
 
     try:
         declared = json.loads(path.read_text(encoding="utf-8"))

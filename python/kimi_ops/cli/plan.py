@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kimi_ops.cli.options import fail, option
-from kimi_ops.models.kimi_k2 import presets
+from kimi_ops.models.kimi_k2.config import presets
 from kimi_ops.plan import HARDWARE
 from kimi_ops.plan import plan as make
 from kimi_ops.plan.plot import plot_plan

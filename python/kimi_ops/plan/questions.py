@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kimi_ops import _check
-from kimi_ops.models.kimi_k2 import presets
-from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.config import KimiK2Config, presets
 from kimi_ops.plan.counts import WEIGHT_BYTES, count
 from kimi_ops.plan.hardware import HARDWARE, Hardware
 from kimi_ops.plan.planner import MOST_TOKENS, Plan, divisors

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kimi_ops.models.kimi_k2 import KimiK2Config, presets
+from kimi_ops.models.kimi_k2.config import KimiK2Config, presets
 from kimi_ops.models.kimi_k2.recompute import check_storage
 from kimi_ops.train.data import VOCABULARY
 

@@ -12,10 +12,10 @@ from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.inputs import Inputs, check_inputs
 from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm, check_dtype
-from kimi_ops.models.kimi_k2.moe import Arrive, Compute, MoE
+from kimi_ops.models.kimi_k2.moe import Leaving, MoE, Returning
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output, check_labels, next_token_loss, recorded
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
-from kimi_ops.models.kimi_k2.recompute import Recomputes, set_storage
+from kimi_ops.models.kimi_k2.recompute import Recomputes
 from kimi_ops.models.kimi_k2.rope import rotary_tables
 
 __all__ = ["Decoder", "DecoderLayer"]
@@ -50,19 +50,20 @@ class DecoderLayer(Recomputes):
     ) -> Tensor:
         return self.whole(self._forward, x, cos, sin, cache, documents, valid)
 
-    def leave(self, x: Tensor, cos: Tensor, sin: Tensor) -> Compute:
-        """`forward` in three parts, as `MoE.leave`; a dense layer does all of it in the first."""
+    def leave(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Leaving | None]:
+        """The first part of `forward`, as `MoE.leave`; a dense layer does all of it."""
         x = x + self.again(self._attended, x, cos, sin, None, None)
-        if not isinstance(self.mlp, MoE):
-            x = x + self.again(self._dense, x)
-            return lambda: lambda: x
-        compute = self.mlp.leave(x, None, self.post_attention_layernorm)
+        if isinstance(self.mlp, MoE):
+            return x, self.mlp.leave(x, None, self.post_attention_layernorm)
+        return x + self.again(self._dense, x), None
 
-        def computed() -> Arrive:
-            arrive = compute()
-            return lambda: x + arrive()
+    def compute(self, leaving: Leaving | None) -> Returning | None:
+        """The second part."""
+        return leaving and cast(MoE, self.mlp).compute(leaving)
 
-        return computed
+    def arrive(self, x: Tensor, returning: Returning | None) -> Tensor:
+        """The third part, of the x of the first."""
+        return x if returning is None else x + cast(MoE, self.mlp).arrive(returning)
 
     def _forward(
         self,
@@ -308,7 +309,7 @@ class Decoder(nn.Module):
 
     @recompute.setter
     def recompute(self, way: str) -> None:
-        set_storage(self, way, self.fp8_activations)
+        self.model.recompute = way
 
     @property
     def fp8_activations(self) -> bool:
@@ -319,7 +320,7 @@ class Decoder(nn.Module):
 
     @fp8_activations.setter
     def fp8_activations(self, wanted: bool) -> None:
-        set_storage(self, self.recompute, wanted)
+        self.model.fp8_activations = wanted
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         for layer in self.model.layers:

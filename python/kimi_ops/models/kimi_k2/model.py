@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from kimi_ops.models.kimi_k2.attention import LatentCache
+from kimi_ops.models.kimi_k2.config.field_checks import check_tokens
 from kimi_ops.models.kimi_k2.decoder import Decoder
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.generate import Decodes, Ending, Prompt, Streamer, generate
-from kimi_ops.models.kimi_k2.layout import whole
-from kimi_ops.models.kimi_k2.loading import keep_quantized, load_weights, read_config
+from kimi_ops.models.kimi_k2.pretrained import (
+    keep_quantized,
+    load_weights,
+    read_config,
+    save_weights,
+    whole,
+)
 from kimi_ops.models.kimi_k2.sampling import Processor, Sampling
-from kimi_ops.models.kimi_k2.saving import save
 
 __all__ = ["KimiK2"]
 
@@ -158,6 +163,9 @@ class KimiK2(Decoder):
             raise ValueError(
                 "generate: stop_strings: expected no empty string, got one; it is in every text"
             )
+        for name, ids in (("eos_token_id", eos_token_id), ("pad_token_id", pad_token_id)):
+            vocabulary, several = self.config.vocab_size, name == "eos_token_id"
+            check_tokens(name, ids, vocabulary, several=several, op="generate")
         eos = eos_token_id if eos_token_id is not None else self.config.eos_token_id
         ends = torch.tensor([] if eos is None else eos, device=input_ids.device).long().view(-1)
         filler = pad_token_id
@@ -188,6 +196,7 @@ class KimiK2(Decoder):
         dtype: torch.dtype | None = None,
         experts: str | None = None,
         expert_ranks: ExpertRanks | None = None,
+        text_only: bool = False,
     ) -> "KimiK2":
         """Load a Hugging Face checkpoint of the Kimi K2 / DeepSeek-V3 layout.
 
@@ -206,6 +215,10 @@ class KimiK2(Decoder):
             `save_pretrained` refuse it.
         expert_ranks : ExpertRanks, optional
             Spread the routed experts over these ranks; each reads its own.
+        text_only : bool
+            Of a model that sees (Kimi K2.5: ``text_config``, tensors ``language_model.*``) load the
+            language model and leave out ``vision_tower.*`` and ``mm_projector.*``; without it such
+            a folder is refused. What `save_pretrained` writes of it is a language model alone.
 
         Raises
         ------
@@ -219,11 +232,11 @@ class KimiK2(Decoder):
         -----
         Memory rises by the model and a few MiB. `load_layer` reads a layer alone.
         """
-        config, dtype = read_config(folder, dtype)
+        config, dtype = read_config(folder, dtype, text_only=text_only)
         model = cls(config, device="meta", dtype=dtype, expert_ranks=expert_ranks)
         if experts is not None:
             keep_quantized(whole(model), experts)
-        load_weights(model, folder, device=device)
+        load_weights(model, folder, device=device, text_only=text_only)
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -252,4 +265,4 @@ class KimiK2(Decoder):
             Weights in a dtype that is not served or on the meta device, experts that are kept
             quantised, a limit below 1.
         """
-        save(self, folder, max_shard_bytes=max_shard_bytes)
+        save_weights(self, folder, max_shard_bytes=max_shard_bytes)

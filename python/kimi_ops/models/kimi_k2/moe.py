@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The mixture-of-experts layer: router, routed experts, shared experts."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +23,31 @@ from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, RMSNorm
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 from kimi_ops.models.kimi_k2.recompute import Recomputes, fp8_storage
 from kimi_ops.operators.count_once import count_once_, recomputing
+from kimi_ops.parallel.results import Dispatched, Pending
 
-Arrive = Callable[[], Tensor]
-Compute = Callable[[], Arrive]
+
+class Rest(NamedTuple):
+    """What is there of a layer's result but the routed experts' sum."""
+
+    shared: Tensor | None  # [T, H]
+    balance_loss: Tensor | None
+    shape: torch.Size
+
+
+class Leaving(NamedTuple):
+    """Tokens on their way to their experts, or here where one process has all."""
+
+    tokens: Tensor | Pending[Dispatched]
+    gate: TopkGate
+    plan: PermutePlan | None
+    rest: Rest
+
+
+class Returning(NamedTuple):
+    """The routed experts' sum [T, H], on its way home likewise."""
+
+    routed: Tensor | Pending[Tensor]
+    rest: Rest
 
 
 class Router(FixedBuffers):
@@ -123,15 +144,13 @@ class MoE(Recomputes):
     ) -> Tensor:
         """[B, S, H] from x [B, S, H], or from norm(x); tokens that are not `valid` [B, S] get no
         routed expert."""
-        compute = self.leave(x, valid, norm)
-        arrive = compute()
-        return arrive()
+        return self.arrive(self.compute(self.leave(x, valid, norm)))
 
-    def leave(self, x: Tensor, valid: Tensor | None = None, norm: RMSNorm | None = None) -> Compute:
+    def leave(self, x: Tensor, valid: Tensor | None = None, norm: RMSNorm | None = None) -> Leaving:
         """The first part of `forward`, up to where tokens are on their way to other ranks.
 
-        The result is the second, up to where their results are; its result is the third, which
-        gives what `forward` gives. Another batch may do its parts in between.
+        `compute` is the second, up to where results are on their way home, `arrive` the third.
+        Another batch may do its parts in between.
         """
         tokens, logits, gate, plan, shared = self.again(self._entered, x, valid, norm)
         balance_loss = None
@@ -142,21 +161,32 @@ class MoE(Recomputes):
                 count_once_(self.tokens_per_expert, gate.tokens_per_expert)
         elif self.training and not recomputing():  # a repeated forward counts once
             self.tokens_per_expert += gate.tokens_per_expert
-        compute = self._compute(tokens, gate, plan)
+        leaving = tokens if self.ranks is None else self.ranks.leave(tokens, gate)
+        return Leaving(leaving, gate, plan, Rest(shared, balance_loss, x.shape))
 
-        def computed() -> Arrive:
-            arrive = compute()
+    def compute(self, leaving: Leaving) -> Returning:
+        """The weighted sum of the routed experts of this process."""
+        tokens, gate, plan, rest = leaving
+        matrices = self.experts.gate_up_proj, self.experts.down_proj
+        activation = self.config.hidden_act
+        if isinstance(tokens, Pending):
+            assert self.ranks is not None
+            sums = self.ranks.compute(tokens, *matrices, activation, self._stored())
+            return Returning(sums, rest)
+        with self._stored():
+            y = fused_experts(
+                tokens, *matrices, gate.weights, gate.indices, activation=activation, plan=plan
+            )
+        return Returning(y, rest)
 
-            def arrived() -> Tensor:
-                # a repeated forward must make the same graph, but is not the last one
-                if torch.compiler.is_compiling() or not recomputing():
-                    self.balance_loss = balance_loss
-                y = arrive()
-                return (y if shared is None else y + shared).view_as(x)
-
-            return arrived
-
-        return computed
+    def arrive(self, returning: Returning) -> Tensor:
+        """What `forward` gives."""
+        routed, (shared, balance_loss, shape) = returning
+        # a repeated forward must make the same graph, but is not the last one
+        if torch.compiler.is_compiling() or not recomputing():
+            self.balance_loss = balance_loss
+        y = routed.wait() if isinstance(routed, Pending) else routed
+        return (y if shared is None else y + shared).view(shape)
 
     def _entered(
         self, x: Tensor, valid: Tensor | None, norm: RMSNorm | None
@@ -168,31 +198,6 @@ class MoE(Recomputes):
         logits, gate, plan = self.gate(tokens, valid_tokens, planned=self.ranks is None)
         shared = None if self.shared_experts is None else self.shared_experts(tokens)
         return tokens, logits, gate, plan, shared
-
-    def _compute(self, tokens: Tensor, gate: TopkGate, plan: PermutePlan | None) -> Compute:
-        """The weighted sum of the routed experts, in two parts; tokens leave before them."""
-        stacks, activation = self.experts, self.config.hidden_act
-        matrices = stacks.gate_up_proj, stacks.down_proj
-        if self.ranks is not None:
-            ranks, leaving = self.ranks, self.ranks.leave(tokens, gate)
-
-            def compute() -> Arrive:
-                return ranks.compute(leaving, *matrices, activation, self._stored()).wait
-        else:
-
-            def compute() -> Arrive:
-                with self._stored():
-                    y = fused_experts(
-                        tokens,
-                        *matrices,
-                        gate.weights,
-                        gate.indices,
-                        activation=activation,
-                        plan=plan,
-                    )
-                return lambda: y
-
-        return compute
 
     def _balance(self, logits: Tensor, indices: Tensor, batch: int, valid: Tensor | None) -> Tensor:
         """The sequence balance loss; of sequences with padding, over their tokens alone."""

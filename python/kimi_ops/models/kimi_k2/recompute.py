@@ -64,8 +64,26 @@ _selective = partial(create_selective_checkpoint_contexts, _policy)
 class Recomputes(nn.Module):
     """A module with parts that its backward may compute again."""
 
-    recompute = "none"
-    fp8_activations = False
+    _recompute, _fp8_activations = "none", False
+
+    @property
+    def recompute(self) -> str:
+        """One of `RECOMPUTE`, of this module and all that are in it, which are told when it is
+        set."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, way: str) -> None:
+        set_storage(self, way, self.fp8_activations)
+
+    @property
+    def fp8_activations(self) -> bool:
+        """Whether experts in this module keep FP8, likewise."""
+        return self._fp8_activations
+
+    @fp8_activations.setter
+    def fp8_activations(self, wanted: bool) -> None:
+        set_storage(self, self.recompute, wanted)
 
     def cheap(self) -> AbstractContextManager[None]:
         """Products in the body are computed again rather than kept."""
@@ -94,7 +112,7 @@ def set_storage(model: nn.Module, recompute: str, fp8_activations: bool) -> None
     check_storage("KimiK2", recompute, fp8_activations)
     for module in model.modules():
         if isinstance(module, Recomputes):
-            module.recompute, module.fp8_activations = recompute, fp8_activations
+            module._recompute, module._fp8_activations = recompute, fp8_activations
 
 
 def check_storage(op: str, recompute: str, fp8_activations: bool) -> None:

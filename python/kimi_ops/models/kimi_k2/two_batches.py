@@ -15,7 +15,7 @@ The numbers are those of one batch after the other, bit for bit. The second batc
 so that the first leads in the backward, and gradients are added up in the order of the batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from kimi_ops._autocast import no_cast_kept
 from kimi_ops.models.kimi_k2.decoder import Decoder, DecoderLayer
 from kimi_ops.models.kimi_k2.inputs import check_inputs
-from kimi_ops.models.kimi_k2.moe import MoE
+from kimi_ops.models.kimi_k2.moe import Leaving, MoE, Returning
 from kimi_ops.models.kimi_k2.rope import rotary_tables
 
 __all__ = ["BatchOutput", "backward_two", "check_two", "forward_two"]
@@ -156,37 +156,37 @@ class _Batch:
         model.check(inputs, None, None, 0)
         self._tables = rotary_tables(model.config, inputs.positions)
         self._balance: list[Tensor] = []
-        self._layer: DecoderLayer | None = None
-        dtype = model.lm_head.weight.dtype
-        self._next: Callable[[], Any] = lambda: model.model.embed_tokens(ids).to(dtype)
+        self._x = model.model.embed_tokens(ids).to(model.lm_head.weight.dtype)
+        self._layer: DecoderLayer | None = None  # the last one, and where it is with this batch
+        self._leaving: Leaving | None = None
+        self._returning: Returning | None = None
 
     def attend(self, layer: DecoderLayer) -> None:
         """What the experts of the layer before gave arrives; attention; tokens leave."""
         with record_function(f"{self._name}: attention {layer.layer}"):
-            self._next = layer.leave(self._arrived(), *self._tables)
+            self._x, self._leaving = layer.leave(self._arrived(), *self._tables)
         self._layer = layer
 
     def compute(self, layer: DecoderLayer) -> None:
         """Tokens arrive; experts; their results leave. A dense layer has none."""
         name = f"{self._name}: experts {layer.layer}"
         with record_function(name) if isinstance(layer.mlp, MoE) else nullcontext():
-            self._next = self._next()
+            self._returning, self._leaving = layer.compute(self._leaving), None
 
     def end(self) -> BatchOutput:
         model = self._model
         with record_function(f"{self._name}: head"):
             logits = model.lm_head(model.model.norm(self._arrived()))
-            return BatchOutput(
-                logits, sum(self._balance, logits.new_zeros((), dtype=torch.float32))
-            )
+            zero = logits.new_zeros((), dtype=torch.float32)
+            return BatchOutput(logits, sum(self._balance, zero))
 
     def _arrived(self) -> Tensor:
         """What the layer before gives."""
-        x: Tensor = self._next()
-        if self._layer is not None and isinstance(self._layer.mlp, MoE):
-            loss = self._layer.mlp.balance_loss  # of this batch: the other is not as far
-            self._balance += [] if loss is None else [loss]
-        return x
+        if self._layer is None:
+            return self._x
+        if self._returning is not None and self._returning.rest.balance_loss is not None:
+            self._balance.append(self._returning.rest.balance_loss)
+        return self._layer.arrive(self._x, self._returning)
 
 
 class _Held(torch.autograd.Function):
