@@ -4,7 +4,7 @@
 from kimi_ops.models.kimi_k2.attention import Attention, LatentCache
 from kimi_ops.models.kimi_k2.config import KimiK2Config, RopeScaling
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
-from kimi_ops.models.kimi_k2.loading import load_layer
+from kimi_ops.models.kimi_k2.loading import load_layer, load_stage
 from kimi_ops.models.kimi_k2.model import KimiK2
 from kimi_ops.models.kimi_k2.moe import MoE
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output
@@ -25,4 +25,5 @@ __all__ = [
     "backward_two",
     "forward_two",
     "load_layer",
+    "load_stage",
 ]

@@ -23,7 +23,7 @@ from kimi_ops.parallel import call_checks
 from kimi_ops.parallel.local import LocalGroup
 from kimi_ops.parallel.results import Dispatched, Pending
 
-__all__ = ["ExpertRanks"]
+__all__ = ["ExpertRanks", "to_first"]
 
 
 class ExpertRanks:
@@ -154,14 +154,7 @@ class ExpertRanks:
                 "save_pretrained: expert_ranks: expected those of a process group, got a rank of a "
                 "LocalWorld; start processes, with torchrun"
             )
-        if self.rank == 0:
-            if owner != 0:
-                tensor = torch.empty_like(tensor)
-                dist.recv(tensor, dist.get_global_rank(self.group, owner), group=self.group)
-            return tensor.cpu()
-        if self.rank == owner:
-            dist.send(tensor.contiguous(), dist.get_global_rank(self.group, 0), group=self.group)
-        return None
+        return to_first(self.group, tensor, owner)
 
     def close(self) -> None:
         """Give back the connection; the model is of no use for a forward then."""
@@ -172,3 +165,17 @@ class ExpertRanks:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def to_first(group: dist.ProcessGroup, tensor: Tensor, owner: int) -> Tensor | None:
+    """`tensor` as rank `owner` of a group has it, on the host of its rank 0; None on the others,
+    which may leave the call out. Elsewhere than on the owner it only says what comes."""
+    rank = dist.get_rank(group)
+    if rank == 0:
+        if owner != 0:
+            tensor = torch.empty_like(tensor)
+            dist.recv(tensor, dist.get_global_rank(group, owner), group=group)
+        return tensor.cpu()
+    if rank == owner:
+        dist.send(tensor.contiguous(), dist.get_global_rank(group, 0), group=group)
+    return None

@@ -32,12 +32,14 @@ class Entry(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A model, or the part of one whose names in a checkpoint begin with `prefix`."""
+    """A model, or a part of one: names in a checkpoint are those of the module behind `prefix`, and
+    all that begin with `own` are its."""
 
     module: nn.Module
     config: KimiK2Config
     ranks: ExpertRanks | None = None
     prefix: str = ""
+    own: str | tuple[str, ...] = ""
 
     def entries(self) -> Iterator[Entry]:
         """All tensors of the checkpoint, in its order."""
@@ -73,4 +75,5 @@ class Part(NamedTuple):
 
 
 def whole(model: Decoder) -> Part:
-    return Part(model, model.config, model.expert_ranks)
+    """All of a model, or of a stage."""
+    return Part(model, model.config, model.expert_ranks, own=model.prefixes)

@@ -8,6 +8,7 @@ What fails leaves no memory behind.
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,12 @@ from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.layers import check_dtype
 from kimi_ops.models.kimi_k2.layout import Part, whole
 from kimi_ops.models.kimi_k2.moe import MoE
+from kimi_ops.models.kimi_k2.pipeline import Stage
 from kimi_ops.models.kimi_k2.quantization import fp8_block
 from kimi_ops.models.kimi_k2.quantized_experts import FORMS, QuantizedExperts
 from kimi_ops.models.kimi_k2.shards import Shards
 
-__all__ = ["keep_quantized", "load_layer", "load_weights", "read_config"]
+__all__ = ["keep_quantized", "load_layer", "load_stage", "load_weights", "read_config"]
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -72,7 +74,7 @@ def load_weights(model: Decoder, folder: str | Path, *, device: torch.device | s
         A file that is missing, truncated or no safetensors; files that do not fit their index; a
         tensor that is missing, unknown, has another shape or values that are not finite.
     """
-    with Shards(Path(folder)) as shards:
+    with Shards(Path(folder), model.prefixes) as shards:
         _load(whole(model), shards, lambda: model.allocate(device))
 
 
@@ -127,12 +129,58 @@ def load_layer(
         )
     check_dtype("load_layer", dtype)
     module = DecoderLayer(config, layer, expert_ranks, device=torch.device("meta"), dtype=dtype)
-    part = Part(module, config, expert_ranks, f"model.layers.{layer}.")
+    prefix = f"model.layers.{layer}."
+    part = Part(module, config, expert_ranks, prefix, prefix)
     if experts is not None:
         keep_quantized(part, experts)
-    with Shards(Path(folder), part.prefix) as shards:
+    with Shards(Path(folder), prefix) as shards:
         _load(part, shards, lambda: allocate(module, device))
     return module
+
+
+def load_stage(
+    folder: str | Path,
+    layers: range,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    experts: str | None = None,
+    expert_ranks: ExpertRanks | None = None,
+    **options: Any,
+) -> Stage:
+    """Some layers of a checkpoint as a stage: only the files that hold its tensors are opened, and
+    what is missing or unknown among those of other stages is their own concern.
+
+    Parameters
+    ----------
+    folder, device, dtype, experts, expert_ranks
+        As of `KimiK2.from_pretrained`.
+    layers, options
+        As of `Stage`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `KimiK2.from_pretrained` and `Stage`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch
+    >>> from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, load_stage
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     KimiK2(KimiK2Config.tiny()).save_pretrained(folder)
+    ...     first, last = (load_stage(folder, layers) for layers in (range(2), range(2, 3)))
+    >>> last(first(torch.tensor([[1, 2, 3]]))).shape
+    torch.Size([1, 3, 64])
+    """
+    config, dtype = read_config(folder, dtype)
+    model = Decoder(config, device="meta", dtype=dtype, expert_ranks=expert_ranks)
+    stage = Stage(model, layers, **options)
+    if experts is not None:
+        keep_quantized(whole(stage), experts)
+    load_weights(stage, folder, device=device)
+    return stage
 
 
 @torch.no_grad()
@@ -213,7 +261,7 @@ def _compare(part: Part, shards: Shards, block: tuple[int, int]) -> dict[str, st
     unknown = [
         name
         for name in shards.names()
-        if name.startswith(part.prefix)
+        if name.startswith(part.own)
         and name not in shapes
         and name not in companions
         and not _ignored(name, part.config)

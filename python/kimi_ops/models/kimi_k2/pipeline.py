@@ -12,14 +12,17 @@ names of parameters are those of the whole model: the state dicts of all stages 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kimi_ops.models.kimi_k2.decoder import Decoder, DecoderLayer
 from kimi_ops.models.kimi_k2.inputs import check_inputs
 from kimi_ops.models.kimi_k2.rope import rotary_tables
+from kimi_ops.models.kimi_k2.saving import save
 
 __all__ = ["Stage"]
 
@@ -28,21 +31,32 @@ class Stage(Decoder):
     """The layers `layers` of a model, which gives them up; with layer 0 goes the embedding, with
     the last one norm and head.
 
-    The balance losses of its layers are part of what its backward differentiates, micro-batch by
-    micro-batch: a schedule only sees the loss of the last stage. `auxiliary_loss()` is their sum
-    over the forwards since `reset_statistics`, a number without a graph.
+    The balance losses of its layers, divided by `micro_batches`, are part of what its backward
+    differentiates, micro-batch by micro-batch: a schedule only sees the loss of the last stage.
+    `auxiliary_loss()` is their sum over the forwards since `reset_statistics`, a number without a
+    graph.
 
     Parameters
     ----------
     model : KimiK2
-        Of which every stage has a copy: on the meta device one without memory.
+        Of which every stage has a copy: on the meta device one without memory. With `expert_ranks`
+        its experts are spread over the ranks of the stage.
     layers : range
         Neighbours.
+    micro_batches : int
+        Of a step, where the loss function divides by their number; 1 where the schedule divides the
+        gradients (``scale_grads``).
+    stages : ProcessGroup, optional
+        A rank of each stage, in their order, for `save_pretrained`.
 
     Raises
     ------
     ValueError
-        Layers that the model does not have, expert ranks, an embedding that is the head as well.
+        Layers that the model does not have, an embedding that is the head as well.
+
+    Notes
+    -----
+    `load_stage` makes one of a checkpoint.
 
     Examples
     --------
@@ -56,7 +70,14 @@ class Stage(Decoder):
 
     _balance: Tensor
 
-    def __init__(self, model: Decoder, layers: range) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        layers: range,
+        *,
+        micro_batches: int = 1,
+        stages: dist.ProcessGroup | None = None,
+    ) -> None:
         config = model.config
         total = config.num_hidden_layers
         if len(layers) < 1 or layers.step != 1 or layers.start < 0 or layers.stop > total:
@@ -64,19 +85,18 @@ class Stage(Decoder):
                 f"Stage: layers: expected neighbours among the {total} of the model, got {layers}; "
                 "kimi_ops.plan.work.Layout.stages shares them out"
             )
-        if model.expert_ranks is not None:
-            raise ValueError(
-                "Stage: model: expected one with all of its experts, got one with expert_ranks; "
-                "leave them out, or train without stages"
-            )
         if config.tie_word_embeddings:
             raise ValueError(
                 "Stage: model: expected an embedding and a head of their own, got "
                 "tie_word_embeddings; they are on different stages"
             )
         nn.Module.__init__(self)
-        self.config, self.expert_ranks, self.layers = config, None, layers
+        self.config, self.expert_ranks, self.layers = config, model.expert_ranks, layers
+        self.micro_batches, self.stages = micro_batches, stages
         self.first, self.last = layers.start == 0, layers.stop == total
+        self._shapes = model.shapes()
+        ends = ("model.embed_tokens.",) * self.first + ("model.norm.", "lm_head.") * self.last
+        self.prefixes = (*(f"model.layers.{number}." for number in layers), *ends)
         self.model, self.lm_head = model.model, model.lm_head
         for number in set(range(total)) - set(layers):
             self.model.layers[number] = nn.Identity()
@@ -96,7 +116,7 @@ class Stage(Decoder):
             x = layer(x, cos, sin)
         x = self.lm_head(self.model.norm(x))
         losses = [moe.balance_loss for moe in self.moe_layers() if moe.balance_loss is not None]
-        balance = sum(losses, torch.zeros_like(self._balance))
+        balance = sum(losses, torch.zeros_like(self._balance)) / self.micro_batches
         self._balance = self._balance + balance.detach()
         return _Beside.apply(x, balance)
 
@@ -104,11 +124,13 @@ class Stage(Decoder):
         super().allocate(device)
         self.reset_statistics()
 
-    def init_weights(self, seed: int) -> None:
-        raise ValueError(
-            "init_weights: model: expected a whole one, whose matrices are drawn in their order, "
-            "got a Stage; draw the weights of the model before it is cut"
-        )
+    def shapes(self) -> dict[str, torch.Size]:
+        return self._shapes
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+        """As `KimiK2.save_pretrained`: the rank of the first stage writes what one process would.
+        All ranks of `stages` call it, and those that share the experts with one of them."""
+        save(self, folder, max_shard_bytes=max_shard_bytes, stages=self.stages)
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         for number in self.layers:

@@ -86,11 +86,11 @@ class Shards:
     """Names, headers and tensors of a single file or of the files named by an index.
 
     Opening reads headers only, so files that do not fit each other are refused before anything is
-    loaded. With a `prefix` only the files that have names with it are opened. Files are mapped, not
-    read: what was touched of them stays in memory as long as nothing else needs it.
+    loaded. With a `prefix`, or several, only the files that have names with it are opened. Files
+    are mapped, not read: what was touched of them stays in memory as long as nothing else needs it.
     """
 
-    def __init__(self, folder: Path, prefix: str = "") -> None:
+    def __init__(self, folder: Path, prefix: str | tuple[str, ...] = "") -> None:
         self.folder = folder
         self._opened = ExitStack()
         self._files: dict[str, _File] = {}
@@ -100,7 +100,7 @@ class Shards:
             self._open_all(prefix)
             failed.pop_all()
 
-    def _open_all(self, prefix: str) -> None:
+    def _open_all(self, prefix: str | tuple[str, ...]) -> None:
         index, single = self.folder / INDEX_NAME, self.folder / SINGLE_NAME
         if index.exists():
             self._open_index(index, prefix)
@@ -115,7 +115,7 @@ class Shards:
                 "pass the folder of a checkpoint",
             )
 
-    def _open_index(self, index: Path, prefix: str) -> None:
+    def _open_index(self, index: Path, prefix: str | tuple[str, ...]) -> None:
         """Open the files of an index; each has to hold what the index says and nothing else."""
         weight_map, total = self._read_index(index)
         wanted = {file for name, file in weight_map.items() if name.startswith(prefix)}
