@@ -43,6 +43,9 @@ def test_stages_of_a_checkpoint_are_its_parts(folder: Path):
     assert parts.keys() == whole.state_dict().keys()
     assert all(torch.equal(parts[name], value) for name, value in whole.state_dict().items())
     assert torch.equal(stages[1](stages[0](IDS)), whole(IDS))
+    with pytest.raises(ValueError, match="save_pretrained: stages: expected a group with a rank"):
+        stages[0].save_pretrained(folder / "part")
+    assert not (folder / "part").exists()
     half = load_stage(folder, LAYERS[1], dtype=torch.bfloat16, micro_batches=4)
     assert half.lm_head.weight.dtype == torch.bfloat16 and half.micro_batches == 4
 

@@ -71,10 +71,8 @@ class Trainer:
         self.optimizer = optimizer_of(self.model, self.ranks, settings.lr, self.qk_clip)
         self.apply_settings()
         self._warmup = round(settings.steps * settings.warmup)
-        self._census, self._passes = (
-            Census(model, self.ranks),
-            passes_of(model, settings, self.ranks),
-        )
+        self._census = Census(model, self.ranks)
+        self._passes = passes_of(model, settings, self.ranks)
         for parameter in model.parameters():
             parameter.grad_dtype = torch.float32  # where micro-batches are added up
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The experts of a model over the ranks of a group: each owns as many neighbours of every layer.
 
-Everything else of the model is whole on every rank, which brings its own tokens. A forward, a
-backward and a save are calls of all ranks of the group, in the same order.
+Everything else of the model, or of a stage, is whole on every rank, which brings its own tokens. A
+forward, a backward and a save are calls of all ranks of the group, in the same order.
 """
 
 from __future__ import annotations

@@ -130,6 +130,11 @@ class Stage(Decoder):
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
         """As `KimiK2.save_pretrained`: the rank of the first stage writes what one process would.
         All ranks of `stages` call it, and those that share the experts with one of them."""
+        if self.stages is None and not (self.first and self.last):
+            raise ValueError(
+                "save_pretrained: stages: expected a group with a rank of each stage, got None "
+                f"beside layers {self.layers}, which are no model; give it when the Stage is made"
+            )
         save(self, folder, max_shard_bytes=max_shard_bytes, stages=self.stages)
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
