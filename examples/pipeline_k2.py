@@ -1,62 +1,45 @@
 # SPDX-License-Identifier: MIT
-"""A Kimi K2 in miniature over pipeline stages, trained by MuonClip: the losses of one process.
+"""A Kimi K2 in miniature over pipeline stages, in a loop of one's own: the losses of one process.
 
-    torchrun --nproc-per-node 2 examples/pipeline_k2.py --schedule 1F1B --checkpoint /tmp/staged
+    torchrun --nproc-per-node 2 examples/pipeline_k2.py --save /tmp/staged
 
-Every process has some neighbouring layers and their optimizer; torch.distributed.pipelining moves
-hidden values and gradients of micro-batches between them. The number of processes decides nothing:
-each sum is that of one process, and so are the bits. The checkpoint is written by
-torch.distributed.checkpoint under the names of the whole model; a later run, of any number of
-processes, goes on from it. One GPU a process where there are any.
+`kimi-ops train --pipeline-parallel` is the whole program, with expert ranks, checkpoints that
+resume and metrics; this is the seam that it uses. Every process has some neighbouring layers and
+their optimizer; torch.distributed.pipelining moves hidden values and gradients of micro-batches
+between them. The number of processes decides nothing: each sum is that of one process, and so are
+the bits. One GPU a process where there are any.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from kimi_ops import MuonClip, QKClip, muon_param_groups, update_expert_bias_
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, Stage
 from kimi_ops.plan.work import Layout
 
-SCHEDULES = {"1F1B": Schedule1F1B, "GPipe": ScheduleGPipe}
 MICRO_BATCHES, SEQUENCES, LENGTH = 4, 2, 32
-NAMED = StateDictOptions(flatten_optimizer_state_dict=True)  # ranks have parameters of their own
 
 
 def build(device: torch.device) -> tuple[Stage, MuonClip]:
     """This rank's layers and their optimizer."""
     model = KimiK2(KimiK2Config.tiny(), device=device)
     layers = Layout(1, dist.get_world_size(), 1).stages(model.config.num_hidden_layers)
-    stage = Stage(model, layers[dist.get_rank()])
+    stage = Stage(model, layers[dist.get_rank()], stages=dist.group.WORLD)
     clip = QKClip(stage.attention_layers(), tau=0.003)  # so low that these few steps meet it
-    optimizer = MuonClip(muon_param_groups(stage), lr=5e-3, qk_clip=clip)
-    optimizer.register_load_state_dict_pre_hook(own_names)
-    return stage, optimizer
+    groups = muon_param_groups(stage, adamw={"max_grad_norm": 0.5})  # over all stages
+    return stage, MuonClip(groups, lr=5e-3, qk_clip=clip, stages=dist.group.WORLD)
 
 
-def own_names(optimizer: MuonClip, state: dict[str, Any]) -> dict[str, Any]:
-    """Groups of other stages have other parameters; which are here the optimizer knows."""
-    pairs = zip(optimizer.param_groups, state["param_groups"], strict=True)
-    groups = [{**saved, "param_names": own["param_names"]} for own, saved in pairs]
-    return {**state, "param_groups": groups}
-
-
-def scheduled(stage: Stage, name: str, device: torch.device) -> Schedule1F1B | ScheduleGPipe:
+def scheduled(stage: Stage, device: torch.device) -> Schedule1F1B:
+    """Shapes are given, so that no forward has to find them out."""
     config = stage.config
     ids = torch.empty(SEQUENCES, LENGTH, dtype=torch.int64, device="meta")
     hidden = torch.empty(SEQUENCES, LENGTH, config.hidden_size, device="meta", requires_grad=True)
@@ -69,7 +52,7 @@ def scheduled(stage: Stage, name: str, device: torch.device) -> Schedule1F1B | S
         input_args=ids if stage.first else hidden,
         output_args=logits if stage.last else hidden,
     )
-    return SCHEDULES[name](part, MICRO_BATCHES, loss_fn=next_token_loss)
+    return Schedule1F1B(part, MICRO_BATCHES, loss_fn=next_token_loss)
 
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
@@ -82,30 +65,10 @@ def batch_of(step: int, vocabulary: int, device: torch.device) -> Tensor:
     return ((starts + 3 * torch.arange(LENGTH)) % vocabulary).to(device)  # can be learnt
 
 
-def load(folder: str, stage: Stage, optimizer: MuonClip) -> int:
-    """Go on from the checkpoint in a folder, if there is one; the steps that it has seen."""
-    if not Path(folder, ".metadata").exists():
-        return 0
-    weights, moments = get_state_dict(stage, optimizer, options=NAMED)
-    state = {"model": weights, "optimizer": moments, "steps": 0}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(
-        stage, optimizer, model_state_dict=weights, optim_state_dict=moments, options=NAMED
-    )
-    return state["steps"]
-
-
-def save(folder: str, stage: Stage, optimizer: MuonClip, steps: int) -> None:
-    weights, moments = get_state_dict(stage, optimizer, options=NAMED)
-    dcp.save({"model": weights, "optimizer": moments, "steps": steps}, checkpoint_id=folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=8, help="of the whole training")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="1F1B")
-    parser.add_argument("--recompute", default="none", help="none, selective or full")
-    parser.add_argument("--checkpoint", help="folder to go on from, and to save to at the end")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--save", help="folder for the model of all stages, as Hugging Face has it")
     options = parser.parse_args()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -113,10 +76,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group()
     stage, optimizer = build(device)
-    stage.recompute = options.recompute
-    first = load(options.checkpoint, stage, optimizer) if options.checkpoint else 0
-    schedule = scheduled(stage, options.schedule, device)
-    for step in range(first, options.steps):
+    schedule = scheduled(stage, device)
+    for step in range(options.steps):
         ids = batch_of(step, stage.config.vocab_size, device)
         losses: list[Tensor] = []
         schedule.step(
@@ -136,8 +97,8 @@ def main() -> None:
         if stage.last:
             loss = float(torch.stack(losses).detach().mean())
             print(f"step {step} loss {loss:.9f} balance {float(balance):.6f}", flush=True)
-    if options.checkpoint:
-        save(options.checkpoint, stage, optimizer, options.steps)
+    if options.save:
+        stage.save_pretrained(options.save)
     dist.destroy_process_group()
 
 

@@ -3,7 +3,11 @@
 
 import multiprocessing
 import os
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +41,29 @@ def _join(rank: int, worker: Callable[[int, str], None], folder: str, processes:
     worker(rank, folder)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def torchrun(processes: int, *words: str) -> str:
+    """What a program prints that torchrun starts; `words` are its file and its arguments."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    run = subprocess.run(
+        [*command, str(processes), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def alone(folder: Path, *words: str) -> str:
+    """The same of a Python file as the only process, forked."""
+    fork(_script, 1, folder / "printed", *words)
+    return (folder / "printed").read_text()
+
+
+def _script(rank: int, printed: Path, *words: str) -> None:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    sys.argv = list(words)
+    with printed.open("w") as file, redirect_stdout(file):
+        runpy.run_path(words[0], run_name="__main__")

@@ -20,6 +20,7 @@ import typer
 
 from kimi_ops.models.kimi_k2.recompute import RECOMPUTE
 from kimi_ops.train import PeerError, Ranks, join_ranks
+from kimi_ops.train.layout import SCHEDULES
 from kimi_ops.train.settings import DTYPES, FIXED, PRESETS, WINDOW, TrainSettings
 
 NAME = "kimi-ops"
@@ -95,7 +96,20 @@ ExpertParallel = Annotated[
     int,
     typer.Option(
         help="Of the processes that torchrun starts, how many share the experts of a layer; it "
-        "divides their number. All of them share each micro-batch."
+        "divides their number, or that of a stage. They share each micro-batch."
+    ),
+]
+PipelineParallel = Annotated[
+    int,
+    typer.Option(
+        help="Stages that share the layers; it divides the number of processes. Micro-batches "
+        "(--accumulate) pass through them."
+    ),
+]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        help=f"Of micro-batches through the stages: {' or '.join(SCHEDULES)}. The same bits."
     ),
 ]
 Overlap = Annotated[
@@ -137,12 +151,10 @@ def tell(text: str) -> None:
 
 
 @contextmanager
-def joined(
-    expert_parallel: int, timeout: float, device: str, overlap: bool = False
-) -> Iterator[Ranks]:
+def joined(expert_parallel: int, timeout: float, device: str, **layout: Any) -> Iterator[Ranks]:
     """The processes of this program; where they cannot come together, what is wrong is said."""
     try:
-        with join_ranks(expert_parallel, timeout, device, overlap) as ranks:
+        with join_ranks(expert_parallel, timeout, device, **layout) as ranks:
             yield ranks
     except (ValueError, PeerError, torch.distributed.DistError) as error:
         raise fail(error) from None

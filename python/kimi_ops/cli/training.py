@@ -25,6 +25,7 @@ from kimi_ops.train import (
 )
 from kimi_ops.train import train as train_run
 from kimi_ops.train.checkpoint import find_checkpoint, read_state
+from kimi_ops.train.layout import SCHEDULES
 from kimi_ops.train.plot import plot_run, require_matplotlib
 from kimi_ops.train.ranks import TIMEOUT
 from kimi_ops.train.resume import saved_source
@@ -57,6 +58,8 @@ class Request:
     expert_parallel: int
     timeout: float
     overlap: bool = False
+    pipeline_parallel: int = 1
+    schedule: str = SCHEDULES[0]
 
 
 def train(
@@ -85,6 +88,8 @@ def train(
     keep: opt.Keep = None,
     progress: opt.Bar = True,
     expert_parallel: opt.ExpertParallel = 1,
+    pipeline_parallel: opt.PipelineParallel = 1,
+    schedule: opt.Schedule = SCHEDULES[0],
     overlap: opt.Overlap = False,
     timeout: opt.Timeout = TIMEOUT,
 ) -> None:
@@ -92,9 +97,10 @@ def train(
     Under torchrun, by many processes."""
     request = Request(
         out, data, resume, device, _overrides(context), plot, progress, expert_parallel, timeout,
-        overlap,
+        overlap, pipeline_parallel, schedule,
     )  # fmt: skip
-    with opt.joined(expert_parallel, timeout, device, overlap) as ranks:
+    ways = {"overlap": overlap, "pipeline_parallel": pipeline_parallel, "schedule": schedule}
+    with opt.joined(expert_parallel, timeout, device, **ways) as ranks:
         _train(request, ranks)
 
 
@@ -241,6 +247,8 @@ def _ranks(request: Request) -> dict[str, Any]:
     """The options of several processes, where they are not the defaults."""
     chosen = {
         "expert_parallel": (request.expert_parallel, 1),
+        "pipeline_parallel": (request.pipeline_parallel, 1),
+        "schedule": (request.schedule, SCHEDULES[0]),
         "overlap": (request.overlap, False),
         "timeout": (request.timeout, TIMEOUT),
     }

@@ -23,6 +23,7 @@ from kimi_ops.optim.muon_blocks import names, state_dtype
 from kimi_ops.optim.muon_groups import muon_param_groups
 from kimi_ops.optim.muon_masters import MASTER, followed, mastered, rows_of_masters, worked
 from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, whole_state
+from kimi_ops.optim.muon_norms import Norms
 from kimi_ops.optim.muon_routed import routed_update
 from kimi_ops.optim.muon_shards import Shards
 from kimi_ops.optim.muon_state import (
@@ -113,6 +114,9 @@ class MuonClip(torch.optim.Optimizer):
         are those of one process with the averaged gradients. Every rank must call every method.
     reduce_gradients : bool
         False: the gradients are equal on all ranks already, as DDP leaves them.
+    stages : torch.distributed.ProcessGroup, optional
+        Ranks with other parameters, the stages of a pipeline in their order: `max_grad_norm` is
+        over the gradients of all, with the bits of one process. Each has as many groups with it.
 
     Raises
     ------
@@ -163,6 +167,7 @@ class MuonClip(torch.optim.Optimizer):
         qk_clip: QKClip | None = None,
         process_group: dist.ProcessGroup | None = None,
         reduce_gradients: bool = True,
+        stages: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -199,13 +204,14 @@ class MuonClip(torch.optim.Optimizer):
                 f"MuonClip: qk_clip: expected a QKClip, got {type(qk_clip).__name__}; "
                 "wrap the attention layers in one"
             )
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(
-                "MuonClip: process_group: expected a torch.distributed.ProcessGroup, got "
-                f"{type(process_group).__name__}; torch.distributed.group.WORLD is all ranks"
-            )
+        for name, given in (("process_group", process_group), ("stages", stages)):
+            if given is not None and not isinstance(given, dist.ProcessGroup):
+                raise TypeError(
+                    f"MuonClip: {name}: expected a torch.distributed.ProcessGroup, got "
+                    f"{type(given).__name__}; torch.distributed.group.WORLD is all ranks"
+                )
         self.qk_clip = qk_clip
-        self._shards = Shards(process_group, reduce_gradients)
+        self._shards, self._norms = Shards(process_group, reduce_gradients), Norms(stages)
         self._squares: Tensor | None = None  # norms of the last step's gradients
         self._warned = False
         self._checked: list[Checked] = []  # the groups of the last step
@@ -214,10 +220,10 @@ class MuonClip(torch.optim.Optimizer):
         check_clip(max_grad_norm, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._shards.process_group is not None:
+        if self._shards.process_group is not None or self._norms.group is not None:
             raise TypeError(
-                "MuonClip: copy: expected an optimizer of one process, got one that shares its "
-                "state over a process group; copy gather_state_dict()"
+                "MuonClip: copy: expected an optimizer of one process, got one with a process "
+                "group; copy gather_state_dict()"
             )
         state = {**super().__getstate__(), "qk_clip": self.qk_clip}
         state["param_groups"] = [pack_function(group) for group in self.param_groups]
@@ -228,7 +234,7 @@ class MuonClip(torch.optim.Optimizer):
         current = self.__dict__.get("param_groups", [])
         if "_shards" not in self.__dict__:  # a copy or an unpickled one
             self.qk_clip = None
-            self._shards = Shards(None, True)
+            self._shards, self._norms = Shards(None, True), Norms(None)
             self._squares, self._warned, self._checked = None, False, []
             self.defaults = unpack_function(state["defaults"])
             state = {**state, "defaults": self.defaults}
@@ -300,7 +306,8 @@ class MuonClip(torch.optim.Optimizer):
             if group["algorithm"] == "muon":
                 muon_update([item for item in items if item.route is None], group, squares)
             else:
-                adamw_update(items, group, squares, self._clip_factor(group, squares), alone)
+                clipped = self._norms.clip_factor(group, squares, shards.numbers)
+                adamw_update(items, group, squares, clipped, alone)
         if shards.routes:
             routed_update(work, shards.copies(present), squares)
         self._report(squares)
@@ -374,13 +381,6 @@ class MuonClip(torch.optim.Optimizer):
             if not beside or step.dtype is not torch.float32:
                 state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
         return state
-
-    def _clip_factor(self, group: dict[str, Any], squares: Tensor) -> Tensor | None:
-        """min(1, max_grad_norm / norm) over the finite gradients of a group, on their device."""
-        if group["max_grad_norm"] is None or not group["params"]:
-            return None
-        pieces = [self._shards.numbers[param] for param in group["params"]]
-        return engine.clip_factor(squares, pieces, float(group["max_grad_norm"]))
 
     def _report(self, squares: Tensor) -> None:
         """Remember which parameters were left alone; the first time on a CPU, say so."""

@@ -11,8 +11,8 @@ A checkpoint is written into a hidden folder, made durable and renamed in one st
 `latest.json` is replaced in one step. Whatever happens in between, `latest.json` names a complete
 checkpoint.
 
-Ranks of one run write what one process would: the lead writes, the others send it their experts and
-moments. Any number of them reads it, each rank its own part.
+Ranks of one run write what one process would: the lead writes, the others send it their layers,
+experts and moments. Any number of them reads it, each rank its own part.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kimi_ops.models.kimi_k2 import KimiK2
+from kimi_ops.models.kimi_k2 import KimiK2, Stage
 from kimi_ops.train.optimizer import RunOptimizer
 from kimi_ops.train.ranks import Ranks
 
@@ -93,7 +93,7 @@ def join_optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
-def send_checkpoint(model: KimiK2, optimizer: RunOptimizer, ranks: Ranks) -> None:
+def send_checkpoint(model: KimiK2 | Stage, optimizer: RunOptimizer, ranks: Ranks) -> None:
     """What the other ranks do while the lead is in :func:`save_checkpoint`."""
     if ranks.saves:
         model.save_pretrained(".")  # sends
@@ -101,7 +101,11 @@ def send_checkpoint(model: KimiK2, optimizer: RunOptimizer, ranks: Ranks) -> Non
 
 
 def save_checkpoint(
-    run: Path, model: KimiK2, optimizer: RunOptimizer, state: dict[str, Any], keep: int
+    run: Path,
+    model: KimiK2 | Stage,
+    optimizer: RunOptimizer,
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write a checkpoint of step ``state["step"]`` and make it the latest; older ones but `keep`
     go. The other ranks call :func:`send_checkpoint`.

@@ -29,10 +29,10 @@ from kimi_ops.train.data import Corpus, load_corpus, training_batch, validation_
 from kimi_ops.train.folder import Plan, open_run, planned
 from kimi_ops.train.metrics import MetricsError
 from kimi_ops.train.progress import Progress
-from kimi_ops.train.ranks import Ranks, check_batch
+from kimi_ops.train.ranks import Ranks
 from kimi_ops.train.resume import check_text, resumed_trainer
 from kimi_ops.train.settings import TrainSettings
-from kimi_ops.train.trainer import Trainer
+from kimi_ops.train.trainer import Trainer, check_run
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _train(
 ) -> TrainResult:
     settings, state = plan.settings, plan.state
     with ranks.together():
-        check_batch(settings.sequences, settings.accumulate, settings.recompute, ranks)
+        check_run(settings, ranks)
         place = choose_device(device, "train", say)
         if settings.threads:  # a resumed run takes the threads it had: they decide about bits
             torch.set_num_threads(settings.threads)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: MIT
 """The processes of a run, and what they tell one another.
 
-    world = replicas x expert ranks        rank = replica * expert ranks + place
-    tokens, gradients of the rest          a share each of all ranks
+    world = stages x replicas x expert ranks    PP x DP; DP = replicas x EP, as `kimi-ops plan` says
+    rank = (stage * replicas + replica) * expert ranks + place
+
+    layers                                 neighbours on the ranks of a stage
+    tokens, gradients of the rest          a share each of the ranks of a stage
     routed experts of a layer              shared out over the expert ranks of a replica
     copies of the same experts             on the ranks of one place, one in each replica
+    hidden values and their gradients      between ranks of one place in neighbouring stages
 
-All that is not a routed expert is on every rank. MuonClip shares the work and the state of what
-ranks hold in common (ZeRO-1), as Kimi K2 was trained.
+All that is not a routed expert is on every rank of its stage. MuonClip shares the work and the
+state of what ranks hold in common (ZeRO-1), as Kimi K2 was trained.
 """
 
 from __future__ import annotations
@@ -25,6 +29,14 @@ from torch import Tensor
 from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2Config
 from kimi_ops.parallel.errors import EPRankLost, EPTimeout, named
 from kimi_ops.parallel.liveness import Roll
+from kimi_ops.plan.work import Layout
+from kimi_ops.train.layout import (
+    check_experts,
+    check_layout,
+    check_overlap,
+    check_schedule,
+    check_stages,
+)
 
 TIMEOUT = 120.0  # seconds until a process that does not come ends a run
 Value = TypeVar("Value")
@@ -52,13 +64,22 @@ class Ranks:
     overlap : bool
         Compute micro-batches in twos, one's messages beside the other's products
         (`kimi_ops.models.kimi_k2.forward_two`); the same bits.
+    pipeline_parallel : int
+        Stages that the layers are shared out to; it divides the number of ranks.
+    schedule : str
+        Of the micro-batches through the stages: a name in `kimi_ops.train.layout.SCHEDULES`; the
+        same bits.
 
     Attributes
     ----------
-    rank, world, expert_parallel, replicas : int
+    rank, world, stage : int
+    layout : Layout
+        ``ep`` expert ranks, ``pp`` stages, ``dp`` ranks of a stage.
     overlap : bool
-    everyone, same_experts : ProcessGroup or None
-        All ranks; those that have the same experts. None where that is this rank alone.
+    schedule : str
+    everyone, same_stage, same_experts, stages : ProcessGroup or None
+        All ranks; those of this stage; those that have the same experts; one of each stage, in the
+        place of this. None where that is this rank alone.
     """
 
     def __init__(
@@ -67,34 +88,39 @@ class Ranks:
         expert_parallel: int = 1,
         timeout: float = TIMEOUT,
         overlap: bool = False,
+        pipeline_parallel: int = 1,
+        schedule: str = "1F1B",
     ) -> None:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world = 1 if group is None else dist.get_world_size(group)
         self.everyone, self._timeout = group, timeout
         self._roll = None if group is None else Roll(group, timeout, {})
         self.agree("--expert-parallel", expert_parallel)
+        self.agree("--pipeline-parallel", pipeline_parallel)
+        self.agree("--schedule", schedule)
         self.agree("--overlap", overlap)
         with self.together():
-            check_layout(self.world, expert_parallel)
-            check_overlap(overlap, expert_parallel)
-        self.overlap = overlap
-        self.expert_parallel, self.replicas = expert_parallel, self.world // expert_parallel
-        replicas = [
-            list(range(first, first + expert_parallel))
-            for first in range(0, self.world, expert_parallel)
-        ]
-        self._experts = self._one_of(replicas)
-        self.same_experts = self._one_of([list(place) for place in zip(*replicas, strict=True)])
+            check_layout(self.world, expert_parallel, pipeline_parallel)
+            check_schedule(schedule)
+            check_overlap(overlap, expert_parallel, pipeline_parallel)
+        self.overlap, self.schedule = overlap, schedule
+        self.layout = Layout(expert_parallel, pipeline_parallel, self.world // pipeline_parallel)
+        ranks = torch.arange(self.world).view(pipeline_parallel, -1, expert_parallel)
+        self.stage = self.rank // self.layout.dp
+        self.same_stage = self._one_of(ranks.flatten(1))
+        self.stages = self._one_of(ranks.flatten(1).T)
+        self._experts = self._one_of(ranks.flatten(0, 1))
+        self.same_experts = self._one_of(ranks.transpose(1, 2).flatten(0, 1))
         self._spread: list[ExpertRanks] = []
 
-    def _one_of(self, groups: list[list[int]]) -> dist.ProcessGroup | None:
-        """The group of these that has this rank, None where it is alone in it."""
-        if len(groups[0]) == 1:
+    def _one_of(self, ranks: Tensor) -> dist.ProcessGroup | None:
+        """The group of these, [groups, ranks], that has this rank, None where it is alone in it."""
+        if ranks.shape[1] == 1:
             return None
-        if len(groups) == 1:
+        if len(ranks) == 1:
             return self.everyone
         limit = timedelta(seconds=self._timeout)
-        return dist.new_subgroups_by_enumeration(groups, timeout=limit)[0]
+        return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=limit)[0]
 
     @property
     def lead(self) -> bool:
@@ -103,17 +129,24 @@ class Ranks:
 
     @property
     def saves(self) -> bool:
-        """Whether this rank is of the first replica, whose experts are those of a checkpoint."""
-        return self.rank < self.expert_parallel
+        """Whether this rank is of the first replica of its stage, whose experts are those of a
+        checkpoint."""
+        return self.rank % self.layout.dp < self.layout.ep
 
     def describe(self) -> str:
         """A line for the user."""
         experts = "each with all experts"
         if self._spread:
-            experts = f"experts over {self.expert_parallel} by {self._spread[-1].backend}"
-            experts += f", {self.replicas} times" * (self.replicas > 1)
+            experts = f"experts over {self.layout.ep} by {self._spread[-1].backend}"
+            experts += f", {self.layout.replicas} times" * (self.layout.replicas > 1)
             experts += ", two micro-batches side by side" * self.overlap
-        return f"ranks  {self.world} processes, {experts}"
+        stages = f"{self.layout.pp} stages by {self.schedule}, " * (self.layout.pp > 1)
+        return f"ranks  {self.world} processes, {stages}{experts}"
+
+    def layers(self, config: KimiK2Config) -> range:
+        """Of a model, those of this rank."""
+        check_stages(config.num_hidden_layers, self.layout.pp)
+        return self.layout.stages(config.num_hidden_layers)[self.stage]
 
     def spread(
         self, config: KimiK2Config, max_tokens: int, device: torch.device
@@ -122,7 +155,7 @@ class Ranks:
         if self._experts is None:
             return None
         with self.together():
-            check_experts(config.n_routed_experts, self.expert_parallel)
+            check_experts(config.n_routed_experts, self.layout.ep)
         made = ExpertRanks(
             self._experts,
             config,
@@ -135,18 +168,18 @@ class Ranks:
         return made
 
     def share(self, batch: Tensor, count: int) -> Tensor:
-        """This rank's rows of each `count` rows of a batch; `count` is a multiple of the ranks."""
-        if self.world == 1:
+        """This rank's rows of each `count` rows of a batch; the ranks of a stage divide `count`."""
+        if self.layout.dp == 1:
             return batch
-        mine = count // self.world
+        mine, turn = count // self.layout.dp, self.rank % self.layout.dp
         parts = batch.unflatten(0, (-1, count))
-        return parts[:, self.rank * mine : (self.rank + 1) * mine].flatten(0, 1)
+        return parts[:, turn * mine : (turn + 1) * mine].flatten(0, 1)
 
     def turns(self, count: int, device: torch.device) -> tuple[Tensor, int]:
-        """Which of `count` rows are this rank's, and how many of them no other rank has: all ranks
-        have equally many, the last ones the last row again."""
-        size = -(-count // self.world)
-        first = self.rank * size
+        """Which of `count` rows are this rank's, and how many of them no other rank of its stage
+        has: all have equally many, the last ones the last row again."""
+        size = -(-count // self.layout.dp)
+        first = self.rank % self.layout.dp * size
         rows = torch.arange(first, first + size, device=device).clamp(max=count - 1)
         return rows, min(max(count - first, 0), size)
 
@@ -222,7 +255,7 @@ class Ranks:
             error = cause
         if not isinstance(error, EPRankLost | EPTimeout) or not error.ranks:
             return str(roll.error("kimi-ops", error))
-        first = self.rank - self.rank % self.expert_parallel  # of this replica, which it counts in
+        first = self.rank - self.rank % self.layout.ep  # of this replica, which it counts in
         whom = named(first + rank for rank in error.ranks)
         if isinstance(error, EPTimeout):
             return f"kimi-ops: {whom} did not come within {self._timeout:g} s"
@@ -240,62 +273,14 @@ def _of_an_exchange(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError | EPRankLost | EPTimeout) or "gloo" in str(error)
 
 
-def check_layout(world: int, expert_parallel: int) -> None:
-    """Raise unless so many ranks can be replicas of `expert_parallel` each."""
-    if not 1 <= expert_parallel <= world or world % expert_parallel:
-        raise ValueError(
-            f"kimi-ops: --expert-parallel: expected a divisor of the {world} processes, got "
-            f"{expert_parallel}; lower it, or start a multiple of it with torchrun"
-        )
-
-
-def check_experts(experts: int, expert_parallel: int) -> None:
-    """Raise unless the experts of a layer can be shared out evenly."""
-    if experts % expert_parallel:
-        raise ValueError(
-            f"kimi-ops: --expert-parallel: expected a divisor of the model's {experts} experts, "
-            f"got {expert_parallel}; choose one"
-        )
-
-
-def check_overlap(overlap: bool, expert_parallel: int) -> None:
-    """Raise where two micro-batches are wanted side by side and there are no messages to hide."""
-    if overlap and expert_parallel == 1:
-        raise ValueError(
-            "kimi-ops: --overlap: expected experts over several processes, whose messages it "
-            "hides, got --expert-parallel 1; leave it out, or raise --expert-parallel"
-        )
-
-
-def check_batch(sequences: int, accumulate: int, recompute: str, ranks: Ranks) -> None:
-    """Raise unless every rank gets as many sequences of a micro-batch, and twos can be computed."""
-    if ranks.overlap and recompute == "full":
-        raise ValueError(
-            "train: --recompute: expected none or selective beside --overlap, got full, of which a "
-            "layer of one micro-batch would exchange anew beside the other's; change it (a resumed "
-            "run may), or leave --overlap out"
-        )
-    if ranks.overlap and accumulate % 2:
-        raise ValueError(
-            f"train: --accumulate: expected an even number beside --overlap, which takes "
-            f"micro-batches in twos, got {accumulate}; change it (a resumed run may, with "
-            "--sequences), or leave --overlap out"
-        )
-    world = ranks.world
-    if sequences % world:
-        raise ValueError(
-            f"train: --sequences: expected a multiple of the {world} processes, which share each "
-            f"micro-batch, got {sequences}; change it (a resumed run may, with --accumulate), or "
-            "start another number of processes"
-        )
-
-
 @contextmanager
 def join_ranks(
     expert_parallel: int = 1,
     timeout: float = TIMEOUT,
     device: str = "auto",
     overlap: bool = False,
+    pipeline_parallel: int = 1,
+    schedule: str = "1F1B",
 ) -> Iterator[Ranks]:
     """The ranks that ``torchrun`` started together with this process; without it this one alone.
 
@@ -310,7 +295,7 @@ def join_ranks(
     device : str
         ``cpu``, ``cuda`` or ``auto``; but for ``cpu`` each takes a GPU of its own where there are
         any.
-    overlap : bool
+    overlap, pipeline_parallel, schedule
         As of `Ranks`.
 
     Raises
@@ -325,8 +310,9 @@ def join_ranks(
     ...     ranks.rank, ranks.world
     (0, 1)
     """
+    layout = expert_parallel, timeout, overlap, pipeline_parallel, schedule
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(expert_parallel=expert_parallel, timeout=timeout, overlap=overlap)
+        yield Ranks(None, *layout)
         return
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
@@ -340,7 +326,7 @@ def join_ranks(
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
-        ranks = Ranks(dist.group.WORLD, expert_parallel, timeout, overlap)
+        ranks = Ranks(dist.group.WORLD, *layout)
         try:
             yield ranks
         finally:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
+from kimi_ops.models.kimi_k2 import KimiK2Config
 from kimi_ops.train.checkpoint import CheckpointError, load_optimizer
 from kimi_ops.train.data import Corpus, standard_library
+from kimi_ops.train.model import loaded_model, spread_experts
 from kimi_ops.train.ranks import Ranks
 from kimi_ops.train.settings import FIXED, TrainSettings
-from kimi_ops.train.trainer import Trainer, spread_experts
+from kimi_ops.train.trainer import Trainer
 
 
 def resumed_settings(
@@ -88,7 +89,7 @@ def resumed_trainer(
     spread = spread_experts(settings, ranks, device)
     with ranks.together():
         check_model(checkpoint, settings)
-        model = KimiK2.from_pretrained(checkpoint, device=device, expert_ranks=spread)
+        model = loaded_model(checkpoint, settings, ranks, device, spread)
     trainer = Trainer(settings, model, ranks=ranks)
     load_optimizer(checkpoint, state, trainer.optimizer)
     trainer.apply_settings()

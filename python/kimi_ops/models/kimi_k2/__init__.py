@@ -10,7 +10,7 @@ from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.model import KimiK2
 from kimi_ops.models.kimi_k2.moe import MoE
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output
-from kimi_ops.models.kimi_k2.pipeline import Stage
+from kimi_ops.models.kimi_k2.pipeline import Stage, load_stage
 from kimi_ops.models.kimi_k2.pretrained import load_layer
 from kimi_ops.models.kimi_k2.two_batches import BatchOutput, backward_two, forward_two
 
@@ -28,4 +28,5 @@ __all__ = [
     "backward_two",
     "forward_two",
     "load_layer",
+    "load_stage",
 ]

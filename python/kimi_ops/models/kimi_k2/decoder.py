@@ -120,6 +120,8 @@ def allocate(part: nn.Module, device: torch.device | str) -> None:
 class Decoder(nn.Module):
     """The network: ids in, logits out, with what training reads of its layers. See `KimiK2`."""
 
+    prefixes: str | tuple[str, ...] = ""  # of its tensors' names in a checkpoint
+
     def __init__(
         self,
         config: KimiK2Config,
@@ -157,8 +159,8 @@ class Decoder(nn.Module):
         Parameters
         ----------
         seed : int
-            The same seed gives the same weights on every device and for any number of expert ranks:
-            all are drawn on the CPU in fp32, in the order of `named_parameters`.
+            The same seed gives the same weights on every device and for any number of expert ranks
+            and stages: all are drawn on the CPU in fp32, in the order of the whole model.
 
         Raises
         ------
@@ -171,20 +173,30 @@ class Decoder(nn.Module):
                 "model from its configuration"
             )
         generator, spread = torch.Generator().manual_seed(seed), self.expert_stacks()
-        for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                rows, here = len(parameter), slice(None)
+        own = dict(self.named_parameters())
+        for name, shape in self.shapes().items():
+            parameter = own.get(name)
+            if len(shape) >= 2:
+                values = torch.empty(shape, dtype=torch.float32, device="cpu")
+                values.normal_(0.0, self.config.initializer_range, generator=generator)
                 if self.expert_ranks is not None and parameter in spread:
                     experts = self.expert_ranks.experts
-                    rows, here = self.config.n_routed_experts, slice(experts.start, experts.stop)
-                values = torch.empty(rows, *parameter.shape[1:], dtype=torch.float32, device="cpu")
-                values.normal_(0.0, self.config.initializer_range, generator=generator)
-                parameter.copy_(values[here])
-            else:
+                    values = values[experts.start : experts.stop]
+                if parameter is not None:
+                    parameter.copy_(values)
+            elif parameter is not None:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         for moe in self.moe_layers():
             moe.gate.e_score_correction_bias.zero_()
         self.reset_statistics()
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the parameters of the whole model, in their order, whichever of them are here."""
+        spread, experts = self.expert_stacks(), self.config.n_routed_experts
+        return {
+            name: torch.Size((experts, *p.shape[1:])) if p in spread else p.shape
+            for name, p in self.named_parameters()
+        }
 
     def forward(
         self,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The experts of a model over the ranks of a group: each owns as many neighbours of every layer.
 
-Everything else of the model is whole on every rank, which brings its own tokens. A forward, a
-backward and a save are calls of all ranks of the group, in the same order.
+Everything else of the model, or of a stage, is whole on every rank, which brings its own tokens. A
+forward, a backward and a save are calls of all ranks of the group, in the same order.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch.profiler import record_function
 
 from kimi_ops import ExpertParallel, TopkGate, fused_experts
 from kimi_ops._autocast import autocast
+from kimi_ops.models.kimi_k2.checkpoint import to_first
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.parallel import call_checks
 from kimi_ops.parallel.local import LocalGroup
 from kimi_ops.parallel.results import Dispatched, Pending
 
-__all__ = ["ExpertRanks"]
+__all__ = ["ExpertRanks", "to_first"]
 
 
 class ExpertRanks:
@@ -154,14 +155,7 @@ class ExpertRanks:
                 "save_pretrained: expert_ranks: expected those of a process group, got a rank of a "
                 "LocalWorld; start processes, with torchrun"
             )
-        if self.rank == 0:
-            if owner != 0:
-                tensor = torch.empty_like(tensor)
-                dist.recv(tensor, dist.get_global_rank(self.group, owner), group=self.group)
-            return tensor.cpu()
-        if self.rank == owner:
-            dist.send(tensor.contiguous(), dist.get_global_rank(self.group, 0), group=self.group)
-        return None
+        return to_first(self.group, tensor, owner)
 
     def close(self) -> None:
         """Give back the connection; the model is of no use for a forward then."""

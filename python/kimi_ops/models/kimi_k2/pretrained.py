@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from kimi_ops.formats import FP8_BLOCK, INT4_WORD
 from kimi_ops.models.kimi_k2.checkpoint import Part, load, save
@@ -26,7 +27,8 @@ def read_config(
 
 
 def whole(model: Decoder) -> Part:
-    return Part(model, model.config, model.expert_ranks)
+    """All of a model, or of a stage."""
+    return Part(model, model.config, model.expert_ranks, own=model.prefixes)
 
 
 def keep_quantized(part: Part, form: str) -> None:
@@ -124,16 +126,25 @@ def load_layer(
         )
     check_dtype("load_layer", dtype)
     module = DecoderLayer(config, layer, expert_ranks, device=torch.device("meta"), dtype=dtype)
-    part = Part(module, config, expert_ranks, f"model.layers.{layer}.")
+    prefix = f"model.layers.{layer}."
+    part = Part(module, config, expert_ranks, prefix, prefix)
     if experts is not None:
         keep_quantized(part, experts)
     load(part, folder, lambda: allocate(module, device), text_only=text_only)
     return module
 
 
-def save_weights(model: Decoder, folder: str | Path, *, max_shard_bytes: int) -> None:
-    """Write ``config.json`` and the weights; see `KimiK2.save_pretrained`."""
-    if model.lm_head.weight.is_meta:
+def save_weights(
+    model: Decoder,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int,
+    stages: dist.ProcessGroup | None = None,
+) -> None:
+    """Write ``config.json`` and the weights; see `KimiK2.save_pretrained`. `stages`: a rank of each
+    stage, of which `model` is one."""
+    weight = next(model.parameters())
+    if weight.is_meta:
         raise ValueError(
             "save_pretrained: model: expected allocated weights, got the meta device; call "
             "allocate and init_weights or from_pretrained first"
@@ -143,5 +154,5 @@ def save_weights(model: Decoder, folder: str | Path, *, max_shard_bytes: int) ->
             f"save_pretrained: model: expected plain experts, got {model.experts_form}, which the "
             "checkpoint it came from holds already; load it with experts=None to convert it"
         )
-    check_dtype("save_pretrained", model.lm_head.weight.dtype)
-    save(whole(model), folder, model.lm_head.weight.dtype, max_shard_bytes)
+    check_dtype("save_pretrained", weight.dtype)
+    save(whole(model), folder, weight.dtype, max_shard_bytes, stages)

@@ -4,6 +4,6 @@ know: a `Part` says what is in memory."""
 
 from kimi_ops.models.kimi_k2.checkpoint.layout import Part
 from kimi_ops.models.kimi_k2.checkpoint.reading import load
-from kimi_ops.models.kimi_k2.checkpoint.saving import save
+from kimi_ops.models.kimi_k2.checkpoint.saving import save, to_first
 
-__all__ = ["Part", "load", "save"]
+__all__ = ["Part", "load", "save", "to_first"]

@@ -41,12 +41,14 @@ class Entry(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A model, or the part of one whose names in a checkpoint begin with `prefix`."""
+    """A model, or a part of one: names in a checkpoint are those of the module behind `prefix`, and
+    all that begin with `own` are its."""
 
     module: nn.Module
     config: KimiK2Config
     ranks: Ranks | None = None
     prefix: str = ""
+    own: str | tuple[str, ...] = ""
 
     def entries(self) -> Iterator[Entry]:
         """All tensors of the checkpoint, in its order."""

@@ -27,7 +27,7 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def load(part: Part, folder: str | Path, allocated: Callable[[], None], *, text_only: bool) -> None:
     """Compare a part on the meta device with the files of `folder`, let `allocated` give it memory,
     and read its tensors, those of a file from its front to its back."""
-    with Shards(Path(folder), part.prefix, text_only=text_only) as shards:
+    with Shards(Path(folder), part.own, text_only=text_only) as shards:
         _load(part, shards, allocated)
 
 
@@ -108,7 +108,7 @@ def _compare(part: Part, shards: Shards, block: tuple[int, int]) -> dict[str, st
     unknown = [
         name
         for name in shards.names()
-        if name.startswith(part.prefix)
+        if name.startswith(part.own)
         and name not in shapes
         and name not in companions
         and not _ignored(name, part.config)

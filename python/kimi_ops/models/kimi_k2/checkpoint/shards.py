@@ -88,13 +88,15 @@ class Shards:
     """Names, headers and tensors of a single file or of the files named by an index.
 
     Opening reads headers only, so files that do not fit each other are refused before anything is
-    loaded. With a `prefix` only the files that have names with it are opened. Files are mapped, not
-    read: what was touched of them stays in memory as long as nothing else needs it.
+    loaded. With a `prefix`, or several, only the files that have names with it are opened. Files
+    are mapped, not read: what was touched of them stays in memory as long as nothing else needs it.
 
     `text_only`: of a model that sees the language model alone, by the names that it has alone.
     """
 
-    def __init__(self, folder: Path, prefix: str = "", *, text_only: bool = False) -> None:
+    def __init__(
+        self, folder: Path, prefix: str | tuple[str, ...] = "", *, text_only: bool = False
+    ) -> None:
         self.folder, self._text_only = folder, text_only
         self._opened = ExitStack()
         self._files: dict[str, _File] = {}
@@ -105,7 +107,7 @@ class Shards:
             self._open_all(prefix)
             failed.pop_all()
 
-    def _open_all(self, prefix: str) -> None:
+    def _open_all(self, prefix: str | tuple[str, ...]) -> None:
         index, single = self.folder / INDEX_NAME, self.folder / SINGLE_NAME
         if index.exists():
             self._open_index(index, prefix)
@@ -121,11 +123,13 @@ class Shards:
                 "pass the folder of a checkpoint",
             )
 
-    def _open_index(self, index: Path, prefix: str) -> None:
+    def _open_index(self, index: Path, prefix: str | tuple[str, ...]) -> None:
         """Open the files of an index; each has to hold what the index says and nothing else."""
         weight_map, total = self._read_index(index)
         self._text = self._text_of(weight_map)
-        wanted = {f for name, f in weight_map.items() if name.startswith(self._text + prefix)}
+        start = (prefix,) if isinstance(prefix, str) else prefix
+        start = tuple(self._text + each for each in start)
+        wanted = {file for name, file in weight_map.items() if name.startswith(start)}
         for file in sorted(wanted):
             for name in self._open(file).places:
                 said = weight_map.get(name)
