@@ -29,12 +29,12 @@ kimi_ops.cli
 kimi_ops.train
 kimi_ops.plan
 kimi_ops.models.kimi_k2.chat
-kimi_ops.models.kimi_k2 kimi_ops.models
+kimi_ops.models.kimi_k2 kimi_ops.models kimi_ops.interop
 kimi_ops.models.kimi_k2.checkpoint
 kimi_ops.models.kimi_k2.config
 kimi_ops
 kimi_ops.info
-kimi_ops.gpu
+kimi_ops.gpu kimi_ops.invariance
 kimi_ops.optim
 kimi_ops.parallel
 kimi_ops.moe
