@@ -33,9 +33,10 @@ def losses(out: Path) -> list[float]:
 
 
 def bits(rank: int, folder: str) -> None:
-    """Two stages and one process, each going on from the half of the other."""
+    """Three stages, the first of a dense layer, and one process; each goes on from the half of the
+    other."""
     root = Path(folder)
-    by_turns = Ranks(dist.group.WORLD, **STAGED)
+    by_turns = Ranks(dist.group.WORLD, pipeline_parallel=3)
     assert run(root / "staged", by_turns, **WAYS).finished
     mixed = {**WAYS, "dtype": "bfloat16", "weights": "bfloat16", "steps": 4, "checkpoint_every": 4}
     run(root / "staged mixed", by_turns, **mixed)
@@ -46,15 +47,15 @@ def bits(rank: int, folder: str) -> None:
         half_of(root / "staged", root / "to one")
         run(root / "to one", None, resume=True)
     dist.barrier()
-    filled = Ranks(dist.group.WORLD, **STAGED, schedule="GPipe")
+    filled = Ranks(dist.group.WORLD, pipeline_parallel=3, schedule="GPipe")
     run(root / "from one", filled, resume=True, recompute="full")
-    assert filled.describe() == "ranks  2 processes, 2 stages by GPipe, each with all experts"
+    assert filled.describe() == "ranks  3 processes, 3 stages by GPipe, each with all experts"
 
 
 @pytest.mark.slow
-def test_two_stages_train_to_the_bits_of_one_process(tmp_path: Path):
+def test_stages_train_to_the_bits_of_one_process(tmp_path: Path):
     text(tmp_path)
-    launch(bits, tmp_path, 2)
+    launch(bits, tmp_path, 3)
     one = read_metrics(tmp_path / "one/metrics.jsonl")
     assert sum(row["clipped_heads"] for row in one) > 5
     for name in ("staged", "from one", "to one"):

@@ -395,5 +395,6 @@ MATRIX = [torch.ones(4, 6)]
 def test_bad_groups(group: dict, kind: type, text: str):
     with pytest.raises(kind, match=text):
         MuonClip([{"params": MATRIX, **group}])
-    with pytest.raises(TypeError, match="process_group"):
-        MuonClip([nn.Parameter(torch.ones(2, 2))], process_group=3)
+    for name in ("process_group", "stages"):
+        with pytest.raises(TypeError, match=f"MuonClip: {name}: expected .*ProcessGroup, got int"):
+            MuonClip([nn.Parameter(torch.ones(2, 2))], **{name: 3})

@@ -117,9 +117,13 @@ class SharedMuonClip:
             if state is None:
                 first = False
                 continue
-            for name, entries in _by_name(state).items():
-                joined = self._joined if experts is not None else _same
-                found[name] = {key: joined(value) for key, value in entries.items()}
+            mine = _by_name(state)
+            if experts is not None:
+                mine = {
+                    name: {key: self._joined(value) for key, value in entries.items()}
+                    for name, entries in mine.items()
+                }
+            found |= mine
             options |= dict(zip(origins, state["param_groups"], strict=True))
         if not first:
             return None
@@ -170,10 +174,6 @@ class SharedMuonClip:
 
 
 RunOptimizer = MuonClip | SharedMuonClip
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
 
 
 def _by_name(state: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

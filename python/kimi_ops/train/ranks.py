@@ -105,7 +105,7 @@ class Ranks:
             check_overlap(overlap, expert_parallel, pipeline_parallel)
         self.overlap, self.schedule = overlap, schedule
         self.layout = Layout(expert_parallel, pipeline_parallel, self.world // pipeline_parallel)
-        ranks = torch.arange(self.world).view(pipeline_parallel, -1, expert_parallel)
+        ranks = torch.arange(self.world, device="cpu").view(pipeline_parallel, -1, expert_parallel)
         self.stage = self.rank // self.layout.dp
         self.same_stage = self._one_of(ranks.flatten(1))
         self.stages = self._one_of(ranks.flatten(1).T)
