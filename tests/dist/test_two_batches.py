@@ -114,11 +114,61 @@ def test_layers_may_not():
     LocalWorld(2).run(work)
 
 
+class Planned(Exception):
+    pass
+
+
+def step(model: KimiK2, rank: int) -> list[torch.Tensor]:
+    model.zero_grad()
+    model.reset_statistics()
+    outputs = forward_two(model, *batches(rank)[:2])
+    backward_two(model, [loss_of(*output) for output in outputs])
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def fail(module: torch.nn.Module, call: int, backward: bool) -> None:
+    """Let a call of the module raise, or the backward of what it gave."""
+    calls = []
+
+    def stop(*_: object) -> None:
+        raise Planned
+
+    def hook(module, given, output) -> None:
+        calls.append(output)
+        if len(calls) == call:
+            output.register_hook(stop) if backward else stop()
+
+    module.register_forward_hook(hook)
+
+
+def goes_on(group, rank: int, backend: str = "reference") -> None:
+    """After an error anywhere, the objects of the failed step still there, the next one works."""
+    options: dict[str, Any] = {"max_tokens": 14, "batches": 2, "backend": backend}
+    with ExpertRanks(group, AUXILIARY, **options) as ranks:
+        expected = step(KimiK2(AUXILIARY, expert_ranks=ranks).train(), rank)
+        kept = []
+        for backward in (False, True):
+            for place, call in (("1.post_attention_layernorm", 2), ("2.self_attn.o_proj", 1)):
+                model = KimiK2(AUXILIARY, expert_ranks=ranks).train()
+                fail(model.get_submodule(f"model.layers.{place}"), call, backward)
+                with pytest.raises(Planned) as caught:
+                    step(model, rank)
+                kept.append(caught.value)  # with it the frames, and the graph of the backward
+                found = step(model, rank)
+                assert all(map(torch.equal, expected, found)), (backward, place)
+
+
 def processes(rank: int, folder: str) -> None:
     for world in (1, 2, 4):
         group = dist.new_group(list(range(world)))
         for backend in ("shm", "gloo") if rank < world else ():
             same_bits(group, rank, backend=backend)
+            if world == 2:
+                goes_on(group, rank, backend)
+
+
+def test_a_step_that_fails_is_not_the_last():
+    LocalWorld(2).run(lambda group: goes_on(group, group.rank))
 
 
 def test_processes_have_the_bits_of_one_after_the_other(tmp_path: Path):

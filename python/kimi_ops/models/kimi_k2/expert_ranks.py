@@ -163,6 +163,11 @@ class ExpertRanks:
             dist.send(tensor.contiguous(), dist.get_global_rank(self.group, 0), group=self.group)
         return None
 
+    def abandon(self) -> None:
+        """Give up what is under way after an error in a forward or backward, so that the next may
+        begin; `forward_two` and `backward_two` do it themselves."""
+        self._parallel.abandon()
+
     def close(self) -> None:
         """Give back the connection; the model is of no use for a forward then."""
         self._parallel.close()
