@@ -250,6 +250,9 @@ def test_what_cannot_be_side_by_side_is_refused():
                 ranks.to_first(torch.zeros(1), 0)
             with pytest.raises(ValueError, match="input_ids: expected ids in 0 .. 63"):
                 forward_two(model, first, second + 64)
+            with pytest.raises(TypeError, match="KimiK2: dtype: expected bfloat16, .*got .*64"):
+                forward_two(model.double(), first, second)
+            model.float()
             return [output.logits.shape[1] for output in forward_two(model, first, second)]
 
     assert LocalWorld(2).run(work) == [list(SIZES[:2])] * 2
@@ -271,6 +274,32 @@ def test_hooks_of_gradients_are_refused():
                 backward_two(model, [loss, loss])
 
     LocalWorld(1).run(work)
+
+
+def test_rows_of_other_ranks_are_kept_in_fp8():
+    """The experts' gradients are those of one process that keeps FP8, where all tokens are."""
+
+    def gradients(model: KimiK2, *given: torch.Tensor) -> list[torch.Tensor]:
+        for ids in given:
+            model(ids).square().sum().backward()
+        return [p.grad for moe in model.moe_layers() for p in moe.experts.parameters()]
+
+    def work(group):
+        with ExpertRanks(group, CONFIG, max_tokens=14) as ranks:
+            model = KimiK2(CONFIG, expert_ranks=ranks)
+            plain = gradients(model, batches(group.rank)[0])
+            model.zero_grad()
+            model.fp8_activations = True
+            return ranks.experts, plain, gradients(model, batches(group.rank)[0])
+
+    model = KimiK2(CONFIG)
+    model.fp8_activations = True
+    wanted = gradients(model, *(batches(rank)[0] for rank in range(2)))
+    for experts, plain, found in LocalWorld(2).run(work):
+        for a, b, c in zip(wanted, plain, found, strict=True):
+            whole = a[experts.start : experts.stop]
+            assert torch.linalg.norm(c - whole) < 1e-3 * torch.linalg.norm(whole)
+            assert torch.linalg.norm(c - b) > 1e-2 * torch.linalg.norm(b)
 
 
 def on_a_gpu(rank: int, folder: str) -> None:
