@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kimi_ops import ExpertParallel, LocalWorld
-from kimi_ops.parallel import EPError, EPMisuse, connection, segment
+from kimi_ops.parallel import EPError, EPMismatch, EPMisuse, connection, segment
 from kimi_ops.parallel.blocks import Blocks
 from kimi_ops.parallel.segment import Opened, Segment
 from tests.dist.test_again import *  # noqa: F403
@@ -50,6 +50,24 @@ def threads_share_memory(monkeypatch):
         return Segment(opened, group.rank, group.size, buffers, min(timeout, 10.0)), "threads"
 
     monkeypatch.setattr(connection, "_connect", connect)
+
+
+def test_ranks_that_wait_in_different_orders_do_not_mix_up_gradients():
+    """Both dispatches have the same shapes: only their numbers tell them apart."""
+
+    def work(group):
+        with ExpertParallel(
+            group, num_experts=2, hidden=2, max_tokens_per_rank=8, num_buffers=2, timeout=5.0
+        ) as ep:
+            ids = torch.tensor([[0], [1]], dtype=torch.int32)
+            x = [torch.ones(2, 2, requires_grad=True) for _ in range(2)]
+            pending = [ep.dispatch(each, ids, async_op=True) for each in x]
+            order = pending if group.rank == 0 else pending[::-1]
+            rows = [each.wait() for each in order]
+            with pytest.raises(EPMismatch, match=r"the gradient of dispatch \d: .*different"):
+                (rows[0].x.sum() + 2 * rows[1].x.sum()).backward()
+
+    LocalWorld(2).run(work)
 
 
 def test_an_operation_may_be_waited_for_when_its_window_is_needed_again():

@@ -14,6 +14,8 @@ from kimi_ops import Fp8Rows
 from kimi_ops.models.kimi_k2 import Attention, KimiK2, KimiK2Config, load_layer
 from kimi_ops.models.kimi_k2.recompute import Recomputes, fp8_storage
 from kimi_ops.models.kimi_k2.rope import rotary_tables
+from kimi_ops.train import TrainSettings
+from kimi_ops.train.trainer import Trainer
 
 IDS = torch.randint(0, 64, (3, 21), generator=torch.Generator().manual_seed(0))
 
@@ -176,6 +178,22 @@ def test_a_layer_alone_is_told_with_all_its_parts(tmp_path):
         assert layer.recompute == layer.mlp.recompute == "full"
     layer.recompute, layer.fp8_activations = "none", True
     assert layer.mlp.fp8_activations and step(layer, x, tables)[1] < most
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(("full", False), ("selective", True)), (("none", True), ("full", False))]
+)
+def test_a_trainer_sets_both_at_once(before, after):
+    """One after the other would be refused on the way: FP8 beside full."""
+    model = KimiK2(KimiK2Config.mini())
+    model.recompute, model.fp8_activations = before
+    way, fp8 = after
+    settings = TrainSettings(
+        preset="mini", steps=1, window=16, sequences=1, recompute=way, fp8_activations=fp8
+    )
+    Trainer(settings, model)
+    parts = [part for part in model.modules() if isinstance(part, Recomputes)]
+    assert {(part.recompute, part.fp8_activations) for part in parts} == {after}
 
 
 def test_what_is_not_known_is_refused():

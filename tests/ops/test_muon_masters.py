@@ -107,6 +107,42 @@ def test_what_is_written_to_a_parameter_reaches_its_master():
     assert not torch.equal(before, kept[1].float())
 
 
+def test_what_is_written_to_a_clipped_head_reaches_its_master_and_nothing_else_does():
+    """The 16-bit rows were rounded twice: what their master rounds to is not what they show."""
+    (model, optimizer), _ = pair()
+    step(model, optimizer, 0)
+    weights = [layer.q_b_proj.weight for layer in model.attention_layers()]
+    before = [optimizer.state[weight]["master"].clone() for weight in weights]
+    assert all((m.bfloat16() != w).any() for m, w in zip(before, weights, strict=True))
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(weight.clone())
+        weights[0][5, 3] = 0.5
+    before[0][5, 3] = 0.5
+    optimizer.qk_clip = None
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for weight, master in zip(weights, before, strict=True):
+        assert torch.equal(optimizer.state[weight]["master"], master)
+        assert torch.equal(weight, master.bfloat16())
+
+
+def test_a_clipped_head_whose_gradient_is_nan_keeps_its_master():
+    """And its 16-bit rows become what that rounds to, as at every step."""
+    (model, optimizer), _ = pair()
+    step(model, optimizer, 0)
+    weight = model.attention_layers()[0].kv_b_proj.weight
+    master = optimizer.state[weight]["master"].clone()
+    assert not torch.equal(weight, master.bfloat16())
+    optimizer.qk_clip = None
+    weight.grad = torch.full_like(weight.grad, math.nan)
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert torch.equal(optimizer.state[weight]["master"], master)
+    assert torch.equal(weight, master.bfloat16())
+
+
 def test_masters_go_where_the_option_does():
     (model, optimizer), _ = pair()
     step(model, optimizer, 0)

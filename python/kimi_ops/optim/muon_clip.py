@@ -216,6 +216,7 @@ class MuonClip(torch.optim.Optimizer):
         self._warned = False
         self._checked: list[Checked] = []  # the groups of the last step
         self._written: dict[Tensor, int] = {}  # what torch counts of writes, of those with masters
+        self._clipped: dict[Tensor, Tensor] = {}  # those that QK-Clip scaled, as it left them
         super().__init__(params, defaults)
         check_clip(max_grad_norm, self.param_groups)
 
@@ -254,7 +255,8 @@ class MuonClip(torch.optim.Optimizer):
         self._shards.update(groups)
         loaded = loaded_state(state["state"], groups, self._shards)
         super().__setstate__({**state, "param_groups": groups, "state": loaded})
-        self._written = {}  # the masters are those of the model that is loaded with them
+        # the masters are those of the model that is loaded with them
+        self._written, self._clipped = {}, {}
         self.defaults.pop("differentiable", None)  # torch's addition, which no group has
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -311,10 +313,13 @@ class MuonClip(torch.optim.Optimizer):
         if shards.routes:
             routed_update(work, shards.copies(present), squares)
         self._report(squares)
+        self._clipped = {}
         if clip is not None:
             told = partial(shards.told, what="the largest logits")
             masters = rows_of_masters(self._params(), self.state, shards)
-            clip(shards.process_group, masters, told)
+            scaled = clip(shards.process_group, masters, told)
+            # a master does not round to what was rounded, scaled and rounded
+            self._clipped = {p: p.detach().clone() for p in scaled if p in masters}
         mine = (p for group in self.param_groups for p in group["params"] if mastered(p, group))
         self._written = {p: local(p)._version for p in mine}
         return loss
@@ -370,7 +375,8 @@ class MuonClip(torch.optim.Optimizer):
         elif MASTER not in state:
             state[MASTER] = self._shards.local(param, param.detach().float())
         elif self._written.get(param, version := local(param)._version) != version:
-            followed(param, state[MASTER], partial(self._shards.local, param))
+            rows = partial(self._shards.local, param)
+            followed(param, self._clipped.get(param), state[MASTER], rows)
         if adamw:
             # beside the parameter, as torch's fused kernel keeps it: what is left alone does not
             # count, and only the device knows

@@ -24,12 +24,15 @@ def mastered(param: Tensor, group: dict[str, Any]) -> bool:
     return group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16)
 
 
-def followed(param: Tensor, master: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
-    """Give a master what was written to its parameter since the last step: entries that it does not
-    round to. `rows` are those of a tensor like the parameter that this rank has."""
-    shown = local(rows(param.detach()))
-    master = local(master)
-    master.copy_(torch.where(master.to(shown.dtype) == shown, master, shown.float()))
+def followed(
+    param: Tensor, left: Tensor | None, master: Tensor, rows: Callable[[Tensor], Tensor]
+) -> None:
+    """Give a master what was written to its parameter since the last step: entries that are not
+    what that step `left`, the master rounded where it is None. `rows` are those of a tensor like
+    the parameter that this rank has."""
+    shown, master = local(rows(param.detach())), local(master)
+    left = master.to(shown.dtype) if left is None else local(rows(left))
+    master.copy_(torch.where(left == shown, master, shown.float()))
 
 
 def worked(param: Tensor, grad: Tensor, state: dict[str, Tensor], *more: Any) -> Work:

@@ -111,10 +111,10 @@ class QKClip:
         """
         self.prepared()(process_group)
 
-    def prepared(self) -> Callable[..., None]:
+    def prepared(self) -> Callable[..., list[Tensor]]:
         """`step` in two: all that can be wrong is raised here, before weights move. What is called
         then takes the process group, rows of masters by their parameters, and what an exchange of a
-        group runs in."""
+        group runs in, and gives the parameters that it scaled."""
         return partial(self._clip, *self._plan())
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class QKClip:
         process_group: dist.ProcessGroup | None,
         masters: Mapping[Tensor, list[tuple[Tensor, int]]] = MappingProxyType({}),
         told: Callable[[dist.ProcessGroup], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
+    ) -> list[Tensor]:
         buffers = self._buffers()
         # a MAX over ranks may drop NaN; +inf says the same and stays
         inf = float("inf")
@@ -133,6 +133,7 @@ class QKClip:
         for group in self._groups(process_group, parts):
             with told(group):
                 dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
+        scaled = [of.parameter for of in parts]
         parts = [one for of in parts for one in (of, *of.copies(masters.get(of.parameter, ())))]
         gamma = engine.clip_rows_(
             [of.weight for of in parts],
@@ -147,6 +148,7 @@ class QKClip:
         self.gamma = self._by_layer(gamma, 1.0)
         nothing = torch.full_like(maxima, -inf).split([len(buffer) for buffer in buffers])
         torch._foreach_copy_(buffers, list(nothing))
+        return scaled
 
     def _plan(self) -> tuple[list[Layer], list[Part]]:
         """What `engine.clip_rows_` takes; all that can be wrong is found here."""

@@ -46,7 +46,7 @@ class Connection:
         self.transport, self.reason = found
         self.rank, self.world = self.transport.rank, self.transport.world
         self.device = self.transport.device
-        self._buffers, self._in_flight = buffers, 0
+        self._buffers, self._under_way = buffers, set[object]()
         self._broken: EPError | None = None
         self._hops: Hops | None = None
         _log.info("rank %d of %d: %s: %s", self.rank, self.world, self.transport.name, self.reason)
@@ -58,10 +58,11 @@ class Connection:
     def ready(self, op: str) -> None:
         """Raise `EPMisuse` unless `op` may begin."""
         self._works(op)
-        if self._in_flight >= self._buffers:
+        if len(self._under_way) >= self._buffers:
             raise EPMisuse(
                 f"{op}: expected at most {self._buffers} operations under way, this would be "
-                f"{self._in_flight + 1}; wait() for one, or pass a larger num_buffers"
+                f"{len(self._under_way) + 1}; wait() for one, pass a larger num_buffers, or after "
+                "an error abandon() them"
             )
 
     def _works(self, op: str) -> None:
@@ -112,14 +113,20 @@ class Connection:
         """An exchange, which takes one of the buffers until its result is there."""
         self.ready("exchange")
         wait = self._guarded(begin)
-        self._in_flight += 1
+        self._under_way.add(this := object())
 
         def arrived() -> Result:
-            self._in_flight -= 1
+            if this not in self._under_way:
+                raise EPMisuse("wait: expected an operation under way, got one that was abandoned")
+            self._under_way.remove(this)
             self._works("wait")
             return self._guarded(wait)
 
         return arrived
+
+    def abandon(self) -> None:
+        """Give the buffers of what is under way back; nobody will wait for it."""
+        self._under_way.clear()
 
     def agree(self, options: dict[str, Any], fault: Exception | None) -> None:
         """Raise on every rank, unless all have the same options and nothing to find fault with."""

@@ -218,6 +218,15 @@ class ExpertParallel:
         """
         self._connection.check(self._motions)
 
+    def abandon(self) -> None:
+        """Give up what is under way, after an error between its beginning and its `wait()`.
+
+        The buffers are free again; a `wait()` that comes all the same is an `EPMisuse`, a backward
+        through it likewise. All ranks call it where all have begun the same operations, and go on.
+        Where one rank alone has failed the others wait for it until their `EPTimeout`.
+        """
+        self._connection.abandon()
+
     @property
     def capacity(self) -> int | None:
         """The rows of a dispatch on every rank, None for as many as there are."""

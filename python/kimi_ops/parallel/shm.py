@@ -106,20 +106,24 @@ class Pulls:
 
     def __init__(self, segment: Segment, start: Start) -> None:
         self._send = Sender(segment, start)
-        self._rank = segment.rank
+        self._rank, self._trips = segment.rank, 0
+
+    def _trip(self, op: str, form: Form, back: Form) -> "Trip":
+        self._trips += 1
+        return Trip(self._send, op, form, back, self._trips)
 
     def away(
         self, op: str, route: Any, form: Form, back: Form, tokens: Sequence[Tensor],
         weights: Tensor | None, ids: Tensor | None,
     ) -> "Leaving":  # fmt: skip
-        trip = Trip(self._send, op, form, back)
+        trip = self._trip(op, form, back)
         return Leaving(trip, route, self._rank, tokens, weights, ids)
 
     def home(
         self, op: str, route: Any, form: Form, tie: Tensor, out: Tensor, here: Tensor | None,
         there: Tensor | None,
     ) -> Callable[[], Tensor]:  # fmt: skip
-        return _home(Trip(self._send, op, form, form), route.places, tie, out, here, there)
+        return _home(self._trip(op, form, form), route.places, tie, out, here, there)
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,11 @@ class Trip:
     op: str
     form: Form
     back: Form
+    number: int  # the same on all ranks: ranks that wait in different orders mix up gradients
 
     def reversed(self) -> "Trip":
-        return Trip(self.send, f"the gradient of {self.op}", self.back, self.form)
+        op = f"the gradient of {self.op} {self.number}"
+        return Trip(self.send, op, self.back, self.form, self.number)
 
     @property
     def plain(self) -> bool:

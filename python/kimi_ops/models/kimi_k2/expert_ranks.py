@@ -157,6 +157,11 @@ class ExpertRanks:
             )
         return to_first(self.group, tensor, owner)
 
+    def abandon(self) -> None:
+        """Give up what is under way after an error in a forward or backward, so that the next may
+        begin; `forward_two` and `backward_two` do it themselves."""
+        self._parallel.abandon()
+
     def close(self) -> None:
         """Give back the connection; the model is of no use for a forward then."""
         self._parallel.close()

@@ -15,8 +15,8 @@ The numbers are those of one batch after the other, bit for bit. The second batc
 so that the first leads in the backward, and gradients are added up in the order of the batches.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +64,10 @@ def forward_two(model: Decoder, first: Tensor, second: Tensor) -> tuple[BatchOut
 
     Notes
     -----
+    After an error that all ranks have at the same place (a hook that raises, memory that is short)
+    the next call works; loads and largest logits have counted what was computed. Where one rank
+    alone has it the others wait for that rank until their `EPTimeout`.
+
     `torch.utils.checkpoint` repeats both batches or none. In a trace of `torch.profiler` the parts
     are ``batch 2: attention 0``, ``batch 2: experts 0``, ..., with the exchanges in them:
     ``dispatch: begin``, ``dispatch: wait``, ``combine: begin``, ``combine: wait``, and in the
@@ -86,7 +90,7 @@ def forward_two(model: Decoder, first: Tensor, second: Tensor) -> tuple[BatchOut
     [(1, 3, 64), (1, 4, 64)]
     """
     check_two(model)
-    with no_cast_kept():
+    with _abandoned_by_errors(model), no_cast_kept():
         pair = [_Batch(model, f"batch {n}", ids) for n, ids in ((2, second), (1, first))]
         for layer in model.decoder_layers():
             for batch in pair:
@@ -111,8 +115,9 @@ def backward_two(model: nn.Module, losses: Sequence[Tensor]) -> None:
     -----
     The bits are those of ``losses[0].backward()`` and ``losses[1].backward()`` of batches that were
     computed one after the other: (what was there + the first) + the second. Within one backward
-    autograd would add the sum of the two to what was there. An error on the way loses what was
-    there: begin the step again.
+    autograd would add the sum of the two to what was there. An error on the way leaves gradients
+    that are neither what was there nor the sums: ``zero_grad()`` and begin the step again, with the
+    batches before.
     """
     held = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
     if any(p._backward_hooks for p in held):
@@ -121,7 +126,20 @@ def backward_two(model: nn.Module, losses: Sequence[Tensor]) -> None:
             "would be given those that are there already, got some; take the hooks off"
         )
     roots = [*losses, _Held.apply(*held)] if held else losses
-    torch.autograd.backward(list(roots))
+    with _abandoned_by_errors(model):
+        torch.autograd.backward(list(roots))
+
+
+@contextmanager
+def _abandoned_by_errors(model: nn.Module) -> Iterator[None]:
+    """An error in the body leaves none of the model's exchanges under way: a next step may come."""
+    try:
+        yield
+    except BaseException:
+        for moe in model.modules():
+            if isinstance(moe, MoE) and moe.ranks is not None:
+                moe.ranks.abandon()
+        raise
 
 
 def check_two(model: Decoder) -> None:
