@@ -17,7 +17,7 @@ from kimi_ops import _check
 from kimi_ops.optim import engine
 from kimi_ops.optim.learning_rate import adjusted_lr
 from kimi_ops.optim.muon_blocks import blocks, is_flat, names, ns_options
-from kimi_ops.optim.muon_mesh import sharded
+from kimi_ops.optim.muon_mesh import check_gradient, sharded
 from kimi_ops.optim.newton_schulz import check_options
 
 _ADJUST = (None, "original", "match_rms_adamw")
@@ -285,3 +285,17 @@ def _check_matrices(name: str, param: Tensor, group: dict[str, Any]) -> None:
             f"MuonClip: split_sizes: {tuple(sizes)} must be positive and add up to the {size} "
             f"{side} of {name}" + (" in a head" if group["num_heads"] is not None else "")
         )
+
+
+def gradients_of(checked: Checked) -> list[Tensor | None]:
+    """The gradients of a group's parameters; raises for those that `step` could not serve."""
+    grads = [param.grad for param in checked.params]
+    for grad in grads:
+        if grad is not None and grad.layout is not torch.strided:
+            raise TypeError(
+                "MuonClip: gradient: expected a dense one, got a sparse one; use sparse=False"
+            )
+    if checked.sharded:
+        for param in checked.params:
+            check_gradient(param)
+    return grads

@@ -97,3 +97,19 @@ def names(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     params = group["params"]
     given = group.get("param_names") or [f"#{i}" for i in range(len(params))]
     return zip(given, params, strict=True)
+
+
+def summary(groups: Sequence[dict[str, Any]]) -> str:
+    """One line for each group, then each parameter."""
+    lines = []
+    for group in groups:
+        params = group["params"]
+        side = ("rows", "columns")[group["head_dim"]]
+        how = f", {side} of {group['num_heads']} heads" if group["num_heads"] else ""
+        how += f", {side} split {tuple(group['split_sizes'])}" if group["split_sizes"] else ""
+        how += f", {side} dealt out to {group['interleave']}" if group["interleave"] else ""
+        how += ", transposed" if group["transposed"] else ""
+        count = sum(p.numel() for p in params)
+        lines.append(f"{group['algorithm']:<6} {len(params)} tensors, {count} parameters{how}")
+        lines += [f"  {name} {list(p.shape)}" for name, p in names(group)]
+    return "\n".join(lines)

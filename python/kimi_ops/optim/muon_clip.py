@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kimi_ops.optim import engine
-from kimi_ops.optim.group_checks import Checked, check_clip, check_group, check_groups
+from kimi_ops.optim.group_checks import Checked, check_clip, check_group, check_groups, gradients_of
 from kimi_ops.optim.group_keys import check_keys, follow_cycle
 from kimi_ops.optim.learning_rate import AdjustLr
-from kimi_ops.optim.muon_blocks import names, state_dtype
+from kimi_ops.optim.muon_blocks import names, state_dtype, summary
 from kimi_ops.optim.muon_groups import muon_param_groups
 from kimi_ops.optim.muon_masters import MASTER, followed, mastered, rows_of_masters, worked
-from kimi_ops.optim.muon_mesh import check_gradient, check_sharded, local, whole_state
+from kimi_ops.optim.muon_mesh import check_sharded, local, whole_state
 from kimi_ops.optim.muon_norms import Norms
 from kimi_ops.optim.muon_routed import routed_update
 from kimi_ops.optim.muon_shards import Shards
@@ -289,7 +289,7 @@ class MuonClip(torch.optim.Optimizer):
             follow_cycle(group)
         shards = self._shards
         checked = check_groups(self.param_groups, self._checked)
-        grads = [_gradients(known) for known in checked]
+        grads = [gradients_of(known) for known in checked]
         clip = None if self.qk_clip is None else self.qk_clip.prepared()
         if checked == self._checked:
             shards.check_shapes()
@@ -473,29 +473,4 @@ class MuonClip(torch.optim.Optimizer):
         muon   1 tensors, 6 parameters
           w [2, 3]
         """
-        lines = []
-        for group in self.param_groups:
-            params = group["params"]
-            side = ("rows", "columns")[group["head_dim"]]
-            how = f", {side} of {group['num_heads']} heads" if group["num_heads"] else ""
-            how += f", {side} split {tuple(group['split_sizes'])}" if group["split_sizes"] else ""
-            how += f", {side} dealt out to {group['interleave']}" if group["interleave"] else ""
-            how += ", transposed" if group["transposed"] else ""
-            count = sum(p.numel() for p in params)
-            lines.append(f"{group['algorithm']:<6} {len(params)} tensors, {count} parameters{how}")
-            lines += [f"  {name} {list(p.shape)}" for name, p in names(group)]
-        return "\n".join(lines)
-
-
-def _gradients(checked: Checked) -> list[Tensor | None]:
-    """The gradients of a group's parameters; raises for those that `step` could not serve."""
-    grads = [param.grad for param in checked.params]
-    for grad in grads:
-        if grad is not None and grad.layout is not torch.strided:
-            raise TypeError(
-                "MuonClip: gradient: expected a dense one, got a sparse one; use sparse=False"
-            )
-    if checked.sharded:
-        for param in checked.params:
-            check_gradient(param)
-    return grads
+        return summary(self.param_groups)
