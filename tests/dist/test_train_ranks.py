@@ -23,7 +23,7 @@ from kimi_ops.train import PeerError, RankError, Ranks, TrainResult, checkpoint,
 from kimi_ops.train.metrics import read_metrics
 from kimi_ops.train.sample import load_model, sample_text
 from kimi_ops.train.trainer import Trainer
-from tests.dist.world import launch
+from tests.dist.world import launch, started
 
 STEPS, HALF = 20, 10
 TINY = {
@@ -347,14 +347,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_torchrun_saves_when_it_is_ended_and_ends_with_a_lost_rank(tmp_path: Path, sent: int):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*start, *command(tmp_path / "run", "--expert-parallel=2", "--timeout=20")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
+    process = started(2, *command(tmp_path / "run", "--expert-parallel=2", "--timeout=20"))
     wait_for(tmp_path / "run" / "step_000005", process)
     workers = workers_of(process)
     assert len(workers) == 2

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +19,7 @@ from kimi_ops.train import Diverged, PeerError, RankError, Ranks, checkpoint
 from kimi_ops.train.metrics import read_metrics
 from kimi_ops.train.trainer import Trainer
 from tests.dist.test_train_ranks import HALF, STEPS, command, half_of, run, same, text, wait_for
-from tests.dist.world import launch
+from tests.dist.world import launch, started
 
 # Three micro-batches, so that shares of them are rounded; the norm of AdamW's gradients is clipped.
 WAYS = {"accumulate": 3, "clip_norm": 0.05}
@@ -197,15 +195,8 @@ def test_a_rank_of_a_stage_that_ends_is_named(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_program_saves_its_stages_and_says_how_to_go_on(tmp_path: Path):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     out, ways = tmp_path / "run", ("--pipeline-parallel=2", "--accumulate=2", "--schedule=GPipe")
-    process = subprocess.Popen(
-        [*start, *command(out, *ways)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
+    process = started(2, *command(out, *ways))
     wait_for(out / "step_000005", process)
     os.kill(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=40)

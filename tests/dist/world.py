@@ -43,21 +43,29 @@ def _join(rank: int, worker: Callable[[int, str], None], folder: str, processes:
     dist.destroy_process_group()
 
 
-def torchrun(processes: int, *words: str) -> str:
-    """What a program prints that torchrun starts; `words` are its file and its arguments."""
+def started(processes: int, *words: str) -> subprocess.Popen[str]:
+    """A program under torchrun, all that it prints in one pipe; `words` are its file, or -m and its
+    module, and its arguments."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    run = subprocess.run(
+    return subprocess.Popen(
         [*command, str(processes), *words],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+
+
+def torchrun(processes: int, *words: str) -> str:
+    """What such a program prints to its end."""
+    process = started(processes, *words)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    return printed
 
 
 def alone(folder: Path, *words: str) -> str:
-    """The same of a Python file as the only process, forked."""
+    """The same of a Python file as the only process, which is forked."""
     fork(_script, 1, folder / "printed", *words)
     return (folder / "printed").read_text()
 
