@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kimi_ops import LocalWorld
-from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2, KimiK2Config, Stage, load_stage
+from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2, KimiK2Config, Stage, load_stage, pretrained
 
 CONFIG = KimiK2Config.tiny()
 LAYERS = range(2), range(2, 3)
@@ -125,3 +125,11 @@ def test_the_experts_of_a_stage_over_ranks(folder: Path):
                     torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5)
 
     LocalWorld(2).run(work)
+
+
+def test_quantised_experts_of_a_stage_are_for_inference():
+    stage = Stage(KimiK2(CONFIG, device="meta"), LAYERS[1])
+    pretrained.keep_quantized(pretrained.whole(stage), "int4")
+    hidden = torch.zeros(1, 3, CONFIG.hidden_size)
+    with pytest.raises(ValueError, match="experts: expected eval mode beside experts kept in int4"):
+        stage.train()(hidden)

@@ -289,17 +289,7 @@ class Decoder(nn.Module):
     ) -> None:
         """Refuse what does not go with this model, before anything changes."""
         check_dtype("KimiK2", self.lm_head.weight.dtype)
-        if self.recompute != "none" and torch.compiler.is_compiling():
-            raise ValueError(
-                f"KimiK2: recompute: expected none in a compiled forward, got {self.recompute}; "
-                "the compiler plans what its backward keeps: "
-                "torch._functorch.config.activation_memory_budget"
-            )
-        if self.training and self.experts_form is not None:
-            raise ValueError(
-                f"KimiK2: experts: expected eval mode beside experts kept in {self.experts_form}, "
-                "got a forward in training mode; call model.eval(), or load with experts=None"
-            )
+        self.check_mode()
         if type(logits_to_keep) is not int or logits_to_keep < 0:
             raise ValueError(
                 f"KimiK2: logits_to_keep: expected an int >= 0, got {logits_to_keep!r}; 0 keeps all"
@@ -312,6 +302,20 @@ class Decoder(nn.Module):
                     "KimiK2: cache: works without gradients only; call under torch.no_grad()"
                 )
             cache.check(*inputs.shape, self.lm_head.weight)
+
+    def check_mode(self) -> None:
+        """Refuse a way of running that these layers do not have."""
+        if self.recompute != "none" and torch.compiler.is_compiling():
+            raise ValueError(
+                f"KimiK2: recompute: expected none in a compiled forward, got {self.recompute}; "
+                "the compiler plans what its backward keeps: "
+                "torch._functorch.config.activation_memory_budget"
+            )
+        if self.training and self.experts_form is not None:
+            raise ValueError(
+                f"KimiK2: experts: expected eval mode beside experts kept in {self.experts_form}, "
+                "got a forward in training mode; call model.eval(), or load with experts=None"
+            )
 
     @property
     def recompute(self) -> str:

@@ -115,6 +115,7 @@ class Stage(Decoder):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, S, H], from the last stage logits, from ids [B, S] or what the stage before gives."""
+        self.check_mode()
         ids, hidden = (x, None) if self.first else (None, x)
         inputs = check_inputs(self.config, 0, ids, hidden, None, None)
         x = self.model.embed_tokens(x)
