@@ -21,22 +21,18 @@ On a GPU (--device cuda) the ranks of a LocalWorld share it, up to 8 in a launch
 """
 
 import argparse
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks import one_gpu
 from benchmarks.measure import Time, peak_memory
-from benchmarks.options import parse, parser
-from benchmarks.processes import join, samples
+from benchmarks.options import numbers, parse, parser
+from benchmarks.processes import samples, told
 from benchmarks.report import OURS, Row
 from benchmarks.session import Session
 from kimi_ops import ExpertParallel, topk_gate
@@ -159,26 +155,19 @@ def _samples(rank: Rank, budget: float) -> dict[str, dict[str, list[list[float]]
     return found
 
 
-def _work(index: int, folder: str, cases: list[Case], budget: float) -> None:
-    join(index, folder, cases[0].ranks)
-    with torch.no_grad():
-        for number, case in enumerate(cases):
-            rank = Rank(case, index)
-            counts = torch.tensor([rank.received, rank.received - rank.route.received[index]])
-            dist.all_reduce(counts)
-            times = _samples(rank, budget)
-            functions = {(op, way): function for op, way, function in rank.ways()}
-            peaks = {
-                way: {op: peak_memory(functions[op, way], "cpu") for op in OPS}
-                for way in (OURS, "gloo")
-            }
-            if index == 0:
-                told = {"times": times, "records": counts.tolist(), "peaks": peaks}
-                Path(folder, f"{number}.json").write_text(json.dumps(told))
-            for ep in rank.ranks.values():
-                ep.close()
-    dist.barrier()
-    dist.destroy_process_group()
+@torch.no_grad()
+def _work(index: int, case: Case, budget: float) -> dict[str, Any]:
+    rank = Rank(case, index)
+    counts = torch.tensor([rank.received, rank.received - rank.route.received[index]])
+    dist.all_reduce(counts)
+    times = _samples(rank, budget)
+    functions = {(op, way): function for op, way, function in rank.ways()}
+    peaks = {
+        way: {op: peak_memory(functions[op, way], "cpu") for op in OPS} for way in (OURS, "gloo")
+    }
+    for ep in rank.ranks.values():
+        ep.close()
+    return {"times": times, "records": counts.tolist(), "peaks": peaks}
 
 
 def _row(case: Case, op: str, times: dict[str, list[list[float]]], records: list[int]) -> MovedRow:
@@ -222,31 +211,19 @@ def compare(session: Session) -> None:
                 cases.append(case)
         if not cases:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            mp.start_processes(_work, (folder, cases, budget), count, start_method="spawn")
-            for number, case in enumerate(cases):
-                told: dict[str, Any] = json.loads(Path(folder, f"{number}.json").read_text())
-                for op, table in tables.items():
-                    row = _row(case, op, told["times"][op], told["records"])
-                    row.peak_bytes, row.peer_bytes = (
-                        told["peaks"][way][op] for way in (OURS, "gloo")
-                    )
-                    table.add(row)
-                    print(
-                        f"    p99 {1e3 * row.p99:.2f} ms of "
-                        f"{len(told['times'][op][OURS][0])} rounds; "
-                        f"logical {row.logical / row.time.median / 1e9:.2f} GB/s, "
-                        f"wire {row.wire / row.time.median / 1e9:.2f} GB/s; processor ms: "
-                        + ", ".join(f"{way} {1e3 * t:.2f}" for way, t in row.processor.items()),
-                        flush=True,
-                    )
-
-
-def numbers(text: str) -> list[int]:
-    found = [int(part) for part in text.split(",")]
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError("expected numbers above 0, as 2,4")
-    return found
+        for case, found in told(_work, cases, count, budget):
+            for op, table in tables.items():
+                row = _row(case, op, found["times"][op], found["records"])
+                row.peak_bytes, row.peer_bytes = (found["peaks"][w][op] for w in (OURS, "gloo"))
+                table.add(row)
+                print(
+                    f"    p99 {1e3 * row.p99:.2f} ms of "
+                    f"{len(found['times'][op][OURS][0])} rounds; "
+                    f"logical {row.logical / row.time.median / 1e9:.2f} GB/s, "
+                    f"wire {row.wire / row.time.median / 1e9:.2f} GB/s; processor ms: "
+                    + ", ".join(f"{way} {1e3 * t:.2f}" for way, t in row.processor.items()),
+                    flush=True,
+                )
 
 
 def options() -> argparse.ArgumentParser:

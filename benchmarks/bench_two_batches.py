@@ -18,8 +18,6 @@ GPU: by NCCL where there are as many, by the kernels of the backend cuda in any 
 
 import argparse
 import dataclasses
-import json
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,15 +27,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import profile
 
-from benchmarks.bench_all_to_all import numbers
 from benchmarks.measure import Time
-from benchmarks.options import parse, parser
-from benchmarks.processes import join, samples
+from benchmarks.options import numbers, parse, parser
+from benchmarks.processes import samples, told
 from benchmarks.report import OURS, Row
 from benchmarks.session import Session
 from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2, KimiK2Config, backward_two, forward_two
@@ -123,31 +119,26 @@ def loss(logits: Tensor, batch: Tensor) -> Tensor:
 
 
 def _work(
-    index: int, folder: str, cases: list[Case], budget: float, device: str, trace: Path | None
-) -> None:
-    join(index, folder, cases[0].ranks)
+    index: int, case: Case, budget: float, device: str, trace: Path | None
+) -> list[list[list[float]]]:
     wait: Callable[[], None] = lambda: None  # noqa: E731
     place = torch.device(device)
     if device == "cuda":
         place = torch.device("cuda", index % torch.cuda.device_count())
         torch.cuda.set_device(place)
         wait = torch.cuda.synchronize
-    for number, case in enumerate(cases):
-        rank = Rank(case, index, place)
-        times = samples([rank.side_by_side, rank.in_turn], budget, wait)
-        traced = trace is not None and index == 0
-        with profile() if traced else nullcontext() as profiler:
-            rank.side_by_side()
-            wait()
-        if profiler is not None and trace is not None:
-            profiler.export_chrome_trace(
-                str(trace / f"{case}.json".replace(" ", "_").replace("/", "p"))
-            )
-        if index == 0:
-            Path(folder, f"{number}.json").write_text(json.dumps(times))
-        rank.spread.close()
-    dist.barrier()
-    dist.destroy_process_group()
+    rank = Rank(case, index, place)
+    times = samples([rank.side_by_side, rank.in_turn], budget, wait)
+    traced = trace is not None and index == 0
+    with profile() if traced else nullcontext() as profiler:
+        rank.side_by_side()
+        wait()
+    if profiler is not None and trace is not None:
+        profiler.export_chrome_trace(
+            str(trace / f"{case}.json".replace(" ", "_").replace("/", "p"))
+        )
+    rank.spread.close()
+    return times
 
 
 def cases_of(ranks: int, device: str, link: float) -> list[Case]:
@@ -169,22 +160,18 @@ def compare(session: Session) -> None:
         cases = session.select(cases_of(count, session.device, link))
         if not cases:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            given = folder, cases, budget, session.device, trace
-            mp.start_processes(_work, given, count, start_method="spawn")
-            for number, case in enumerate(cases):
-                told: list[Any] = json.loads(Path(folder, f"{number}.json").read_text())
-                (ours, worked), (peer, worked_peer) = (
-                    [Time.of(taken) for taken in way] for way in told
-                )
-                tokens = 2 * case.ranks * case.sequences * WINDOW
-                roof = tokens / peer.median
-                table.add(Row(str(case), ours, tokens, "Mcall/s", roof, {PEER: peer}))
-                print(
-                    f"    processor ms of the slowest rank: {OURS} {1e3 * worked.median:.0f}, "
-                    f"{PEER} {1e3 * worked_peer.median:.0f}",
-                    flush=True,
-                )
+        for case, found in told(_work, cases, count, budget, session.device, trace):
+            (ours, worked), (peer, worked_peer) = (
+                [Time.of(taken) for taken in way] for way in found
+            )
+            tokens = 2 * case.ranks * case.sequences * WINDOW
+            roof = tokens / peer.median
+            table.add(Row(str(case), ours, tokens, "Mcall/s", roof, {PEER: peer}))
+            print(
+                f"    processor ms of the slowest rank: {OURS} {1e3 * worked.median:.0f}, "
+                f"{PEER} {1e3 * worked_peer.median:.0f}",
+                flush=True,
+            )
 
 
 def rate(text: str) -> float:

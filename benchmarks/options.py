@@ -26,6 +26,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message}\n")
 
 
+def numbers(text: str) -> list[int]:
+    """The type of an option that takes several, as 2,4."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError("expected numbers above 0, as 2,4")
+    return found
+
+
 def parser(module: str, description: str) -> Parser:
     """Of one benchmark's module, or of the package for all."""
     made = Parser(

@@ -1,18 +1,49 @@
 # SPDX-License-Identifier: MIT
 """Ranks of a benchmark, each a process of this machine, and what their ways take in turns."""
 
+import json
 import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
 LEAST, MOST = 9, 300  # rounds
+Case = TypeVar("Case")
 
 
-def join(rank: int, folder: str, world: int) -> None:
+def told(
+    work: Callable[..., object], cases: Sequence[Case], ranks: int, *arguments: Any
+) -> Iterator[tuple[Case, Any]]:
+    """Each case, and what rank 0 found of it: work(rank, case, *arguments) in processes that take
+    the cases one after another; JSON knows its values."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = folder, work, cases, ranks, arguments
+        mp.start_processes(_work, given, ranks, start_method="spawn")
+        for number, case in enumerate(cases):
+            yield case, json.loads(Path(folder, f"{number}.json").read_text())
+
+
+def _work(
+    rank: int, folder: str, work: Callable[..., object], cases: Sequence[Any], ranks: int,
+    arguments: Sequence[Any],
+) -> None:  # fmt: skip
+    _join(rank, folder, ranks)
+    for number, case in enumerate(cases):
+        found = work(rank, case, *arguments)
+        if rank == 0:
+            Path(folder, f"{number}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _join(rank: int, folder: str, world: int) -> None:
     """Join the group of all ranks, on cores of the rank's own, as launchers do it."""
     cores = sorted(os.sched_getaffinity(0))
     mine = cores[rank::world] or [cores[rank % len(cores)]]

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Random dispatches, and what the oracle makes of them."""
 
+import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
+import pytest
 import torch
 from torch import Tensor
 
-from kimi_ops import ExpertParallel
+from kimi_ops import ExpertParallel, LocalWorld
+from kimi_ops.parallel import EPMisuse, EPRankLost
 from kimi_ops.reference import all_to_all as oracle
 
 HIDDEN = (1, 8, 130)
@@ -124,6 +127,69 @@ def check(
             expected = case.combined(outs, received)[rank]
             assert y.dtype == expected.dtype and torch.equal(y, expected)
             given = ep.dispatch(case.x[rank], weights=weights, handle=given.handle)
+
+
+def without(case: Case, lost: set[int]) -> Case:
+    """The case as it is where those ranks bring nothing and their experts get nothing."""
+    small, more = divmod(case.experts, case.world)
+    owners = [rank for rank in range(case.world) for _ in range(small + (rank < more))]
+    gone = torch.tensor([*(owner in lost for owner in owners), False])
+
+    def kept(ids: Tensor) -> Tensor:
+        return ids.masked_fill(gone[ids.long().remainder(case.experts + 1)], -1)
+
+    x = [t[:0] if rank in lost else t for rank, t in enumerate(case.x)]
+    ids = [t[:0] if rank in lost else kept(t) for rank, t in enumerate(case.indices)]
+    weights = case.weights and [t[: len(i)] for t, i in zip(case.weights, ids, strict=True)]
+    return replace(case, x=x, indices=ids, weights=weights)
+
+
+def check_without(case: Case, lost: set[int], mask: Callable[[ExpertParallel], None]) -> None:
+    """Ranks of a `LocalWorld` that are lost, and masked by `mask`: the rest has the oracle's bits
+    of `without`."""
+    rest = without(case, lost)
+    received = rest.received()
+    combined = rest.combined([triple(rows.x) for rows in received], received)
+
+    def work(group: Any) -> None:
+        with ExpertParallel(group, **case.options) as ep:
+            if group.rank in lost:
+                return
+            x, ids = case.x[group.rank], case.indices[group.rank]
+            with pytest.raises(EPRankLost) as caught:
+                ep.dispatch(x, ids)
+            assert set(caught.value.ranks) <= lost
+            mask(ep)
+            rows = ep.dispatch(x, ids, case.weights and case.weights[group.rank])
+            want = received[group.rank]
+            assert torch.equal(rows.x, want.x) and torch.equal(rows.offsets, want.offsets)
+            assert rows.handle.dropped == want.dropped
+            assert torch.equal(ep.combine(triple(rows.x), rows.handle), combined[group.rank])
+
+    LocalWorld(case.world).run(work)
+
+
+def survive(rank: int, backend: str) -> NoReturn:
+    """One of 3 processes of the default group, of which rank 1 ends between two layers."""
+    sizes = {"num_experts": 6, "hidden": 2, "max_tokens_per_rank": 8, "timeout": 20.0}
+    ep = ExpertParallel(backend=backend, **sizes)
+    ids, x = torch.arange(6).view(1, 6), torch.full((1, 2), 1.0 + rank)
+    rows = ep.dispatch(x, ids)
+    ep.combine(rows.x, rows.handle)
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(EPRankLost) as caught:
+        ep.dispatch(x, ids)
+    assert caught.value.ranks == (1,), str(caught.value)
+    ep.mask_rank(*caught.value.ranks)
+    with pytest.raises(EPMisuse, match="expected one of this ExpertParallel"):
+        ep.combine(rows.x, rows.handle)
+    for _ in range(3):
+        rows = ep.dispatch(x, ids)
+        assert rows.x[:, 0].tolist() == [1.0, 3.0] * 2 and ep.backend == backend
+        assert ep.combine(rows.x, rows.handle)[0].tolist() == [4.0 * (1 + rank)] * 2
+    ep.close()
+    os._exit(0)  # the default group has lost a rank: nobody can end it in order
 
 
 def triple(x: Tensor) -> Tensor:

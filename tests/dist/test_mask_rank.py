@@ -2,67 +2,30 @@
 """ExpertParallel goes on without ranks that are lost: the bits of a group whose lost ranks bring no
 tokens and whose experts nobody chose."""
 
-import os
 import time
-from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from kimi_ops import ExpertParallel, LocalWorld
-from kimi_ops.parallel import EPMisuse, EPRankLost, EPTimeout
-from tests.dist.all_to_all_cases import Case, random_case, triple
-from tests.dist.world import fork
-
-
-def without(case: Case, lost: set[int]) -> Case:
-    """The case as it is where those ranks bring nothing and their experts get nothing."""
-    small, more = divmod(case.experts, case.world)
-    owners = [rank for rank in range(case.world) for _ in range(small + (rank < more))]
-    gone = torch.tensor([*(owner in lost for owner in owners), False])
-
-    def kept(ids):
-        return ids.masked_fill(gone[ids.long().remainder(case.experts + 1)], -1)
-
-    x = [t[:0] if rank in lost else t for rank, t in enumerate(case.x)]
-    ids = [t[:0] if rank in lost else kept(t) for rank, t in enumerate(case.indices)]
-    weights = case.weights and [t[: len(i)] for t, i in zip(case.weights, ids, strict=True)]
-    return replace(case, x=x, indices=ids, weights=weights)
+from kimi_ops.parallel import EPRankLost, EPTimeout
+from tests.dist.all_to_all_cases import check_without, random_case, survive
+from tests.dist.world import fork, join
 
 
 @pytest.mark.parametrize("lost", [{1}, {0}, {3}, {0, 2}], ids=str)
 @pytest.mark.parametrize("seed", range(8))
 def test_what_is_left_has_the_bits_of_the_oracle(seed, lost):
-    case = random_case(seed, 4)
-    rest = without(case, lost)
-    received = rest.received()
-    outs = [triple(rows.x) for rows in received]
-    combined = rest.combined(outs, received)
+    def mask(ep: ExpertParallel) -> None:
+        before = ep.rank, ep.experts
+        if len(lost) > 1:  # found one after another
+            with pytest.raises(EPRankLost):
+                ep.mask_rank(min(lost))
+        ep.mask_rank(*lost)
+        assert ep.active_ranks == tuple(r for r in range(4) if r not in lost)
+        assert (ep.rank, ep.experts) == before and ep.world == 4
 
-    def work(group):
-        with ExpertParallel(group, **case.options) as ep:
-            if group.rank in lost:
-                return
-            with pytest.raises(EPRankLost) as caught:
-                ep.dispatch(case.x[group.rank], case.indices[group.rank])
-            assert set(caught.value.ranks) <= lost
-            before = ep.experts
-            if len(lost) > 1:  # found one after another
-                with pytest.raises(EPRankLost):
-                    ep.mask_rank(min(lost))
-            ep.mask_rank(*lost)
-            assert ep.active_ranks == tuple(r for r in range(4) if r not in lost)
-            assert (ep.rank, ep.world, ep.experts) == (group.rank, 4, before)
-            weights = case.weights and case.weights[group.rank]
-            rows = ep.dispatch(case.x[group.rank], case.indices[group.rank], weights)
-            assert torch.equal(rows.x, received[group.rank].x)
-            assert torch.equal(rows.offsets, received[group.rank].offsets)
-            assert rows.handle.dropped == received[group.rank].dropped
-            y = ep.combine(triple(rows.x), rows.handle)
-            assert torch.equal(y, combined[group.rank])
-
-    LocalWorld(4).run(work)
+    check_without(random_case(seed, 4), lost, mask)
 
 
 def test_gradients_of_dropped_pairs_are_zero():
@@ -119,27 +82,8 @@ def test_what_cannot_be_masked_is_refused_and_changes_nothing():
 
 
 def _survive(rank: int, folder: str, backend: str) -> None:
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3)
-    sizes = {"num_experts": 6, "hidden": 2, "max_tokens_per_rank": 8, "timeout": 20.0}
-    ep = ExpertParallel(backend=backend, **sizes)
-    ids, x = torch.arange(6).view(1, 6), torch.full((1, 2), 1.0 + rank)
-    rows = ep.dispatch(x, ids)
-    ep.combine(rows.x, rows.handle)
-    if rank == 1:
-        os._exit(0)  # killed between two layers
-    with pytest.raises(EPRankLost) as caught:
-        ep.dispatch(x, ids)
-    assert caught.value.ranks == (1,), str(caught.value)
-    ep.mask_rank(*caught.value.ranks)
-    with pytest.raises(EPMisuse, match="expected one of this ExpertParallel"):
-        ep.combine(rows.x, rows.handle)
-    for _ in range(3):
-        rows = ep.dispatch(x, ids)
-        assert rows.x[:, 0].tolist() == [1.0, 3.0] * 2 and ep.backend == backend
-        assert ep.combine(rows.x, rows.handle)[0].tolist() == [4.0 * (1 + rank)] * 2
-    ep.close()
-    os._exit(0)  # the default group has lost a rank: nobody can end it in order
+    join(rank, folder, 3)
+    survive(rank, backend)
 
 
 @pytest.mark.parametrize("backend", ["shm", "gloo"])

@@ -15,9 +15,8 @@ from kimi_ops import ExpertParallel, LocalWorld
 from kimi_ops.parallel import EPMismatch, EPPeerError, EPRankLost, EPTimeout
 from kimi_ops.parallel.local import LocalTransport
 from kimi_ops.reference import all_to_all as oracle
-from tests.dist.all_to_all_cases import Case, check, random_case, triple
-from tests.dist.test_mask_rank import without
-from tests.dist.world import fork
+from tests.dist.all_to_all_cases import Case, check, check_without, random_case, triple
+from tests.dist.world import fork, join
 
 SHAPES = ((4, 2), (8, 4), (6, 2), (6, 3), (4, 1), (3, 3))  # ranks, ranks of a node
 SMALL = {"num_experts": 4, "hidden": 2, "max_tokens_per_rank": 8}
@@ -215,33 +214,17 @@ def test_what_cannot_be_is_refused():
 def test_nodes_and_ranks_are_masked(lost, left):
     case = case_of(5, (4, 2))
     case.capacity, case.overflow = None, "raise"
-    rest = without(case, lost)
-    received = rest.received()
-    outs = [triple(rows.x) for rows in received]
     # the ranks that are left make the nodes: sums of those that are lost are zeros
-    combined = rest.combined(outs, received)
 
-    def work(group):
-        with ExpertParallel(group, **case.options) as ep:
-            if group.rank in lost:
-                return
-            with pytest.raises(EPRankLost) as caught:
-                ep.dispatch(case.x[group.rank], case.indices[group.rank])
-            assert set(caught.value.ranks) <= lost
-            ep.mask_rank(*lost)
-            assert ep._connection._hops.node.world == left
-            weights = case.weights and case.weights[group.rank]
-            rows = ep.dispatch(case.x[group.rank], case.indices[group.rank], weights)
-            assert torch.equal(rows.x, received[group.rank].x)
-            y = ep.combine(triple(rows.x), rows.handle)
-            assert torch.equal(y, combined[group.rank])
+    def mask(ep: ExpertParallel) -> None:
+        ep.mask_rank(*lost)
+        assert ep._connection._hops.node.world == left
 
-    LocalWorld(4).run(work)
+    check_without(case, lost, mask)
 
 
 def _gloo(rank: int, folder: str) -> None:
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=4)
+    join(rank, folder, 4)
     group = dist.group.WORLD
     for seed in range(4):
         check(case_of(seed, (4, 2)), group, rank, triple)

@@ -13,16 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kimi_ops import ExpertParallel, LocalWorld, _native
-from kimi_ops.parallel import EPMisuse, EPRankLost, peer_memory, peer_transport
+from kimi_ops import LocalWorld, _native
+from kimi_ops.parallel import peer_memory, peer_transport
 from kimi_ops.parallel.local import LocalGroup, LocalTransport
 from kimi_ops.parallel.peer_memory import PeerMemory
 from kimi_ops.parallel.peers import Peers
 from kimi_ops.parallel.wire import Form
 from tests.conftest import SIMT
-from tests.dist.all_to_all_cases import check, random_case, triple
+from tests.dist.all_to_all_cases import check, random_case, survive, triple
 from tests.dist.test_peers import case_of, graded_case, run
-from tests.dist.world import fork
+from tests.dist.world import fork, join
 
 pytestmark = pytest.mark.skipif(SIMT is None, reason="built without the kernels on the host")
 WORLD = 3
@@ -46,32 +46,13 @@ def _work(rank: int, folder: str) -> None:
     SIMT.serve_cpu_tensors_by_cuda(True)
     _native.engine, peer_transport.shared = SIMT, partial(_over_files, folder)
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid="one GPU for all")
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    join(rank, folder, WORLD)
     for seed in (2, 5):
         case = random_case(seed, WORLD)
         case.x = [x.float() for x in case.x]
         case.weights = case.weights and [w.float() for w in case.weights]
         check(case, dist.group.WORLD, rank, triple, "cuda")
-    sizes = {"num_experts": 6, "hidden": 2, "max_tokens_per_rank": 8, "timeout": 20.0}
-    ep = ExpertParallel(backend="cuda", **sizes)
-    ids, x = torch.arange(6).view(1, 6), torch.full((1, 2), 1.0 + rank)
-    rows = ep.dispatch(x, ids)
-    ep.combine(rows.x, rows.handle)
-    if rank == 1:
-        os._exit(0)
-    with pytest.raises(EPRankLost) as caught:
-        ep.dispatch(x, ids)
-    assert caught.value.ranks == (1,), str(caught.value)
-    ep.mask_rank(*caught.value.ranks)
-    with pytest.raises(EPMisuse, match="expected one of this ExpertParallel"):
-        ep.combine(rows.x, rows.handle)
-    for _ in range(2):
-        rows = ep.dispatch(x, ids)
-        assert rows.x[:, 0].tolist() == [1.0, 3.0] * 2 and ep.backend == "cuda"
-        assert ep.combine(rows.x, rows.handle)[0].tolist() == [4.0 * (1 + rank)] * 2
-    ep.close()
-    os._exit(0)  # the default group has lost a rank: nobody can end it in order
+    survive(rank, "cuda")
 
 
 def test_processes_go_on_without_one_that_ended(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from torch import Tensor
 from kimi_ops import ExpertParallel, Fp8Rows, LocalWorld, _native, formats
 from kimi_ops.parallel.errors import EPMismatch, EPMisuse, EPOverflow, EPRankLost, EPTimeout
 from kimi_ops.parallel.peer_memory import PeerMemory, slices
-from tests.dist.all_to_all_cases import Case, check, random_case, triple
-from tests.dist.test_mask_rank import without
+from tests.dist.all_to_all_cases import Case, check, random_case, triple, without
 
 pytestmark = pytest.mark.usefixtures("simt_engine")
 WORLDS = (1, 2, 3, 4)  # the host's device has room for 5 blocks that wait

@@ -4,13 +4,11 @@ and rows of a DTensor are clipped where they lie. Two gloo processes over loopba
 
 import copy
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.tensor import (
     DTensor,
@@ -22,6 +20,7 @@ from torch.distributed.tensor import (
 )
 
 from kimi_ops import QKClip
+from tests.dist.world import launch
 
 WORLD, HEADS, NOPE, ROPE, V = 2, 3, 4, 2, 3
 
@@ -80,10 +79,6 @@ def same(layers: list[Latent], clip: QKClip, whole: list[Latent], want: QKClip) 
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     whole, want = joined()
     assert want.nonfinite.tolist() == [[False] * 3, [False, True, False]]
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -135,8 +130,7 @@ def worker(rank: int, folder: str) -> None:
         layer.q_proj.weight = nn.Parameter(broken)
         with pytest.raises(ValueError, match=r"layers.0..q_proj.weight: expected a DTensor that is repl"):
             QKClip([layer])
-    dist.destroy_process_group()
 
 
 def test_ranks_clip_as_one_process_does(tmp_path: Path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=WORLD)
+    launch(worker, tmp_path, WORLD)

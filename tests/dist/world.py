@@ -35,9 +35,14 @@ def _start(rank: int, function: Callable[..., None], *arguments: Any) -> None:
     function(rank, *arguments)
 
 
-def _join(rank: int, worker: Callable[[int, str], None], folder: str, processes: int) -> None:
+def join(rank: int, folder: str, processes: int) -> None:
+    """Make the default group, of as many processes that were forked."""
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+
+
+def _join(rank: int, worker: Callable[[int, str], None], folder: str, processes: int) -> None:
+    join(rank, folder, processes)
     worker(rank, folder)
     dist.barrier()
     dist.destroy_process_group()

@@ -95,7 +95,7 @@ class KimiK2Config:
     @classmethod
     def moonlight_slice(cls) -> "KimiK2Config":
         """Moonlight's first 7 layers with its embedding and head: training fills 80 GB."""
-        return cls(**presets.MOONLIGHT_SLICE)
+        return dataclasses.replace(cls.moonlight(), num_hidden_layers=7)
 
     @classmethod
     def mini(cls) -> "KimiK2Config":

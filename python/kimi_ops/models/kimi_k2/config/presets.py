@@ -33,7 +33,6 @@ MOONLIGHT: dict[str, Any] = dict(
     max_position_embeddings=8192,
     rms_norm_eps=1e-5,
 )
-MOONLIGHT_SLICE: dict[str, Any] = MOONLIGHT | dict(num_hidden_layers=7)
 
 MINI: dict[str, Any] = dict(
     vocab_size=256,
