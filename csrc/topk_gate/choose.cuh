@@ -46,6 +46,11 @@ struct Layout {
   __device__ int expert(int j) const {
     return wide ? 4 * lane_id() + j % 4 + 128 * (j / 4) : lane_id() + 32 * j;
   }
+  /// The same without a branch, for a j that only the lane knows.
+  __device__ int expert_of(uint32_t j) const {
+    return static_cast<int>((static_cast<uint32_t>(lane_id()) << (wide ? 2 : 0)) +
+                            ((j & 3) << (wide ? 0 : 5)) + (j >> 2 << 7));
+  }
 };
 
 __device__ inline bool estimated(const TopkGateParams& p) {
@@ -168,14 +173,13 @@ __device__ int collect(const float (&a)[kValues], Layout at, float bound, Board&
   for (int j = 0; j < kValues; ++j) mine |= a[j] >= bound ? 1u << j : 0u;
   const uint32_t lanes_below = (1u << lane_id()) - 1;
   int found = 0;
-  while (found <= kWarpSize) {
-    const uint32_t lanes = warp_ballot(mine != 0);
-    if (lanes == 0) break;
+  for (uint32_t lanes = warp_ballot(mine != 0); lanes != 0; lanes = warp_ballot(mine != 0)) {
     const int place = found + __popc(lanes & lanes_below);
-    if (mine != 0 && place < kWarpSize)
-      board.id[place] = at.expert(__ffs(static_cast<int>(mine)) - 1);
+    const uint32_t j = static_cast<uint32_t>(__ffs(static_cast<int>(mine)) - 1);
+    if (mine != 0 && place < kWarpSize) board.id[place] = at.expert_of(j);
     mine &= mine - 1;
     found += __popc(lanes);
+    if (found > kWarpSize) break;
   }
   return found;
 }
