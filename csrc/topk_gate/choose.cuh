@@ -34,7 +34,7 @@ namespace {  // each architecture's file has its own
 
 // Shared memory of a warp, beyond keys.
 struct alignas(16) Board {
-  int64_t order[kWarpSize];   // of a candidate: its key, then its id from above
+  int32_t key[kWarpSize];     // of a candidate; kExcluded beyond the last
   int32_t id[kWarpSize];      // of a candidate
   int32_t chosen[kWarpSize];  // of a slot
   float score[kWarpSize];     // of a slot; 0 beyond K
@@ -73,11 +73,13 @@ __device__ inline void load_row(const T* row, int num_experts, Layout at, float 
   if (at.wide) {
 #pragma unroll
     for (int j = 0; j < kValues; j += 4) {
-      Vec<T, 4> four{};
-      const bool inside = at.expert(j) < num_experts;
-      if (inside) four = *reinterpret_cast<const Vec<T, 4>*>(row + at.expert(j));
+      Vec<T, 4> four;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[j + i] = inside ? to_float(four[i]) : absent;
+      for (int i = 0; i < 4; ++i) four[i] = from_float<T>(absent);
+      if (at.expert(j) < num_experts)
+        four = *reinterpret_cast<const Vec<T, 4>*>(row + at.expert(j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[j + i] = to_float(four[i]);
     }
   } else {
 #pragma unroll
@@ -143,24 +145,30 @@ __device__ void estimate_choices(const TopkGateParams& p, const T* logits, Layou
 // lanes count once, which only lowers it.
 template <int kValues>
 __device__ float kth_of_lanes(const float (&a)[kValues], int k) {
+  const int32_t lowest = sort_key(-INFINITY);
   float first = -INFINITY, second = -INFINITY;
+  int32_t best = lowest;
   if (k <= 8) {
 #pragma unroll
     for (int j = 0; j < kValues; ++j) first = fmaxf(first, a[j]);
+    int32_t key = sort_key(first);
+    for (int i = 0; i < k; ++i) {
+      best = warp_max(key);
+      if (key == best) key = lowest;
+    }
   } else {
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
       second = a[j] > first ? first : fmaxf(second, a[j]);
       first = fmaxf(first, a[j]);
     }
-  }
-  const int32_t lowest = sort_key(-INFINITY);
-  int32_t key = sort_key(first), next = sort_key(second), best = lowest;
-  for (int i = 0; i < k; ++i) {
-    best = warp_max(key);
-    if (key != best) continue;
-    key = next;
-    next = lowest;
+    int32_t key = sort_key(first), next = sort_key(second);
+    for (int i = 0; i < k; ++i) {
+      best = warp_max(key);
+      if (key != best) continue;
+      key = next;
+      next = lowest;
+    }
   }
   return value_of_key(best);
 }
@@ -226,17 +234,23 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
   float z = 0.0f, u = 0.0f;
   if (enough()) {
     warp_barrier();
-    int64_t mine = INT64_MIN;
+    int32_t mine = kExcluded;
     if (lane < found) {
       id = board.id[lane];
       u = exact(id, row, z);
-      mine = int64_t{key_of(p, id, z, u)} << 32 | (INT32_MAX - id);
+      mine = key_of(p, id, z, u);
     }
-    board.order[lane] = mine;
+    board.key[lane] = mine;
+    uint32_t equal = warp_match(mine) & ~(1u << lane);
     warp_barrier();
     int slot = 0;
-#pragma unroll 4
-    for (int i = 0; i < found; ++i) slot += board.order[i] > mine ? 1 : 0;
+    for (int i = 0; i < found; i += 4) {
+      const Vec<int32_t, 4> four = *reinterpret_cast<const Vec<int32_t, 4>*>(board.key + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) slot += four[j] > mine ? 1 : 0;
+    }
+    for (; equal != 0 && lane < found; equal &= equal - 1)
+      slot += board.id[__ffs(static_cast<int>(equal)) - 1] < id ? 1 : 0;
     if (slot < top_k) {
       board.chosen[slot] = id;
       board.score[slot] = u;
