@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: MIT
-// permute on CUDA (any sm_80+): one block a token, one thread a column of 16 bytes; what it reads
-// once it writes to the token's K rows.
+// permute on CUDA (any sm_80+): one block a token; its threads hold the token's row and write it to
+// the token's K rows, one after the other.
 //
-//   x[t]  | 16 B | 16 B | ...      thread c loads column c
-//   y     row_map[t,0] <- column c, row_map[t,1] <- column c, ...     stores that pass the cache by
+//   x[t]  | 16 B | 16 B | ...      thread c loads units c, c + threads, ...: 4 at a time, in flight
+//   y     row_map[t,0] <- all of them, row_map[t,1] <- all of them, ...    14 KB of K2 side by side
 //   further jobs: 16 rows of y each, of which the padding ones are zeroed
 //
 // The lanes hold the token's K rows, 32 at a time, and show them one by one. With few tokens
 // several blocks share the columns of a token. Addresses that 16 bytes do not divide go by 4 bytes
 // or 1.
 //
-// Cost (T 4096, K 8, H 7168, bf16): 59 MB read, 470 MB written. Measured on an H100: 2.6 TB/s, 87 %
-// of what a copy moves there, as was predicted; 2.2 us for one token in a graph, 3.9 for 64.
+// Cost (T 4096, K 8, H 7168, bf16): 59 MB read, 470 MB written. With one unit a thread, so rows of
+// which a block wrote 3.5 KB before the next, an H100 reached 2.6 TB/s, 87 % of what a copy moves
+// there; 2.2 us for one token in a graph, 3.9 for 64. *Predicted* for whole rows: 95 % of a copy, if
+// a memset, which only writes, is as fast.
 #include <cstdint>
 
 #include "permute/permute.cuh"
@@ -21,6 +23,8 @@ namespace kimi {
 namespace {
 
 using namespace permutation;
+
+constexpr int kAhead = 4;  // units of a thread in flight
 
 template <class Unit>
 __global__ void __launch_bounds__(kMaxThreads)
@@ -40,15 +44,19 @@ __global__ void __launch_bounds__(kMaxThreads)
       const int slots = std::min(p.top_k - first, int{kWarpSize});
       const int32_t rows = lane_id() < slots ? p.row_map[job * p.top_k + first + lane_id()] : -1;
       // The warp goes on as one, for the broadcasts.
-      for (int64_t base = int64_t{blockIdx.y} * blockDim.x; base < units; base += step) {
+      for (int64_t base = int64_t{blockIdx.y} * blockDim.x; base < units; base += kAhead * step) {
         const int64_t column = base + threadIdx.x;
-        const bool inside = column < units;
-        Unit value{};
-        if (inside) value = load_once(from + column);
-#pragma unroll 4
+        Unit value[kAhead]{};
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+          if (column + i * step < units) value[i] = load_once(from + column + i * step);
         for (int k = 0; k < slots; ++k) {
           const int64_t row = warp_broadcast(rows, k);
-          if (row >= 0 && inside) store_once(y + row * units + column, value);
+          if (row < 0) continue;
+          Unit* to = y + row * units + column;
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i)
+            if (column + i * step < units) store_once(to + i * step, value[i]);
         }
       }
     }

@@ -173,6 +173,9 @@ size_t permute_plan_workspace_bytes_cuda(const PermutePlanParams& p) {
 }
 
 Status permute_plan_cuda(const PermutePlanParams& p, void* stream) {
+  int sm = 0;
+  KIMI_RETURN_IF_ERROR(device_sm(sm));
+  if (sm / 10 == 9 && p.num_tokens * p.top_k <= kPlanOfCluster) return permute_plan_sm90(p, stream);
   const PlanArguments a = arguments_of(p);
   const dim3 grid(static_cast<unsigned>(num_blocks(a)));
   const size_t row = sizeof(int32_t) * static_cast<size_t>(p.num_experts);

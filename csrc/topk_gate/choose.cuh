@@ -1,13 +1,22 @@
 // SPDX-License-Identifier: MIT
-// One token of the gate by one warp, logits read once, everything in registers.
+// One token of the gate by one warp: estimates say which experts can be chosen, exact scores choose.
 //
-//   lane l owns experts l, l+32, l+64, ...      coalesced loads; fixes the order of softmax's sum
-//   key    order-preserving int32 of s + bias   excluded < all keys; ties: the lower id
-//   round  lane's best -> redux.max key -> redux.min id -> that lane shows its next
-//          a lane keeps its two best at hand and looks through its keys again after the second win
-//   slot k is lane k: it fetches logit indices[k] again (in L1) and scores it for the weight
+//   a[E]        estimates of the choice scores, in registers; experts by fours a lane, one load
+//   lane        its largest a, for K > 8 its two largest
+//   tau         the K-th of the warp's: K rounds of redux.max
+//   candidates  ids with a >= candidates_from(tau), filter.h: about 1.1 K, side by side in shared
+//               memory, placed by ballots
+//   lane i      candidate i: fetches its logit again (in L1), scores it; its slot is the number of
+//               candidates with a larger key, or an equal one and a lower id
+//   slot k      weight from the exact scores, summed in the order of the slots
 //
-// With groups a warp also lays its keys out in shared memory and picks groups the same way.
+// Only a sigmoid without groups has estimates. Otherwise a[E] are the exact choices, as they are for
+// a row of fewer than K candidates (NaN) or more than 32 (saturated or equal scores): scored in a
+// loop into shared memory, where groups exclude theirs; the bound is tau. Of a row whose ties still
+// are too many, K rounds over all keys choose.
+//
+// Softmax sums in the order of lane l owning experts l, l+32, l+64, ...; rows that no four-fold load
+// fits are read so as well.
 #pragma once
 
 #include <algorithm>
@@ -15,80 +24,172 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "device/vec.cuh"
+#include "topk_gate/filter.h"
+#include "topk_gate/pick.cuh"
 #include "topk_gate/score.cuh"
 
 namespace kimi::gate {
 namespace {  // each architecture's file has its own
 
-constexpr int32_t kNoId = INT32_MAX;
+// Shared memory of a warp, beyond keys.
+struct alignas(16) Board {
+  int32_t key[kWarpSize];     // of a candidate; kExcluded beyond the last
+  int32_t id[kWarpSize];      // of a candidate
+  int32_t chosen[kWarpSize];  // of a slot
+  float score[kWarpSize];     // of a slot; 0 beyond K
+};
 
-// ---- selection: descending keys, lower id first ------------------------------------------------
-
-struct Pick {
-  int32_t key, id;
-  /// Whether this one comes after `other` in the order of selection.
-  __device__ bool after(Pick other) const {
-    return key < other.key || (key == other.key && id > other.id);
+// Which experts a lane's values belong to; they rise with j.
+struct Layout {
+  bool wide;  // neighbours by fours, each four by one load
+  __device__ int expert(int j) const {
+    return wide ? 4 * lane_id() + j % 4 + 128 * (j / 4) : lane_id() + 32 * j;
+  }
+  /// The same without a branch, for a j that only the lane knows.
+  __device__ int expert_of(uint32_t j) const {
+    return static_cast<int>((static_cast<uint32_t>(lane_id()) << (wide ? 2 : 0)) +
+                            ((j & 3) << (wide ? 0 : 5)) + (j >> 2 << 7));
   }
 };
 
-// The first of the warp's picks, known to every lane.
-__device__ inline Pick warp_first(Pick mine) {
-  const int32_t key = warp_max(mine.key);
-  return {key, warp_min(mine.key == key ? mine.id : kNoId)};
+__device__ inline bool estimated(const TopkGateParams& p) {
+  return p.score_function == KIMI_SCORE_SIGMOID && p.num_groups == 1;
 }
 
-// The first of keys[0..n) in shared memory that comes after `previous`.
-__device__ inline Pick warp_next(const int32_t* keys, int n, Pick previous) {
-  Pick best{kExcluded, kNoId};
-  for (int i = lane_id(); i < n; i += kWarpSize) {
-    const Pick candidate{keys[i], i};
-    if (candidate.after(previous) && candidate.key > best.key) best = candidate;
-  }
-  return warp_first(best);
+template <class T>
+__device__ Layout layout_of(const TopkGateParams& p) {
+  const uintptr_t rows =
+      reinterpret_cast<uintptr_t>(p.logits) | static_cast<uintptr_t>(p.logits_stride) * sizeof(T);
+  const uintptr_t bias = reinterpret_cast<uintptr_t>(p.expert_bias);
+  return {estimated(p) && p.num_experts >= 4 * kWarpSize && p.num_experts % 4 == 0 &&
+          rows % sizeof(Vec<T, 4>) == 0 && bias % sizeof(Vec<float, 4>) == 0};
 }
 
-struct BestTwo {
-  Pick first{kExcluded, kNoId}, second{kExcluded, kNoId};
-  /// Ids come in ascending order, so an equal key stays behind.
-  __device__ void offer(Pick candidate) {
-    if (candidate.key > first.key) {
-      second = first;
-      first = candidate;
-    } else if (candidate.key > second.key) {
-      second = candidate;
+// The lane's values of a row [E]; `absent` beyond its end.
+template <class T, int kValues>
+__device__ inline void load_row(const T* row, int num_experts, Layout at, float absent,
+                                float (&v)[kValues]) {
+  if (at.wide) {
+#pragma unroll
+    for (int j = 0; j < kValues; j += 4) {
+      Vec<T, 4> four;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) four[i] = from_float<T>(absent);
+      if (at.expert(j) < num_experts)
+        four = *reinterpret_cast<const Vec<T, 4>*>(row + at.expert(j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[j + i] = to_float(four[i]);
     }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j)
+      v[j] = at.expert(j) < num_experts ? to_float(row[at.expert(j)]) : absent;
   }
-};
+}
 
-// Excludes the experts of all but the best groups. `keys` [E] and `group_keys` [num_groups] are the
-// warp's own shared memory.
+// The key of the choice of an expert with logit z; a NaN chooses as -inf.
+__device__ inline int32_t key_of(const TopkGateParams& p, int expert, float z, float score) {
+  const float bias = p.expert_bias != nullptr ? p.expert_bias[expert] : 0.0f;
+  return sort_key(z == z ? add_rn(score, bias) : -INFINITY);
+}
+
 template <int kValues>
-__device__ void exclude_groups(const TopkGateParams& p, int32_t (&key)[kValues], int32_t* keys,
-                               int32_t* group_keys) {
-  const int lane = lane_id(), size = p.num_experts / p.num_groups;
+__device__ inline void load_bias_row(const TopkGateParams& p, Layout at, float (&bias)[kValues]) {
+  load_row(p.expert_bias, p.expert_bias != nullptr ? p.num_experts : 0, at, 0.0f, bias);
+}
+
+// ---- choices -----------------------------------------------------------------------------------
+
+// keys [E] of the exact choices, in the warp's shared memory.
+template <class T>
+__device__ RowScale exact_keys(const TopkGateParams& p, const T* logits, int32_t* keys) {
+  const auto each = [&](auto visit) {
+#pragma unroll 2
+    for (int e = lane_id(); e < p.num_experts; e += kWarpSize) visit(e, to_float(logits[e]));
+  };
+  RowScale row;
+  if (p.score_function == KIMI_SCORE_SOFTMAX) {
+    float largest = -FLT_MAX;
+    each([&](int, float z) { largest = fmaxf(largest, clean<CudaOps>(z)); });
+    row = softmax_scale(largest, [&](float peak) {
+      float sum = 0.0f;
+      each([&](int, float z) {
+        sum = add_rn(sum, softmax_numerator<CudaOps>(clean<CudaOps>(z), peak));
+      });
+      return sum;
+    });
+  }
   warp_barrier();  // the previous token's readers are done
+  with_score(p.score_function, row, [&](auto score_of) {
+    each([&](int e, float z) { keys[e] = key_of(p, e, z, score_of(clean<CudaOps>(z))); });
+  });
+  warp_barrier();
+  return row;
+}
+
+template <class T, int kValues, class LoadBias>
+__device__ void estimate_choices(const TopkGateParams& p, const T* logits, Layout at,
+                                 const LoadBias& load_bias, float (&estimate)[kValues]) {
+  float bias[kValues];
+  load_row(logits, p.num_experts, at, NAN, estimate);
+  load_bias(bias);
 #pragma unroll
   for (int j = 0; j < kValues; ++j)
-    if (lane + 32 * j < p.num_experts) keys[lane + 32 * j] = key[j];
-  warp_barrier();
-  for (int group = 0; group < p.num_groups; ++group) {
-    Pick pick{INT32_MAX, 0};
-    float sum = 0.0f;
-    for (int i = 0; i < p.group_score_topk; ++i) {
-      pick = warp_next(keys + group * size, size, pick);
-      sum = i == 0 ? value_of_key(pick.key) : add_rn(sum, value_of_key(pick.key));
-    }
-    if (lane == 0) group_keys[group] = sort_key(sum);
-  }
-  warp_barrier();
-  Pick last{INT32_MAX, 0};
-  for (int i = 0; i < p.topk_groups; ++i) last = warp_next(group_keys, p.num_groups, last);
+    estimate[j] = add_rn(sigmoid_estimate<CudaOps>(estimate[j]), bias[j]);
+}
+
+// ---- candidates --------------------------------------------------------------------------------
+
+// The K-th largest of the lanes' one or two largest, -inf if they are fewer; equal ones of several
+// lanes count once, which only lowers it.
+template <int kValues>
+__device__ float kth_of_lanes(const float (&a)[kValues], int k) {
+  const int32_t lowest = sort_key(-INFINITY);
+  float first = -INFINITY, second = -INFINITY;
+  int32_t best = lowest;
+  if (k <= 8) {
 #pragma unroll
-  for (int j = 0; j < kValues; ++j) {
-    const int group = std::min(lane + 32 * j, p.num_experts - 1) / size;
-    if (Pick{group_keys[group], group}.after(last)) key[j] = kExcluded;
+    for (int j = 0; j < kValues; ++j) first = fmaxf(first, a[j]);
+    int32_t key = sort_key(first);
+    for (int i = 0; i < k; ++i) {
+      best = warp_max(key);
+      if (key == best) key = lowest;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      second = a[j] > first ? first : fmaxf(second, a[j]);
+      first = fmaxf(first, a[j]);
+    }
+    int32_t key = sort_key(first), next = sort_key(second);
+    for (int i = 0; i < k; ++i) {
+      best = warp_max(key);
+      if (key != best) continue;
+      key = next;
+      next = lowest;
+    }
   }
+  return value_of_key(best);
+}
+
+// board.id: the experts with a >= bound, in any order; how many, or 33 and more.
+template <int kValues>
+__device__ int collect(const float (&a)[kValues], Layout at, float bound, Board& board) {
+  uint32_t mine = 0;
+#pragma unroll
+  for (int j = 0; j < kValues; ++j) mine |= a[j] >= bound ? 1u << j : 0u;
+  const uint32_t lanes_below = (1u << lane_id()) - 1;
+  int found = 0;
+  for (uint32_t lanes = warp_ballot(mine != 0); lanes != 0; lanes = warp_ballot(mine != 0)) {
+    const int place = found + __popc(lanes & lanes_below);
+    const uint32_t j = static_cast<uint32_t>(__ffs(static_cast<int>(mine)) - 1);
+    if (mine != 0 && place < kWarpSize) board.id[place] = at.expert_of(j);
+    mine &= mine - 1;
+    found += __popc(lanes);
+    if (found > kWarpSize) break;
+  }
+  return found;
 }
 
 // ---- a token -----------------------------------------------------------------------------------
@@ -99,72 +200,84 @@ struct Choice {
   float weight = 0.0f;
 };
 
-// kValues * 32 >= E. bias_of(j): of expert lane + 32 j, 0 past the last one. `keys`: with groups the
-// warp's own shared memory, keys [E] and group keys [num_groups].
-template <class T, int kValues, class BiasOf>
-__device__ Choice choose(const TopkGateParams& p, const T* logits, const BiasOf& bias_of,
-                         int32_t* keys) {
-  const int lane = lane_id(), num_experts = p.num_experts;
-  float z[kValues];
-  bool valid_logit[kValues];  // folds into one mask register
-#pragma unroll
-  for (int j = 0; j < kValues; ++j) {
-    const int e = lane + 32 * j;
-    z[j] = e < num_experts ? to_float(logits[e]) : 0.0f;
-  }
-#pragma unroll
-  for (int j = 0; j < kValues; ++j) {
-    valid_logit[j] = z[j] == z[j];
-    z[j] = clean<CudaOps>(z[j]);
-  }
+// kValues * 32 >= E, a multiple of 4. load_bias(b): b[j] is that of expert at.expert(j), 0 past the
+// last. `keys`: the warp's own shared memory, keys [E] and group keys [num_groups].
+template <class T, int kValues, class LoadBias>
+__device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
+                         const LoadBias& load_bias, Board& board, int32_t* keys) {
+  const int lane = lane_id(), top_k = p.top_k;
+  const auto exact = [&](int e, RowScale row, float& z) {
+    z = to_float(logits[e]);
+    return score(clean<CudaOps>(z), p.score_function, row);
+  };
+  float a[kValues];
   RowScale row;
-  if (p.score_function == KIMI_SCORE_SOFTMAX) {
-    float largest = -FLT_MAX;
-#pragma unroll
-    for (int j = 0; j < kValues; ++j)
-      if (lane + 32 * j < num_experts) largest = fmaxf(largest, z[j]);
-    row = softmax_scale(largest, [&](float peak) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kValues; ++j)
-        if (lane + 32 * j < num_experts) sum = add_rn(sum, softmax_numerator<CudaOps>(z[j], peak));
-      return sum;
-    });
+  int found = 0;
+  const auto enough = [&] { return found >= top_k && found <= kWarpSize; };
+  if (estimated(p)) {
+    estimate_choices(p, logits, at, load_bias, a);
+    const float tau = kth_of_lanes(a, top_k);
+    if (tau > -INFINITY)
+      found = collect(a, at, candidates_from<CudaOps>(tau, kSigmoidError), board);
   }
-  int32_t key[kValues];
-  with_score(p.score_function, row, [&](auto score_of) {
+  if (!enough()) {
+    row = exact_keys(p, logits, keys);
+    if (p.num_groups > 1) exclude_groups(p, keys, keys + p.num_experts);
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
-      const int e = lane + 32 * j;
-      const float choice = add_rn(score_of(z[j]), bias_of(j));
-      const int32_t ordered = sort_key(valid_logit[j] ? choice : -INFINITY);
-      key[j] = e < num_experts ? ordered : kExcluded;
+      const int e = at.expert(j);
+      a[j] = value_of_key(e < p.num_experts ? keys[e] : kExcluded);
     }
-  });
-  if (p.num_groups > 1) exclude_groups(p, key, keys, keys + num_experts);
-
-  BestTwo best;
-#pragma unroll
-  for (int j = 0; j < kValues; ++j) best.offer({key[j], lane + 32 * j});
-  int32_t chosen = 0;  // of slot `lane`
-  for (int slot = 0; slot < p.top_k; ++slot) {
-    const Pick pick = warp_first(best.first);
-    if (lane == slot) chosen = pick.id;
-    if (lane != pick.id % kWarpSize) continue;
-    best = {best.second, {kExcluded, kNoId}};
-    if (best.first.key != kExcluded) continue;
-#pragma unroll
-    for (int j = 0; j < kValues; ++j)
-      if (const Pick candidate{key[j], lane + 32 * j}; candidate.after(pick)) best.offer(candidate);
+    found = collect(a, at, kth_of_lanes(a, top_k), board);
   }
-
-  float u = 0.0f, total = 0.0f;
-  if (lane < p.top_k) u = score(clean<CudaOps>(to_float(logits[chosen])), p.score_function, row);
-  for (int slot = 0; slot < p.top_k; ++slot) total = add_rn(total, warp_broadcast(u, slot));
+  int32_t id = 0;
+  float z = 0.0f, u = 0.0f;
+  if (enough()) {
+    warp_barrier();
+    int32_t mine = kExcluded;
+    if (lane < found) {
+      id = board.id[lane];
+      u = exact(id, row, z);
+      mine = key_of(p, id, z, u);
+    }
+    board.key[lane] = mine;
+    uint32_t equal = warp_match(mine) & ~(1u << lane);
+    warp_barrier();
+    int slot = 0;
+    for (int i = 0; i < found; i += 4) {
+      const Vec<int32_t, 4> four = *reinterpret_cast<const Vec<int32_t, 4>*>(board.key + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) slot += four[j] > mine ? 1 : 0;
+    }
+    for (; equal != 0 && lane < found; equal &= equal - 1)
+      slot += board.id[__ffs(static_cast<int>(equal)) - 1] < id ? 1 : 0;
+    if (slot < top_k) {
+      board.chosen[slot] = id;
+      board.score[slot] = u;
+    }
+  } else {
+    Pick last{INT32_MAX, 0};
+    for (int slot = 0; slot < top_k; ++slot) {
+      last = warp_next(keys, p.num_experts, last);
+      if (lane == slot) id = last.id;
+    }
+    if (lane < top_k) {
+      board.chosen[lane] = id;
+      board.score[lane] = exact(id, row, z);
+    }
+  }
+  if (lane >= top_k) board.score[lane] = 0.0f;
+  warp_barrier();
+  float total = 0.0f;
+  for (int i = 0; i < top_k; i += 4) {  // scores are no -0: 0 beyond K changes nothing
+    const Vec<float, 4> four = *reinterpret_cast<const Vec<float, 4>*>(board.score + i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total = add_rn(total, four[j]);
+  }
   const float scale = p.renormalize
                           ? div_rn(p.scaling_factor, add_rn(total, KIMI_TOPK_GATE_EPSILON))
                           : p.scaling_factor;
-  return {chosen, mul_rn(u, scale)};
+  return {board.chosen[lane], mul_rn(board.score[lane], scale)};
 }
 
 }  // namespace

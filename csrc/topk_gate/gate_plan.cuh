@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The gate and the plan of few tokens in one launch: one warp a token, 16 tokens a block; on Hopper
-// up to four blocks, a cluster.
+// The gate of few tokens in one launch, with the plan or without: one warp a token, 16 tokens a
+// block; on Hopper up to four blocks, a cluster.
 //
 //   warp w   its token's experts and weights      choose.cuh
 //            bit w of mask[expert]                shared memory, [E]: K bits a token
@@ -30,17 +30,17 @@ namespace kimi::gate {
 namespace {  // each architecture's file has its own
 
 constexpr int kPlanWarps = 16, kPlanThreads = kPlanWarps * kWarpSize;
-constexpr unsigned kPlanBlocks = 4;    // of a cluster
-constexpr int kPlanExperts = 28 * 32;  // more would spill
+constexpr unsigned kPlanBlocks = 4;  // of a cluster
 
-// kValues * 32 >= E. Dynamic shared memory: masks [E], base [E]; with groups, for each warp keys [E]
-// and group keys [num_groups].
+// kValues * 32 >= E. Dynamic shared memory: masks [E], base [E]; for each warp keys [E] and group keys
+// [num_groups].
 template <class T, int kValues, bool kCluster>
 __global__ void __launch_bounds__(kPlanThreads)
     gate_plan_kernel(const __grid_constant__ GatePlanParams all) {
   const TopkGateParams& p = all.gate;
   KIMI_SHARED(uint32_t, masks);
   KIMI_STATIC_SHARED(int32_t, warp_sums, kPlanWarps);
+  KIMI_STATIC_SHARED(Board, boards, kPlanWarps);
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id();
   const int num_experts = p.num_experts, top_k = p.top_k;
   const int rank = kCluster ? cluster_rank() : 0, blocks = kCluster ? cluster_blocks() : 1;
@@ -62,14 +62,12 @@ __global__ void __launch_bounds__(kPlanThreads)
   const int64_t t = int64_t{rank} * kPlanWarps + warp, pair = t * top_k + lane;
   const bool mine = t < p.num_tokens && lane < top_k;
   Choice choice{-1, 0.0f};
-  if (t < p.num_tokens && (p.valid == nullptr || p.valid[t]))
+  if (t < p.num_tokens && (p.valid == nullptr || p.valid[t])) {
+    const Layout layout = layout_of<T>(p);
     choice = choose<T, kValues>(
-        p, static_cast<const T*>(p.logits) + t * p.logits_stride,
-        [&](int j) {
-          const int e = lane + 32 * j;
-          return p.expert_bias != nullptr && e < num_experts ? p.expert_bias[e] : 0.0f;
-        },
-        keys);
+        p, static_cast<const T*>(p.logits) + t * p.logits_stride, layout,
+        [&](float (&bias)[kValues]) { load_bias_row(p, layout, bias); }, boards[warp], keys);
+  }
   if (mine) {
     p.weights[pair] = choice.weight;
     p.indices[pair] = choice.expert;
@@ -77,6 +75,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   }
   meet();
 
+  const bool plan = all.offsets != nullptr;
   int32_t num_rows = 0;  // carries from one round of experts to the next
   for (int round = 0; round < num_experts; round += kPlanThreads) {
     const int expert = round + thread;
@@ -87,30 +86,31 @@ __global__ void __launch_bounds__(kPlanThreads)
       if (r == rank) before = total;
       total += __popc(mask);
     }
+    if (inside && rank == 0) p.tokens_per_expert[expert] = total;
+    if (!plan) continue;
     const int32_t start = permutation::block_exclusive_sum<kPlanWarps>(total, warp_sums, num_rows);
     if (!inside) continue;
     base[expert] = start + before;
-    if (rank != 0) continue;
-    all.offsets[expert] = start + total;
-    p.tokens_per_expert[expert] = total;
+    if (rank == 0) all.offsets[expert] = start + total;
   }
   __syncthreads();
 
-  if (mine) {
+  if (plan && mine) {
     int32_t row = -1;
     if (choice.expert >= 0)
       row = base[choice.expert] + __popc(masks[choice.expert] & ((1u << warp) - 1));
     all.row_map[pair] = row;
     if (row >= 0) all.source[row] = static_cast<int32_t>(pair);
   }
-  const int64_t num_pairs = p.num_tokens * top_k;  // of which dropped ones leave rows over
+  // Dropped pairs leave rows over.
+  const int64_t num_pairs = plan ? p.num_tokens * top_k : 0;
   for (int64_t row = int64_t{num_rows} + rank * kPlanThreads + thread; row < num_pairs;
        row += int64_t{blocks} * kPlanThreads)
     all.source[row] = -1;
   if constexpr (kCluster) meet();  // another block may still read this one's masks
 }
 
-// At most kPlanWarps tokens, kPlanBlocks times as many in a cluster, and kPlanExperts experts.
+// At most kPlanWarps tokens, kPlanBlocks times as many in a cluster.
 template <bool kCluster>
 Status launch_gate_plan(const GatePlanParams& p, size_t smem_bytes, void* stream) {
   const unsigned blocks = static_cast<unsigned>(
@@ -121,7 +121,7 @@ Status launch_gate_plan(const GatePlanParams& p, size_t smem_bytes, void* stream
   return dispatch(p.gate.logits_dtype, [&]<class T>() {
     if (p.gate.num_experts <= 12 * kWarpSize)
       return launch(gate_plan_kernel<T, 12, kCluster>, config, p);
-    return launch(gate_plan_kernel<T, 28, kCluster>, config, p);
+    return launch(gate_plan_kernel<T, 32, kCluster>, config, p);
   });
 }
 

@@ -40,6 +40,10 @@ inline PermutePlanParams plan_of(const GatePlanParams& p) {
   return plan;
 }
 
+// gate_plan.cu. One launch for few tokens, or none, as `launched` says; without `offsets` of the gate
+// alone, with no need of row_map, source and workspace.
+Status launch_few(const GatePlanParams& p, bool& launched, void* stream);
+
 // gate_plan_sm90.cu: up to kClusterTokens tokens.
 inline constexpr int64_t kClusterTokens = 64;
 Status gate_plan_sm90(const GatePlanParams& p, size_t smem_bytes, void* stream);

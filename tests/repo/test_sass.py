@@ -22,6 +22,7 @@ WANTED = {  # of other kernels than products
     "fp8_rows_sm90": ("F2FP.SATFINITE.E4M3",),
     "gate_plan_sm90": WAIT,
     "on_chip_sm90": ("ST.E.128",),  # into the shared memory of another block
+    "permute_plan_sm90": WAIT,
     "unpermute_sm90": WAIT,
 }
 

@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "common/dtype.h"
+#include "common/sm.h"
 #include "permute/permute.h"
 #include "simt.h"
 
@@ -136,6 +137,25 @@ TEST(plan_of_several_blocks) {
         const int align = ++seed % 2 == 0 ? 1 : static_cast<int>(3 * seed);
         compare_plan({tokens, experts, 8, align, {}, {}, {}, {}}, skew, seed % 3 * 0.1, seed);
       }
+}
+
+// On Hopper a cluster plans as many pairs as two launches do elsewhere.
+TEST(plan_of_another_gpu) {
+  CHECK(set_max_sm(80).is_ok());
+  uint64_t seed = 40;
+  for (int experts : {1, 48, 384, 1024})
+    for (int64_t tokens : {3, 600, 1500})
+      compare_plan({tokens, experts, 8, ++seed % 2 == 0 ? 1 : 24, {}, {}, {}, {}},
+                   static_cast<Skew>(seed % 4), seed % 3 * 0.1, seed);
+  CHECK(set_max_sm(0).is_ok());
+}
+
+TEST(plan_of_the_largest_cluster_and_beyond) {
+  for (int64_t tokens : {8191, 8192, 8193}) {
+    const uint64_t launches = simt::launches();
+    compare_plan({tokens, 96, 8, 4, {}, {}, {}, {}}, tokens % 2 ? kHot : kOneExpert, 0.1, 7);
+    CHECK(simt::launches() - launches == (tokens > 8192 ? 2 : 1));
+  }
 }
 
 TEST(plan_of_the_most_blocks_and_long_runs) {

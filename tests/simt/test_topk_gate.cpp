@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // The gate's CUDA kernels, run on the host, against the portable CPU engine: bit for bit.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -9,8 +10,10 @@
 
 #include "check.h"
 #include "common/dtype.h"
-#include "device/math.cuh"
+#include "common/sm.h"
+#include "device/ops.cuh"
 #include "simt.h"
+#include "topk_gate/filter.h"
 #include "topk_gate/score.h"
 #include "topk_gate/topk_gate.h"
 
@@ -51,7 +54,11 @@ float logit(std::mt19937& random, int kind) {
       const float special[] = {kNaN, -kInf, kInf, 0.0f, -0.0f, x, -100.0f, 1e30f};
       return special[random() % 8];
     }
-    case 4:
+    case 4:  // a few that count, among those that do not
+      return random() % 16 == 0 ? x : kNaN;
+    case 5:  // closer than estimates can tell
+      return 1.0f + static_cast<float>(random() % 40) * 0x1p-23f;
+    case 6:
       return kNaN;
     default:
       return -kInf;
@@ -65,7 +72,7 @@ std::vector<T> make_logits(const Case& c, std::mt19937& random) {
   std::vector<T> logits(static_cast<size_t>(c.tokens - 1) * stride + c.experts,
                         from_float<T>(kNaN));
   for (int t = 0; t < c.tokens; ++t) {
-    const int kind = static_cast<int>(random() % 6);
+    const int kind = static_cast<int>(random() % 8);
     for (int e = 0; e < c.experts; ++e)
       logits[static_cast<size_t>(t) * stride + e] = from_float<T>(logit(random, kind));
   }
@@ -174,7 +181,8 @@ TEST(all_sizes_and_score_functions) {
       for (int function : {0, 1, 2}) {
         if (k > experts) continue;
         Case c;
-        c.tokens = ++seed % 5 == 0 ? 70 : 1 + static_cast<int>(seed % 11);
+        // Few tokens have a launch of their own.
+        c.tokens = ++seed % 3 != 0 ? 65 + static_cast<int>(seed % 20) : 1 + static_cast<int>(seed);
         c.experts = experts;
         c.k = k;
         c.function = static_cast<kimi_score_function>(function);
@@ -196,7 +204,8 @@ TEST(groups) {
   for (const auto& [experts, groups, topk_groups, group_score_topk, k] : shapes)
     for (int variant = 0; variant < 12; ++variant) {
       Case c;
-      c.tokens = 1 + static_cast<int>(++seed % 19);
+      ++seed;
+      c.tokens = (seed % 2 == 0 ? 1 : 65) + static_cast<int>(seed % 19);
       c.experts = experts;
       c.groups = groups;
       c.topk_groups = topk_groups;
@@ -216,6 +225,83 @@ TEST(no_tokens) {
   c.experts = 384;
   c.k = 8;
   compare(c, 1);
+}
+
+TEST(one_launch_for_few_tokens) {
+  struct Limit {
+    int sm, tokens;
+  };
+  for (const Limit limit : {Limit{0, 64}, Limit{80, 16}})
+    for (const int beyond : {0, 1}) {
+      CHECK(set_max_sm(limit.sm).is_ok());
+      Case c;
+      c.tokens = limit.tokens + beyond;
+      c.experts = 40;
+      c.k = 4;
+      c.valid = true;
+      compare(c, 3);
+    }
+  CHECK(set_max_sm(0).is_ok());
+}
+
+// Estimates at the edge of what the instructions promise, each way.
+template <int kExp2, int kReciprocal>
+struct OffBy : CudaOps {
+  static float exp2_estimate(float a) {
+    const float e = static_cast<float>(std::exp2(double{a}) * (1 + kExp2 * 0x1p-22));
+    return e < 0x1p-126f ? 0.0f : e;
+  }
+  static float reciprocal_estimate(float a) {
+    const float r = static_cast<float>((1 + kReciprocal * 0x1p-22) / double{a});
+    return r < 0x1p-126f ? 0.0f : r;
+  }
+};
+
+template <class O>
+void check_estimate(float z) {
+  const float estimate = gate::sigmoid_estimate<O>(z), score = math::sigmoid<CudaOps>(z);
+  for (const float bias : {0.0f, -0.7f, 0.3f, 5.0f, -1e4f}) {
+    const double a = add_rn(estimate, bias), c = add_rn(score, bias);
+    if (std::abs(a - c) > double{gate::kSigmoidError} * std::max(1.0, std::abs(a)))
+      check::fail(__FILE__, __LINE__, "z = " + std::to_string(z));
+  }
+}
+
+TEST(estimates_keep_their_bound) {
+  for (uint64_t bits = 0; bits < uint64_t{1} << 32; bits += 8191) {
+    const float z = float_of(static_cast<uint32_t>(bits));
+    if (z != z) continue;
+    check_estimate<OffBy<1, 1>>(z);
+    check_estimate<OffBy<1, -1>>(z);
+    check_estimate<OffBy<-1, 1>>(z);
+    check_estimate<OffBy<-1, -1>>(z);
+    check_estimate<CudaOps>(z);
+  }
+  CHECK(std::abs(gate::sigmoid_estimate<CudaOps>(kInf) - 1.0f) <= 0x1p-22f);
+  CHECK(gate::sigmoid_estimate<CudaOps>(-kInf) == 0.0f);
+  CHECK(std::isnan(gate::sigmoid_estimate<CudaOps>(kNaN)));
+}
+
+// The K-th choice is as small as its estimate allows, another's estimate as small as that choice
+// allows: it still is a candidate, and the bound is hardly lower than it must be.
+TEST(candidates_hold_the_best) {
+  std::mt19937 random(11);
+  for (const double error : {double{gate::kSigmoidError}, 0x1p-10, 0x1p-4})
+    for (int i = 0; i < 20000; ++i) {
+      const float tau = std::normal_distribution<float>(0.0f, i % 2 ? 0.5f : 40.0f)(random);
+      const auto margin = [&](double x) { return error * std::max(1.0, std::abs(x)); };
+      const double kth = tau - margin(tau);
+      double low = kth - 4 * margin(tau), high = kth;  // low + its margin < kth <= high + its
+      while (high - low > 1e-3 * margin(tau)) {
+        const double middle = (low + high) / 2;
+        (middle + margin(middle) < kth ? low : high) = middle;
+      }
+      const double bound = gate::candidates_from<CudaOps>(tau, static_cast<float>(error));
+      CHECK(low >= bound);
+      CHECK(bound >= tau - 2.6 * margin(tau));
+    }
+  CHECK(std::isnan(gate::candidates_from<CudaOps>(kInf, gate::kSigmoidError)));
+  CHECK(std::isnan(gate::candidates_from<CudaOps>(kNaN, gate::kSigmoidError)));
 }
 
 TEST(more_tokens_than_the_grid_holds_at_once) {
