@@ -191,24 +191,38 @@ TEST(nan_stays_in_its_row) {
     }
 }
 
+// What products of few rows read straight from memory.
+std::vector<Kind> few_kinds() {
+  std::vector<Kind> all;
+  for (Storage storage : kStorages) {
+    all.push_back({storage});
+    if (!is_quantised(storage)) all.push_back({storage, kAlongRows});
+  }
+  return all;
+}
+
 TEST(few_rows) {
   for (const Named& named : engines()) {
     const BlockEngine& e = *named.engine;
-    CHECK((e.dot != nullptr) == (e.dot_tokens > 0));
     uint32_t i = 0;
-    for (int64_t tokens = 1; tokens <= e.dot_tokens; ++tokens)
+    for (int64_t tokens = 1; tokens <= std::max(e.dot_tokens, e.spread_tokens); ++tokens)
       for (const Kind& kind : kinds(false))
-        for (Storage storage : kStorages) {
-          const int64_t rows = 1 + ++i % 13, count = 1 + i * 97 % 600, gap = i % 3, first = i % 4;
-          const Matrix x(kind, first + tokens, count, i), s({storage}, first + rows, count, ~i);
+        for (const Kind& strip : few_kinds()) {
+          const bool along_rows = strip.order == kAlongRows;
+          if (tokens > (along_rows ? e.spread_tokens : e.dot_tokens)) continue;
+          if (along_rows && named.is_bf16() && strip.storage != Storage::kBfloat16) continue;
+          const int64_t rows = 1 + ++i % (along_rows ? 101 : 13), count = 1 + i * 97 % 600;
+          const int64_t gap = i % 3, first = i % 4;
+          const Matrix x(kind, first + tokens, count, i), s(strip, first + rows, count, ~i);
           Bytes packed(tokens * e.dot_stride(count) * e.element_bytes);
           e.pack_dot(x.x, first, tokens, count, packed.data());
           const int64_t stride = rows + gap;
           Buffer<float> c((tokens - 1) * stride + rows);
-          e.dot(packed.data(), tokens, s.x, first, rows, count, c.data(), stride);
+          (along_rows ? e.spread : e.dot)(packed.data(), tokens, s.x, first, rows, count, c.data(),
+                                          stride);
           const bool bf16 = named.is_bf16();
-          expect_close(std::string(named.name) + ": dot of " + kind.text() + " x storage " +
-                           std::to_string(int(storage)) + ", depth " + std::to_string(count),
+          expect_close(std::string(named.name) + ": few rows of " + kind.text() + " x " +
+                           strip.text() + ", depth " + std::to_string(count),
                        converted({x.x, first, tokens}, 0, count, bf16), tokens,
                        converted({s.x, first, rows}, 0, count, bf16), rows, count, c.data(),
                        stride);

@@ -90,14 +90,17 @@ struct BlockEngine {
   // engines that keep C in another order of elements meanwhile put it right. May be nullptr.
   void (*finish)(float* c, int64_t rows, int64_t cols, int64_t stride);
 
-  // Few rows: c[t * stride + j] = sum_d x[t, d] * s[j, d] for t < tokens <= dot_tokens, j < rows,
-  // S read straight from memory (depth_stride 1, not gathered). x: packed by pack_dot, a token
-  // after the other. nullptr: not offered. Its sums have an order of their own. Beyond dot_pass
-  // tokens S is read again from the cache, and quantised storage would be converted again.
-  int64_t dot_tokens, dot_pass;
+  // Few rows: c[t * stride + j] = sum_d x[t, d] * s[j, d] for t < tokens, j < rows, S read straight
+  // from memory, not gathered. x: packed by pack_dot, a token after the other. The sums have an
+  // order of their own. `dot`: depth_stride 1, tokens <= dot_tokens; beyond dot_pass tokens S is
+  // read again from the cache, and quantised storage would be converted again. `spread`: row_stride
+  // 1, the storage of the tokens, tokens <= spread_tokens.
+  int64_t dot_tokens, dot_pass, spread_tokens;
   void (*pack_dot)(const Operand& x, int64_t row, int64_t rows, int64_t count, void* tokens);
   void (*dot)(const void* tokens, int64_t num_tokens, const Operand& s, int64_t row, int64_t rows,
               int64_t count, float* c, int64_t stride);
+  void (*spread)(const void* tokens, int64_t num_tokens, const Operand& s, int64_t row,
+                 int64_t rows, int64_t count, float* c, int64_t stride);
   int64_t dot_stride(int64_t count) const { return round_up(count, 64); }  // elements of a token
 
   int64_t packed_depth(int64_t count) const { return round_up(count, depth_multiple); }

@@ -186,9 +186,11 @@ extern const BlockEngine kAmxBlocks = {kGroup,
                                        pack_strip,
                                        multiply,
                                        finish,
-                                       kPassTokens,
-                                       kPassTokens,
+                                       DotSums::kPassTokens,
+                                       DotSums::kPassTokens,
+                                       DotSums::kPassTokens,
                                        pack_dot<DotPairs>,
-                                       dot<DotPairs>};
+                                       dot<DotPairs>,
+                                       spread<Avx512, bf16, 8>};
 
 }  // namespace kimi::cpu

@@ -3,8 +3,10 @@
 // eight rows at a time: a transpose of 8 x 8 words where depth is contiguous, plain vectors where
 // rows are.
 #include "cpu/vec_avx2.h"
+#include "gemm/cpu/block_dot_simd.h"
 #include "gemm/cpu/block_element.h"
 #include "gemm/cpu/block_simd.h"
+#include "gemm/cpu/block_spread_simd.h"
 
 namespace kimi::cpu {
 namespace {
@@ -74,14 +76,29 @@ void pack_group(const Operand& x, int64_t row, int64_t rows, int64_t depth, int6
         }
       }
     }
-  } else if (x.row_stride == 1 && !x.row_index && rows == 8) {
-    for (; d < count; ++d) {
-      const int64_t at = gathered(x.depth_index, x.index_divisor, depth + d);
-      _mm256_storeu_ps(to + d * width,
-                       at < 0 ? _mm256_setzero_ps() : Avx2::load(data + row + at * x.depth_stride));
-    }
   }
   pack_elements(x, row, rows, depth, d, count, to, width, lanes);
+}
+
+// A group whose rows are contiguous, all kWidth of a depth at once: strides that are powers of two
+// leave a line in the cache for one use only.
+template <class T, int64_t kWidth>
+void pack_columns(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count,
+                  float* to) {
+  const T* data = static_cast<const T*>(x.data) + row;
+  for (int64_t d = 0; d < count; ++d, to += kWidth) {
+    const int64_t at = gathered(x.depth_index, x.index_divisor, depth + d);
+    for (int64_t part = 0; part < kWidth; part += 8) {
+      const __m256 v = at < 0 || rows <= part ? _mm256_setzero_ps()
+                                              : Avx2::load(data + at * x.depth_stride + part,
+                                                           int(rows - part < 8 ? rows - part : 8));
+      // What a vector has beyond the group the next depth overwrites.
+      if (kWidth % 8 == 0 || d + 1 < count)
+        _mm256_storeu_ps(to + part, v);
+      else
+        memcpy(to + part, &v, sizeof(float) * (kWidth % 8));
+    }
+  }
 }
 
 template <int64_t kWidth>
@@ -89,7 +106,14 @@ void pack(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t co
   float* to = static_cast<float*>(packed);
   for (int64_t done = 0; done < count; done += kDepthBlock) {
     const int64_t block = count - done < kDepthBlock ? count - done : kDepthBlock;
-    for (int64_t group = 0; group < rows; group += kWidth, to += block * kWidth)
+    for (int64_t group = 0; group < rows; group += kWidth, to += block * kWidth) {
+      if (x.row_stride == 1 && !x.row_index && x.storage <= Storage::kFloat16 &&
+          (x.depth_stride != 1 || x.depth_index)) {
+        dispatch(kimi_dtype(x.storage), [&]<class T>() {
+          pack_columns<T, kWidth>(x, row + group, rows - group, depth + done, block, to);
+        });
+        continue;
+      }
       for (int64_t part = 0; part < kWidth; part += 8) {
         const int64_t left = rows - group - part, lanes = kWidth - part < 8 ? kWidth - part : 8;
         const int64_t live = left < 0 ? 0 : left < lanes ? left : lanes;
@@ -102,13 +126,45 @@ void pack(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t co
                           lanes);
           });
       }
+    }
   }
 }
 
+struct Dot : Avx2 {
+  using Token = float;
+  static constexpr int64_t kSpan = 8, kPassTokens = 3;
+  static constexpr int kRows[] = {8, 6, 4};
+
+  static F zero() { return set(0.0f); }
+  static F multiply_add(F a, F b, F sum) { return fma(a, b, sum); }
+  template <Storage S>
+  static F row(const Operand& x, int64_t row, int64_t depth, int64_t n) {
+    return row_of<Dot, S>(x, row, depth, n);
+  }
+  static void store_sums(float* to, int n, F a, F b, F c, F d) {
+    const F quarters = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 sums =
+        _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
+    const __m128i lanes = _mm_setr_epi32(0, 1, 2, 3);
+    _mm_maskstore_ps(to, _mm_cmplt_epi32(lanes, _mm_set1_epi32(n)), sums);
+  }
+};
+
 }  // namespace
 
-extern const BlockEngine kAvx2Blocks = {
-    Tile::kRows,    kDepthBlock, 1, 4, pack<Tile::kRows>, pack<kStripRows>,
-    multiply<Tile>, nullptr,     0, 0, nullptr,           nullptr};
+extern const BlockEngine kAvx2Blocks = {Tile::kRows,
+                                        kDepthBlock,
+                                        1,
+                                        4,
+                                        pack<Tile::kRows>,
+                                        pack<kStripRows>,
+                                        multiply<Tile>,
+                                        nullptr,
+                                        9,
+                                        Dot::kPassTokens,
+                                        8,
+                                        pack_dot<Dot>,
+                                        dot<Dot>,
+                                        spread<Avx2, float, 4>};
 
 }  // namespace kimi::cpu

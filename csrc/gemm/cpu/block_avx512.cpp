@@ -21,7 +21,7 @@ struct Tile : Avx512 {
 constexpr int64_t kDepthBlock = 256;
 
 // Depths of one row as a vector of the compute type, for dot products.
-struct DotFloat32 {
+struct DotFloat32 : DotSums {
   using Token = float;
   static constexpr int64_t kSpan = 16;
 
@@ -44,8 +44,10 @@ extern const BlockEngine kAvx512Blocks = {Tile::kRows,
                                           multiply<Tile>,
                                           nullptr,
                                           kDotTokens,
-                                          kPassTokens,
+                                          DotSums::kPassTokens,
+                                          kSpreadTokens,
                                           pack_dot<DotFloat32>,
-                                          dot<DotFloat32>};
+                                          dot<DotFloat32>,
+                                          spread<Avx512, float, 8>};
 
 }  // namespace kimi::cpu

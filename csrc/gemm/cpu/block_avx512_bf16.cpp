@@ -32,8 +32,10 @@ extern const BlockEngine kAvx512Bf16Blocks = {Tile::kRows,
                                               multiply<Tile>,
                                               nullptr,
                                               kDotTokens,
-                                              kPassTokens,
+                                              DotSums::kPassTokens,
+                                              kSpreadTokens,
                                               pack_dot<DotPairs>,
-                                              dot<DotPairs>};
+                                              dot<DotPairs>,
+                                              spread<Avx512, bf16, 8>};
 
 }  // namespace kimi::cpu

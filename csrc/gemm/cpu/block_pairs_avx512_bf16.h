@@ -2,6 +2,7 @@
 // Pairs of bf16 as the compute type of packing and of dot products; shared with the AMX engine.
 #pragma once
 
+#include "gemm/cpu/block_dot_avx512.h"
 #include "gemm/cpu/block_pack_avx512.h"
 
 namespace kimi::cpu {
@@ -67,7 +68,7 @@ struct Pairs {
   }
 };
 
-struct DotPairs {
+struct DotPairs : DotSums {
   using Token = bf16;
   static constexpr int64_t kSpan = 32;
 

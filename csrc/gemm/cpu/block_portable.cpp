@@ -4,7 +4,9 @@
 #include <cstring>
 
 #include "gemm/cpu/block.h"
+#include "gemm/cpu/block_dot_simd.h"
 #include "gemm/cpu/block_element.h"
+#include "gemm/cpu/block_spread_simd.h"
 
 namespace kimi::cpu {
 namespace {
@@ -47,9 +49,66 @@ void multiply(const void* panel, int64_t rows, const void* strip, int64_t count,
     }
 }
 
+// Four lanes, which every processor's compiler has registers for.
+struct Lanes {
+  using F = float __attribute__((vector_size(16)));
+  using Words = uint32_t __attribute__((vector_size(16)));
+  using Token = float;
+  static constexpr int kLanes = 4;
+  static constexpr int64_t kSpan = kLanes, kPassTokens = 4;
+  static constexpr int kRows[] = {8, 6, 4, 3};
+
+  static F set(float x) { return F{x, x, x, x}; }
+  static F zero() { return set(0.0f); }
+  static F add(F a, F b) { return a + b; }
+  static F fma(F a, F b, F sum) { return a * b + sum; }
+  static F multiply_add(F a, F b, F sum) { return fma(a, b, sum); }
+  template <class T>
+  static F load(const T* x) {
+    if constexpr (kDtype<T> == KIMI_FLOAT16) return some(x, kLanes);  // many instructions
+    F a;
+    if constexpr (kDtype<T> == KIMI_BFLOAT16) {
+      uint16_t __attribute__((vector_size(8))) half;
+      std::memcpy(&half, x, sizeof half);
+      const auto word = __builtin_convertvector(half, Words) << 16;
+      std::memcpy(&a, &word, sizeof a);
+    } else {
+      std::memcpy(&a, x, sizeof a);
+    }
+    return a;
+  }
+  template <class T>
+  static F load(const T* x, int left) {
+    return left >= kLanes ? load(x) : some(x, left);
+  }
+  template <class T>
+  __attribute__((noinline)) static F some(const T* x, int left) {
+    F a = zero();
+    for (int l = 0; l < left && l < kLanes; ++l) a[l] = to_float(x[l]);
+    return a;
+  }
+  static void store(float* x, F a, int left = kLanes) {
+    std::memcpy(x, &a, sizeof(float) * size_t(std::min(left, kLanes)));
+  }
+  template <Storage S>
+  static F row(const Operand& x, int64_t row, int64_t depth, int64_t n) {
+    return row_of<Lanes, S>(x, row, depth, n);
+  }
+  static void store_sums(float* to, int n, F a, F b, F c, F d) {
+    const F sums[] = {a, b, c, d};
+    for (int r = 0; r < n && r < 4; ++r)
+      to[r] = (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
+  }
+};
+
 }  // namespace
 
-extern const BlockEngine kPortableBlocks = {kRows,    kDepthBlock, 1, 4, pack_panel, pack_strip,
-                                            multiply, nullptr,     0, 0, nullptr,    nullptr};
+extern const BlockEngine kPortableBlocks = {kRows,      kDepthBlock,
+                                            1,          4,
+                                            pack_panel, pack_strip,
+                                            multiply,   nullptr,
+                                            8,          Lanes::kPassTokens,
+                                            8,          pack_dot<Lanes>,
+                                            dot<Lanes>, spread<Lanes, float, 4>};
 
 }  // namespace kimi::cpu

@@ -31,13 +31,18 @@ cpu::Upcoming upcoming(const cpu::Operand& s, int64_t row, int64_t depth) {
   return {data, stride, 2 * stride, 0, 0};
 }
 
-// Few rows of P, and rows of S that lie as they are read. Sums over rows (a depth of its own for
-// each group, gathered or not) are never few rows of weights.
-bool takes_dot(const cpu::BlockEngine& engine, const Group& g, int64_t rows) {
-  const bool quantised = g.s.storage > cpu::Storage::kFloat16;
-  return !batch_invariant() && !g.over_rows &&
-         rows <= (quantised ? engine.dot_pass : engine.dot_tokens) && g.s.depth_stride == 1 &&
-         !g.s.row_index && rows * engine.dot_stride(g.depth) * engine.element_bytes <= kDotBytes;
+// The product of few rows of P with S read straight from memory, or nullptr. Sums over rows (a depth
+// of its own for each group, gathered or not) are never few rows of weights; nor is anything where
+// the order of sums may not depend on the number of rows.
+auto product_of_few(const cpu::BlockEngine& engine, const Group& g, int64_t rows) {
+  const bool along = g.s.depth_stride == 1, quantised = g.s.storage > cpu::Storage::kFloat16;
+  const bool beside = g.s.row_stride == 1 && g.s.storage == g.p.storage;
+  const int64_t most = along    ? quantised ? engine.dot_pass : engine.dot_tokens
+                       : beside ? engine.spread_tokens
+                                : 0;
+  const bool few = !batch_invariant() && !g.over_rows && rows <= most && !g.s.row_index &&
+                   rows * engine.dot_stride(g.depth) * engine.element_bytes <= kDotBytes;
+  return few ? (along ? engine.dot : engine.spread) : nullptr;
 }
 
 }  // namespace
@@ -50,11 +55,11 @@ void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block&
     return;
   }
   const auto s_row = [&](int part) { return g.s_row + part * g.part_rows + block.col; };
-  if (takes_dot(engine, g, block.rows)) {
+  if (const auto few = product_of_few(engine, g, block.rows)) {
     engine.pack_dot(g.p, p_row, block.rows, g.depth, panel);
     for (int part = 0; part < g.parts; ++part)
-      engine.dot(panel, block.rows, g.s, s_row(part), block.cols, g.depth,
-                 c + part * block.part_stride, block.stride);
+      few(panel, block.rows, g.s, s_row(part), block.cols, g.depth, c + part * block.part_stride,
+          block.stride);
     return;
   }
   const int64_t rows = round_up(block.rows, engine.panel_rows);
