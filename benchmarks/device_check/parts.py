@@ -77,6 +77,20 @@ def bench(logs: Path) -> list[Step]:
     return steps
 
 
+def router(logs: Path) -> list[Step]:
+    """On the kernels of this GPU, on those of sm_80, and without launches that overlap."""
+    steps = []
+    for name, variables in (
+        ("router", {}),
+        ("router sm_80", {"KIMI_OPS_SM": "80"}),
+        ("router apart", {"KIMI_OPS_OVERLAP": "0"}),
+    ):
+        result = f"{name.replace(' ', '_')}.json"
+        command = [*MODULE, "benchmarks.device_check.router", "--json", str(logs / result)]
+        steps.append(Step(name, command, 20, result, None, variables))
+    return steps
+
+
 def profile(logs: Path, kernels: tuple[str, ...] = PROFILED) -> list[Step]:
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
     ncu += [word for section in SECTIONS for word in ("--section", section)]
@@ -98,6 +112,7 @@ PARTS: dict[str, Callable[[Path], list[Step]]] = {
     "tests": tests,
     "primitives": lambda logs: [script("primitives", 60, logs)],
     "bench": bench,
+    "router": router,
     "host": lambda logs: [script("host_calls", 40, logs)],
     "train": lambda logs: [script("train_step", 60, logs)],
     "profile": profile,

@@ -16,7 +16,6 @@ struct CudaOps : OneFloat {
   static KIMI_HOST_DEVICE F sqrt(F a) { return sqrt_rn(a); }
   // Without the slow path of a division.
   static KIMI_HOST_DEVICE F reciprocal_estimate(F a) { return kimi::reciprocal_estimate(a); }
-  static KIMI_HOST_DEVICE F exp2_estimate(F a) { return kimi::exp2_estimate(a); }
   static KIMI_HOST_DEVICE F subtract_product(F a, F b, F c) { return fma_rn(-a, b, c); }
 };
 

@@ -67,7 +67,7 @@ struct CpuEngine {
 KIMI_CPU_ENGINES(CpuEngine);
 
 // permute_plan_sm90.cu: up to kPlanOfCluster pairs; takes no workspace.
-inline constexpr int64_t kPlanOfCluster = 65536;
+inline constexpr int64_t kPlanOfCluster = 131072;
 Status permute_plan_sm90(const PermutePlanParams& p, void* stream);
 // unpermute_sm90.cu
 Status unpermute_sm90(const UnpermuteParams& p, void* stream);

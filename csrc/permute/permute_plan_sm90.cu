@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The plan on Hopper, up to 65536 pairs: one launch of one cluster, of a single block where that does.
+// The plan on Hopper, up to 131072 pairs: one launch of one cluster, or a block where that does.
 //
 //   pairs    0 ....... | block 0: warp 0 | warp 1 | ... | block 1: warp 0 | ...     runs, in order
 //   warp     32 pairs at a time: match.any counts those of the pair's expert before it, which stays
@@ -9,9 +9,17 @@
 //            where the block's own pairs of e begin once they are sorted
 //   block    sorts its pairs by expert in shared memory, so that `source` is written in runs
 //
-// *Predicted* for an H100 at 1.9 GHz, 4096 x 8 of 384 experts, in clocks: ids 900, counts 4 x 120,
-// prefix 350, cluster 450, scan 300, sorting 600, rows 900, end 300: 4300, 2.3 us beside the 1.9 us of
-// a launch, against 9.5 us measured for the two launches of permute_plan.cu in a graph.
+// *Predicted* for an H100 at 1.9 GHz, not measured, in clocks, beside the 1.9 us of a launch:
+//
+//                                     4096 x 8 of 384    8192 x 16 of 896
+//   ids, all in flight                            900                1200
+//   32 pairs of a warp, 120 each                  480                1900
+//   prefix over warps                             350                 400
+//   cluster, its sums, scan                       750                 750
+//   rows and sorting                              800                2000
+//   source, in runs                               600                1500
+//   in all                        3900: 2.1 + 1.9 us    7800: 4.1 + 1.9 us    (9.5 and 31 us measured
+//   for the two launches of permute_plan.cu in a graph)
 #include <algorithm>
 #include <cstdint>
 
@@ -25,7 +33,7 @@ namespace {
 
 constexpr int kWarps = 32, kThreads = kWarps * kWarpSize;
 constexpr int kBlocks = 8;                  // of a cluster
-constexpr int kRounds = 8;                  // of 32 pairs, of a warp
+constexpr int kRounds = 16;                 // of 32 pairs, of a warp
 constexpr int64_t kPairsOfOneBlock = 4096;  // up to here no cluster
 static_assert(kPlanOfCluster == kBlocks * kThreads * kRounds);
 static_assert(KIMI_PERMUTE_MAX_EXPERTS <= kThreads);
@@ -100,25 +108,28 @@ __global__ void __launch_bounds__(kThreads)
   let_next_start();
 
   const int32_t begin = (rank * kWarps + warp_id()) * p.pairs_per_warp + lane_id();
-  int32_t expert[kRounds], before[kRounds];  // of the pair; its expert's earlier ones in the warp
+  // Of the pair: its expert; above it, how many of the expert's are before it in the warp; or -1.
+  int32_t found[kRounds];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     const int32_t pair = begin + r * kWarpSize;
-    expert[r] = -1;
+    found[r] = -1;
     if (r * kWarpSize >= p.pairs_per_warp || pair >= p.num_pairs) continue;
     const int32_t id = p.indices[pair];
-    expert[r] = id >= 0 && id < num_experts ? id : -1;
+    found[r] = id >= 0 && id < num_experts ? id : -1;
   }
   const uint32_t lanes_below = (1u << lane_id()) - 1;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     if (r * kWarpSize >= p.pairs_per_warp) break;
-    const uint32_t same = warp_match(expert[r]);
-    const int earlier = expert[r] >= 0 ? counts[expert[r]] : 0;
+    const int32_t e = found[r];
+    const uint32_t same = warp_match(e);
+    const int earlier = e >= 0 ? counts[e] : 0;
     warp_barrier();  // every lane has read before the count runs on
-    before[r] = earlier + __popc(same & lanes_below);
-    if (expert[r] >= 0 && (same & lanes_below) == 0)
-      counts[expert[r]] = static_cast<uint16_t>(earlier + __popc(same));
+    if (e >= 0) {
+      found[r] = (earlier + __popc(same & lanes_below)) << 16 | e;
+      if ((same & lanes_below) == 0) counts[e] = static_cast<uint16_t>(earlier + __popc(same));
+    }
     warp_barrier();
   }
   __syncthreads();
@@ -158,11 +169,11 @@ __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const int32_t pair = begin + r * kWarpSize, e = expert[r];
+    const int32_t pair = begin + r * kWarpSize;
     if (r * kWarpSize >= p.pairs_per_warp || pair >= p.num_pairs) break;
     int32_t row = -1;
-    if (e >= 0) {
-      const int32_t at = s.place[e] + counts[e] + before[r];
+    if (found[r] >= 0) {
+      const int32_t e = found[r] & 0xffff, at = s.place[e] + counts[e] + (found[r] >> 16);
       row = at + s.shift[e];
       s.pairs[at] = pair;
       s.rows[at] = row;

@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "device/estimate.cuh"
 #include "device/vec.cuh"
 #include "topk_gate/filter.h"
 #include "topk_gate/pick.cuh"
@@ -34,7 +35,7 @@ namespace {  // each architecture's file has its own
 
 // Shared memory of a warp, beyond keys.
 struct alignas(16) Board {
-  int32_t key[kWarpSize];     // of a candidate; kExcluded beyond the last
+  float choice[kWarpSize];    // of a candidate; NaN beyond the last
   int32_t id[kWarpSize];      // of a candidate
   int32_t chosen[kWarpSize];  // of a slot
   float score[kWarpSize];     // of a slot; 0 beyond K
@@ -88,10 +89,10 @@ __device__ inline void load_row(const T* row, int num_experts, Layout at, float 
   }
 }
 
-// The key of the choice of an expert with logit z; a NaN chooses as -inf.
-__device__ inline int32_t key_of(const TopkGateParams& p, int expert, float z, float score) {
-  const float bias = p.expert_bias != nullptr ? p.expert_bias[expert] : 0.0f;
-  return sort_key(z == z ? add_rn(score, bias) : -INFINITY);
+// The choice of an expert with logit z; every NaN chooses as -inf.
+__device__ inline float choice_of(const TopkGateParams& p, int expert, float z, float score) {
+  const float choice = add_rn(score, p.expert_bias != nullptr ? p.expert_bias[expert] : 0.0f);
+  return z != z || choice != choice ? -INFINITY : choice;
 }
 
 template <int kValues>
@@ -122,7 +123,9 @@ __device__ RowScale exact_keys(const TopkGateParams& p, const T* logits, int32_t
   }
   warp_barrier();  // the previous token's readers are done
   with_score(p.score_function, row, [&](auto score_of) {
-    each([&](int e, float z) { keys[e] = key_of(p, e, z, score_of(clean<CudaOps>(z))); });
+    each([&](int e, float z) {
+      keys[e] = sort_key(choice_of(p, e, z, score_of(clean<CudaOps>(z))));
+    });
   });
   warp_barrier();
   return row;
@@ -136,7 +139,7 @@ __device__ void estimate_choices(const TopkGateParams& p, const T* logits, Layou
   load_bias(bias);
 #pragma unroll
   for (int j = 0; j < kValues; ++j)
-    estimate[j] = add_rn(sigmoid_estimate<CudaOps>(estimate[j]), bias[j]);
+    estimate[j] = add_rn(sigmoid_estimate<EstimateOps>(estimate[j]), bias[j]);
 }
 
 // ---- candidates --------------------------------------------------------------------------------
@@ -173,22 +176,25 @@ __device__ float kth_of_lanes(const float (&a)[kValues], int k) {
   return value_of_key(best);
 }
 
-// board.id: the experts with a >= bound, in any order; how many, or 33 and more.
+// board.id: the experts with a >= bound, in any order; how many, or 33 where they are more, or more
+// than 7 of one lane.
 template <int kValues>
 __device__ int collect(const float (&a)[kValues], Layout at, float bound, Board& board) {
   uint32_t mine = 0;
 #pragma unroll
   for (int j = 0; j < kValues; ++j) mine |= a[j] >= bound ? 1u << j : 0u;
   const uint32_t lanes_below = (1u << lane_id()) - 1;
-  int found = 0;
-  for (uint32_t lanes = warp_ballot(mine != 0); lanes != 0; lanes = warp_ballot(mine != 0)) {
-    const int place = found + __popc(lanes & lanes_below);
-    const uint32_t j = static_cast<uint32_t>(__ffs(static_cast<int>(mine)) - 1);
-    if (mine != 0 && place < kWarpSize) board.id[place] = at.expert_of(j);
-    mine &= mine - 1;
-    found += __popc(lanes);
-    if (found > kWarpSize) break;
+  const int own = __popc(mine);
+  int place = 0, found = 0;
+#pragma unroll
+  for (int bit = 0; bit < 3; ++bit) {
+    const uint32_t lanes = warp_ballot((own >> bit & 1) != 0);
+    place += __popc(lanes & lanes_below) << bit;
+    found += __popc(lanes) << bit;
   }
+  if (warp_ballot(own > 7) != 0 || found > kWarpSize) return kWarpSize + 1;
+  for (; mine != 0; mine &= mine - 1)
+    board.id[place++] = at.expert_of(static_cast<uint32_t>(__ffs(static_cast<int>(mine)) - 1));
   return found;
 }
 
@@ -234,21 +240,23 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
   float z = 0.0f, u = 0.0f;
   if (enough()) {
     warp_barrier();
-    int32_t mine = kExcluded;
+    float mine = NAN;
     if (lane < found) {
       id = board.id[lane];
       u = exact(id, row, z);
-      mine = key_of(p, id, z, u);
+      mine = add_rn(choice_of(p, id, z, u), 0.0f);  // -0 is +0
     }
-    board.key[lane] = mine;
-    uint32_t equal = warp_match(mine) & ~(1u << lane);
+    board.choice[lane] = mine;
+    uint32_t equal = warp_match(bits_of(mine)) & ~(1u << lane);
     warp_barrier();
-    int slot = 0;
+    float larger = 0.0f;
+#pragma unroll 1
     for (int i = 0; i < found; i += 4) {
-      const Vec<int32_t, 4> four = *reinterpret_cast<const Vec<int32_t, 4>*>(board.key + i);
+      const Vec<float, 4> four = *reinterpret_cast<const Vec<float, 4>*>(board.choice + i);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) slot += four[j] > mine ? 1 : 0;
+      for (int j = 0; j < 4; ++j) larger += four[j] > mine ? 1.0f : 0.0f;
     }
+    int slot = lane < found ? static_cast<int>(larger) : kWarpSize;
     for (; equal != 0 && lane < found; equal &= equal - 1)
       slot += board.id[__ffs(static_cast<int>(equal)) - 1] < id ? 1 : 0;
     if (slot < top_k) {
@@ -269,6 +277,7 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
   if (lane >= top_k) board.score[lane] = 0.0f;
   warp_barrier();
   float total = 0.0f;
+#pragma unroll 1
   for (int i = 0; i < top_k; i += 4) {  // scores are no -0: 0 beyond K changes nothing
     const Vec<float, 4> four = *reinterpret_cast<const Vec<float, 4>*>(board.score + i);
 #pragma unroll

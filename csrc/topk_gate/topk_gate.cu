@@ -50,18 +50,17 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, least_blocks(kValues))
 
   const int64_t stride = int64_t{gridDim.x} * kWarps;
   for (int64_t t = int64_t{blockIdx.x} * kWarps + warp_id(); t < p.num_tokens; t += stride) {
-    float* weights = p.weights + t * p.top_k;
-    int32_t* indices = p.indices + t * p.top_k;
+    const int64_t slot = t * p.top_k + lane;
     if (p.valid && !p.valid[t]) {
-      if (lane < p.top_k) weights[lane] = 0.0f;
-      if (lane < p.top_k) indices[lane] = -1;
+      if (lane < p.top_k) p.weights[slot] = 0.0f;
+      if (lane < p.top_k) p.indices[slot] = -1;
       continue;
     }
     const T* logits = static_cast<const T*>(p.logits) + t * p.logits_stride;
     const Choice mine = choose<T, kValues>(p, logits, layout, load_bias, boards[warp_id()], keys);
     if (lane < p.top_k) {
-      weights[lane] = mine.weight;
-      indices[lane] = mine.expert;
+      p.weights[slot] = mine.weight;
+      p.indices[slot] = mine.expert;
       atomic_add(&histogram[mine.expert], 1);
     }
   }

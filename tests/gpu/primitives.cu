@@ -12,12 +12,14 @@
 #include "device/barrier.cuh"
 #include "device/convert.cuh"
 #include "device/cp_async.cuh"
+#include "device/estimate.cuh"
 #include "device/launch.cuh"
 #include "device/math.cuh"
 #include "device/mbarrier.cuh"
 #include "device/mma.cuh"
 #include "device/vec.cuh"
 #include "device/warp.cuh"
+#include "topk_gate/filter.h"
 #include "topk_gate/score.cuh"
 
 namespace {
@@ -87,6 +89,34 @@ __global__ void reciprocal_kernel(Io io) {
         static_cast<int32_t>(bits_of(reciprocal_estimate(d)) - bits_of(div_rn(1.0f, d)));
     atomic_max(reinterpret_cast<int32_t*>(&io.out[1]), error < 0 ? -error : error);
   }
+}
+
+// The gate's filter, for all 2^32 logits (on the host for every 4099th) and two biases: how many
+// estimates are further from the choice than their bound says, and the largest distance for its
+// size in units of 2^-28. The input is ignored.
+__global__ void filter_kernel(Io io) {
+#if defined(KIMI_HOST_SIMT)
+  constexpr uint64_t kStep = 4099;
+#else
+  constexpr uint64_t kStep = 1;
+#endif
+  const uint64_t stride = uint64_t{gridDim.x} * blockDim.x * kStep;
+  uint32_t beyond = 0;
+  float largest = 0.0f;
+  for (uint64_t bits = static_cast<uint64_t>(thread()) * kStep; bits < uint64_t{1} << 32;
+       bits += stride) {
+    const float z = float_of(static_cast<uint32_t>(bits));
+    if (z != z) continue;
+    const float estimate = gate::sigmoid_estimate<EstimateOps>(z), s = math::sigmoid<CudaOps>(z);
+    for (const float bias : {0.0f, -3.7f}) {
+      const float a = add_rn(estimate, bias), size = fmaxf(fabsf(a), 1.0f);
+      const float error = div_rn(fabsf(sub_rn(a, add_rn(s, bias))), size);
+      beyond += error <= gate::kSigmoidError ? 0 : 1;  // a NaN is beyond
+      largest = fmaxf(largest, error);
+    }
+  }
+  if (beyond != 0) atomic_add(&io.out[0], beyond);
+  atomic_max(reinterpret_cast<int32_t*>(&io.out[1]), static_cast<int32_t>(largest * 0x1p28f));
 }
 
 // 8 outputs: the low bits of the input as bf16, fp16 and e4m3, and the input rounded to them; it
@@ -247,10 +277,10 @@ struct Entry {
 constexpr Entry kEntries[] = {
     {"warp", warp_kernel, 0},         {"math", math_kernel, 0},
     {"score", score_kernel, 0},       {"reciprocal", reciprocal_kernel, 64},
-    {"dtype", dtype_kernel, 0},       {"atomic", atomic_kernel, 0},
-    {"vec", vec_kernel, 0},           {"barrier", barrier_kernel, 0},
-    {"mbarrier", mbarrier_kernel, 1}, {"cp_async", cp_async_kernel, 0},
-    {"matrix", matrix_kernel, 0}};
+    {"filter", filter_kernel, 64},    {"dtype", dtype_kernel, 0},
+    {"atomic", atomic_kernel, 0},     {"vec", vec_kernel, 0},
+    {"barrier", barrier_kernel, 0},   {"mbarrier", mbarrier_kernel, 1},
+    {"cp_async", cp_async_kernel, 0}, {"matrix", matrix_kernel, 0}};
 
 #if defined(KIMI_HOST_SIMT)
 Status run(const Entry& entry, const LaunchConfig& config, Io io, int /*outputs*/) {

@@ -291,7 +291,7 @@ def test_every_program_of_a_part_knows_its_arguments(part, monkeypatch, capsys):
 
 
 def test_programs_run_on_a_cpu(tmp_path, monkeypatch, capsys):
-    from benchmarks.device_check import host_calls, one_kernel, train_step
+    from benchmarks.device_check import host_calls, one_kernel, router, train_step
 
     def program_of(module, *arguments):
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
@@ -303,6 +303,11 @@ def test_programs_run_on_a_cpu(tmp_path, monkeypatch, capsys):
     program_of(host_calls, "--device", "cpu", "--json", path)
     found = json.loads(Path(path).read_text())
     assert found["topk_gate"]["host_us"] > 0 and "torch: F.grouped_mm" in found
+    program_of(router, "--device", "cpu", "--json", path)
+    found = json.loads(Path(path).read_text())
+    assert set(router.CASES) < set(found) and found["gate 1 x 384, 8"]["us"] > 0
+    assert 8 < found["candidates of 4096 x 384, 8"]["mean"] < 10
+    assert found["candidates of 4096 x 896, 16"]["exact"] < 0.01
     program_of(train_step, "--device", "cpu", "--preset", "tiny", "--json", path)
     found = json.loads(Path(path).read_text())
     assert len(found["steps"]) == train_step.STEPS and found["tokens_per_s"] > 0
