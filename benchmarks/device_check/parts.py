@@ -115,6 +115,7 @@ PARTS: dict[str, Callable[[Path], list[Step]]] = {
     "router": router,
     "host": lambda logs: [script("host_calls", 40, logs)],
     "train": lambda logs: [script("train_step", 60, logs)],
+    "trials": lambda logs: [script("trials", 240, logs)],
     "profile": profile,
     "sanitize": sanitize,
 }

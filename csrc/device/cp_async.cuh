@@ -6,8 +6,11 @@
 //   wait<1>                                          all its groups but the last one have landed
 //
 // A wait is for the waiting thread's own copies; a block barrier after it shows them to the others.
+// Or nobody waits: arrive() lets an mbarrier count the thread once its copies so far have landed;
+// who waits there sees them, and lets wgmma see them by fence_async_shared.
 #pragma once
 
+#include "device/mbarrier.cuh"
 #include "device/platform.cuh"
 
 #if defined(KIMI_HOST_SIMT)
@@ -43,6 +46,7 @@ class ThreadsGroups {
     if (groups.size() == 1 && groups.front().empty()) all().erase(serial_);
   }
   AsyncGroups* operator->() const { return &all()[serial_]; }
+  AsyncGroups& operator*() const { return all()[serial_]; }
 
  private:
   static std::unordered_map<uint64_t, AsyncGroups>& all() {
@@ -70,6 +74,23 @@ inline void cp_async16(void* shared, const void* global, bool valid) {
   const simt::InsideModel inside;
   detail::ThreadsGroups()->back().push_back(copy);
 }
+inline void cp_async_arrive(MBarrier& b) {
+  detail::check_own(b, "cp_async_arrive");
+  std::vector<detail::AsyncCopy> due;
+  {
+    const simt::InsideModel inside;
+    const detail::ThreadsGroups groups;
+    for (const auto& group : *groups) due.insert(due.end(), group.begin(), group.end());
+    groups->assign(1, {});
+  }
+  simt::complete_later(simt::cluster_rank(), [due = std::move(due), &b] {
+    for (const detail::AsyncCopy& copy : due) {
+      detail::land(copy);
+      simt::generic_write(copy.shared, 16);
+    }
+    detail::count_arrival(b);
+  });
+}
 inline void cp_async_commit() {
   const simt::InsideModel inside;
   detail::ThreadsGroups()->emplace_back();
@@ -96,6 +117,13 @@ __device__ inline void cp_async16(void* shared, const void* global, bool valid) 
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+/// cp.async.mbarrier.arrive.noinc.shared::cta.b64: one of the arrivals that the barrier expects,
+/// when all copies of this thread so far have landed.
+__device__ inline void cp_async_arrive(MBarrier& b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(detail::shared_u32(&b))
                : "memory");
 }
 

@@ -76,8 +76,7 @@ inline void add_bytes(MBarrier& b, int64_t bytes, const char* what) {
                std::to_string(pending));
   b.bytes = pending & ((1 << 21) - 1);
 }
-inline void arrive(MBarrier& b) {
-  simt::preemption_point();
+inline void count_arrival(MBarrier& b) {
   publish(b);
   const simt::InsideModel inside;
   check_alive(b, "mbarrier_arrive");
@@ -87,6 +86,10 @@ inline void arrive(MBarrier& b) {
                " have come, " + std::to_string(b.bytes) + " bytes have not");
   b.pending = (b.pending - 1) & 0xfffff;
   settle(b);
+}
+inline void arrive(MBarrier& b) {
+  simt::preemption_point();
+  count_arrival(b);
 }
 /// What an asynchronous copy does when `bytes` of it have landed; models of copies call it.
 inline void complete_tx(MBarrier& b, uint32_t bytes) {
@@ -145,6 +148,7 @@ inline bool mbarrier_try_wait(MBarrier& b, uint32_t parity) {
   if (complete) simt::acquire(detail::meeting(b, parity));
   return complete;
 }
+inline bool mbarrier_test(MBarrier& b, uint32_t parity) { return mbarrier_try_wait(b, parity); }
 inline void mbarrier_wait(MBarrier& b, uint32_t parity,
                           std::source_location where = std::source_location::current()) {
   simt::preemption_point();
@@ -218,6 +222,21 @@ __device__ inline bool mbarrier_try_wait(MBarrier& b, uint32_t parity) {
       "{\n"
       ".reg .pred p;\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(complete)
+      : "r"(detail::shared_u32(&b)), "r"(parity)
+      : "memory");
+  return complete != 0;
+}
+
+/// mbarrier.test_wait.parity.shared::cta.b64: the same at once.
+__device__ inline bool mbarrier_test(MBarrier& b, uint32_t parity) {
+  uint32_t complete;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n"
       "}"
       : "=r"(complete)

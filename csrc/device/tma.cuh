@@ -6,6 +6,7 @@
 //                   out of bounds, which are zeros
 //   tma_store       shared -> global; nothing is written out of bounds
 //   tma_reduce_add  the same, adding in the element type of the map
+//   tma_prefetch_box  global -> L2, at some time: nobody is told
 //
 // Threads that filled the shared memory call fence_async_shared and meet at a barrier before one of
 // them stores. Committing and waiting are the storing thread's own, and it waits before it ends.
@@ -99,13 +100,23 @@ inline void load(void* shared, const TensorMap& map, MBarrier& full, const char*
   if (blocks == 0 || blocks >> simt::cluster_blocks() != 0)
     simt::fail(std::string(what) + ": blocks: names none or more than the " +
                std::to_string(simt::cluster_blocks()) + " of the cluster");
+  simt::statistics().loads += 1;
   for (int b = 0; b < simt::cluster_blocks(); ++b)
     if (blocks >> b & 1) {
+      simt::statistics().loaded_bytes += box.bytes();
       char* const there = static_cast<char*>(simt::in_peer(shared, b));
       MBarrier* const barrier = static_cast<MBarrier*>(simt::in_peer(&full, b));
       simt::check_fenced(there, box.bytes(), what);
       simt::complete_later(b, [=] { load_box(there, *barrier, box, what); });
     }
+}
+/// Bytes of the tensor that lie in the box.
+inline uint64_t bytes_inside(const TensorMap& map, const int64_t (&at)[3]) {
+  int64_t bytes = map.strides_bytes[0];
+  for (int d = 0; d < 3; ++d)
+    bytes *= std::max<int64_t>(
+        0, std::min(at[d] + map.box[d], map.sizes[d]) - std::max<int64_t>(at[d], 0));
+  return static_cast<uint64_t>(bytes);
 }
 inline unsigned own_block() { return 1u << simt::cluster_rank(); }
 
@@ -148,6 +159,11 @@ inline void store(const TensorMap& map, const void* shared, const char* what, bo
 }  // namespace detail
 
 inline void tma_prefetch(const TensorMap&) {}
+inline void tma_prefetch_box(const TensorMap& map, int32_t x, int32_t y, int32_t z) {
+  if (map.rank != 3 || x * map.strides_bytes[0] % 16 != 0)
+    simt::fail("tma_prefetch_box: expected a tensor map of rank 3 and x on 16 bytes");
+  simt::statistics().prefetched_bytes += detail::bytes_inside(map, {x, y, z});
+}
 inline void tma_load(void* shared, const TensorMap& map, MBarrier& full, int32_t x, int32_t y) {
   detail::load(shared, map, full, "tma_load", 2, x, y, 0, detail::own_block());
 }
@@ -220,6 +236,14 @@ __device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap
       "[%0], [%1, {%4, %5}], [%2], %3;" ::"r"(detail::shared_u32(shared)),
       "l"(&map), "r"(detail::shared_u32(&full)), "h"(blocks), "r"(x), "r"(y)
       : "memory");
+}
+
+/// cp.async.bulk.prefetch.tensor.3d.L2.global: a box whose size may exceed shared memory.
+__device__ __forceinline__ void tma_prefetch_box(const TensorMap& map, int32_t x, int32_t y,
+                                                 int32_t z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(&map), "r"(x),
+               "r"(y), "r"(z)
+               : "memory");
 }
 
 /// cp.async.bulk.tensor to global memory, in the thread's open bulk group.

@@ -7,8 +7,10 @@
 //
 // M-grouped: a group has ceil(rows / kTileRows) x column tiles, which begin at its own first row;
 // the rows after the last group are one more group, of depth 0, where the epilogue zeroes them.
-// Within a group kSwizzle row tiles share a column tile before the next one comes, so that blocks
-// that run together read few distinct tiles of A and of B.
+// Within a group `swizzle` row tiles share a column tile before the next one comes, so that blocks
+// that run together read few distinct tiles of A and of B. Each group begins one row tile and one
+// column tile later than the one before, and each column tile one row tile: tiles that are not full
+// cost less, and a block that takes every 132nd tile must not have the same place always.
 // K-grouped, batch: every group has the same number of tiles. Of a lower triangle row after row,
 // each matrix from kTurn tiles further on than the one before, for a block must not have the same
 // places in all of them, which cost unlike (sm90/kernel.cuh):
@@ -38,16 +40,23 @@ struct Tile {
   int64_t end;    // M-grouped: one past the group's last row; else one past the last of the depth
 };
 
-// Tile `local` of a group. 32 bits are enough for numbers of tiles: a C with more fits no memory.
-template <int kSwizzle>
-__device__ inline void place_in_group(uint32_t local, uint32_t row_tiles, uint32_t col_tiles,
-                                      Tile& tile) {
-  const uint32_t width = kSwizzle * col_tiles;
+// In which the tiles of a group come.
+struct Order {
+  uint32_t swizzle = 8;
+  bool turns = true;
+};
+
+// Tile `local` of tile.group. 32 bits are enough for numbers of tiles: a C with more fits no memory.
+__device__ inline void place_in_group(const Order& order, uint32_t local, uint32_t row_tiles,
+                                      uint32_t col_tiles, Tile& tile) {
+  const uint32_t width = order.swizzle * col_tiles;
   const uint32_t chunk = local / width, in_chunk = local - chunk * width;
-  const uint32_t left = row_tiles - chunk * kSwizzle;
-  const uint32_t rows = left < kSwizzle ? left : kSwizzle, col = in_chunk / rows;
-  tile.col_tile = static_cast<int32_t>(col);
-  tile.row_tile = static_cast<int32_t>(chunk * kSwizzle + in_chunk - col * rows);
+  const uint32_t left = row_tiles - chunk * order.swizzle;
+  const uint32_t rows = left < order.swizzle ? left : order.swizzle, col = in_chunk / rows;
+  const uint32_t turn = order.turns ? static_cast<uint32_t>(tile.group) : 0,
+                 row = in_chunk + turn + (order.turns ? col : 0);
+  tile.col_tile = static_cast<int32_t>((col + turn) % col_tiles);
+  tile.row_tile = static_cast<int32_t>(chunk * order.swizzle + row % rows);
 }
 
 // Tile `local` of a lower triangle: of row tiles k ratio .. k ratio + ratio - 1 each has k + 1.
@@ -62,7 +71,7 @@ __device__ inline void place_in_triangle(uint32_t local, uint32_t ratio, Tile& t
   tile.col_tile = static_cast<int32_t>(in_rows - row * (k + 1));
 }
 
-template <int kTileRows, int kSwizzle = 8>
+template <int kTileRows>
 class RowSchedule {
  public:
   // Where to go on: what a kernel may keep between two tiles in place of the whole schedule.
@@ -72,8 +81,12 @@ class RowSchedule {
   };
 
   // `zero_rows`: rows after the last group are tiles too.
-  __device__ RowSchedule(const Groups& groups, uint32_t col_tiles, bool zero_rows, Place from = {})
-      : groups_(groups), col_tiles_(col_tiles), windowed_(groups.count + (zero_rows ? 1 : 0)) {
+  __device__ RowSchedule(const Groups& groups, uint32_t col_tiles, bool zero_rows, Place from = {},
+                         Order order = {})
+      : groups_(groups),
+        order_(order),
+        col_tiles_(col_tiles),
+        windowed_(groups.count + (zero_rows ? 1 : 0)) {
     load_window(from.window, from.before);
   }
   __device__ Place place() const {
@@ -94,7 +107,7 @@ class RowSchedule {
     const uint32_t local = index - (warp_broadcast(before_, lane) - row_tiles * col_tiles_);
     tile.group = window_ + lane;
     tile.end = warp_broadcast(end_, lane);
-    place_in_group<kSwizzle>(local, row_tiles, col_tiles_, tile);
+    place_in_group(order_, local, row_tiles, col_tiles_, tile);
     tile.begin = int64_t{warp_broadcast(begin_, lane)} + int64_t{tile.row_tile} * kTileRows;
     return true;
   }
@@ -126,6 +139,7 @@ class RowSchedule {
   }
 
   const Groups& groups_;
+  const Order order_;
   uint32_t col_tiles_;
   int32_t windowed_, window_ = 0;
   int32_t begin_ = 0, end_ = 0;  // of the lane's group
@@ -136,14 +150,14 @@ class RowSchedule {
 // The same where every group has a matrix C of its own, for all of one size. With offsets the depth
 // of a group comes from them. `lower_ratio`: how many row tiles are as high as a tile is wide where
 // only the lower triangle is wanted, else 0.
-template <int kSwizzle = 8>
 class MatrixSchedule {
  public:
   static constexpr uint32_t kTurn = 5;
 
   __device__ MatrixSchedule(const Product& p, uint32_t row_tiles, uint32_t col_tiles,
-                            uint32_t lower_ratio = 0)
+                            uint32_t lower_ratio = 0, Order order = {})
       : p_(p),
+        order_(order),
         row_tiles_(row_tiles),
         col_tiles_(col_tiles),
         tiles_(lower_ratio > 0 ? static_cast<uint32_t>(lower_tiles(row_tiles, lower_ratio))
@@ -159,7 +173,7 @@ class MatrixSchedule {
     if (lower_ratio_ > 0)
       place_in_triangle((local + group * kTurn) % tiles_, lower_ratio_, tile);
     else
-      place_in_group<kSwizzle>(local, row_tiles_, col_tiles_, tile);
+      place_in_group(order_, local, row_tiles_, col_tiles_, tile);
     tile.begin = 0;
     tile.end = p_.depth;
     if (groups.offsets == nullptr) return true;
@@ -172,6 +186,7 @@ class MatrixSchedule {
 
  private:
   const Product& p_;
+  const Order order_;
   uint32_t row_tiles_, col_tiles_, tiles_, lower_ratio_;
 };
 

@@ -10,6 +10,7 @@
 #include "common/dtype.h"
 #include "device/cluster.cuh"
 #include "device/convert.cuh"
+#include "device/cp_async.cuh"
 #include "device/fence.cuh"
 #include "device/launch.cuh"
 #include "device/overlap.cuh"
@@ -41,6 +42,7 @@ struct Geometry {
   Element element;
   int rank;
   Swizzle swizzle;
+  bool turned = false;  // 64 columns x 128 rows x 2, whose planes lie side by side in rows
 };
 template <class T>
 constexpr Element kElement = sizeof(T) == 1 ? kBytes : kFloat;
@@ -227,6 +229,30 @@ __global__ void __launch_bounds__(384, 1) cluster_kernel(Io io, KIMI_MAPS) {
   }
 }
 
+// A box of 64 rows of both planes from row 100 of 128 on, and behind it 16 bytes a thread in turned
+// order by cp.async: one barrier counts both.
+__global__ void stage_kernel(Io io, KIMI_MAPS) {
+  (void)to;
+  constexpr int kBox = 2 * 64 * 128, kWords = (kBox + 128 * 16) / 4;
+  KIMI_SHARED(char, tile);
+  KIMI_STATIC_SHARED(MBarrier, full, 1);
+  const int t = static_cast<int>(threadIdx.x);
+  if (t == 0) {
+    mbarrier_init(full[0], 1 + 128);
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  if (t == 0) {
+    tma_prefetch_box(from, 0, 100, 0);
+    mbarrier_arrive_expect_tx(full[0], kBox);
+    tma_load(tile, from, full[0], 0, 100, 0);
+  }
+  cp_async16(tile + kBox + 16 * t, io.in + 4 * (127 - t), true);
+  cp_async_arrive(full[0]);
+  mbarrier_wait(full[0], 0);
+  for (int i = t; i < kWords; i += 128) io.out[i] = reinterpret_cast<const uint32_t*>(tile)[i];
+}
+
 // Any bits, and numbers from 2^-11 to 2^9 of either sign.
 __global__ void convert_kernel(Io io, KIMI_MAPS) {
   (void)from, (void)to;
@@ -325,6 +351,7 @@ const Entry kEntries[] = {
     KIMI_PRODUCT(e4m3, 128, kDepth, kDepth),
     KIMI_PRODUCT(e4m3, 256, kDepth, kDepth),
     {"stmatrix", stmatrix_kernel, 128, 1, {kBytes, 2, Swizzle::kNone}},
+    {"stage", stage_kernel, 128, 1, {kBf16, 3, Swizzle::k128, true}},
     {"convert", convert_kernel, 128, 1, {kBytes, 2, Swizzle::kNone}},
     {"cluster", cluster_kernel, 384, 2, {kBytes, 2, Swizzle::kNone}},
     {"overlap", overlap_kernel, 256, 1, {kBytes, 2, Swizzle::kNone}, 40},
@@ -333,6 +360,11 @@ const Entry kEntries[] = {
 template <class T>
 Status encode(TensorMap* map, const void* base, const Geometry& g) {
   constexpr int kSize = sizeof(T);
+  if (g.turned) {
+    const int64_t sizes[3] = {128 / kSize, 128, 2}, strides[2] = {256, 128};
+    const int32_t box[3] = {128 / kSize, 64, 2};
+    return encode_tensor_map<T>(map, base, 3, sizes, strides, box, g.swizzle);
+  }
   const int64_t sizes[3] = {kRowBytes / kSize, kRows, kPlanes};
   const int64_t strides[2] = {kRowStride, kRowStride * kRows};
   const int32_t box[3] = {box_row_bytes(g.swizzle) / kSize, kBoxRows, kBoxPlanes};

@@ -43,7 +43,7 @@ def words_of(name: str) -> int:
         return 64 * int(rest[1])
     if kind == "load":
         return len(POINTS) * placed(int(rest[1]), rest[2]).size // 4
-    return {"stmatrix": 1024, "convert": 1024, "cluster": 492, "overlap": 256}.get(
+    return {"stmatrix": 1024, "convert": 1024, "cluster": 492, "overlap": 256, "stage": 4608}.get(
         kind, TENSOR_WORDS
     )
 
@@ -199,6 +199,18 @@ def test_host_model_of_launches_that_overlap(host: ctypes.CDLL) -> None:
     for _ in range(40 * 200):
         want = 5 * want + words
     np.testing.assert_array_equal(run(host, "overlap"), want)
+
+
+def test_host_model_of_a_stage(host: ctypes.CDLL) -> None:
+    rows = inputs("stage").view(np.uint8).reshape(128, 2, 128)  # [depth, plane, byte]
+    box = np.zeros((2, 64, 128), np.uint8)
+    box[:, :28] = rows[100:].transpose(1, 0, 2)
+    plane, row, byte = np.ogrid[:2, :64, :128]
+    place = (plane * 64 + row) * 128 + ((byte // 16) ^ (row % 8)) * 16 + byte % 16
+    out = run(host, "stage").view(np.uint8)
+    np.testing.assert_array_equal(out[place], box)
+    turned = inputs("stage")[:512].view(np.uint8).reshape(128, 16)[::-1]
+    np.testing.assert_array_equal(out[2 * 64 * 128 :].reshape(128, 16), turned)
 
 
 def test_host_model_of_stmatrix_and_clusters(host: ctypes.CDLL) -> None:

@@ -145,7 +145,8 @@ struct Block {
   int running = 0;  // threads that have not exited
   std::vector<Warp> warps;
   std::vector<std::vector<WarpgroupOperation>> warpgroups;
-  int free_registers = 0;  // of the pool of setmaxnreg
+  int last_warpgroup = -1;  // that multiplied
+  int free_registers = 0;   // of the pool of setmaxnreg
   Barrier barriers[kBarriers];
   std::unique_ptr<SharedMemory> dynamic;
   std::vector<std::pair<const void*, std::unique_ptr<SharedMemory>>> statics;

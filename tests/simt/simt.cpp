@@ -386,6 +386,7 @@ void park_spinning(std::string (*describe)(const void*), const void* context,
 }  // namespace detail
 
 Settings& settings() { return detail::Runner::instance().settings; }
+Statistics& statistics() { return detail::Runner::instance().statistics; }
 Statistics last_statistics() { return detail::Runner::instance().statistics; }
 uint64_t launches() { return detail::Runner::instance().statistics.launches; }
 

@@ -76,7 +76,11 @@ struct Statistics {
   uint64_t barriers = 0;
   uint64_t warp_operations = 0;
   uint64_t warpgroup_operations = 0;
-  uint64_t launches = 0;  // the thread's so far
+  uint64_t turns = 0;       // wgmma of a block came from another warpgroup than the one before
+  int first_warpgroup = 0;  // at the first of them
+  uint64_t loads = 0, loaded_bytes = 0;  // by TMA
+  uint64_t prefetched_bytes = 0;         // into the L2
+  uint64_t launches = 0;                 // the thread's so far
 };
 Statistics last_statistics();
 
@@ -126,6 +130,9 @@ void check_shared(const void* address, size_t bytes, const char* what);
 void check_global16(const void* address, const char* what);
 
 }  // namespace detail
+
+/// For primitives: what the launch has counted so far.
+Statistics& statistics();
 
 /// Throws simt::Error naming the running thread.
 [[noreturn]] void fail(const std::string& message);

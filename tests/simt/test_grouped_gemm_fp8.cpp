@@ -12,6 +12,7 @@
 
 #include "common/dtype.h"
 #include "fp8_buffer.h"
+#include "gemm/sm90/job.h"
 #include "grouped_gemm/fp8.h"
 
 namespace {
@@ -144,6 +145,20 @@ TEST(the_ring_goes_round_in_any_order_of_threads) {
     compare({{129, 30}, 1, 128 * 7, 300, KIMI_BFLOAT16, false}, seed);
     compare({{66, 1}, 1, 128 * 9, 392, KIMI_FLOAT32, false}, seed);
   }
+}
+
+// Of the three orders: one block of 128 and one of 66 rows have both consumers, one has 30.
+TEST(consumers_take_turns) {
+  using gemm::sm90::trial;
+  constexpr uint64_t kDepth = 5;
+  for (int order : {0, 1, 2})
+    for (uint64_t seed = 0; seed < 12; seed += order == 0 ? 6 : 2) {
+      trial().order = order;
+      compare({{128, 30, 66}, 1, 128 * kDepth, 72, KIMI_BFLOAT16, false}, seed);
+      if (order == 1)  // each block of depth is a turn of both
+        CHECK(simt::last_statistics().turns == 2 * (2 * 2 * kDepth) + 2 * 1);
+      trial() = {};
+    }
 }
 
 TEST(a_row_that_is_not_a_number_stays_in_its_row) {

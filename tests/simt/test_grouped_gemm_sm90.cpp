@@ -176,6 +176,102 @@ TEST(activate_backward) {
       }
 }
 
+// Of 384 columns the second tile is half of one: 16 of its 32 KB of B are loaded.
+TEST(a_last_tile_of_few_columns_is_half) {
+  Case c{.offsets = {64}, .num_rows = 64, .seed = 140};
+  c.depth = 128;
+  for (Contiguous b : {kAlongDepth, kAlongOuter})
+    for (int64_t cols : {384, 392, 264}) {
+      c.b = b;
+      c.cols = cols;
+      check_product(c, false);
+      const uint64_t halves = cols == 392 ? 4 : 3;
+      CHECK(simt::last_statistics().loaded_bytes == 2 * (halves * 16 + 2 * 8) * 1024);
+    }
+}
+
+struct WithTrial {
+  explicit WithTrial(const char* text) { sm90::trial() = sm90::trial_of(text); }
+  ~WithTrial() { sm90::trial() = {}; }
+};
+
+Case wgrad(uint64_t seed) {
+  Case c{.grouping = Grouping::kK, .offsets = {0, 5, 5, 75, 76}, .num_rows = 80, .seed = seed};
+  c.a = c.b = kAlongOuter;
+  c.rows = 128;
+  c.cols = 256;
+  return c;
+}
+
+// A stage of each operand by one load, where 64 divides its columns.
+TEST(depth_loads_a_stage_at_once) {
+  constexpr uint64_t kStages = 1 + 2 + 1;
+  for (int64_t rows : {64, 128, 40})
+    for (int64_t cols : {256, 64, 320, 72}) {
+      Case c = wgrad(static_cast<uint64_t>(rows + cols));
+      c.rows = rows;
+      c.cols = cols;
+      c.accumulate = cols == 64;
+      const uint64_t boxes_a = rows == 128 ? 2 : 1, boxes_b = cols == 64 || cols == 72 ? 2 : 4;
+      const uint64_t tiles = cols == 320 ? 2 : 1, all_b = cols == 320 ? 6 : boxes_b;
+      check_product(c);
+      CHECK(simt::last_statistics().loads ==
+            kStages * ((rows % 64 == 0 ? 1 : boxes_a) * tiles + (cols % 64 == 0 ? tiles : all_b)));
+      const WithTrial trial("boxes=0");
+      check_product(c);
+      CHECK(simt::last_statistics().loads == kStages * (boxes_a * tiles + all_b));
+    }
+}
+
+// Each element of those matrices that get something, once.
+TEST(depth_added_to_fp32_is_asked_for_ahead) {
+  for (uint64_t seed = 0; seed < 12; seed += 3) {
+    Case c = wgrad(seed);
+    c.rows = 200;
+    c.cols = 264;
+    for (bool accumulate : {true, false}) {
+      c.accumulate = accumulate;
+      check_product(c);
+      CHECK(simt::last_statistics().prefetched_bytes == (accumulate ? 3 * 200 * 264 * 4 : 0));
+    }
+    const WithTrial trial("prefetch=0");
+    c.accumulate = true;
+    check_product(c);
+    CHECK(simt::last_statistics().prefetched_bytes == 0);
+  }
+}
+
+// Consumer 0 multiplies first in any order of threads; without a lead consumer 1 may.
+TEST(consumers_apart) {
+  bool other_first = false;
+  for (uint64_t seed : {0, 1, 3, 5, 8, 10}) {
+    Case c{.offsets = {100}, .num_rows = 100, .b = kAlongOuter, .seed = seed};
+    c.cols = 72;
+    c.depth = 192;
+    check_product(c, true);
+    other_first |= simt::last_statistics().first_warpgroup == 2;
+    const WithTrial trial(seed % 2 == 0 ? "lead=2,turn=0" : "lead=3,swizzle=1");
+    check_product(c, true);
+    CHECK(simt::last_statistics().first_warpgroup == 1);
+    c.offsets = {1, 1, 3, 129, 130, 200};  // tiles of one consumer, zero rows
+    c.num_rows = 210;
+    c.depth = 8 << seed % 6;
+    check_product(c, false);
+    c = wgrad(seed);
+    check_product(c);
+  }
+  CHECK(other_first);
+}
+
+TEST(trials_are_read_from_their_text) {
+  const sm90::Trial usual;
+  CHECK(sm90::trial_of("").lead == usual.lead);
+  const sm90::Trial t = sm90::trial_of("lead=2,swizzle=0,order=x,prefetch=,nothing=1,turn=0,boxes");
+  CHECK(t.lead == 2 && t.turn == 0);
+  CHECK(t.swizzle == 1);  // there is a row tile at least
+  CHECK(t.order == usual.order && t.prefetch == usual.prefetch && t.boxes == usual.boxes);
+}
+
 kimi_status g_code;
 
 bool serves_or_says_why(const Product& p, Epilogue) {
@@ -205,18 +301,19 @@ TEST(what_it_does_not_serve) {
   }
 }
 
-TEST(tiles_are_narrow_where_wide_ones_are_few_or_half_empty) {
+TEST(tiles_are_narrow_where_wide_ones_are_few) {
   const auto is_narrow = [](int32_t groups, int64_t rows, int64_t cols) {
     Product p{};
     p.groups = {nullptr, rows, groups};
     p.cols = cols;
+    p.depth = 2048;
     return sm90::is_narrow(p);
   };
   CHECK(is_narrow(4, 512, 4096));  // 4 x 16 wide tiles
   CHECK(!is_narrow(4, 4 * 8192, 4096));
-  CHECK(!is_narrow(48, 48 * 4, 4096));  // 48 x 16, few rows each
-  CHECK(is_narrow(384, 8, 4096));       // 8 groups at most have rows
-  CHECK(is_narrow(48, 48 * 1024, 128));
+  CHECK(!is_narrow(48, 48 * 4, 4096));    // 48 x 16, few rows each
+  CHECK(is_narrow(384, 4, 4096));         // 4 groups at most have rows
+  CHECK(!is_narrow(16, 128 * 16, 2304));  // 144 wide ones take two turns, 288 narrow ones three
   Product depth{};
   depth.grouping = Grouping::kK;
   depth.cols = 64;

@@ -284,6 +284,43 @@ __global__ void registers_kernel(int mistake) {  // 384 threads begin with 168 e
   }
 }
 
+// Rows that cp.async brings and a barrier counts, and wgmma reads.
+enum { kNoFence = 1, kNoArrival };
+
+__global__ void counted_kernel(int mistake) {
+  KIMI_SHARED(char, tiles);  // a, b: 64 rows of 128 bytes
+  KIMI_STATIC_SHARED(MBarrier, full, 1);
+  alignas(16) static const char zeros[16] = {};
+  if (threadIdx.x == 0) {
+    mbarrier_init(full[0], 128);
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < 1024; i += 128)
+    cp_async16(tiles + 16 * i, zeros, true);
+  if (mistake != kNoArrival || threadIdx.x > 0) cp_async_arrive(full[0]);
+  mbarrier_wait(full[0], 0);
+  if (mistake != kNoFence) fence_async_shared();
+  float d[32];
+  wgmma_fence(d);
+  wgmma_fence();
+  wgmma<bf16, 64, Major::kDepth, Major::kDepth>(d, wgmma_descriptor<Major::kDepth>(tiles),
+                                                wgmma_descriptor<Major::kDepth>(tiles + 8192),
+                                                false);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_fence(d);
+  for (float sum : d)
+    if (sum != 0.0f) simt::fail("a sum of what had not landed");
+}
+
+TEST(copies_that_a_barrier_counts) {
+  const simt::LaunchShape shape{1, 128, 2 * 8192};
+  expect_right(counted_kernel, shape);
+  expect("there was no fence_async_shared since", counted_kernel, kNoFence, shape);
+  expect("1 of 128 arrivals", counted_kernel, kNoArrival, shape);
+}
+
 TEST(registers_move_between_warpgroups) {
   const simt::LaunchShape shape{2, 384};
   expect_right(registers_kernel, shape);

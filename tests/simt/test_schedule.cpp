@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -16,7 +17,7 @@ namespace {
 using namespace kimi;
 using namespace kimi::gemm;
 
-constexpr int kSwizzle = 8;
+constexpr Order kOrder{4, true};
 constexpr int64_t kTileCols = 8;
 
 struct Found {
@@ -34,11 +35,11 @@ template <int kTileRows>
 __global__ void row_kernel(Product p, bool zero_rows, bool resumes, Found* found, int64_t room) {
   using Schedule = RowSchedule<kTileRows>;
   const uint32_t col_tiles = static_cast<uint32_t>(ceil_div(p.cols, kTileCols));
-  Schedule whole(p.groups, col_tiles, zero_rows);
+  Schedule whole(p.groups, col_tiles, zero_rows, {}, kOrder);
   typename Schedule::Place place;
   Tile tile;
   for (uint32_t i = blockIdx.x;; i += gridDim.x) {
-    Schedule resumed(p.groups, col_tiles, zero_rows, place);
+    Schedule resumed(p.groups, col_tiles, zero_rows, place, kOrder);
     if (!(resumes ? resumed : whole).find(i, tile)) return;
     place = resumed.place();
     if (lane_id() == 7 && i < room) found[i] = {tile, found[i].times + 1};
@@ -47,20 +48,25 @@ __global__ void row_kernel(Product p, bool zero_rows, bool resumes, Found* found
 
 __global__ void matrix_kernel(Product p, uint32_t row_tiles, uint32_t col_tiles, uint32_t ratio,
                               Found* found, int64_t room) {
-  const MatrixSchedule<> schedule(p, row_tiles, col_tiles, ratio);
+  const MatrixSchedule schedule(p, row_tiles, col_tiles, ratio, kOrder);
   Tile tile;
   for (uint32_t i = blockIdx.x; schedule.find(i, tile); i += gridDim.x)
     if (lane_id() == 7 && i < room) found[i] = {tile, found[i].times + 1};
 }
 
-// Within a group kSwizzle row tiles share a column tile before the next one comes.
+// Within a group `swizzle` row tiles share a column tile before the next one comes; each group
+// begins one row tile and one column tile later, each column one row tile.
 void add_group(std::vector<Tile>& want, int32_t group, int64_t row_tiles, int64_t col_tiles,
                int64_t begin, int64_t end, int64_t row_step) {
-  for (int64_t first = 0; first < row_tiles; first += kSwizzle)
-    for (int64_t c = 0; c < col_tiles; ++c)
-      for (int64_t r = first; r < std::min<int64_t>(first + kSwizzle, row_tiles); ++r)
-        want.push_back(
-            {group, static_cast<int32_t>(r), static_cast<int32_t>(c), begin + r * row_step, end});
+  for (int64_t first = 0; first < row_tiles; first += kOrder.swizzle)
+    for (int64_t c = 0; c < col_tiles; ++c) {
+      const int64_t rows = std::min<int64_t>(kOrder.swizzle, row_tiles - first);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t r = first + (i + c + group) % rows;
+        want.push_back({group, static_cast<int32_t>(r),
+                        static_cast<int32_t>((c + group) % col_tiles), begin + r * row_step, end});
+      }
+    }
 }
 
 void compare(const std::vector<Tile>& want, const std::vector<Found>& found) {
@@ -163,7 +169,7 @@ TEST(tiles_of_a_batch_and_of_its_lower_triangle) {
           for (uint32_t c = 0; c * ratio <= r; ++c)
             want.push_back({e, static_cast<int32_t>(r), static_cast<int32_t>(c), 0, p.depth});
         const int64_t tiles = static_cast<int64_t>(want.size()) - before;
-        const int64_t turned = int64_t{MatrixSchedule<>::kTurn} * e % tiles;
+        const int64_t turned = int64_t{MatrixSchedule::kTurn} * e % tiles;
         std::rotate(want.begin() + before, want.begin() + before + turned, want.end());
       }
       p.rows = p.cols = 128 * row_tiles;
@@ -175,6 +181,31 @@ TEST(tiles_of_a_batch_and_of_its_lower_triangle) {
                 .is_ok());
       compare(want, found);
     }
+}
+
+// Blocks take every 132nd tile. Without turns a block has the same of six row tiles in all columns
+// and groups, and the last, narrower one of six column tiles in a quarter of 48 tiles a group or
+// never.
+TEST(no_block_has_the_same_place_always) {
+  constexpr uint32_t kBlocks = 132, kGroups = 48;
+  const auto most_and_least = [](bool turns, uint32_t rows, uint32_t cols, bool of_row) {
+    std::vector<int> last(kBlocks);
+    for (uint32_t i = 0; i < kGroups * rows * cols; ++i) {
+      Tile tile{};
+      tile.group = static_cast<int32_t>(i / (rows * cols));
+      place_in_group(Order{16, turns}, i % (rows * cols), rows, cols, tile);
+      last[i % kBlocks] += static_cast<uint32_t>(of_row ? tile.row_tile + 1 : tile.col_tile + 1) ==
+                           (of_row ? rows : cols);
+    }
+    const auto [least, most] = std::minmax_element(last.begin(), last.end());
+    return std::pair(*most, *least);
+  };
+  CHECK(most_and_least(false, 6, 28, true) == std::pair(62, 0));  // of 61 or 62 tiles
+  const auto [most, least] = most_and_least(true, 6, 28, true);
+  CHECK(most <= 16 && least >= 6);                        // 10 are even
+  CHECK(most_and_least(false, 8, 6, false).second == 0);  // of 17 or 18 tiles
+  const auto [most_cols, least_cols] = most_and_least(true, 8, 6, false);
+  CHECK(most_cols <= 5 && least_cols >= 1);  // 3 are even
 }
 
 // Triangles larger than any that fits a test's list.

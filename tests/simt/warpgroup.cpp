@@ -2,6 +2,7 @@
 //
 // What four warps do together: wgmma and setmaxnreg; and the registers that setmaxnreg moves.
 #include <algorithm>
+#include <utility>
 
 #include "runner.h"
 
@@ -49,6 +50,12 @@ void warpgroup_operation(const char* what, std::initializer_list<Operand> operan
   const size_t index = self.warpgroup_operations++;
   ++detail::Runner::instance().statistics.warpgroup_operations;
   if (index == all.size()) {
+    Statistics& counts = detail::Runner::instance().statistics;
+    const int group = thread / static_cast<int>(detail::kThreads);
+    int& last = self.block->last_warpgroup;
+    if (what == std::string_view("wgmma") && std::exchange(last, group) != group) {
+      if (counts.turns++ == 0) counts.first_warpgroup = group;
+    }
     all.push_back({what, thread, operands});
     return;
   }

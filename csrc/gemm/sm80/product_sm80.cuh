@@ -148,7 +148,7 @@ __device__ inline void for_each_tile(const Product& p, const Visitor& visit) {
   const uint32_t col_tiles = tiles_of(p.cols, Traits::kOutCols);
   Tile tile;
   if constexpr (!Traits::kOfM) {
-    const MatrixSchedule<> schedule(
+    const MatrixSchedule schedule(
         p, tiles_of(p.rows, Traits::kTileRows), col_tiles,
         !Traits::kOfK && p.lower ? Traits::kTileCols / Traits::kTileRows : 0);
 #pragma unroll 1

@@ -87,7 +87,7 @@ class AffineTiles {
                                  int32_t row, int valid, float (&d)[X::kSums], char* boxes) {
     const AffineWork& s = params.affine;
     const int32_t past = row - warp() * 16 + kConsumerRows;  // the diagonal
-    const int32_t end = p.lower && past < p.cols ? past : static_cast<int32_t>(p.cols);
+    const int32_t last = end_of<X>(p, work), end = p.lower && past < last ? past : last;
     const auto fetch = [&](int box) {
       const int32_t col = work.col + box * kCols;
       if (col < end)
@@ -172,7 +172,7 @@ class AffineTiles {
   __device__ static void store(const Params& params, const Product& p, const Work& work,
                                int32_t row, const float (&d)[X::kSums], char* boxes) {
     constexpr int kInBox = kRowBytes / static_cast<int>(sizeof(D));
-    const int32_t first = row - warp() * 16;
+    const int32_t first = row - warp() * 16, end = end_of<X>(p, work);
     const bool stores = warp() == 0 && lane_id() == 0;
     int turn = 0;
     const auto send = [&](const auto& fill, int32_t x, int32_t y) {
@@ -189,7 +189,7 @@ class AffineTiles {
     };
     for_each_box<X, kInBox>([&]<int kBox>() {
       const int32_t col = work.col + kBox * kInBox;
-      if (col >= p.cols || (p.lower && col > first)) return;
+      if (col >= end || (p.lower && col > first)) return;
       if constexpr (std::is_same_v<D, T>)
         if (p.lower && col == first)
           return send([&](char* box) { fill_diagonal<kBox>(d, box); }, col, first);
@@ -236,20 +236,21 @@ class AffineTiles {
 
 // TMA writes boxes of 64 rows of D where 16 bytes divide its addresses.
 template <class X>
-Status run_affine(const Product& p, const AffineWork& out, void* stream) {
+Status run_affine(const Product& p, const AffineWork& out, bool narrow, void* stream) {
   const bool same = out.d_dtype == kDtype<typename X::T>;
-  StoreTilesParams d{{out.d, out.d_row_stride, out.d_group_stride, out.d_dtype}, {}, false};
+  StoreTilesParams d{
+      {out.d, out.d_row_stride, out.d_group_stride, out.d_dtype}, {}, false, {}, false};
   if (same || (out.d_dtype == KIMI_FLOAT32 && !p.lower))
     KIMI_RETURN_IF_ERROR(encode_out<X>(p, kConsumerRows, &d));
-  return run<X>(p, AffineTilesParams{out, d.map, d.by_tma, out.unit != 1.0f || !same}, stream);
+  return run<X>(p, AffineTilesParams{out, d.map, d.by_tma, out.unit != 1.0f || !same}, stream,
+                narrow);
 }
 
 template <class T>
 Status affine(const Product& p, const AffineWork& out, bool narrow, void* stream) {
   const auto with = [&]<Major kA, Major kB>() {
-    if (narrow)
-      return run_affine<Traits<T, Grouping::kBatch, kB, AffineTiles<T>, 128, kA>>(p, out, stream);
-    return run_affine<Traits<T, Grouping::kBatch, kB, AffineTiles<T>, 256, kA>>(p, out, stream);
+    return run_affine<Traits<T, Grouping::kBatch, kB, AffineTiles<T>, 256, kA>>(p, out, narrow,
+                                                                                stream);
   };
   if (a_major(p) == Major::kOuter) return with.template operator()<Major::kOuter, Major::kOuter>();
   if (b_major(p) == Major::kOuter) return with.template operator()<Major::kDepth, Major::kOuter>();

@@ -31,7 +31,7 @@ class Finished {
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int64_t col = work.col + chunk * kChunk;
-      if (col >= p.cols) return;
+      if (col >= end_of<X>(p, work)) return;
       [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
         ((chunk == kIndex
               ? Finisher::template collect<kIndex * kChunk / 2, kUp + kIndex * kChunk / 2>(d,

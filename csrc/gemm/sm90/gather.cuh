@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: MIT
 // Stages with gathered rows: cp.async of the producers' 128 threads for the operand with an index,
-// TMA for the other one. Eight threads copy the 128 bytes of a row. A thread waits for its copies
-// kGathers stages later, makes them visible to wgmma and arrives at the full barrier.
+// TMA for the other one. Eight threads copy the 128 bytes of a row. Nobody waits for them: the full
+// barrier counts a thread when its copies have landed, and the consumers make them visible to
+// wgmma.
 #pragma once
 
 #include "device/cp_async.cuh"
-#include "device/fence.cuh"
 #include "gemm/sm90/produce.cuh"
 
 namespace kimi::gemm::sm90 {
-
-inline constexpr int kGathers = 2;  // groups of cp.async that stay in flight
 
 // A thread's share of the gathered rows of a tile: M-grouped the same rows at every depth,
 // K-grouped the rows of a stage.
@@ -96,37 +94,22 @@ class Gatherer {
 
 template <class X>
 __device__ inline void produce_by_gather(const Product& p, const InputsOf<X>& in, Shared<X>& s) {
-  static_assert(X::kStages >= kGathers + 2);  // a gathered stage shows only kGathers stages later
   Loader<X> loader(p, in, s);
   Gatherer<X> gatherer(p, p.a.index == nullptr);
-  Ring<X::kStages> ring, shown;
-  int hidden = 0;
-  const auto show = [&] {
-    fence_async_shared();
-    mbarrier_arrive(s.full[shown.at]);
-    shown.next();
-    --hidden;
-  };
-  produce_tiles<X>(p, s, [&](const Work& work) {
+  Ring<X::kStages> ring;
+  produce_tiles<X>(p, in, s, [&](const Work& work) {
     const int stages = stages_of<X>(work);
     if (stages == 0) return;
     loader.set_tile(work);
     gatherer.set_tile(work);
 #pragma unroll 1
-    for (int step = 0; step < stages; ++step) {
+    for (int step = 0; step < stages; ++step, ring.next()) {
       mbarrier_wait(s.empty[ring.at], ring.parity ^ 1);
       if (threadIdx.x == 0) loader.load(ring.at, step);
       Stage<X>& stage = s.stages[ring.at];
       gatherer.load(p.a.index != nullptr ? stage.a : stage.b, step);
-      cp_async_commit();
-      ring.next();
-      if (++hidden > kGathers) {
-        cp_async_wait<kGathers>();
-        show();
-      }
+      cp_async_arrive(s.full[ring.at]);
     }
-    cp_async_wait<0>();  // the consumers need not wait until the next tile's rows are known
-    while (hidden > 0) show();
   });
 }
 

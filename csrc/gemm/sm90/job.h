@@ -11,6 +11,22 @@ struct AffineWork;
 
 namespace kimi::gemm::sm90 {
 
+// What measurements may change, by KIMI_OPS_TRIAL=name=value,...: every value gives the same bits.
+// Where it is set at the first launch it is read again at each one, so that variants take turns.
+struct Trial {
+  int32_t swizzle = 16;   // row tiles that share a column tile before the next one comes
+  int32_t turn = 1;       // each column and group begins with another row tile
+  int32_t lead = 0;       // stages that consumer 0 is ahead of consumer 1 at the start of a tile
+  int32_t boxes = 1;      // K-grouped: a stage of an operand by one load
+  int32_t prefetch = 1;   // fp32 that is added to comes into the L2 a tile ahead
+  int32_t order = 2;      // FP8: promote.cuh
+  int32_t permute = 425;  // fused_experts.cu: width from which on tokens are permuted first,
+  int32_t gather = 1024;  // where there are more rows than these
+};
+Trial& trial();
+// Of its text. A wrong name or value is said and not obeyed.
+Trial trial_of(const char* text);
+
 // Whether the 16-bit kernels can take the product's operands. What they make of C is not asked.
 bool serves(const Product& p);
 
@@ -18,8 +34,8 @@ bool serves(const Product& p);
 Major a_major(const Product& p);
 Major b_major(const Product& p);
 
-// Tiles of 128 columns in place of 256, for a product that is stored as it is: where the wide ones
-// would be half empty, or too few for all multiprocessors. No sum has another order for it.
+// Tiles of 128 columns in place of 256, for a product that is stored as it is, where the wide ones
+// are so few that it ends earlier. No sum has another order for it.
 bool is_narrow(const Product& p);
 
 // Queues a product that serves() says yes to.

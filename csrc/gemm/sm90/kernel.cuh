@@ -12,15 +12,16 @@
 // moves 128 bytes of shared memory. Per stage of 16 bits:
 //
 //                 stages  wgmma    shared memory read + written   from L2
-//   wide          4       1024     640 + 384 cycles               48 KB, 48 B a cycle
-//   narrow        6       512      384 + 256                      32 KB, 64 B a cycle
+//   whole         4       1024     640 + 384 cycles               48 KB, 48 B a cycle
+//   half          4       512      384 + 256                      32 KB, 64 B a cycle
 //
-// Of a batch's wide tile the first half alone is loaded and multiplied where the other one lies
-// past C or above the diagonal: every other row of a triangle ends in such a tile, 8 of the 72 of
-// 2048 rows.
+// Of a tile the first half alone is loaded and multiplied where the other one lies past C (N 1408
+// is 5 tiles and a half) or above the diagonal (8 of the 72 tiles of 2048 rows), and everywhere
+// where whole tiles are too few for all multiprocessors.
 //
 // C: 256 columns cost a warp 64 (fp32 128) conversions or stores and as many cycles of shared
-// memory, about 800 cycles a tile in which wgmma stands still, 2 % at a depth of 2048. Where a
+// memory, about 800 cycles a tile in which wgmma stands still, 2 % at a depth of 2048. What is
+// added to comes into the L2 before: additions to a line that is not there wait for memory. Where a
 // group has at most 64 rows, consumer 1 is idle and the upper half of A unread. Few rows need no
 // tile of their own: measured on an H100, weights as the M operand of wgmma won 1 to 2 % at 8 rows
 // and lost from 48 on. Nor do many need clusters: two blocks that shared B won 4 and 5 % at two of
@@ -68,8 +69,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kTileSlots; ++i) {
       mbarrier_init(s.tile_full[i], 1);
       mbarrier_init(s.tile_empty[i], kConsumerWarps);
+      mbarrier_init(s.lead[i], 1);
     }
-    if constexpr (X::kScaled) mbarrier_init(s.turn, kConsumerWarps / kConsumers);
+    if constexpr (X::kScaled)
+      for (MBarrier& turn : s.turn) mbarrier_init(turn, kConsumerWarps / kConsumers);
     mbarrier_fence_init();
     if (X::kGrouping == Grouping::kK || p.depth > 0) {
       if (p.a.index == nullptr) tma_prefetch(in.a);
@@ -89,9 +92,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!gathers && warp_id() == 0) produce_by_tma<X>(p, in, s);
   } else {
     registers_increase<X::kConsumerRegisters>();
-    consume<X>(p, params, s);
+    consume<X>(p, in.trial, params, s);
   }
   if constexpr (X::kCluster > 1) meet<X>();  // the other block still loads into this one
+}
+
+// The map of an outer-major operand that all groups share, as 64 columns x depth x columns / 64: a
+// box is a stage. `whole`: whether there is one.
+template <class T>
+Status encode_whole(TensorMap* map, const Matrix& m, int64_t outer, int64_t depth,
+                    int32_t tile_outer, bool* whole) {
+  *whole = trial().boxes != 0 && m.index == nullptr && depth > 0 && outer % 64 == 0;
+  if (!*whole) return Status::ok();
+  const int64_t sizes[] = {64, depth, outer / 64};
+  const int64_t strides[] = {m.depth_stride * int64_t{sizeof(T)}, kRowBytes};
+  const int32_t box[] = {64, 64, tile_outer / 64};
+  return encode_tensor_map<T>(map, m.data, 3, sizes, strides, box, Swizzle::k128);
 }
 
 // The map of an operand without an index: boxes of 128 bytes along `major`, and across it of 64 of
@@ -116,8 +132,15 @@ Status encode_inputs(const Product& p, Inputs* in) {
   const bool of_k = X::kGrouping == Grouping::kK, batch = X::kGrouping == Grouping::kBatch;
   const int64_t rows = X::kGrouping == Grouping::kM ? p.groups.num_rows : p.rows;
   const int64_t depth = of_k ? p.groups.num_rows : p.depth, cols = p.cols * (X::kGated ? 2 : 1);
-  KIMI_RETURN_IF_ERROR(encode_operand<T>(&in->a, p.a, X::kAMajor, rows, depth,
-                                         batch ? p.groups.count : 0, kConsumerRows));
+  in->trial = trial();
+  if constexpr (X::kGrouping == Grouping::kK) {
+    KIMI_RETURN_IF_ERROR(encode_whole<T>(&in->a, p.a, rows, depth, kTileRows, &in->whole_a));
+    KIMI_RETURN_IF_ERROR(encode_whole<T>(&in->b, p.b, cols, depth, X::kBRows, &in->whole_b));
+  }
+  if (!in->whole_a)
+    KIMI_RETURN_IF_ERROR(encode_operand<T>(&in->a, p.a, X::kAMajor, rows, depth,
+                                           batch ? p.groups.count : 0, kConsumerRows));
+  if (in->whole_b) return Status::ok();
   return encode_operand<T>(&in->b, p.b, X::kBMajor, cols, depth, of_k ? 0 : p.groups.count,
                            X::kBBoxRows);
 }
@@ -146,12 +169,26 @@ Status encode_out(const Product& p, int32_t box_rows, StoreTilesParams* params) 
   return encode.template operator()<typename X::T>();
 }
 
+// What TMA adds to comes into the L2 before, a consumer's part of a tile at a time.
+template <class X>
+Status encode_old(const Product& p, StoreTilesParams* params) {
+  const StoreParams& out = params->out;
+  params->prefetches = params->by_tma && out.accumulate && trial().prefetch != 0;
+  if (!params->prefetches) return Status::ok();
+  const int64_t sizes[] = {p.cols, p.rows, p.groups.count};
+  const int64_t strides[] = {out.row_stride * 4,
+                             (p.groups.count > 1 ? out.group_stride : out.row_stride) * 4};
+  const int32_t box[] = {X::kTileCols, kConsumerRows, 1};
+  return encode_tensor_map<float>(&params->old, out.out, 3, sizes, strides, box, Swizzle::kNone);
+}
+
 template <class X>
 Status launch_product(const Product& p, const InputsOf<X>& in,
                       const typename X::Epilogue::Params& params, void* stream) {
   static_assert(sizeof(Shared<X>) <= kSharedLimit);
   constexpr int64_t kBlocks = X::kCluster;
-  const int64_t tiles = most_tiles(p, kTileRows, kBlocks * X::kTileCols);
+  const int64_t tiles =
+      most_tiles(p, kTileRows, kBlocks * (X::kHalves ? in.tile_cols : X::kTileCols));
   if (tiles == 0) return Status::ok();
   const auto kernel = product_kernel<X>;
   const int64_t resident = resident_blocks(kernel, kThreads, sizeof(Shared<X>), X::kCluster);
@@ -162,19 +199,23 @@ Status launch_product(const Product& p, const InputsOf<X>& in,
   return launch(kernel, config, p, in, params);
 }
 
+// `narrow`: all tiles are halves.
 template <class X>
-Status run(const Product& p, const typename X::Epilogue::Params& params, void* stream) {
+Status run(const Product& p, const typename X::Epilogue::Params& params, void* stream,
+           bool narrow = false) {
   Inputs in{};
+  in.tile_cols = narrow ? X::kHalf : X::kTileCols;
   KIMI_RETURN_IF_ERROR(encode_inputs<X>(p, &in));
   return launch_product<X>(p, in, params, stream);
 }
 
 // The product stored as it is.
 template <class X>
-Status run_store(const Product& p, const StoreParams& out, void* stream) {
-  StoreTilesParams params{out, {}, false};
+Status run_store(const Product& p, const StoreParams& out, void* stream, bool narrow = false) {
+  StoreTilesParams params{out, {}, false, {}, false};
   KIMI_RETURN_IF_ERROR(encode_out<X>(p, 16, &params));
-  return run<X>(p, params, stream);
+  if constexpr (X::kGrouping == Grouping::kK) KIMI_RETURN_IF_ERROR(encode_old<X>(p, &params));
+  return run<X>(p, params, stream, narrow);
 }
 
 }  // namespace kimi::gemm::sm90

@@ -6,7 +6,7 @@
 //   gather   all 128 threads: gather.cuh
 //
 // Where offsets and B are older than the kernel before, B of the first stages comes before that has
-// ended: at decode up to 96 KB of weights a multiprocessor are on their way when A appears.
+// ended: at decode up to 128 KB of weights a multiprocessor are on their way when A appears.
 //
 // Rows of the next group, or past the end, may come along: M-grouped they are never stored, and
 // K-grouped the consumers clear them. Of A's upper 64 rows nothing comes where none exists.
@@ -16,6 +16,7 @@
 #include "device/overlap.cuh"
 #include "device/tma.cuh"
 #include "gemm/schedule.cuh"
+#include "gemm/sm90/job.h"
 #include "gemm/sm90/produce_scaled.cuh"
 #include "gemm/sm90/ring.cuh"
 
@@ -23,7 +24,10 @@ namespace kimi::gemm::sm90 {
 
 // What the kernel is told of A and B beside the product.
 struct Inputs {
-  TensorMap a, b;  // of operands without an index
+  TensorMap a, b;         // of operands without an index
+  bool whole_a, whole_b;  // K-grouped: a box is a stage
+  int32_t tile_cols;      // Traits::kHalves: kTileCols or its half
+  Trial trial;
 };
 struct ScaledInputs : Inputs {
   TensorMap row_scales;        // [ceil(K / 128), R], boxes of kScaleRows
@@ -35,17 +39,21 @@ using InputsOf = std::conditional_t<X::kScaled, ScaledInputs, Inputs>;
 // The tiles of this block in turn, handed on to the consumers; visit(work) then loads the stages.
 // Every producing warp walks for itself, the first one hands on.
 template <class X, class Visitor>
-__device__ inline void produce_tiles(const Product& p, Shared<X>& s, const Visitor& visit) {
+__device__ inline void produce_tiles(const Product& p, const InputsOf<X>& in, Shared<X>& s,
+                                     const Visitor& visit) {
   const int rank = X::kCluster == 1 ? 0 : cluster_rank();
-  constexpr uint32_t kCols = X::kCluster * X::kTileCols;
-  const uint32_t col_tiles = (static_cast<uint32_t>(p.cols) + kCols - 1) / kCols;
+  const int32_t tile_cols = X::kHalves ? in.tile_cols : X::kTileCols;
+  const uint32_t cols = X::kCluster * static_cast<uint32_t>(tile_cols),
+                 col_tiles = (static_cast<uint32_t>(p.cols) + cols - 1) / cols;
+  const Order order{static_cast<uint32_t>(in.trial.swizzle), in.trial.turn != 0};
   const auto schedule = [&] {
     if constexpr (X::kGrouping == Grouping::kM) {
-      return RowSchedule<kTileRows>(p.groups, col_tiles, X::Epilogue::kWritesZeros);
+      return RowSchedule<kTileRows>(p.groups, col_tiles, X::Epilogue::kWritesZeros, {}, order);
     } else {
       const uint32_t row_tiles = (static_cast<uint32_t>(p.rows) + kTileRows - 1) / kTileRows;
       const bool lower = X::kGrouping == Grouping::kBatch && p.lower;
-      return MatrixSchedule<>(p, row_tiles, col_tiles, lower ? X::kTileCols / kTileRows : 0);
+      return MatrixSchedule(p, row_tiles, col_tiles,
+                            lower ? static_cast<uint32_t>(tile_cols) / kTileRows : 0, order);
     }
   };
   auto tiles = schedule();
@@ -63,12 +71,12 @@ __device__ inline void produce_tiles(const Product& p, Shared<X>& s, const Visit
       work.group = tile.group;
       work.row = static_cast<int32_t>(row);
       work.rows = left < kTileRows ? static_cast<int32_t>(left) : kTileRows;
-      work.col = (tile.col_tile * X::kCluster + rank) * X::kTileCols;
+      work.col = (tile.col_tile * X::kCluster + rank) * tile_cols;
       work.first = kOfM ? 0 : static_cast<int32_t>(tile.begin);
       work.depth = static_cast<int32_t>(depth);
       if constexpr (X::kHalves) {
         const int32_t end = p.lower ? work.row + work.rows : static_cast<int32_t>(p.cols);
-        work.half = end - work.col <= X::kTileCols / 2;
+        work.half = std::min(tile_cols, end - work.col) <= X::kHalf;
       }
     }
     if (threadIdx.x == 0) {
@@ -118,7 +126,8 @@ class Loader {
   }
 
  private:
-  static constexpr bool kBatch = X::kGrouping == Grouping::kBatch;
+  static constexpr bool kBatch = X::kGrouping == Grouping::kBatch,
+                        kOfK = X::kGrouping == Grouping::kK;
   static constexpr uint16_t kAll = (1u << X::kCluster) - 1;
 
   __device__ int32_t depth_of(int step) const { return work_.first + step * X::kBlockDepth; }
@@ -127,14 +136,18 @@ class Loader {
   __device__ uint32_t bytes() const {
     const int of_row_box =
         kBoxBytes + (X::kScaled ? kScaleRows * static_cast<int>(sizeof(float)) : 0);
-    return static_cast<uint32_t>((p_.a.index != nullptr ? 0 : boxes_ * of_row_box) +
+    const bool half = work_.half && !(kOfK && in_.whole_b);
+    return static_cast<uint32_t>((p_.a.index != nullptr ? 0
+                                  : kOfK && in_.whole_a ? X::kABytes
+                                                        : boxes_ * of_row_box) +
                                  (p_.b.index != nullptr ? 0
-                                  : work_.half          ? X::kBBytes / 2
+                                  : half                ? X::kBBytes / 2
                                                         : X::kBBytes));
   }
 
   // Boxes of 64 rows; of a cluster each block loads every other one into all.
   __device__ void load_a(char* to, MBarrier& full, int32_t depth) const {
+    if (kOfK && in_.whole_a) return tma_load(to, in_.a, full, 0, depth, work_.row / 64);
     for (int box = rank_; box < boxes_; box += X::kCluster) {
       const int32_t row = work_.row + box * kConsumerRows;
       const int32_t x = X::kAMajor == Major::kOuter ? row : depth,
@@ -153,9 +166,10 @@ class Loader {
   __device__ void load_b(char* to, MBarrier& full, int32_t depth) const {
     constexpr bool kOuter = X::kBMajor == Major::kOuter;
     constexpr int kBoxRows = kOuter ? 64 : X::kBBoxRows;
+    if (kOfK && in_.whole_b) return tma_load(to, in_.b, full, 0, depth, work_.col / 64);
 #pragma unroll
     for (int at = 0; at < X::kBRows; at += kBoxRows) {
-      if (X::kHalves && work_.half && at >= X::kTileCols / 2) return;
+      if (X::kHalves && work_.half && at >= X::kHalf) return;
       const int32_t row = at < X::kTileCols
                               ? work_.col + at
                               : static_cast<int32_t>(p_.cols) + work_.col + at - X::kTileCols;
@@ -185,7 +199,7 @@ __device__ inline void produce_by_tma(const Product& p, const InputsOf<X>& in, S
   Loader<X> loader(p, in, s);
   Ring<X::kStages> ring;
   bool ahead = reads_ahead<X>(p);
-  produce_tiles<X>(p, s, [&](const Work& work) {
+  produce_tiles<X>(p, in, s, [&](const Work& work) {
     const int stages = stages_of<X>(work);
     loader.set_tile(work);
     int step = 0;

@@ -2,6 +2,9 @@
 // What the Hopper kernels serve, and which of them.
 #include <algorithm>
 #include <climits>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 
 #include "common/dtype.h"
 #include "gemm/sm90/job.h"
@@ -10,6 +13,7 @@ namespace kimi::gemm::sm90 {
 namespace {
 
 constexpr int64_t kBytes = 2;  // of an element
+constexpr int64_t kTileRows = 128;
 constexpr int64_t kMultiprocessors = 132;
 
 bool is_stride(int64_t elements) {
@@ -52,6 +56,46 @@ bool serves_batch(const Product& p) {
 
 }  // namespace
 
+Trial& trial() {
+  const auto read = [] { return std::getenv("KIMI_OPS_TRIAL"); };
+  static const bool changes = read() != nullptr;
+  static Trial value;
+  if (changes) value = trial_of(read());
+  return value;
+}
+
+Trial trial_of(const char* text) {
+  Trial trial;
+  const struct {
+    const char* name;
+    int32_t* value;
+  } all[] = {
+      {"swizzle", &trial.swizzle}, {"turn", &trial.turn},         {"lead", &trial.lead},
+      {"boxes", &trial.boxes},     {"prefetch", &trial.prefetch}, {"order", &trial.order},
+      {"permute", &trial.permute}, {"gather", &trial.gather},
+  };
+  while (text != nullptr && *text != '\0') {
+    const char* const end = text + std::strcspn(text, ",");
+    bool known = false;
+    for (const auto& [name, value] : all) {
+      const size_t length = std::strlen(name);
+      if (std::strncmp(text, name, length) != 0 || text[length] != '=') continue;
+      char* last = nullptr;
+      const long wanted = std::strtol(text + length + 1, &last, 10);
+      known = last == end && end > text + length + 1 && wanted >= 0 && wanted < 1 << 30;
+      if (known) *value = static_cast<int32_t>(wanted);
+    }
+    if (!known)
+      std::fprintf(stderr,
+                   "kimi_ops: KIMI_OPS_TRIAL: %.*s: expected name=number with a name of "
+                   "gemm/sm90/job.h; it is as without\n",
+                   static_cast<int>(end - text), text);
+    text = *end == ',' ? end + 1 : end;
+  }
+  trial.swizzle = std::max(trial.swizzle, 1);
+  return trial;
+}
+
 Major a_major(const Product& p) { return p.a.depth_stride == 1 ? Major::kDepth : Major::kOuter; }
 Major b_major(const Product& p) { return p.b.depth_stride == 1 ? Major::kDepth : Major::kOuter; }
 
@@ -66,13 +110,16 @@ bool serves(const Product& p) {
 
 bool is_narrow(const Product& p) {
   if (p.grouping == Grouping::kK) return false;
-  // A stage of a narrow tile takes 640 cycles, of a wide one 1024 (kernel.cuh): narrow ones win if
-  // each multiprocessor has one at most.
-  if (p.grouping == Grouping::kBatch)
-    return p.cols <= 128 || most_tiles(p, 128, 128) <= kMultiprocessors;
-  const int64_t rows = p.groups.num_rows, groups = std::min<int64_t>(p.groups.count, rows);
-  const int64_t row_tiles = groups * ceil_div(rows, groups * 128);  // of groups that are alike
-  return p.cols <= 128 || row_tiles * ceil_div(p.cols, 256) < kMultiprocessors;
+  // Cycles by count (kernel.cuh), of groups that are alike.
+  const auto cycles = [&](int64_t tile_cols, int64_t of_stage) {
+    const int64_t rows = p.groups.num_rows, groups = std::min<int64_t>(p.groups.count, rows);
+    const int64_t tiles =
+        p.grouping == Grouping::kBatch
+            ? most_tiles(p, kTileRows, tile_cols)
+            : groups * ceil_div(rows, groups * kTileRows) * ceil_div(p.cols, tile_cols);
+    return ceil_div(tiles, kMultiprocessors) * (ceil_div(p.depth, 64) * of_stage + 5000);
+  };
+  return cycles(128, 640) < cycles(256, 1024);
 }
 
 Status store(const Product& p, const StoreParams& out, bool narrow, void* stream) {

@@ -7,11 +7,17 @@
 //   consumer 0   | wgmma kb | promote | wgmma kb+1 | promote |        the tensor cores have one
 //   consumer 1        | wgmma kb | promote | wgmma kb+1 | ...         while the other promotes
 //
-// Consumer 1 begins when the first partial of 0 is done: while both have work they keep that
-// distance. Two partials a thread would overlap as well, but their registers are better spent on
-// 192 columns instead of 128: the L2 is asked for a byte every 256 C / (64 + C) operations, 192 of
-// them instead of 171, and wgmma for 2 + C / 32 KiB of shared memory in C / 2 cycles, 85 bytes a
-// cycle of 128 instead of 96.
+// They take turns at every block of depth, for nothing else keeps them apart: a late stage costs
+// the one that is ahead, until both promote at the same time and the tensor cores stand still.
+// Measured on an H100 without turns: 970 cycles a block, where wgmma takes 768 and the rest of a
+// consumer's about 300. The turn passes when three of a consumer's four wgmma are done
+// (Trial::order 2), which serves whether the tensor cores take two queues in order or by turns; 1:
+// when all are issued; 0: there are no turns. *Predicted*: 770 to 800 cycles.
+//
+// Two partials a thread would overlap as well, but their registers are better spent on 192 columns
+// instead of 128: the L2 is asked for a byte every 256 C / (64 + C) operations, 192 of them instead
+// of 171, and wgmma for 2 + C / 32 KiB of shared memory in C / 2 cycles, 85 bytes a cycle of 128
+// instead of 96.
 #pragma once
 
 #include "device/cluster.cuh"
@@ -42,29 +48,42 @@ __device__ __forceinline__ void release(MBarrier& empty) {
     mbarrier_arrive_in(empty, lane_id());
 }
 
-// Adds the products of a tile's stages to the consumer's 64 rows. `opens`: this is the block's
-// first tile, where the consumers take their distance.
+// Adds the products of a tile's stages to the consumer's 64 rows. `turn`: the parity of the turns
+// so far; there are none where consumer 1 has no rows.
 template <class X>
-__device__ inline void sum_promoted(Shared<X>& s, const Work& work, int consumer,
-                                    Ring<X::kStages>& ring, bool opens, float (&total)[X::kSums]) {
+__device__ inline void sum_promoted(Shared<X>& s, const Work& work, int consumer, int order,
+                                    uint32_t& turn, Ring<X::kStages>& ring,
+                                    float (&total)[X::kSums]) {
   constexpr Major kMajor = Major::kDepth;
   const int row = (work.row & 3) + warp_id() % 4 * 16 + lane_id() / 4;  // of the loaded scales
-  if (opens && consumer == 1) mbarrier_wait(s.turn, 0);
+  if (work.rows <= kConsumerRows) order = 0;
+  const auto pass = [&] {
+    if (lane_id() == 0) mbarrier_arrive(s.turn[1 - consumer]);
+  };
   float partial[X::kSums];
   const int stages = stages_of<X>(work);
 #pragma unroll 1
   for (int step = 0; step < stages; ++step, ring.next()) {
     mbarrier_wait(s.full[ring.at], ring.parity);
+    if (order > 0) {  // the first one is consumer 0's
+      mbarrier_wait(s.turn[consumer], consumer == 0 ? turn ^ 1 : turn);
+      turn ^= 1;
+    }
     const Stage<X>& stage = s.stages[ring.at];
     const uint64_t a = wgmma_descriptor<kMajor>(stage.a + consumer * kBoxBytes);
     const uint64_t b = wgmma_descriptor<kMajor>(stage.b);
     wgmma_fence(partial);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < 4; ++k) {
       wgmma<typename X::T, X::kBRows, kMajor, kMajor>(partial, wgmma_advance<kMajor>(a, k),
                                                       wgmma_advance<kMajor>(b, k), k > 0);
-    wgmma_commit();
+      if (k >= 2) wgmma_commit();
+    }
+    if (order == 1) {
+      warp_barrier();  // all lanes have had their turn
+      pass();
+    }
     const Scales<true>& scales = s.scales[ring.at];
     float factor[X::kColumnScales][2];
 #pragma unroll
@@ -74,11 +93,12 @@ __device__ inline void sum_promoted(Shared<X>& s, const Work& work, int consumer
       for (int c = 0; c < X::kColumnScales; ++c)
         factor[c][half] = mul_rn(of_row, scales.of_columns[c]);
     }
+    wgmma_wait<1>();
+    if (order > 1) pass();
     wgmma_wait<0>();
     wgmma_fence(partial);
     warp_barrier();  // all lanes have their scales
     release<X>(s.empty[ring.at]);
-    if (opens && step == 0 && consumer == 0 && lane_id() == 0) mbarrier_arrive(s.turn);
     promote(total, partial, factor);
   }
 }

@@ -5,6 +5,8 @@
 //   stages [kStages][A tile, B tile] | scratch [8 warps] | scales of FP8 | tiles | barriers
 #pragma once
 
+#include <algorithm>
+
 #include "device/mbarrier.cuh"
 #include "gemm/sm90/traits.cuh"
 
@@ -31,7 +33,7 @@ struct Work {
   int32_t col;    // first column
   int32_t first;  // of the depth
   int32_t depth;  // 0 for zero rows and for groups without depth
-  bool half;      // Traits::kHalves: the first 128 columns
+  bool half;      // Traits::kHalves: the first kHalf columns
 };
 
 template <class X>
@@ -57,8 +59,16 @@ struct Shared {
   Work tiles[kTileSlots];
   MBarrier full[X::kStages], empty[X::kStages];
   MBarrier tile_full[kTileSlots], tile_empty[kTileSlots];
-  MBarrier turn;  // of consumer 1 to begin: promote.cuh
+  MBarrier lead[kTileSlots];  // consumer 1 may begin: consume.cuh
+  MBarrier turn[kConsumers];  // promote.cuh
 };
+
+// One past the last column of C in the tile, or beyond the tile.
+template <class X>
+__device__ inline int32_t end_of(const Product& p, const Work& work) {
+  const int32_t cols = static_cast<int32_t>(p.cols);
+  return X::kHalves && work.half ? std::min(cols, work.col + X::kHalf) : cols;
+}
 
 template <class X>
 __device__ inline int stages_of(const Work& work) {

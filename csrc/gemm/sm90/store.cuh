@@ -25,6 +25,8 @@ struct StoreTilesParams {
   StoreParams out;
   TensorMap map;  // of out, where TMA can write it
   bool by_tma;
+  TensorMap old;    // of out, where it is added to: boxes for the L2
+  bool prefetches;  // has them
 };
 
 template <class T>
@@ -53,6 +55,12 @@ class StoreTiles {
   }
   __device__ static void end(const Params& params) {
     if (kByTma && params.by_tma && lane_id() == 0) tma_store_wait<0>();
+  }
+
+  // What a consumer will add to in a tile comes into the L2. One thread.
+  __device__ static void prefetch(const Params& params, const Work& work, int consumer) {
+    if (work.group >= 0 && work.depth > 0)
+      tma_prefetch_box(params.old, work.col, work.row + consumer * kConsumerRows, work.group);
   }
 
   // Columns of box kBox, from the registers to `box`.
@@ -104,7 +112,9 @@ class StoreTiles {
                                  ? nullptr
                                  : static_cast<const Bias<Out>*>(out.bias) + work.group * p.cols;
     const auto store_box = [&]<int kBox>() {
-      const int at = kBox * kCols, cols = static_cast<int>(p.cols) - work.col - at;
+      constexpr int at = kBox * kCols;
+      if (X::kHalves && at >= X::kHalf && work.half) return;  // an even number of boxes
+      const int cols = static_cast<int>(p.cols) - work.col - at;
       char* const box = boxes + kBox % kBoxes * kStoreBoxBytes;
       if (by_tma) {
         if (lane_id() == 0) tma_store_wait_read<kBoxes - 1>();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The tiles and major dimensions of M-grouped Hopper products that are stored as they are.
+// The major dimensions of M-grouped Hopper products that are stored as they are.
 #pragma once
 
 #include "gemm/sm90/kernel.cuh"
@@ -8,14 +8,11 @@ namespace kimi::gemm::sm90 {
 
 template <class T>
 Status store_m(const Product& p, const StoreParams& out, bool narrow, void* stream) {
-  const auto with = [&]<Major kMajor, int kTileCols>() {
-    return run_store<Traits<T, Grouping::kM, kMajor, StoreTiles<T>, kTileCols>>(p, out, stream);
+  const auto with = [&]<Major kMajor>() {
+    return run_store<Traits<T, Grouping::kM, kMajor, StoreTiles<T>, 256>>(p, out, stream, narrow);
   };
-  if (b_major(p) == Major::kOuter)
-    return narrow ? with.template operator()<Major::kOuter, 128>()
-                  : with.template operator()<Major::kOuter, 256>();
-  return narrow ? with.template operator()<Major::kDepth, 128>()
-                : with.template operator()<Major::kDepth, 256>();
+  return b_major(p) == Major::kOuter ? with.template operator()<Major::kOuter>()
+                                     : with.template operator()<Major::kDepth>();
 }
 
 }  // namespace kimi::gemm::sm90

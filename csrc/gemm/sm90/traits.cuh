@@ -5,8 +5,7 @@
 //   warpgroups 1,2 consumers, 64 rows each: wgmma from the ring, then the epilogue
 //
 //   stage        A tile             B tile              128 bytes of depth, 128-byte swizzle
-//   wide         128 rows           256 rows of B       a consumer: 64 x 256 of C
-//   narrow       128                128                 64 x 128
+//   16 bits      128 rows           256 rows of B       a consumer: 64 x 256 of C, or of its half
 //   FP8          128                192 or 128          64 x 192 or 64 x 128
 //
 // An epilogue that takes gate and up halves the columns: the tile of B is a gate box and an up box
@@ -50,10 +49,11 @@ struct Traits {
   static constexpr int kTileCols = kTileCols_, kBRows = kTileCols * (kGated ? 2 : 1);
   static constexpr int kABytes = kTileRows * kRowBytes, kBBytes = kBRows * kRowBytes;
   static constexpr int kSums = kBRows / 2;  // of a consumer's thread
-  // A batch's tiles of 256 columns of which at most 128 are wanted multiply the first half.
-  static constexpr bool kHalves = kGrouping == Grouping::kBatch && kTileCols == 256 && !kGated;
-  static constexpr int kBBoxRows = kHalves ? kTileCols / 2 : kTileCols;  // of TMA, depth-major
-  static constexpr int kColumnScales = kTileCols / 64;  // of columns that have one scale
+  // Tiles of 256 columns of which at most 128 are wanted load and multiply the first half.
+  static constexpr bool kHalves = kTileCols == 256;
+  static constexpr int kHalf = kTileCols / 2;
+  static constexpr int kBBoxRows = kHalves ? kHalf : kTileCols;  // of TMA, depth-major
+  static constexpr int kColumnScales = kTileCols / 64;           // of columns that have one scale
   static constexpr int kCluster = kScaled ? 2 : 1;
   // 65536 registers: 128 (producer + 2 consumer). Scaled: a second array of sums.
   static constexpr int kProducerRegisters = kScaled ? 56 : 72;
