@@ -139,6 +139,11 @@ void test_refusals() {
   EXPECT(kimi_set_max_sm(10) == KIMI_INVALID_ARGUMENT && error_has("80 and above, got 10"));
   EXPECT(kimi_set_max_sm(80) == KIMI_OK && kimi_max_sm() == 80);
   EXPECT(kimi_set_max_sm(0) == KIMI_OK && kimi_max_sm() == 0);
+  EXPECT(kimi_batch_invariant() == 0);
+  kimi_set_batch_invariant(1);
+  EXPECT(kimi_batch_invariant() == 1);
+  kimi_set_batch_invariant(0);
+  EXPECT(kimi_batch_invariant() == 0);
   if (kimi_detected_isa() < KIMI_ISA_AMX) {
     EXPECT(kimi_set_isa(KIMI_ISA_AMX) == KIMI_INVALID_ARGUMENT &&
            error_has("expected portable to"));

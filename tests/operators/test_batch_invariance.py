@@ -46,10 +46,17 @@ def invariant():
 
 
 @pytest.fixture
-def engine_of_products(gemm_engine, invariant):
+def products(gemm_engine):
     """`gemm_engine`; the flag is that of the module that serves it."""
     with set_batch_invariant(True):
         yield gemm_engine
+
+
+@pytest.fixture
+def stored_products(cpu_engine):
+    """Quantised weights beside plain rows are the CPU's."""
+    with set_batch_invariant(True):
+        yield cpu_engine
 
 
 def company(engine) -> tuple[int, ...]:
@@ -76,8 +83,8 @@ def same(results: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("rows_of_weights", [True, False], ids=["E,N,K", "E,K,N"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_of_a_product(engine_of_products, dtype, rows_of_weights):
-    engine = engine_of_products
+def test_a_row_of_a_product(products, dtype, rows_of_weights):
+    engine = products
     a = torch.randn(max(COMPANY), depth(engine)).to(dtype)
     b = (torch.randn(3, 72, depth(engine)) / depth(engine) ** 0.5).to(dtype).transpose(1, 2)
     b = b if rows_of_weights else b.contiguous()
@@ -85,16 +92,16 @@ def test_a_row_of_a_product(engine_of_products, dtype, rows_of_weights):
 
 
 @pytest.mark.parametrize("stored", [Fp8BlockWeight, Int4GroupWeight])
-def test_a_row_of_a_product_with_stored_weights(engine_of_products, stored):
-    engine = engine_of_products
+def test_a_row_of_a_product_with_stored_weights(stored_products, stored):
+    engine = stored_products
     a = torch.randn(max(COMPANY), 512).bfloat16()
     weights = stored.quantize(torch.randn(3, 72, 512) / 16)
     same([first_row_of_each_group(a, weights, n) for n in company(engine)])
 
 
 @pytest.mark.filterwarnings("ignore:.*dequantised to bfloat16")
-def test_a_row_of_a_product_of_fp8_rows(engine_of_products):
-    engine = engine_of_products
+def test_a_row_of_a_product_of_fp8_rows(products):
+    engine = products
     a = torch.randn(max(COMPANY), 512)
     weights = Fp8BlockWeight.quantize(torch.randn(3, 72, 512) / 16)
     results = []
@@ -106,8 +113,8 @@ def test_a_row_of_a_product_of_fp8_rows(engine_of_products):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_token_of_the_experts_and_its_gradients(engine_of_products, dtype):
-    engine = engine_of_products
+def test_a_token_of_the_experts_and_its_gradients(products, dtype):
+    engine = products
     tokens, hidden, inner, experts, k = max(company(engine)), 64, depth(engine) // 4, 5, 2
     x = torch.randn(tokens, hidden).to(dtype)
     w_gate_up = (torch.randn(experts, 2 * inner, hidden) / 8).to(dtype)

@@ -35,9 +35,9 @@ cpu::Upcoming upcoming(const cpu::Operand& s, int64_t row, int64_t depth) {
 // each group, gathered or not) are never few rows of weights.
 bool takes_dot(const cpu::BlockEngine& engine, const Group& g, int64_t rows) {
   const bool quantised = g.s.storage > cpu::Storage::kFloat16;
-  return !batch_invariant() && !g.over_rows && rows <= (quantised ? engine.dot_pass : engine.dot_tokens) &&
-         g.s.depth_stride == 1 && !g.s.row_index &&
-         rows * engine.dot_stride(g.depth) * engine.element_bytes <= kDotBytes;
+  return !batch_invariant() && !g.over_rows &&
+         rows <= (quantised ? engine.dot_pass : engine.dot_tokens) && g.s.depth_stride == 1 &&
+         !g.s.row_index && rows * engine.dot_stride(g.depth) * engine.element_bytes <= kDotBytes;
 }
 
 }  // namespace
