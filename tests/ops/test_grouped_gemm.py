@@ -284,3 +284,45 @@ BAD_WGRADS = [
 def test_bad_wgrad_calls(changes, kind, message):
     with pytest.raises(kind, match=f"grouped_gemm_wgrad: {message}"):
         grouped_gemm_wgrad(**{"a": A, "dc": DC, "offsets": OFFSETS, **changes})
+
+
+@pytest.mark.parametrize("sizes", [[2, 0, 3], [0, 0], [4], [0, 5, 1]], ids=str)
+def test_weight_gradients_are_differentiable(sizes):
+    """Once and twice, and with them `grouped_gemm` twice; rows behind the last group get zeros."""
+    torch.manual_seed(0)
+    offsets = torch.tensor(sizes).cumsum(0).int()
+    rows = sum(sizes) + 2
+    a, dc = (torch.randn(rows, n, dtype=torch.float64, requires_grad=True) for n in (3, 2))
+    b = torch.randn(len(sizes), 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, dc: grouped_gemm_wgrad(a, dc, offsets), (a, dc))
+    assert torch.autograd.gradgradcheck(lambda a, dc: grouped_gemm_wgrad(a, dc, offsets), (a, dc))
+    assert torch.autograd.gradgradcheck(lambda a, b: grouped_gemm(a, b, offsets), (a, b))
+    for grad in torch.autograd.grad(grouped_gemm_wgrad(a, dc, offsets).sum(), (a, dc)):
+        assert not grad[sum(sizes) :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_weight_gradients_by_the_kernels(dtype):
+    sizes = [5, 0, 9, 2]
+    offsets = torch.tensor(sizes).cumsum(0).int()
+    a, dc = (torch.randn(16, n).to(dtype).requires_grad_() for n in (24, 40))
+    dw = torch.randn(4, 24, 40).to(dtype)
+    grads = torch.autograd.grad(grouped_gemm_wgrad(a, dc, offsets), (a, dc), dw)
+    expert = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+    with torch.no_grad():
+        wide = [
+            torch.einsum("rn,rkn->rk", dc.double(), dw.double()[expert]),
+            torch.einsum("rk,rkn->rn", a.double(), dw.double()[expert]),
+        ]
+    for got, want in zip(grads, wide, strict=True):
+        assert got.dtype == dtype
+        assert (got - want).norm() / want.norm() < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_weight_gradients_into_a_buffer_refuse_to_be_differentiated():
+    a, main = A.clone().requires_grad_(), torch.full((2, A.shape[1], DC.shape[1]), torch.nan)
+    with pytest.raises(ValueError, match="^grouped_gemm_wgrad: out: no gradient can flow"):
+        grouped_gemm_wgrad(a, DC, OFFSETS, out=main)
+    with torch.no_grad():
+        grouped_gemm_wgrad(a, DC, OFFSETS, out=main)
+    assert not main.any()

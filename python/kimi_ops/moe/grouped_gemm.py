@@ -78,11 +78,11 @@ def grouped_gemm(
     dtype = _result_dtype(x.dtype, out, out_dtype)
     if isinstance(b, QuantizedWeight):
         if out is not None:
-            _refuse_gradients(x, bias, out)
+            _refuse_gradients("grouped_gemm", x, bias, out)
         return quantized_gemm(x, b, offsets, bias, out, dtype)
     if out is None:
         return operators.grouped_gemm(x, b, offsets, bias, dtype)
-    _refuse_gradients(x, b, bias, out)
+    _refuse_gradients("grouped_gemm", x, b, bias, out)
     operators.grouped_gemm_out(x, b, offsets, bias, out)
     return out
 
@@ -112,7 +112,8 @@ def grouped_gemm_wgrad(
     Returns
     -------
     Tensor [E, K, N]
-        `out` where given. Not differentiable itself.
+        `out` where given. Otherwise differentiable in a and dc: the product of two matrices of rows
+        along the rows of each group, in the dtype of a.
 
     Raises
     ------
@@ -127,17 +128,18 @@ def grouped_gemm_wgrad(
     >>> grouped_gemm_wgrad(a, dc, torch.tensor([2, 2], dtype=torch.int32)).flatten().tolist()
     [11.0, 0.0]
     """
-    with torch.no_grad():
-        if out is not None:
+    if out is not None:
+        _refuse_gradients("grouped_gemm_wgrad", a, dc, out)
+        with torch.no_grad():
             operators.grouped_gemm_wgrad_out(a, dc, offsets, out, accumulate)
-            return out
-        if accumulate:
-            raise ValueError(
-                "grouped_gemm_wgrad: accumulate: expected out beside it, got none; pass the tensor "
-                "to add to"
-            )
-        _check.tensor("grouped_gemm_wgrad", "a", a)
-        return operators.grouped_gemm_wgrad(a, dc, offsets, a.dtype)
+        return out
+    if accumulate:
+        raise ValueError(
+            "grouped_gemm_wgrad: accumulate: expected out beside it, got none; pass the tensor to "
+            "add to"
+        )
+    _check.tensor("grouped_gemm_wgrad", "a", a)
+    return operators.grouped_gemm_wgrad(a, dc, offsets, a.dtype)
 
 
 def _fp8(
@@ -169,9 +171,9 @@ def _result_dtype(
     return out.dtype
 
 
-def _refuse_gradients(*inputs: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+def _refuse_gradients(op: str, *inputs: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         raise ValueError(
-            "grouped_gemm: out: no gradient can flow through a given output, but it or an input "
-            "requires one; leave out away or call under torch.no_grad()"
+            f"{op}: out: no gradient can flow through a given output, but it or an input requires "
+            "one; leave out away or call under torch.no_grad()"
         )

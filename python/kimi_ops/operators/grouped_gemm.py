@@ -58,6 +58,25 @@ def _wgrad_output(a: Tensor, dc: Tensor, offsets: Tensor, dtype: torch.dtype) ->
     return a.new_empty((offsets.shape[0], a.shape[1], dc.shape[1]), dtype=dtype)
 
 
+def _wgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, dc, offsets, _ = inputs
+    needs_a, needs_dc = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if needs_dc else None, dc if needs_a else None, offsets)
+    ctx.dtype = a.dtype
+
+
+def _wgrad_backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+    """Both operands are rows: each gets the other's rows times its group's matrix."""
+    a, dc, offsets = ctx.saved_tensors
+    dw = dw.to(ctx.dtype)
+    da = ddc = None
+    if ctx.needs_input_grad[0]:
+        da = grouped_gemm(dc, dw.transpose(1, 2), offsets, None, ctx.dtype)
+    if ctx.needs_input_grad[1]:
+        ddc = grouped_gemm(a, dw, offsets, None, ctx.dtype)
+    return da, ddc, None, None
+
+
 def _wgrad_out(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
     reference.wgrad(a, dc, offsets, out, accumulate)
 
@@ -81,6 +100,8 @@ grouped_gemm_out = Operator(
 grouped_gemm_wgrad = Operator(
     "grouped_gemm_wgrad(Tensor a, Tensor dc, Tensor offsets, ScalarType dtype) -> Tensor",
     _wgrad_output,
+    _wgrad_context,
+    _wgrad_backward,
     otherwise=_wgrad,
 )
 grouped_gemm_wgrad_out = Operator(
