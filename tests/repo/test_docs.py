@@ -52,7 +52,7 @@ def test_names_exist(page):
 
 
 def test_the_readme_lists_every_variable_that_is_read_at_run_time():
-    sources = [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "python/kimi_ops").rglob("*.py")]
+    sources = [*(ROOT / "csrc").rglob("*.c*"), *(ROOT / "python/kimi_ops").rglob("*.py")]
     read = r'(?:getenv\(|environ\.get\(|environ\[)"(KIMI_OPS_\w+)"'
     found = {name for path in sources for name in re.findall(read, path.read_text())}
     table = re.findall(r"^\| `(KIMI_OPS_\w+)=", (ROOT / "README.md").read_text(), re.MULTILINE)

@@ -85,7 +85,7 @@ def start_and_wait_for(step: int, out: Path, text: Path, *more: str) -> subproce
     process = subprocess.Popen(
         command(out, text, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180
     while not any(row["step"] >= step for row in read_metrics(out / "metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < limit, process.communicate()[0]
         time.sleep(0.005)
