@@ -28,7 +28,7 @@ kimi_ops.__main__
 kimi_ops.cli
 kimi_ops.train
 kimi_ops.plan
-kimi_ops.models.kimi_k2.chat
+kimi_ops.models.kimi_k2.chat kimi_ops.compat.grouped_gemm
 kimi_ops.models.kimi_k2 kimi_ops.models kimi_ops.interop kimi_ops.compat
 kimi_ops.models.kimi_k2.checkpoint
 kimi_ops.models.kimi_k2.config
