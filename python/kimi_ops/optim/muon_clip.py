@@ -216,7 +216,7 @@ class MuonClip(torch.optim.Optimizer):
         self._warned = False
         self._checked: list[Checked] = []  # the groups of the last step
         self._written: dict[Tensor, int] = {}  # what torch counts of writes, of those with masters
-        self._clipped: dict[Tensor, Tensor] = {}  # those that QK-Clip scaled, as it left them
+        self._clipped: dict[Tensor, Tensor] = {}  # what QK-Clip left, rounded twice
         super().__init__(params, defaults)
         check_clip(max_grad_norm, self.param_groups)
 
@@ -318,7 +318,6 @@ class MuonClip(torch.optim.Optimizer):
             told = partial(shards.told, what="the largest logits")
             masters = rows_of_masters(self._params(), self.state, shards)
             scaled = clip(shards.process_group, masters, told)
-            # a master does not round to what was rounded, scaled and rounded
             self._clipped = {p: p.detach().clone() for p in scaled if p in masters}
         mine = (p for group in self.param_groups for p in group["params"] if mastered(p, group))
         self._written = {p: local(p)._version for p in mine}

@@ -117,7 +117,9 @@ class Connection:
 
         def arrived() -> Result:
             if this not in self._under_way:
-                raise EPMisuse("wait: expected an operation under way, got one that was abandoned")
+                raise EPMisuse(
+                    "wait: expected an operation under way, got one that was abandoned; begin anew"
+                )
             self._under_way.remove(this)
             self._works("wait")
             return self._guarded(wait)

@@ -23,7 +23,7 @@ from kimi_ops.models.kimi_k2.layers import MLP, FixedBuffers, RMSNorm
 from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 from kimi_ops.models.kimi_k2.recompute import Recomputes, fp8_storage
 from kimi_ops.operators.count_once import count_once_, recomputing
-from kimi_ops.parallel.results import Dispatched, Pending
+from kimi_ops.parallel.results import Pending
 
 
 class Rest(NamedTuple):
@@ -37,7 +37,7 @@ class Rest(NamedTuple):
 class Leaving(NamedTuple):
     """Tokens on their way to their experts, or here where one process has all."""
 
-    tokens: Tensor | Pending[Dispatched]
+    tokens: Any  # [T, H], or what `ExpertRanks.leave` gives
     gate: TopkGate
     plan: PermutePlan | None
     rest: Rest
@@ -169,8 +169,7 @@ class MoE(Recomputes):
         tokens, gate, plan, rest = leaving
         matrices = self.experts.gate_up_proj, self.experts.down_proj
         activation = self.config.hidden_act
-        if isinstance(tokens, Pending):
-            assert self.ranks is not None
+        if self.ranks is not None:
             sums = self.ranks.compute(tokens, *matrices, activation, self._stored())
             return Returning(sums, rest)
         with self._stored():
@@ -185,7 +184,7 @@ class MoE(Recomputes):
         # a repeated forward must make the same graph, but is not the last one
         if torch.compiler.is_compiling() or not recomputing():
             self.balance_loss = balance_loss
-        y = routed.wait() if isinstance(routed, Pending) else routed
+        y = routed if isinstance(routed, Tensor) else routed.wait()
         return (y if shared is None else y + shared).view(shape)
 
     def _entered(

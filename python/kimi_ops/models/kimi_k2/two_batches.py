@@ -90,14 +90,15 @@ def forward_two(model: Decoder, first: Tensor, second: Tensor) -> tuple[BatchOut
     [(1, 3, 64), (1, 4, 64)]
     """
     check_two(model)
-    with _abandoned_by_errors(model), no_cast_kept():
+    with no_cast_kept():
         pair = [_Batch(model, f"batch {n}", ids) for n, ids in ((2, second), (1, first))]
-        for layer in model.decoder_layers():
-            for batch in pair:
-                batch.attend(layer)
-            for batch in pair:
-                batch.compute(layer)
-        late, early = [batch.end() for batch in pair]
+        with _abandoned_by_errors(model):
+            for layer in model.decoder_layers():
+                for batch in pair:
+                    batch.attend(layer)
+                for batch in pair:
+                    batch.compute(layer)
+            late, early = [batch.end() for batch in pair]
     return early, late
 
 

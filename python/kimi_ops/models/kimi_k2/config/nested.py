@@ -17,7 +17,7 @@ _OF_VISION = """
     media_placeholder_token_id ignore_index use_unified_vision_chunk video_placeholder
     projection_hidden_size projection_layer_norm_eps
 """
-# In which a conversation of the whole model ends differs from where its text part was trained to.
+# Which ids begin, end and fill a text is said for the whole model.
 _OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -34,7 +34,7 @@ def text_part(values: dict[str, Any], names: Collection[str], *, text_only: bool
         raise ValueError(
             "KimiK2Config: text_config: expected a language model alone, got the one within "
             f"model_type {model!r}; text_only=True takes it and leaves the vision tower out: "
-            "KimiK2.from_pretrained(folder, text_only=True)"
+            "KimiK2.from_pretrained(folder, text_only=True), kimi-ops chat --text-only"
         )
     if model not in _MODELS:
         raise error("model_type", f"one of {list(_MODELS)} beside text_config", model, "choose one")
