@@ -18,8 +18,8 @@ from kimi_ops.parallel import (
     EPPeerError,
     EPRankLost,
     EPTimeout,
+    router,
 )
-from kimi_ops.parallel import router
 from kimi_ops.parallel.layout import Placement
 from kimi_ops.reference import all_to_all as oracle
 from tests.dist.all_to_all_cases import check, random_case, triple

@@ -31,8 +31,9 @@ SECONDS = 5  # of the groups that meet a fault
 
 
 def build(
-    way: str, group: dist.ProcessGroup, count: int = 4, place: Placement = Shard(0), **keys
+    way: str, group: dist.ProcessGroup, count: int = 4, place: Placement | None = None, **keys
 ) -> MuonClip:
+    place = Shard(0) if place is None else place
     tensors = [torch.ones(8, 8) for _ in range(count)]
     if way == "group":
         keys["process_group"] = group

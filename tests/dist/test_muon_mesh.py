@@ -154,7 +154,7 @@ def same_state(one: dict, other: dict) -> None:
 def travelled(
     params: dict, optimizer: MuonClip, lonely: int, circle: dist.ProcessGroup | None
 ) -> int:
-    """Elements that a step's all-to-alls carry between the ranks of a circle, their own share too."""
+    """Elements that a step's all-to-alls carry between the ranks of a circle, their own too."""
     sent = torch.zeros((), dtype=torch.int64)
     send = dist.all_to_all_single
 
@@ -327,7 +327,9 @@ def checkpoint_worker(rank: int, folder: str) -> None:
             circle = mesh.get_group(0)
             model, optimizer = net(mesh)
             if saved is not None:
-                state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+                state = dict(
+                    zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)
+                )
                 dcp.load(state, checkpoint_id=saved, process_group=circle)
                 set_state_dict(
                     model,
@@ -337,7 +339,7 @@ def checkpoint_worker(rank: int, folder: str) -> None:
                 )
             train(model, optimizer, step, rank, world)
             same_net(model, single)
-            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
             dcp.save(state, checkpoint_id=f"{folder}/{world}", process_group=circle)
         saved = f"{folder}/{world}"
         dist.barrier()
@@ -414,9 +416,7 @@ def mastered(rank: int, folder: str) -> None:
             for number, param in enumerate(model.parameters()):
                 generator = torch.Generator().manual_seed(100 * step + number)
                 grad = torch.randn(param.shape, generator=generator).bfloat16()
-                param.grad = (
-                    distribute_tensor(grad, mesh, param.placements) if sharded else grad
-                )
+                param.grad = distribute_tensor(grad, mesh, param.placements) if sharded else grad
             for attention in model.attention_layers():
                 attention.max_logits.copy_(torch.tensor([0.5, 3.0]))
             optimizer.step()

@@ -242,7 +242,9 @@ def test_a_parameter_of_another_shape_is_refused():
     before = params["tall"].clone()
     params["wide"].grad = None
     params["wide"].data = torch.ones(3, 40)
-    with pytest.raises(ValueError, match=r"shape \(24, 40\) .* got \(3, 40\); make a new optimizer"):
+    with pytest.raises(
+        ValueError, match=r"shape \(24, 40\) .* got \(3, 40\); make a new optimizer"
+    ):
         optimizer.step()
     assert torch.equal(params["tall"], before)
 

@@ -29,9 +29,7 @@ PRESENT = [name for name in (*MUON, *ADAMW) if name != "never"]
 class Watch(TorchDispatchMode):
     """Refuses what makes a number of a tensor."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         assert "_local_scalar_dense" not in name and "is_nonzero" not in name, "a read of the host"
         kwargs = kwargs or {}

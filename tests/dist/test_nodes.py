@@ -202,7 +202,9 @@ def test_what_cannot_be_is_refused():
         with ExpertParallel(group, ranks_per_node=2, **SMALL) as ep:
             with pytest.raises(kind, match="got 9 .. 9"):
                 ep.dispatch(torch.ones(1, 2), torch.tensor([[9 if ep.rank == 3 else 0]]))
-            with pytest.raises(ValueError, match="equally many left on every node, got 2 on node 0, 1"):
+            with pytest.raises(
+                ValueError, match="equally many left on every node, got 2 on node 0, 1"
+            ):
                 ep.mask_rank(2 if ep.rank == 3 else 3)
             rows = ep.dispatch(torch.ones(1, 2), torch.tensor([[0]]))
             assert torch.equal(ep.combine(rows.x, rows.handle), torch.ones(1, 2))

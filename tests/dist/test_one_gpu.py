@@ -80,4 +80,3 @@ def test_the_table_says_whose_bandwidth_it_is(
         assert all(set(row.peers) == {"torch", "copy"} for row in made.rows)
     said = capsys.readouterr().out
     assert "bandwidth of the same device's memory, not of a link" in said and "NVLink" not in said
-

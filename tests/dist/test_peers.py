@@ -158,6 +158,7 @@ def test_with_a_fixed_capacity_the_host_asks_nobody(
     overflow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows_of_rank_0 = 4 if overflow == "drop" else 0
+
     def work(group):
         x = torch.arange(32.0).view(4, 8)
         with ExpertParallel(group, capacity=3, overflow=overflow, **SMALL) as ep:

@@ -68,7 +68,9 @@ def errors_of_all(group: dist.ProcessGroup, rank: int) -> None:
     told = "expected one of auto, shm, gloo, nccl, cuda, reference, got 'mpi'"
     with pytest.raises(ValueError, match=told):
         ExpertParallel(group, backend="mpi", **SIZES)
-    with pytest.raises(ValueError, match="expected shm or gloo or nccl or cuda for a process group"):
+    with pytest.raises(
+        ValueError, match="expected shm or gloo or nccl or cuda for a process group"
+    ):
         ExpertParallel(group, backend="reference", **SIZES)
     with ExpertParallel(group, capacity=6, **SMALL) as ep:
         with pytest.raises(ValueError if bad else EPPeerError, match="got 7 .. 7"):

@@ -128,7 +128,9 @@ def worker(rank: int, folder: str) -> None:
         layer = Latent()
         broken = DTensor.from_local(layer.q_proj.weight.detach(), mesh, [placement])
         layer.q_proj.weight = nn.Parameter(broken)
-        with pytest.raises(ValueError, match=r"layers.0..q_proj.weight: expected a DTensor that is repl"):
+        with pytest.raises(
+            ValueError, match=r"layers.0..q_proj.weight: expected a DTensor that is repl"
+        ):
             QKClip([layer])
 
 

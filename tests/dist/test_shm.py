@@ -117,7 +117,9 @@ def test_a_rank_that_fails_while_it_writes_says_so(monkeypatch):
                 return message
 
             ep._connection.transport.begin = full
-        with pytest.raises(TypeError if ep.rank == 1 else EPError, match="None.*subscript") as caught:
+        with pytest.raises(
+            TypeError if ep.rank == 1 else EPError, match="None.*subscript"
+        ) as caught:
             ep.dispatch(x, ids)
         return str(caught.value)
 

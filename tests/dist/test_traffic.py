@@ -4,7 +4,6 @@
 import threading
 
 import pytest
-import torch
 
 from kimi_ops import ExpertParallel, LocalWorld
 from kimi_ops.parallel.local import LocalTransport

@@ -278,7 +278,9 @@ def loses(rank: int, folder: str) -> None:
 
     loop.send_checkpoint = send_or_end
     begin = time.monotonic()
-    with pytest.raises(RankError, match=r"the process of rank 1 has ended .* start all ranks again"):
+    with pytest.raises(
+        RankError, match=r"the process of rank 1 has ended .* start all ranks again"
+    ):
         run(root / "run", ranks, checkpoint_every=4, steps=8)
     assert time.monotonic() - begin < 20
     (root / "ended").touch()
@@ -399,9 +401,7 @@ def test_two_hosts_are_two_network_namespaces(tmp_path: Path):
     start = "WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=10.77.0.1 MASTER_PORT=29400"
     train_there = f"env {start} RANK=$rank {sys.executable} {' '.join(words)}"
     done = hosts(
-        f"rank=1; $in_other {train_there} & second=$!\n"
-        f"rank=0; {train_there}\n"
-        "wait $second\n"
+        f"rank=1; $in_other {train_there} & second=$!\nrank=0; {train_there}\nwait $second\n"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ranks  2 processes, experts over 2 by gloo" in done.stdout

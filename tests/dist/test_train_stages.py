@@ -69,7 +69,9 @@ def test_stages_train_to_the_bits_of_one_process(tmp_path: Path):
 
 def same_files(one: Path, other: Path, *steps: int) -> None:
     for step in steps:
-        states = [json.loads((run / f"step_{step:06d}/training.json").read_text()) for run in (one, other)]
+        states = [
+            json.loads((run / f"step_{step:06d}/training.json").read_text()) for run in (one, other)
+        ]
         assert states[0]["files"] == states[1]["files"]
         assert states[0]["optimizer_groups"] == states[1]["optimizer_groups"]
 
@@ -79,7 +81,9 @@ def layouts(rank: int, folder: str) -> None:
     experts = Ranks(dist.group.WORLD, 2, **STAGED)
     assert experts.layout.replicas == 1 and (rank < 2) == (experts.stage == 0)
     run(root / "2 stages x 2 experts", experts, **WAYS)
-    assert re.fullmatch("ranks  4 processes, 2 stages by 1F1B, experts over 2 by .*", experts.describe())
+    assert re.fullmatch(
+        "ranks  4 processes, 2 stages by 1F1B, experts over 2 by .*", experts.describe()
+    )
     copies = Ranks(dist.group.WORLD, 1, **STAGED)
     run(root / "2 stages x 2 copies", copies, **WAYS)
     if rank == 0:
@@ -97,18 +101,37 @@ def layouts(rank: int, folder: str) -> None:
 def refused(rank: int, root: Path) -> None:
     first = ValueError if rank == 0 else PeerError
     for layout, wrong in (
-        ({"pipeline_parallel": 3}, "--pipeline-parallel: expected a divisor of the 4 processes, got 3"),
-        ({"pipeline_parallel": 0}, "--pipeline-parallel: expected a divisor of the 4 processes, got 0"),
-        ({**STAGED, "expert_parallel": 4}, "--expert-parallel: .* the 2 processes of a stage, got 4"),
+        (
+            {"pipeline_parallel": 3},
+            "--pipeline-parallel: expected a divisor of the 4 processes, got 3",
+        ),
+        (
+            {"pipeline_parallel": 0},
+            "--pipeline-parallel: expected a divisor of the 4 processes, got 0",
+        ),
+        (
+            {**STAGED, "expert_parallel": 4},
+            "--expert-parallel: .* the 2 processes of a stage, got 4",
+        ),
         ({**STAGED, "schedule": "ZB"}, "--schedule: expected 1F1B or GPipe, got ZB"),
-        ({**STAGED, "expert_parallel": 2, "overlap": True}, "--overlap: expected --pipeline-parallel 1"),
-        ({"pipeline_parallel": 1 + rank // 3}, "--pipeline-parallel: expected the same .* rank 3 2;"),
+        (
+            {**STAGED, "expert_parallel": 2, "overlap": True},
+            "--overlap: expected --pipeline-parallel 1",
+        ),
+        (
+            {"pipeline_parallel": 1 + rank // 3},
+            "--pipeline-parallel: expected the same .* rank 3 2;",
+        ),
     ):
         with pytest.raises(first, match=wrong):
             Ranks(dist.group.WORLD, **layout)
     for layout, options, wrong in (
         ({"pipeline_parallel": 4}, {"accumulate": 4}, "at most the model's 3 layers, got 4"),
-        (STAGED, {"accumulate": 1}, "--accumulate: expected at least the 2 stages, .* got 1; .* GPipe"),
+        (
+            STAGED,
+            {"accumulate": 1},
+            "--accumulate: expected at least the 2 stages, .* got 1; .* GPipe",
+        ),
         (STAGED, {"accumulate": 2, "sequences": 3}, "--sequences: .* the 2 processes of a stage"),
     ):
         with pytest.raises(first, match=wrong):
@@ -179,7 +202,9 @@ def dies(rank: int, folder: str) -> None:
 
     Stage.forward = fatal
     begin = time.monotonic()
-    with pytest.raises(RankError, match=r"kimi-ops: the process of ranks? .*3.* has ended.*start all"):
+    with pytest.raises(
+        RankError, match=r"kimi-ops: the process of ranks? .*3.* has ended.*start all"
+    ):
         run(Path(folder) / "run", ranks, **WAYS)
     assert time.monotonic() - begin < 20
     (Path(folder) / f"told {rank}").touch()

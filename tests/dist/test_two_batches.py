@@ -241,9 +241,11 @@ def test_what_cannot_be_side_by_side_is_refused():
             (CONFIG, 1, "expected ExpertRanks of batches=2, got batches=1; there is nothing"),
             (dataclasses.replace(CONFIG, tie_word_embeddings=True), 2, "got tie_word_embeddings"),
         ):
-            with ExpertRanks(group, config, max_tokens=14, batches=count) as ranks:
-                with pytest.raises(ValueError, match=f"forward_two: model: .*{wrong}"):
-                    forward_two(KimiK2(config, expert_ranks=ranks), first, second)
+            with (
+                ExpertRanks(group, config, max_tokens=14, batches=count) as ranks,
+                pytest.raises(ValueError, match=f"forward_two: model: .*{wrong}"),
+            ):
+                forward_two(KimiK2(config, expert_ranks=ranks), first, second)
         with ExpertRanks(group, CONFIG, max_tokens=14, batches=2) as ranks:
             model = KimiK2(CONFIG, expert_ranks=ranks)
             with pytest.raises(ValueError, match="save_pretrained: expert_ranks: .* a LocalWorld"):
