@@ -11,8 +11,8 @@ __all__ = ["is_batch_invariant", "set_batch_invariant"]
 class set_batch_invariant:  # noqa: N801  (as torch.set_grad_enabled)
     """From now on, or in a `with` block, a row of a product has the same bits in any batch.
 
-    A function, or a context manager as ``torch.set_grad_enabled`` is one. It holds for the whole
-    process, all threads. Without it CPU products of very few rows an expert add in an order of
+    A function, or a context manager as ``torch.set_grad_enabled`` is one; no decorator. It holds
+    for the whole process, all threads. Without it CPU products of very few rows an expert add in an order of
     their own, which reads the weights once and is up to several times as fast; all else holds with
     and without it: docs/determinism.md has the table. The environment variable
     ``KIMI_OPS_BATCH_INVARIANT=1`` says the same from the start.
@@ -44,11 +44,11 @@ class set_batch_invariant:  # noqa: N801  (as torch.set_grad_enabled)
                 "set_batch_invariant: enabled: expected a bool, got "
                 f"{type(enabled).__name__}; pass True or False"
             )
-        self._before = is_batch_invariant()
+        self._enabled, self._before = enabled, is_batch_invariant()
         _native.engine.set_batch_invariant(enabled)
 
     def __enter__(self) -> None:
-        pass
+        _native.engine.set_batch_invariant(self._enabled)
 
     def __exit__(self, *error: object) -> None:
         _native.engine.set_batch_invariant(self._before)

@@ -86,7 +86,9 @@ def test_a_stage_without_memory_gets_some():
 def test_what_cannot_be_a_stage_is_refused():
     model = KimiK2(KimiK2Config.tiny())
     for layers in (range(0), range(1, 4), range(0, 3, 2)):
-        with pytest.raises(ValueError, match="Stage: layers: expected neighbours among the 3"):
+        with pytest.raises(
+            ValueError, match="Stage: layers: expected a range of neighbours among the 3"
+        ):
             Stage(model, layers)
     tied = dataclasses.replace(model.config, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="Stage: model: expected an embedding and a head of their"):

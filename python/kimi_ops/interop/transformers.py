@@ -47,11 +47,14 @@ def register() -> None:
     >>> model.set_experts_implementation("kimi_ops")
     """
     try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        from transformers.integrations.moe import (
+            ALL_EXPERTS_FUNCTIONS,
+            _default_apply_gate,  # noqa: F401  (came with what `experts_forward` asks of a module)
+        )
     except ImportError as error:
         raise ImportError(
             "kimi_ops.interop.transformers: register: expected a transformers with a registry of "
-            f"experts' implementations (5.0 and later), got: {error}; pip install -U transformers"
+            f"experts' implementations (5.17 and later), got: {error}; pip install -U transformers"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
@@ -86,10 +89,10 @@ def experts_forward(
     count = module.num_experts
     ids = top_k_index.to(torch.int32)
     ids = torch.where(ids < count, ids, -1)
-    weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
     x = hidden_states
     if not torch.is_autocast_enabled(x.device.type):  # else it decides
         x = x.to(module.down_proj.dtype)
+    weights = top_k_weights.to(torch.promote_types(x.dtype, torch.float32))
     activation = _fused_activation(module)
     if activation is not None:
         y = fused_experts(

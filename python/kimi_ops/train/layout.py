@@ -54,15 +54,15 @@ def check_experts(experts: int, expert_parallel: int) -> None:
 def check_overlap(overlap: bool, expert_parallel: int, pipeline_parallel: int) -> None:
     """Raise where two micro-batches are wanted side by side and there are no messages to hide, or
     where a schedule has its own order of them."""
-    if overlap and expert_parallel == 1:
-        raise ValueError(
-            "kimi-ops: --overlap: expected experts over several processes, whose messages it "
-            "hides, got --expert-parallel 1; leave it out, or raise --expert-parallel"
-        )
     if overlap and pipeline_parallel > 1:
         raise ValueError(
             "kimi-ops: --overlap: expected --pipeline-parallel 1, since the schedule of stages "
             f"takes one micro-batch at a time, got {pipeline_parallel}; leave one of them out"
+        )
+    if overlap and expert_parallel == 1:
+        raise ValueError(
+            "kimi-ops: --overlap: expected experts over several processes, whose messages it "
+            "hides, got --expert-parallel 1; leave it out, or raise --expert-parallel"
         )
 
 

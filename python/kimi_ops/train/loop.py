@@ -186,6 +186,10 @@ def _train(
         keep = settings.keep_checkpoints
         save_checkpoint(plan.out, trainer.model, trainer.optimizer, facts, keep)
 
+    def save_once() -> None:
+        if saved != step:
+            save()
+
     with ExitStack() as stack:
         with ranks.together():
             metrics = None
@@ -215,14 +219,13 @@ def _train(
                     metrics.write(row)
             except MetricsError as error:  # the step was made: keep it if there is still room
                 broken = error
-                continue
-            shown.show(row, validation)
+            else:
+                shown.show(row, validation)
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 save()
         if broken is not None:
-            raise MetricsError(f"{broken}; {_kept(save, plan.out)}") from broken
-        if saved != step:
-            save()
+            raise MetricsError(f"{broken}; {_kept(save_once, plan.out)}") from broken
+        save_once()
     return TrainResult(
         step=step,
         finished=step >= settings.steps,

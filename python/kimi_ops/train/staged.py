@@ -56,17 +56,19 @@ class Staged:
     def losses(self, batches: Sequence[Tensor]) -> list[Tensor]:
         found: list[Tensor] = []
         for rows, some in groupby(batches, key=len):
-            alike = list(some)
-            losses = [windows.new_zeros(rows, dtype=torch.float32) for windows in alike]
-            share = torch.cat(alike)
-            # all forwards one after the other
-            schedule = self._schedule("GPipe", rows, len(alike), window_losses)
-            with _own_errors():
-                schedule.eval(
-                    *self._input(share), **self._target(share, losses), return_outputs=False
-                )
-            found += losses
+            alike, at_once = list(some), self._ranks.layout.pp  # a schedule keeps what it computed
+            for first in range(0, len(alike), at_once):
+                found += self._judged(alike[first : first + at_once], rows)
         return found
+
+    def _judged(self, batches: list[Tensor], rows: int) -> list[Tensor]:
+        losses = [windows.new_zeros(rows, dtype=torch.float32) for windows in batches]
+        share = torch.cat(batches)
+        # all forwards one after the other
+        schedule = self._schedule("GPipe", rows, len(batches), window_losses)
+        with _own_errors():
+            schedule.eval(*self._input(share), **self._target(share, losses), return_outputs=False)
+        return losses
 
     def _input(self, windows: Tensor) -> list[Tensor]:
         return [windows[:, :-1]] if self._stage.first else []

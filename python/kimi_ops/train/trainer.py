@@ -150,9 +150,11 @@ class Trainer:
         """The model in eval mode, whose logits are not tracked."""
         self.model.eval()
         self._track(False)
-        yield
-        self._track(True)
-        self.model.train()
+        try:
+            yield
+        finally:
+            self._track(True)
+            self.model.train()
 
     def _track(self, enabled: bool) -> None:
         for layer in self.model.attention_layers():

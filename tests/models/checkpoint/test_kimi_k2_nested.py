@@ -135,3 +135,13 @@ def test_what_the_text_leaves_open_the_whole_says():
     assert config.quantization_config == fp8 and config.torch_dtype == "float16"
     assert (config.eos_token_id, config.pad_token_id) == ([3, 5], 7)
     assert config.hidden_size == 32 and config.model_type == "kimi_k2"
+
+
+def test_an_id_that_the_whole_leaves_open_is_the_text_s(tmp_path: Path):
+    """A null beside text_config says nothing: generation would never end."""
+    write(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 5
+    edit(tmp_path, text_config=config["text_config"], eos_token_id=None)
+    model = KimiK2.from_pretrained(tmp_path, text_only=True)
+    assert model.config.eos_token_id == 5

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kimi_ops import _check
 from kimi_ops.models.kimi_k2.decoder import Decoder, DecoderLayer
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.inputs import check_inputs
@@ -87,11 +88,13 @@ class Stage(Decoder):
     ) -> None:
         config = model.config
         total = config.num_hidden_layers
-        if len(layers) < 1 or layers.step != 1 or layers.start < 0 or layers.stop > total:
+        neighbours = isinstance(layers, range) and len(layers) > 0 and layers.step == 1
+        if not neighbours or layers.start < 0 or layers.stop > total:
             raise ValueError(
-                f"Stage: layers: expected neighbours among the {total} of the model, got {layers}; "
-                "kimi_ops.plan.work.Layout.stages shares them out"
+                f"Stage: layers: expected a range of neighbours among the {total} of the model, "
+                f"got {layers!r}; kimi_ops.plan.work.Layout.stages shares them out"
             )
+        _check.between("Stage", "micro_batches", micro_batches, 1, 2**31 - 1)
         if config.tie_word_embeddings:
             raise ValueError(
                 "Stage: model: expected an embedding and a head of their own, got "

@@ -2,7 +2,7 @@
 """Conversations and tool calls in the format of Kimi K2; docs/chat.md tells the story."""
 
 from kimi_ops.models.kimi_k2.chat.byte_tokenizer import ByteTokenizer
-from kimi_ops.models.kimi_k2.chat.dialogue import Chat, Piece, render
+from kimi_ops.models.kimi_k2.chat.dialogue import Chat, Encodes, Piece, normalised, render
 from kimi_ops.models.kimi_k2.chat.enforcer import Enforcer
 from kimi_ops.models.kimi_k2.chat.replying import reply
 from kimi_ops.models.kimi_k2.chat.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
@@ -20,6 +20,7 @@ from kimi_ops.models.kimi_k2.chat.tool_typescript import declare_typescript
 __all__ = [
     "ByteTokenizer",
     "Chat",
+    "Encodes",
     "Enforcer",
     "Event",
     "Piece",
@@ -33,6 +34,7 @@ __all__ = [
     "declare_json",
     "declare_typescript",
     "load_tokenizer",
+    "normalised",
     "parse",
     "parse_ids",
     "render",

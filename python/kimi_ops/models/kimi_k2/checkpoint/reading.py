@@ -21,6 +21,8 @@ from kimi_ops.models.kimi_k2.config.quantization import fp8_block
 
 __all__ = ["load"]
 
+# What names of a model begin with: others are unknown to whatever part of it.
+_PARTS = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -108,7 +110,7 @@ def _compare(part: Part, shards: Shards, block: tuple[int, int]) -> dict[str, st
     unknown = [
         name
         for name in shards.names()
-        if name.startswith(part.own)
+        if (name.startswith(part.own) or not name.startswith(_PARTS))
         and name not in shapes
         and name not in companions
         and not _ignored(name, part.config)

@@ -47,7 +47,7 @@ def text_part(values: dict[str, Any], names: Collection[str], *, text_only: bool
         if name not in names:
             others[name] = value
         elif name in _OF_THE_WHOLE:
-            text[name] = value
+            text[name] = text.get(name) if value is None else value
         elif text.setdefault(name, value) != value:
             raise error(name, f"{text[name]!r}, as text_config says", value, "drop one of them")
     check_others(others)
