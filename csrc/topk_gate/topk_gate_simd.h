@@ -44,11 +44,13 @@ struct Scratch {
   float bound[kBlock];
 };
 
-constexpr int kAhead = 8;   // rows
-constexpr int kWhole = 16;  // blocks without estimates
+constexpr int kAhead = 8;             // rows
+constexpr int kWhole = 16;            // blocks without estimates
+constexpr int kLeastEstimated = 192;  // experts: fewer cost no more than their candidates
 
-// Choice scores c of one row, or their estimates (NaN past the end), and its lane maxima. The row `ahead` elements on is
-// fetched meanwhile: the hardware's prefetch stops at every page, which holds 2.7 rows of K2.
+// Choice scores c of one row, or their estimates (NaN past the end), and its lane maxima. The row
+// `ahead` elements on is fetched meanwhile: the hardware's prefetch stops at every page, which holds
+// 2.7 rows of K2.
 template <class O, class T, kimi_score_function kFunction, int kBound, bool kEstimate>
 void choose_row(const T* logits, int64_t ahead, const float* bias, int num_experts, float* s,
                 float* choice, float* lanes) {
@@ -117,7 +119,8 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
       for (int i = 0; i < rows; ++i)
         if (!p.valid || p.valid[first + i]) stage(i, p.indices + (first + i) * k);
     };
-    const bool estimate = kEstimate && p.num_groups == 1 && whole == 0;
+    const bool estimate =
+        kEstimate && experts >= kLeastEstimated && p.num_groups == 1 && whole == 0;
     whole -= whole > 0;
     const auto logits = [&](int i) {
       return static_cast<const T*>(p.logits) + (first + i) * p.logits_stride;
