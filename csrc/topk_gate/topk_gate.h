@@ -48,6 +48,9 @@ namespace gate {
 struct CpuEngine {
   void (*forward)(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* counts);
   void (*backward)(const TopkGateBackwardParams& p, int64_t begin, int64_t end);
+  // What the filter (filter.h) takes for the sigmoid of n logits, and its error; nullptr: no filter.
+  void (*estimate)(const float* logits, int64_t n, float* estimates);
+  float error;
 };
 KIMI_CPU_ENGINES(CpuEngine);
 

@@ -109,7 +109,7 @@ void backward(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const CpuEngine kPortableEngine = {forward, backward};
+const CpuEngine kPortableEngine = {forward, backward, nullptr, 0.0f};
 
 void select_groups(const TopkGateParams& p, const float* choice, bool* kept) {
   const int size = p.num_experts / p.num_groups, best_of = p.group_score_topk;

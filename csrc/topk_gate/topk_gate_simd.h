@@ -3,7 +3,7 @@
 // and the candidate scan. Included by the ISA files only.
 //
 //   row --score--> s[E] --bias--> c[E]            one pass, kLanes experts a step; NaN: excluded
-//                                  |
+//                                  |             (sigmoid: estimates of c, filter.h)
 //   maxima of kBound lanes (expert e belongs to lane e % kBound)
 //                                  v
 //   bound = K-th largest lane maximum: at least K experts reach it, about 1.4 K do
@@ -12,13 +12,20 @@
 // The rank of a candidate is the number of better ones, so no sort and no branch is needed. Rows of
 // more than kMaxCandidates have ties, or all their large scores in few lanes: then the bound is
 // raised to the K-th largest choice itself, by bisection, and of those that tie with it only the
-// first ids stay. The bound decides which ids are looked at, never the result. Each stage runs over
-// a block of tokens, so that the processor overlaps their latencies.
+// first ids stay. The bound decides which ids are looked at, never the result: behind estimates it
+// is lowered by what they may err, and the candidates alone are scored. A row where that leaves too
+// many is scored whole, and so are the kWhole blocks after it. Each stage runs over a block of
+// tokens, so that the processor overlaps their latencies.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
+#include "cpu/vec_portable.h"
+#include "cpu/vectors.h"
+#include "topk_gate/filter.h"
 #include "topk_gate/score_row_simd.h"
 #include "topk_gate/select_simd.h"
 #include "topk_gate/topk_gate.h"
@@ -37,11 +44,14 @@ struct Scratch {
   float bound[kBlock];
 };
 
-constexpr int kAhead = 8;  // rows
+constexpr int kAhead = 8;             // rows
+constexpr int kWhole = 16;            // blocks without estimates
+constexpr int kLeastEstimated = 192;  // experts: fewer cost no more than their candidates
 
-// Choice scores c of one row (NaN past the end) and its lane maxima. The row `ahead` elements on is
-// fetched meanwhile: the hardware's prefetch stops at every page, which holds 2.7 rows of K2.
-template <class O, class T, kimi_score_function kFunction, int kBound>
+// Choice scores c of one row, or their estimates (NaN past the end), and its lane maxima. The row
+// `ahead` elements on is fetched meanwhile: the hardware's prefetch stops at every page, which holds
+// 2.7 rows of K2.
+template <class O, class T, kimi_score_function kFunction, int kBound, bool kEstimate>
 void choose_row(const T* logits, int64_t ahead, const float* bias, int num_experts, float* s,
                 float* choice, float* lanes) {
   using F = typename O::F;
@@ -53,6 +63,13 @@ void choose_row(const T* logits, int64_t ahead, const float* bias, int num_exper
     const F z = O::load(logits + e, left);
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(logits + e) +
                                                      uintptr_t(ahead) * sizeof(T)));
+    if constexpr (kEstimate) {
+      const F s = sigmoid_estimate<typename O::Estimates>(z);
+      const F a = O::keep_first(bias ? O::add(s, O::load(bias + e, left)) : s, left);
+      O::store(choice + e, a);
+      lane_top = O::max(a, lane_top);  // the second operand where the first is NaN
+      return;
+    }
     const auto nan = O::is_nan(z);
     F score;
     if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
@@ -73,9 +90,28 @@ void choose_row(const T* logits, int64_t ahead, const float* bias, int num_exper
   for (int v = 0; v < kVectors; ++v) O::store(lanes + v * O::kLanes, top[v]);
 }
 
+// Scores and choices of the candidates of one row, where estimates were.
+template <class O, class T>
+void score_candidates(const T* logits, const float* bias, const int32_t* candidates, int count,
+                      float* s, float* choice) {
+  alignas(64) float score[kMaxCandidates];
+  static_assert(kMaxCandidates % O::kLanes == 0);
+  for (int i = 0; i < count; ++i) score[i] = to_float(logits[candidates[i]]);
+  for (int i = count; i % O::kLanes; ++i) score[i] = 0.0f;
+  for (int i = 0; i < count; i += O::kLanes)
+    O::store(score + i, score_of<O, KIMI_SCORE_SIGMOID>(O::load(score + i)));
+  for (int i = 0; i < count; ++i) {
+    const int32_t id = candidates[i];
+    s[id] = score[i];
+    choice[id] = bias ? score[i] + bias[id] : score[i];
+  }
+}
+
 template <class O, class T, kimi_score_function kFunction, int kBound>
 void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* counts) {
+  constexpr bool kEstimate = kFunction == KIMI_SCORE_SIGMOID;
   const int experts = p.num_experts, k = p.top_k;
+  int whole = 0;  // blocks to come without estimates
   Scratch a;
   for (int64_t first = begin; first < end; first += kBlock) {
     const int rows = int(end - first < kBlock ? end - first : kBlock);
@@ -83,15 +119,40 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
       for (int i = 0; i < rows; ++i)
         if (!p.valid || p.valid[first + i]) stage(i, p.indices + (first + i) * k);
     };
+    const bool estimate =
+        kEstimate && experts >= kLeastEstimated && p.num_groups == 1 && whole == 0;
+    whole -= whole > 0;
+    const auto logits = [&](int i) {
+      return static_cast<const T*>(p.logits) + (first + i) * p.logits_stride;
+    };
+    const auto choose = [&]<bool kEstimates>(std::bool_constant<kEstimates>, int i) {
+      choose_row<O, T, kFunction, kBound, kEstimates>(logits(i), kAhead * p.logits_stride,
+                                                      p.expert_bias, experts, a.s[i], a.choice[i],
+                                                      a.lanes[i]);
+    };
     each([&](int i, int32_t*) {
-      const T* logits = static_cast<const T*>(p.logits) + (first + i) * p.logits_stride;
-      choose_row<O, T, kFunction, kBound>(logits, kAhead * p.logits_stride, p.expert_bias, experts,
-                                          a.s[i], a.choice[i], a.lanes[i]);
+      if (estimate) return choose(std::bool_constant<kEstimate>{}, i);
+      choose(std::false_type{}, i);
       if (p.num_groups > 1) apply_groups<O, kBound>(p, a.choice[i], a.lanes[i]);
     });
-    each([&](int i, int32_t*) { a.bound[i] = kth_largest<O, kBound>(a.lanes[i], k); });
     each([&](int i, int32_t*) {
+      a.bound[i] = kth_largest<O, kBound>(a.lanes[i], k);
+      if (estimate) a.bound[i] = candidates_from<cpu::Portable>(a.bound[i], O::Estimates::kError);
+    });
+    const auto collect = [&](int i) {
       a.count[i] = O::collect(a.choice[i], experts, a.bound[i], kMaxCandidates, a.candidates[i]);
+    };
+    each([&](int i, int32_t*) {
+      collect(i);
+      if (estimate) {
+        if (a.bound[i] > -__builtin_inff() && a.count[i] >= k && a.count[i] <= kMaxCandidates)
+          return score_candidates<O>(logits(i), p.expert_bias, a.candidates[i], a.count[i], a.s[i],
+                                     a.choice[i]);
+        whole = kWhole;
+        choose(std::false_type{}, i);
+        a.bound[i] = kth_largest<O, kBound>(a.lanes[i], k);
+        collect(i);
+      }
       if (a.count[i] > kMaxCandidates)
         a.count[i] = collect_fewer<O>(a.choice[i], experts, a.bound[i], k, a.candidates[i]);
     });
@@ -197,7 +258,15 @@ void backward(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
 }
 
 template <class O>
-constexpr CpuEngine kEngine = {forward<O>, backward<O>};
+void estimate(const float* logits, int64_t n, float* estimates) {
+  cpu::vectors<O>(n, [&](int64_t i, int left) {
+    O::store(estimates + i, sigmoid_estimate<typename O::Estimates>(O::load(logits + i, left)),
+             left);
+  });
+}
+
+template <class O>
+constexpr CpuEngine kEngine = {forward<O>, backward<O>, estimate<O>, O::Estimates::kError};
 
 }  // namespace
 }  // namespace kimi::gate

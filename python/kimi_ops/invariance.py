@@ -12,9 +12,9 @@ class set_batch_invariant:  # noqa: N801  (as torch.set_grad_enabled)
     """From now on, or in a `with` block, a row of a product has the same bits in any batch.
 
     A function, or a context manager as ``torch.set_grad_enabled`` is one; no decorator. It holds
-    for the whole process, all threads. Without it CPU products of very few rows an expert add in an order of
-    their own, which reads the weights once and is up to several times as fast; all else holds with
-    and without it: docs/determinism.md has the table. The environment variable
+    for the whole process, all threads. Without it CPU products of very few rows an expert add in an
+    order of their own, which reads the weights once and is up to several times as fast; all else
+    holds with and without it: docs/determinism.md has the table. The environment variable
     ``KIMI_OPS_BATCH_INVARIANT=1`` says the same from the start.
 
     Parameters

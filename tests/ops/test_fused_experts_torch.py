@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kimi_ops import fused_experts, topk_gate
+from kimi_ops.operators import fused_experts as operators
 
 HALF = [torch.bfloat16, torch.float16]
 NAMES = ("y", "dx", "d w_gate_up", "d w_down", "d weights")
@@ -249,6 +250,26 @@ def test_each_gradient_alone_is_that_of_all(gemm_engine, wanted):
     floats[place].requires_grad_()
     (alone,) = torch.autograd.grad(fused_experts(*floats, indices), floats[place], dy)
     assert torch.equal(alone, every[place + 1])
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize("asked", [(0,), (1, 2), (2,), (0, 3), (0, 1, 2, 3)])
+def test_gradients_that_nobody_asks_for_are_not_computed(monkeypatch, asked, leaves):
+    *floats, indices = tensors(30, 12, 3, 64, 40, torch.float32)
+    dy = torch.randn(30, 64)
+    every = value_and_gradients(lambda *t: fused_experts(*t, indices), floats, dy)
+    computed, real = [], operators.fused_experts_backward
+
+    def backward(*arguments: Any) -> Any:
+        computed.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(operators, "fused_experts_backward", backward)
+    inputs = [t.detach().requires_grad_() for t in floats]
+    inputs = inputs if leaves else [t * 1 for t in inputs]
+    gradients = torch.autograd.grad(fused_experts(*inputs, indices), [inputs[i] for i in asked], dy)
+    assert computed == [[i in asked for i in range(4)]]
+    assert all(torch.equal(g, every[i + 1]) for i, g in zip(asked, gradients, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)

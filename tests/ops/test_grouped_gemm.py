@@ -10,6 +10,7 @@ from rounding import error
 from torch import Tensor
 
 from kimi_ops import grouped_gemm, grouped_gemm_wgrad
+from kimi_ops.operators import grouped_gemm as operators
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = {
@@ -185,6 +186,21 @@ def test_wgrad(dtype, sizes):
     turned = torch.empty(len(sizes), 9, 12).transpose(1, 2)
     grouped_gemm_wgrad(a, dc, offsets, out=turned)
     assert error(turned, expected) < 1e-6
+
+
+def test_gradients_that_nobody_asks_for_are_not_computed(monkeypatch):
+    a, b = torch.randn(9, 6, requires_grad=True), torch.randn(2, 6, 4, requires_grad=True)
+    c = grouped_gemm(a, b, torch.tensor([4, 9], dtype=torch.int32))
+    da, db = torch.autograd.grad(c.sum(), [a, b], retain_graph=True)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(operators, "grouped_gemm_wgrad", refuse)
+        assert torch.equal(torch.autograd.grad(c.sum(), a, retain_graph=True)[0], da)
+    monkeypatch.setattr(operators, "grouped_gemm", refuse)
+    assert torch.equal(torch.autograd.grad(c.sum(), b)[0], db)
 
 
 def test_autocast_casts_as_it_does_for_mm():

@@ -278,6 +278,26 @@ def test_ties_at_the_bound(engine, score_function, experts, k):
         assert got == sorted(range(experts), key=lambda e: (-row[e], e))[:k]
 
 
+@pytest.mark.parametrize("bias", [0.0, 1e-4, 0.5, 30.0])
+@pytest.mark.parametrize(("experts", "k"), [(64, 6), (384, 8), (896, 16), (1000, 32)])
+def test_choices_as_close_as_estimates_err(engine, experts, k, bias):
+    generator = torch.Generator().manual_seed(experts)
+    x = torch.randn(64, experts, generator=generator) / 2 - 6
+    lanes = 16 if k <= 8 else 32 if k <= 16 else 64  # a candidate in each: the tightest bound
+    crowd = torch.arange(lanes) + lanes * torch.randint(
+        experts // lanes, (64, lanes), generator=generator
+    )
+    spread = torch.logspace(-7, -2, 64)[:, None]
+    middle = torch.linspace(-1, 4, 64)[torch.randperm(64, generator=generator), None]
+    x.scatter_(1, crowd, middle + spread * torch.randn(crowd.shape, generator=generator))
+    shift = bias * torch.randn(experts, generator=generator) if bias else None
+    with portable():
+        expected = topk_gate(x, k, expert_bias=shift)
+    got = topk_gate(x, k, expert_bias=shift)
+    assert torch.equal(got.indices, expected.indices)
+    assert torch.equal(bits(got.weights), bits(expected.weights))
+
+
 def test_infinite_choices_tie_too(engine):
     """A bias of infinity: the raised bound may be infinite."""
     bias = torch.where(torch.arange(1024) % 2 == 0, math.inf, 0.0)

@@ -107,8 +107,8 @@ extern const BlockEngine kPortableBlocks = {kRows,      kDepthBlock,
                                             1,          4,
                                             pack_panel, pack_strip,
                                             multiply,   nullptr,
-                                            8,          Lanes::kPassTokens,
-                                            8,          pack_dot<Lanes>,
+                                            24,         Lanes::kPassTokens,
+                                            24,         pack_dot<Lanes>,
                                             dot<Lanes>, spread<Lanes, float, 4>};
 
 }  // namespace kimi::cpu

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _native
-from kimi_ops.operators.registry import Operator
+from kimi_ops.operators.registry import Operator, wanted
 
 
 def _outputs(
@@ -31,9 +31,9 @@ def _gradients(ctx: Any, dy: Tensor | None) -> list[Tensor | None]:
     """Of x, both matrices and weights; None where none is needed."""
     if dy is None:
         return [None] * 4
-    wanted = [bool(need) for need in ctx.needs_input_grad[:4]]
-    gradients = fused_experts_backward(dy, *ctx.saved_tensors, ctx.activation, wanted)
-    return [g if need else None for g, need in zip(gradients, wanted, strict=True)]
+    needs = [wanted(ctx, i) for i in range(4)]
+    gradients = fused_experts_backward(dy, *ctx.saved_tensors, ctx.activation, needs)
+    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

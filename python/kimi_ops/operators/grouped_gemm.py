@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_ops.operators.registry import Operator
+from kimi_ops.operators.registry import Operator, wanted
 from kimi_ops.reference import grouped_gemm as reference
 
 
@@ -32,15 +32,15 @@ def _gemm_backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
     a, b, offsets = ctx.saved_tensors
     dc = dc.to(ctx.dtype)
     da = db = dbias = None
-    if ctx.needs_input_grad[0]:
+    if wanted(ctx, 0):
         da = grouped_gemm(dc, b.transpose(1, 2), offsets, None, ctx.dtype)
-    if ctx.needs_input_grad[1]:  # in b's own stride order, so that .grad needs no copy
+    if wanted(ctx, 1):  # in b's own stride order, so that .grad needs no copy
         _, stride_k, stride_n = ctx.strides
         if stride_k < stride_n:
             db = grouped_gemm_wgrad(dc, a, offsets, ctx.dtype).transpose(1, 2)
         else:
             db = grouped_gemm_wgrad(a, dc, offsets, ctx.dtype)
-    if ctx.needs_input_grad[3]:
+    if wanted(ctx, 3):
         ones = dc.new_ones((dc.shape[0], 1))
         dbias = grouped_gemm_wgrad(ones, dc, offsets, ctx.dtype).squeeze(1)
     return da, db, None, dbias, None

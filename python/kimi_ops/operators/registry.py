@@ -138,6 +138,17 @@ def _function(
     return Differentiable
 
 
+def wanted(ctx: Any, index: int) -> bool:
+    """Whether a backward has to give the gradient of input `index`, with tensors alone before it:
+    it requires one, and `torch.autograd.grad` has not asked for those of other inputs only."""
+    if not ctx.needs_input_grad[index] or torch.compiler.is_compiling():
+        return bool(ctx.needs_input_grad[index])
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+    except RuntimeError:  # of leaves that torch.autograd.grad asks for, torch does not tell
+        return True
+
+
 def _refuse_derivative(name: str) -> Function:
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError(
