@@ -35,7 +35,7 @@ constexpr unsigned kPlanBlocks = 4;  // of a cluster
 // kValues * 32 >= E. Dynamic shared memory: masks [E], base [E]; for each warp keys [E] and group keys
 // [num_groups].
 template <class T, int kValues, bool kCluster>
-__global__ void __launch_bounds__(kPlanThreads)
+__global__ void __launch_bounds__(kPlanThreads, 1)
     gate_plan_kernel(const __grid_constant__ GatePlanParams all) {
   const TopkGateParams& p = all.gate;
   KIMI_SHARED(uint32_t, masks);
