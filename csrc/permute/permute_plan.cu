@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The plan on CUDA (any sm_80+): a stable counting sort of the pairs by expert, in two launches, or
-// one for few pairs.
+// The plan on CUDA (any sm_80+; on Hopper beyond what a cluster takes, permute_plan_sm90.cu): a stable
+// counting sort of the pairs by expert, in two launches, or one for few pairs.
 //
 //   pairs   0 ......... | block 0: warp 0 | warp 1 | ... | block 1: warp 0 | ...     runs, in order
 //   first   counts[b][e]  of block b's run, to the workspace         (not where one block does all)

@@ -10,10 +10,10 @@
 //
 // A token's ids differ, so a mask says all there is to say about an expert, in any order of arrival.
 //
-// *Predicted* for a token of K2 (E 384, K 8) at 1.9 GHz: logits 700 clocks, 1225 instructions of one
-// warp 2700, masks and scan 500, stores 300: 2.2 us beside the 1.9 us of a launch, against the 6.6
-// and 4.6 us in a graph that an H100 took for memset, gate and plan. Above 16 tokens of one block a
-// multiprocessor would be issue-bound: 64 tokens are 27 000 clocks, in a cluster 7 000.
+// *Predicted* for a token of K2 (E 384, K 8) at 1.9 GHz: logits 700 clocks, 570 instructions of one
+// warp 1300, masks and scan 500, stores 300: 1.5 us beside the 1.9 us of a launch, against the 6.6
+// and 4.6 us in a graph that an H100 took for memset, gate and plan; 64 tokens in a cluster 2.1 us
+// beside it. One block would issue their instructions for 12 000 clocks.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,7 @@ constexpr unsigned kPlanBlocks = 4;  // of a cluster
 // kValues * 32 >= E. Dynamic shared memory: masks [E], base [E]; for each warp keys [E] and group keys
 // [num_groups].
 template <class T, int kValues, bool kCluster>
-__global__ void __launch_bounds__(kPlanThreads)
+__global__ void __launch_bounds__(kPlanThreads, 1)
     gate_plan_kernel(const __grid_constant__ GatePlanParams all) {
   const TopkGateParams& p = all.gate;
   KIMI_SHARED(uint32_t, masks);

@@ -19,9 +19,8 @@
 //   A slot whose index is outside 0..E-1 (the -1 of a dropped token, or any other) takes no part:
 //   u = g = du = 0, and nothing is written for it.
 //
-// Cost: T*E logits read once, T*K*8 bytes written. About 30 fp32 instructions a score (sigmoid: 30
-// on AVX-512, 32 on CUDA) and as many again on CUDA to load it, make its key and keep the best: the
-// arithmetic leads on a CPU core and, by prediction, on a GPU too (topk_gate.cu).
+// Cost: T*E logits read once, T*K*8 bytes written. About 30 fp32 instructions a score: the arithmetic
+// leads on a CPU core, and did on a GPU, where estimates now leave a few experts to score (filter.h).
 // Sources: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16), Kimi K2 (arXiv 2507.20534).
 #pragma once
 
