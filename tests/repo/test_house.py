@@ -30,7 +30,9 @@ kimi_ops.train kimi_ops.plan
 kimi_ops.models.kimi_k2 kimi_ops.models
 kimi_ops
 kimi_ops.info
-kimi_ops.gpu
+kimi_ops.gpu kimi_ops.invariance
+kimi_ops.compat.grouped_gemm
+kimi_ops.compat kimi_ops.interop
 kimi_ops.optim
 kimi_ops.parallel
 kimi_ops.moe
