@@ -304,7 +304,7 @@ MAP = te.moe_permute(X, MASK, 6)[1]
     [
         (lambda: te.moe_permute(X, MASK, 0), "num_out_tokens: expected 1"),
         (lambda: te.moe_permute(X, MASK, 6, map_type="bits"), "map_type: expected one of"),
-        (lambda: te.moe_permute(X, MASK[:2], 6), "x: expected"),
+        (lambda: te.moe_permute(X, MASK[:2], 6), r"routing_map: expected shape \[3, E\]"),
         (lambda: te.moe_permute(X, MASK[0], 6), "routing_map: expected shape"),
         (lambda: te.moe_permute_with_probs(X, X, MASK, 6), "probs: expected shape"),
         (lambda: te.moe_permute_and_pad_with_probs(X, X[:, :2], MASK, MASK[0], 0), "align"),
