@@ -78,7 +78,6 @@ def test_the_rest_is_vllms():
         (dict(topk_group=None), "num_expert_group: expected both numbers"),
         (dict(hidden_states=torch.zeros(3, 2)), "gating_output: expected shape"),
     ],
-    ids=str,
 )
 def test_what_is_not_served_is_refused(changes, message):
     good = dict(
