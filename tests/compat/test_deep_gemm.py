@@ -120,7 +120,6 @@ def good():
         (dict(grouped_layout=torch.zeros(5).long()), "grouped_layout: expected int32"),
         (dict(a=torch.zeros(5, 8).bfloat16().requires_grad_()), "a: no gradient flows"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_is_not_served_is_refused(changes, message):
     with pytest.raises((TypeError, ValueError), match=f"^m_grouped_bf16_.*contiguous: {message}"):
@@ -135,7 +134,6 @@ def test_what_is_not_served_is_refused(changes, message):
         (dict(packed=True), r"a\[1\]: expected float32, got int32; packed scales"),
         (dict(use_psum_layout=True), "use_psum_layout: expected False"),
     ],
-    ids=str,
 )
 def test_fp8_refuses(changes, message):
     a, b, layout, _ = labelled([2, 3], 1, 128, 128)

@@ -122,7 +122,6 @@ def test_no_tokens():
         (dict(trans_a=True), "b: expected shape"),
         (dict(batch_sizes=torch.tensor([1, 9])), "offsets: expected"),
     ],
-    ids=str,
 )
 def test_bad_input(changes, message):
     good = dict(a=torch.zeros(5, 6), b=torch.zeros(2, 6, 4), batch_sizes=torch.tensor([1, 4]))

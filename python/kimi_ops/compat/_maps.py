@@ -16,19 +16,21 @@ from kimi_ops.routing import PermutePlan
 MOST_EXPERTS = 1024  # of permute_plan: an index map does not say how many there are
 
 
-def by_index(op: str, indices: Tensor, rows: int | None) -> PermutePlan:
+def by_index(op: str, name: str, indices: Tensor, tokens: int, rows: int | None) -> PermutePlan:
     """Of experts [T, K] or [T], sorted by (expert, token, slot) and cut to `rows` where given."""
-    _check.tensor(op, "indices", indices)
-    _check.dtype(op, "indices", indices, (torch.int32, torch.int64, torch.int16, torch.uint8))
+    _check.tensor(op, name, indices)
+    _check.dtype(op, name, indices, (torch.int32, torch.int64, torch.int16, torch.uint8))
     indices = indices.unsqueeze(1) if indices.dim() == 1 else indices
-    _check.shape(op, "indices", indices, ("T", "K"))
+    _check.shape(op, name, indices, (tokens, "K"), "give a row of experts a token")
     return cut(permute_plan(indices.int(), MOST_EXPERTS), rows)
 
 
-def by_mask(op: str, routing_map: Tensor, rows: int | None, align: int = 1) -> PermutePlan:
+def by_mask(
+    op: str, routing_map: Tensor, tokens: int, rows: int | None, align: int = 1
+) -> PermutePlan:
     """Of a mask [T, E], sorted by (expert, token) and cut to `rows` where given."""
     _check.tensor(op, "routing_map", routing_map)
-    _check.shape(op, "routing_map", routing_map, ("T", "E"), "give a row of experts a token")
+    _check.shape(op, "routing_map", routing_map, (tokens, "E"), "give a row of experts a token")
     experts = routing_map.shape[1]
     ids = torch.arange(experts, dtype=torch.int32, device=routing_map.device)
     return cut(permute_plan(torch.where(routing_map != 0, ids, -1), experts, align=align), rows)

@@ -142,8 +142,8 @@ def permute(
     [2.0, 2.0]
     """
     op = "permute"
-    if return_batch_invariant_inverse_map is not False:
-        only(op, "return_batch_invariant_inverse_map", True, False, _ORDER)
+    inverse = return_batch_invariant_inverse_map
+    only(op, "return_batch_invariant_inverse_map", inverse, False, _ORDER)
     if align_size:
         if not fused or probs is None or tokens_per_expert is None:
             raise ValueError(
@@ -163,7 +163,7 @@ def permute(
                 tokens, probs, routing_map, rows
             )
         return y, row_probs, row_id_map, None, tokens_per_expert
-    plan = _maps.by_mask(op, routing_map, rows)
+    plan = _maps.by_mask(op, routing_map, len(tokens), rows)
     row_probs = None if probs is None else _maps.pairs_to_rows(probs, plan)
     of = plan.source.div(routing_map.shape[1], rounding_mode="floor").long()  # -1 stays
     return permute_rows(tokens, plan), row_probs, of, None, tokens_per_expert
@@ -219,10 +219,9 @@ def unpermute(
         if probs is not None:
             raise ValueError(f"{op}: routing_map: expected one beside probs, got none; pass it")
         return _maps.rows_to_tokens(permuted_tokens, _rows_of(sorted_indices, count), None)
-    _check.shape(op, "routing_map", routing_map, (count, "E"))
     if drop_and_pad:
         _rows(op, routing_map, rows, drop_and_pad)
-    plan = _maps.by_mask(op, routing_map, rows)
+    plan = _maps.by_mask(op, routing_map, count, rows)
     return _maps.rows_to_tokens(permuted_tokens, plan.row_map, probs)
 
 

@@ -80,7 +80,7 @@ def moe_permute(
     _check.choice(op, "map_type", map_type, ("mask", "index"))
     if map_type == "index":
         _check.between(op, "num_out_tokens", num_out_tokens, 0, 2**31 - 1)
-        plan = _maps.by_index(op, routing_map, num_out_tokens or None)
+        plan = _maps.by_index(op, "routing_map", routing_map, len(inp), num_out_tokens or None)
         return permute(inp, plan), plan.row_map.t().reshape(-1)
     plan = _masked(op, inp, routing_map, num_out_tokens)
     return permute(inp, plan), _encode(plan.row_map)
@@ -159,8 +159,8 @@ def moe_permute_and_pad_with_probs(
     _check.tensor(op, "tokens_per_expert", tokens_per_expert)
     counts = tokens_per_expert.to(inp.device, torch.int64)
     padded = (counts + align_size - 1).div(align_size, rounding_mode="floor") * align_size
-    plain = _maps.by_mask(op, routing_map, None)
-    plan = _maps.by_mask(op, routing_map, int(padded.sum()), align_size)
+    plain = _maps.by_mask(op, routing_map, len(inp), None)
+    plan = _maps.by_mask(op, routing_map, len(inp), int(padded.sum()), align_size)
     rows, row_probs = _with_probs(op, inp, probs, plan)
     before = (padded - counts).cumsum(0) - (padded - counts)
     pad_offsets = None if torch.equal(padded, counts) else before
@@ -291,7 +291,7 @@ def _masked(op: str, inp: Tensor, routing_map: Tensor, rows: int) -> PermutePlan
             "permute its data and its scales in a call each"
         )
     _check.between(op, "num_out_tokens", rows, 1 if len(inp) else 0, 2**31 - 1)
-    return _maps.by_mask(op, routing_map, rows)
+    return _maps.by_mask(op, routing_map, len(inp), rows)
 
 
 def _with_probs(op: str, inp: Tensor, probs: Tensor, plan: PermutePlan) -> tuple[Tensor, Tensor]:

@@ -245,10 +245,12 @@ def fused_experts(
     only(op, "quant_config", quant_config, None, "pass a quantised weight as w1 and w2")
     name = getattr(activation, "value", activation)
     _check.choice(op, "activation", name, ("silu", "gelu"))
-    weights, ids, x, local = topk_weights.float(), topk_ids.int(), hidden_states, w1.shape[0]
+    weights = topk_weights.to(torch.promote_types(topk_weights.dtype, torch.float32))
+    x, ids, local = hidden_states, topk_ids.int(), w1.shape[0]
     if expert_map is None:
-        only(op, "global_num_experts", global_num_experts, -1 if global_num_experts < 0 else local,
-             "pass expert_map where a rank has a part of them")  # fmt: skip
+        if global_num_experts != -1:
+            mend = "pass expert_map where a rank has a part of them"
+            only(op, "global_num_experts", global_num_experts, local, mend)
     else:
         total = len(expert_map) if global_num_experts < 0 else global_num_experts
         ids = _local(op, ids, expert_map, total)

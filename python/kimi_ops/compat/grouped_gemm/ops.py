@@ -58,7 +58,7 @@ def permute(
     >>> rows.flatten().tolist(), row_id_map.tolist()
     ([1.0, 2.0, 1.0, 2.0], [2, 1, 0, 3])
     """
-    plan = _maps.by_index("permute", indices, num_out_tokens or None)
+    plan = _maps.by_index("permute", "indices", indices, len(input_act), num_out_tokens or None)
     return permute_rows(input_act, plan), plan.row_map.t().reshape(-1)
 
 
