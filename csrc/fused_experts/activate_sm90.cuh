@@ -2,8 +2,7 @@
 // The Hopper products that end in an activation or its gradient.
 #pragma once
 
-#include "fused_experts/epilogue.cuh"
-#include "gemm/sm90/kernel.cuh"
+#include "fused_experts/activate_tiles.cuh"
 
 namespace kimi::experts {
 
@@ -12,9 +11,7 @@ Status activate_sm90(const gemm::Product& p, const ActivateParams& params, Pass 
                      void* stream) {
   using gemm::Grouping;
   using namespace gemm::sm90;
-  if (pass == Pass::kForward)
-    return run<Traits<T, Grouping::kM, Major::kDepth, Finished<Activate<T>>, 128>>(p, params,
-                                                                                   stream);
+  if (pass == Pass::kForward) return run_activate<T>(p, params, stream);
   return run<Traits<T, Grouping::kM, Major::kOuter, Finished<ActivateBackward<T>>, 256>>(p, params,
                                                                                          stream);
 }

@@ -18,6 +18,11 @@ SOURCES = sorted((ROOT / "csrc").rglob("*_sm90.cu"))
 
 WGMMA = ("HGMMA", "QGMMA")  # of 16-bit and of FP8 operands
 WAIT = ("ACQBULK",)  # for the kernel before: griddepcontrol.wait
+ALSO = {  # beside wgmma: what comes into the L2 ahead, copies that a barrier counts
+    "activate": ("ARRIVES.LDGSTSBAR",),
+    "store_k": ("UTMAPF", "ARRIVES.LDGSTSBAR"),
+    "store_m": ("ARRIVES.LDGSTSBAR",),
+}
 WANTED = {  # of other kernels than products
     "fp8_rows_sm90": ("F2FP.SATFINITE.E4M3",),
     "gate_plan_sm90": WAIT,
@@ -79,6 +84,11 @@ def test_wgmma_and_no_local_memory(source: Path) -> None:
     kernels = kernels_of(sass)
     assert len(kernels) == len(usage_of(source))
     assert not complaints(kernels, WANTED.get(source.stem, WGMMA))
+    for wanted in ALSO.get(source.stem.rsplit("_", 2)[0], ()):
+        without = [
+            name for name, ops in kernels.items() if not any(o.startswith(wanted) for o in ops)
+        ]
+        assert not without, f"no {wanted}"
 
 
 def test_parser_sees_opcodes() -> None:

@@ -154,6 +154,41 @@ TEST(activate) {
       }
 }
 
+// 16 rows leave by TMA, 15 lane by lane: what a row becomes does not depend on those beside it.
+TEST(silu_has_the_same_bits_whole_and_ragged) {
+  constexpr int64_t kRows = 16, kDepth = 64, kCols = 72;
+  std::mt19937 random(9);
+  const auto fill = [&](int64_t size) {
+    std::vector<bf16> values(static_cast<size_t>(size));
+    for (bf16& v : values) v = from_float<bf16>(std::normal_distribution<float>()(random));
+    return values;
+  };
+  const std::vector<bf16> a = fill(kRows * kDepth), b = fill(2 * kCols * kDepth);
+  std::vector<bf16> hidden[2], gate_up[2];
+  for (int i = 0; i < 2; ++i) {
+    const int32_t offsets[] = {static_cast<int32_t>(kRows - i)};
+    hidden[i].assign(kRows * kCols, bf16{0});
+    gate_up[i].assign(kRows * 2 * kCols, bf16{0});
+    Product p{};
+    p.dtype = KIMI_BFLOAT16;
+    p.a = {a.data(), kDepth, 1};
+    p.b = {b.data(), kDepth, 1, 2 * kCols * kDepth};
+    p.groups = {offsets, kRows, 1};
+    p.depth = kDepth;
+    p.cols = kCols;
+    ActivateParams params{};
+    params.gate_up = gate_up[i].data();
+    params.hidden = hidden[i].data();
+    params.wide = true;
+    CHECK(experts::activate_sm90<bf16>(p, params, Pass::kForward, nullptr).is_ok());
+  }
+  for (int64_t at = 0; at < (kRows - 1) * kCols; ++at)
+    CHECK(hidden[0][at].bits == hidden[1][at].bits && hidden[0][at].bits != 0);
+  for (int64_t at = 0; at < (kRows - 1) * 2 * kCols; ++at)
+    CHECK(gate_up[0][at].bits == gate_up[1][at].bits);
+  CHECK(hidden[1][(kRows - 1) * kCols].bits == 0);  // after the last group nothing is written
+}
+
 TEST(activate_backward) {
   uint64_t seed = 240;
   for (kimi_dtype dtype : kTypes)
