@@ -151,6 +151,7 @@ def good() -> dict[str, dict[str, Any]]:
             **{"self": kimi_ops.ExpertLoads(2, 4), "layer": 0},
             "counts": i(1, 2, 3, 4),
         },
+        "set_batch_invariant": {"enabled": kimi_ops.is_batch_invariant()},
         "replica_ids": {"indices": ids(), "placement": kimi_ops.eplb(f(2, 4).abs(), 6, 1, 1, 2)},
         "move_experts": {
             **{"tensors": [f(4, 2)], "old": i(0, 1, 2, 3), "new": i(3, 1, 2, 0)},
