@@ -17,6 +17,7 @@ import torch.distributed as dist
 from kimi_ops.models.kimi_k2 import KimiK2Config, Stage
 from kimi_ops.train import Diverged, PeerError, RankError, Ranks, checkpoint
 from kimi_ops.train.metrics import read_metrics
+from kimi_ops.train.settings import TrainSettings
 from kimi_ops.train.trainer import Trainer
 from tests.dist.test_train_ranks import HALF, STEPS, command, half_of, run, same, text, wait_for
 from tests.dist.world import launch, started
@@ -180,6 +181,25 @@ def hangs(rank: int, folder: str) -> None:
     assert 2 < time.monotonic() - begin < 20
     (Path(folder) / "told").touch()
     os._exit(0)
+
+
+def judges(rank: int, folder: str) -> None:
+    """Validations of 8 batches; one that fails in the middle."""
+    settings = TrainSettings(preset="tiny", sequences=2, accumulate=2, window=16, threads=1)
+    trainer = Trainer(settings, ranks=Ranks(dist.group.WORLD, pipeline_parallel=2))
+    windows = torch.randint(0, 64, (16, 17), generator=torch.Generator().manual_seed(0))
+    trainer.validate(windows)
+    kept = [len(s._stage.fwd_cache) for s in trainer._passes._schedules.values()]
+    assert kept and max(kept) <= 2
+    with pytest.raises(RuntimeError), trainer._judging():
+        raise RuntimeError
+    assert trainer.model.training
+    assert all(layer.track_max_logits for layer in trainer.model.attention_layers())
+
+
+@pytest.mark.slow
+def test_a_validation_keeps_no_more_than_there_are_stages(tmp_path: Path):
+    launch(judges, tmp_path, 2)
 
 
 @pytest.mark.slow
