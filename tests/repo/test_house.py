@@ -35,7 +35,7 @@ kimi_ops.models.kimi_k2.config
 kimi_ops
 kimi_ops.info
 kimi_ops.gpu kimi_ops.invariance
-kimi_ops.optim
+kimi_ops.nn kimi_ops.optim
 kimi_ops.parallel
 kimi_ops.moe
 kimi_ops.operators
