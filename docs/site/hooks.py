@@ -3,9 +3,11 @@
 point to.
 
 The README, the changelog and the like are pages as they are. A link that leaves docs/ leads to a
-page with the text of the file, or with the names of the folder's files.
+page with the text of the file, or with the names of the folder's files. Behind the functions that a
+page documents stand the errors of wrong calls, as the tests have them on record.
 """
 
+import json
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -19,6 +21,8 @@ PAGES = {
     "index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md",
 }  # fmt: skip
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)]*)?\)")
+API = re.compile(r"^::: kimi_ops\.(\w+)$", re.MULTILINE)
+RECORD = json.loads((ROOT / "tests/repo/messages.json").read_text())
 LANGUAGES = {".cu": "cuda", ".cuh": "cuda", ".h": "cpp", ".md": "markdown", ".yml": "yaml"}
 
 
@@ -80,4 +84,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = os.path.relpath(_page(targets[match[1]]), PurePosixPath(uri).parent)
         return f"]({place}{match[2] or ''})"
 
-    return LINK.sub(led, markdown)
+    return LINK.sub(led, markdown) + _errors(API.findall(markdown))
+
+
+def _errors(functions: list[str]) -> str:
+    """What wrong calls of the functions say, as a folded table."""
+    rows = [
+        f"    | `{call}` | {error.replace('|', '&#124;')} |"
+        for call, error in RECORD.items()
+        if call.split("(")[0] in functions and ": " in error
+    ]
+    head = ["", f'??? note "What {len(rows)} wrong calls say"', "    | call | error |"]
+    return "\n".join([*head, "    |---|---|", *rows, ""]) if rows else ""

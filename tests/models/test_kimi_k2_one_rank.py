@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A layer of the real size, as one of 384 ranks has it: benchmarks/experiments/one_rank_of_k2.py."""
+"""benchmarks/experiments/one_rank_of_k2.py: a real layer as one of 384 ranks has it."""
 
 import re
 import subprocess
