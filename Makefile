@@ -2,6 +2,8 @@
 # make demo   train a Kimi K2 in miniature and sample from it (some minutes on two cores)
 # make test   every test: C++, Python, CUDA kernels run on the host, sanitizers
 # make lint   ruff, mypy, clang-format
+# make docs   the site, into build/site; a warning is an error
+# make wheel  a manylinux wheel into dist/, and a trial of it in a fresh environment
 # make bench  the benchmarks, short
 # Each does its own set-up in .venv and build/. PYTHON chooses the interpreter (3.11 or later), TORCH
 # the torch to install (TORCH=torch takes the newest), KIMI_OPS_CUDA=off leaves the kernels for GPUs out.
@@ -16,7 +18,7 @@ BUILD = build/python-$(shell $(BIN)/python -c "import sys; print(sys.implementat
 BUILD_EXT = MAKEFLAGS= $(BIN)/python setup.py --quiet build_ext --inplace
 part = @printf '\n== %s (%s)\n' '$(1)' "$$(date +%T)"
 
-.PHONY: demo test test-native test-python test-sanitized lint bench clean
+.PHONY: demo test test-native test-python test-sanitized lint docs wheel bench clean
 
 demo: .venv/demo.ready
 	$(BUILD_EXT)
@@ -54,6 +56,13 @@ lint: .venv/test.ready
 	mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.c' | xargs clang-format --dry-run -Werror
 
+# Pages read the sources and run nothing. What they show comes with them: no host is asked for more.
+docs: .venv/docs.ready
+	$(call part,site)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	@! grep -rlE '<(script|link|img)[^>]*(src|href)="?(https?:)?//[^" ]*\.(js|css|woff2?|svg|png)' \
+	  build/site --include='*.html'
+
 bench: .venv/test.ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -74,6 +83,12 @@ clean:
 
 .venv/demo.ready: .venv/torch.ready pyproject.toml
 	$(PIP) --no-build-isolation --editable ".[plot]"
+	touch $@
+
+# The site's tools alone, without a build of the library.
+.venv/docs.ready: .venv/tools.ready pyproject.toml
+	$(PIP) $$($(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', \
+	  'rb'))['project']; print(*project['optional-dependencies']['docs'])")
 	touch $@
 
 .venv/test.ready: .venv/demo.ready

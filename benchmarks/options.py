@@ -3,7 +3,6 @@
 
 import argparse
 import ast
-import importlib.util
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,7 +60,7 @@ def parser(module: str, description: str) -> Parser:
     add("--threads", type=int, metavar="N", help=words)
     words = "write every row and the machine to FILE, again after each row (default: not written)"
     add("--json", type=Path, metavar="FILE", help=words)
-    words = "draw all ratios into FILE, an svg or png; needs matplotlib (default: not drawn)"
+    words = "draw all ratios into FILE, an svg (default: not drawn)"
     add("--plot", type=Path, metavar="FILE", help=words)
     return made
 
@@ -87,8 +86,8 @@ def parse(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"--{flag}: the folder of {path} cannot be made: {error.strerror}")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot: matplotlib is missing: pip install matplotlib")
+    if options.plot and options.plot.suffix != ".svg":
+        parser.error(f"--plot: expected a file.svg, got {options.plot}")
     return options
 
 

@@ -16,6 +16,7 @@ import torch
 from benchmarks.checkout import commit
 from benchmarks.measure import compute_peak, read_bandwidth
 from benchmarks.options import parse, parser
+from benchmarks.plot import plot
 from benchmarks.report import Table
 from kimi_ops.info import describe, info
 
@@ -77,9 +78,7 @@ class Session:
         if self.options.json:
             print(f"wrote {self.options.json}")
         if self.options.plot:
-            from benchmarks.plot import plot
-
-            plot(self.tables, self.options.plot)
+            plot(self.as_dict(), self.options.plot)
             print(f"wrote {self.options.plot}")
 
     def write_json(self) -> None:

@@ -5,9 +5,9 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from drawing import BLUE, EXPERTS, GREEN, GREY, ORANGE, PALE, PINK, SKY, YELLOW, Drawing
+from benchmarks.drawing import BLUE, EXPERTS, GREEN, GREY, ORANGE, PALE, PINK, SKY, YELLOW, Drawing
 
 FOLDER = Path(__file__).resolve().parents[1] / "figures"
 
@@ -40,7 +40,9 @@ def topk_gate() -> Drawing:
 
 
 def balance() -> Drawing:
-    d = Drawing(720, 190, "The bias of an expert follows the sign of its load's distance from the mean")
+    d = Drawing(
+        720, 190, "The bias of an expert follows the sign of its load's distance from the mean"
+    )
     for panel, loads in enumerate(((9, 2, 6, 4, 3), (6, 4, 5, 5, 4))):
         left, mean = 20 + 370 * panel, sum(loads) / len(loads)
         for e, n in enumerate(loads):
@@ -48,7 +50,13 @@ def balance() -> Drawing:
             d.box(left + 44 * e, 140 - 11 * n, 34, 11 * n, color)
             d.text(left + 17 + 44 * e, 156, f"n{e}", anchor="middle")
             if not panel:
-                d.text(left + 17 + 44 * e, 176, "- rate" if n > mean else "+ rate", anchor="middle", size=10)
+                d.text(
+                    left + 17 + 44 * e,
+                    176,
+                    "- rate" if n > mean else "+ rate",
+                    anchor="middle",
+                    size=10,
+                )
         d.line(left - 6, 140 - 11 * mean, left + 220, 140 - 11 * mean, dash=True)
         d.text(left + 224, 144 - 11 * mean, "mean")
     d.text(20, 24, "tokens of each expert in a step")
@@ -67,7 +75,7 @@ def permute() -> Drawing:
             d.box(x, 60 + 46 * t, 140 if x == 20 else 120, 26, PALE, f"token {t}")
         for k, e in enumerate(ids[t]):
             d.box(164 + 24 * k, 60 + 46 * t, 22, 26, EXPERTS[e], str(e))
-    for r, (e, t, k) in enumerate(pairs):
+    for r, (e, t, _) in enumerate(pairs):
         y = 38 + 25 * r
         d.box(310, y, 110, 22, EXPERTS[e], f"token {t}")
         d.line(212, 73 + 46 * t, 308, y + 11, EXPERTS[e], width=1.5)
@@ -146,9 +154,15 @@ def newton_schulz() -> Drawing:
 
 
 def muon_clip() -> Drawing:
-    d = Drawing(720, 190, "Matrices go through Newton-Schulz, the rest through AdamW, queries and keys through QK-Clip")
+    d = Drawing(
+        720,
+        190,
+        "Matrices: Newton-Schulz; the rest: AdamW; queries and keys: QK-Clip behind both",
+    )
     d.box(14, 80, 84, 36, PALE, "gradients")
-    for i, (name, color) in enumerate((("momentum", SKY), ("Newton-Schulz", BLUE), ("W -= lr o", GREEN))):
+    for i, (name, color) in enumerate(
+        (("momentum", SKY), ("Newton-Schulz", BLUE), ("W -= lr o", GREEN))
+    ):
         d.box(150 + 140 * i, 36, 110, 36, color, name)
         if i:
             d.arrow(121 + 140 * i, 54, 148 + 140 * i, 54)
@@ -213,7 +227,7 @@ def call() -> Drawing:
     d.text(550, 178, "pointers, sizes, stream", size=11, fill=GREY)
     for i, engine in enumerate(("portable", "AVX2", "AVX-512", "CUDA")):
         d.box(400 + 78 * i, 206, 70, 28, PALE, engine)
-    d.arrow(625, 160, 625, 203)
+    d.arrow(692, 160, 692, 203)
     return d
 
 

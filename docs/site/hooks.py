@@ -90,7 +90,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _errors(functions: list[str]) -> str:
     """What wrong calls of the functions say, as a folded table."""
     rows = [
-        f"    | `{call}` | {error.replace('|', '&#124;')} |"
+        f"    | `{call}` | `{error}` |"
         for call, error in RECORD.items()
         if call.split("(")[0] in functions and ": " in error
     ]

@@ -18,6 +18,7 @@ class Drawing:
     """Shapes in the order in which they are drawn, on white, whatever the page's colours are."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
+        self.width, self.height = width, height
         self.parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             f'width="{width}" font-family="sans-serif" font-size="12" role="img">',
@@ -65,3 +66,16 @@ class Drawing:
 
     def svg(self) -> str:
         return "\n".join([*self.parts, "</svg>\n"])
+
+    @staticmethod
+    def stacked(drawings: "list[Drawing]") -> str:
+        """Below each other, in one file."""
+        if len(drawings) == 1:
+            return drawings[0].svg()
+        width, height = max(d.width for d in drawings), sum(d.height for d in drawings)
+        parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">']
+        y = 0
+        for drawing in drawings:
+            parts.append(drawing.svg().replace("<svg ", f'<svg y="{y}" ', 1))
+            y += drawing.height
+        return "\n".join([*parts, "</svg>\n"])
