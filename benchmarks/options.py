@@ -18,6 +18,8 @@ BENCHMARKS = {
     for path in sorted(Path(__file__).parent.glob("bench_*.py"))
 }
 
+REPORT = "benchmarks report"  # the command that compares with other libraries
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -48,10 +50,16 @@ def parser(module: str, description: str) -> Parser:
         words = "run these benchmarks only (default: all, in the order of the names below)"
         made.add_argument("--only", nargs="*", metavar="NAME", help=words)
     add = made.add_argument
+    if module == REPORT:
+        add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page")
+        words = "all cases, samples of 1.5 s (default: few cases, short samples)"
+        add("--full", action="store_false", dest="quick", help=words)
+    else:
+        words = "few cases, short samples (default: all, 1.5 s each)"
+        add("--quick", action="store_true", help=words)
     only = "call_overhead and threads know cpu only"
     words = f"where the tensors lie (default: cpu); {only}"
     add("--device", default="cpu", choices=["cpu", "cuda"], help=words)
-    add("--quick", action="store_true", help="few cases, short samples (default: all, 1.5 s each)")
     words = "measure only cases whose names contain TEXT (default: all)"
     add("--cases", metavar="TEXT", default="", help=words)
     words = "leave out torch.compile and Triton, which compile at first (default: measured)"
@@ -76,8 +84,8 @@ def parse(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--device: cuda: {reason}")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads: expected 1 or more, got {options.threads}")
-    for flag in ("json", "plot"):
-        path: Path | None = getattr(options, flag)
+    for flag in ("json", "plot", "out"):
+        path: Path | None = getattr(options, flag, None)
         if path is None:
             continue
         if path.is_dir():
