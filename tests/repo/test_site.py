@@ -40,6 +40,19 @@ def test_the_page_of_an_op_has_its_parts(page):
     assert text.rstrip().splitlines()[-1].startswith("::: kimi_ops."), "the API at its end"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_renderer_sees_lists_and_code(page):
+    """A list has a heading or a blank line above it; code below a list is fenced, or it would be a
+    paragraph of its last item."""
+    before, listed = "#", False
+    for line in re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL).splitlines():
+        item = line.startswith("- ")
+        assert not item or listed or before.startswith("#") or not before.strip(), line
+        assert not (listed and not before.strip() and re.match(r" {4,}[^| ]", line)), line
+        listed = item or (listed and (line.startswith("  ") or not line.strip()))
+        before = line
+
+
 def test_every_public_name_is_documented_on_one_page():
     named = re.findall(r"^::: kimi_ops\.(\w+)$", "\n".join(PAGES.values()), re.MULTILINE)
     assert sorted(named) == sorted(kimi_ops.__all__)
