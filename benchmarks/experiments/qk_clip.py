@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What QK-Clip does to attention logits: AdamW, Muon and MuonClip on the same small model and text.
 
-    python examples/qk_clip_experiment.py --out docs/qk_clip_experiment.svg
+    python -m benchmarks.experiments.qk_clip --out docs/qk_clip_experiment.svg
 
 A dense Kimi K2 in miniature (latent attention, no QK norm, bytes of the standard library) is
 trained three times from the same weights on the same batches, at a learning rate where Muon's

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A needle in a haystack: does a small Kimi K2 find words far beyond the lengths it was trained on?
 
-    python examples/needle.py --minutes 5 --longest 131072
+    python -m benchmarks.experiments.needle --minutes 5 --longest 131072
 
     hay hay [mark key w w w w] hay ... hay [mark key] -> w w w w
 

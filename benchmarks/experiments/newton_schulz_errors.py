@@ -5,7 +5,7 @@ For matrices G with D the scaling of AOL, of each schedule the singular values' 
 distance from 1 and the relative distance of the image from the polar factors of G and of D G. The
 last column says how far these two lie apart: what AOL changes however many steps follow.
 
-    python examples/newton_schulz_errors.py [--rows 256] [--seed 0]
+    python -m benchmarks.experiments.newton_schulz_errors [--rows 256] [--seed 0]
 """
 
 import argparse

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """One layer of the whole Kimi K2 as one rank of an expert-parallel group has it: forward, backward.
 
-    python examples/one_rank_of_k2.py --expert-parallel 32 --tokens 1024
+    python -m benchmarks.experiments.one_rank_of_k2 --expert-parallel 32 --tokens 1024
 
 Real widths, in bfloat16: latent attention of 64 heads, a router over all 384 experts, the shared
 expert, and 384 / N routed experts. The other ranks are not here. What a balanced all-to-all would
