@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 
 from benchmarks.report import Table
-from kimi_ops.info import info
+from kimi_ops.facts import info
 
 matplotlib.use("Agg")
 
