@@ -154,6 +154,10 @@ Status update_expert_bias(const UpdateExpertBiasParams& p, kimi_device device,
   return Status::ok();
 }
 
+size_t sequence_balance_loss_workspace_bytes(const SequenceBalanceLossParams& p, kimi_device) {
+  return balance::loss_workspace_bytes(p.num_tokens, p.num_sequences, p.num_experts);
+}
+
 Status sequence_balance_loss(const SequenceBalanceLossParams& p, kimi_device device,
                              [[maybe_unused]] void* stream) {
   KIMI_RETURN_IF_ERROR(check(p));
@@ -174,6 +178,10 @@ Status sequence_balance_loss_backward(const SequenceBalanceLossBackwardParams& p
   cpu::parallel_for(p.num_tokens, kTokensPerThread,
                     [&](int64_t begin, int64_t end) { engine.balance_gradient(p, begin, end); });
   return Status::ok();
+}
+
+size_t z_loss_workspace_bytes(const ZLossParams& p, kimi_device) {
+  return balance::z_workspace_bytes(p.num_tokens);
 }
 
 Status z_loss(const ZLossParams& p, kimi_device device, [[maybe_unused]] void* stream) {

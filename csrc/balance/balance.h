@@ -46,9 +46,11 @@ using ZLossParams = kimi_z_loss_params;
 using ZLossBackwardParams = kimi_z_loss_backward_params;
 
 Status update_expert_bias(const UpdateExpertBiasParams& p, kimi_device device, void* stream);
+size_t sequence_balance_loss_workspace_bytes(const SequenceBalanceLossParams& p, kimi_device);
 Status sequence_balance_loss(const SequenceBalanceLossParams& p, kimi_device device, void* stream);
 Status sequence_balance_loss_backward(const SequenceBalanceLossBackwardParams& p,
                                       kimi_device device, void* stream);
+size_t z_loss_workspace_bytes(const ZLossParams& p, kimi_device);
 Status z_loss(const ZLossParams& p, kimi_device device, void* stream);
 Status z_loss_backward(const ZLossBackwardParams& p, kimi_device device, void* stream);
 

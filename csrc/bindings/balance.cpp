@@ -38,8 +38,7 @@ PyObject* sequence_balance_loss(Call& call) {
   const Output counts = call.empty(kInt32, {p.num_sequences, p.num_experts});
   p.loss = loss.data<float>();
   p.tokens_per_expert = counts.data<int32_t>();
-  p.workspace = call.workspace(
-      kimi_sequence_balance_loss_workspace_bytes(p.num_tokens, p.num_sequences, p.num_experts));
+  call.workspace(p, kimi_sequence_balance_loss_workspace_bytes);
   call.run(kimi_sequence_balance_loss, p);
   return call.result({loss, counts});
 }
@@ -77,7 +76,7 @@ PyObject* z_loss(Call& call) {
   p.loss = loss.data<float>();
   p.log_sum_exp = log_sum_exp.data<float>();
   p.valid_tokens = valid_tokens.data<int32_t>();
-  p.workspace = call.workspace(kimi_z_loss_workspace_bytes(p.num_tokens));
+  call.workspace(p, kimi_z_loss_workspace_bytes);
   call.run(kimi_z_loss, p);
   return call.result({loss, log_sum_exp, valid_tokens});
 }

@@ -93,8 +93,11 @@ class Tensor {
   Tensor dense() const;
   Tensor dense_rows() const;          // the last dimension side by side
   Tensor with_a_unit_stride() const;  // some dimension side by side
+  Tensor apart() const;               // not all elements at one place
 
  private:
+  // Whether the first dimensions, of several elements, have strides of 0 (an expanded tensor).
+  bool at_one_place(int dims) const;
   Tensor contiguous() const;
 };
 
@@ -153,6 +156,11 @@ class Call {
   Output allocate(Type type, int ndim, const int64_t* sizes);
   Tensor empty_tensor(const Tensor& like);  // dense, freed when the call ends
   void* workspace(size_t bytes);            // freed, in the order of the stream, when the call ends
+  template <class Params>
+  void workspace(Params& params, size_t (*bytes)(const Params*, kimi_device)) {
+    params.workspace_bytes = bytes(&params, device());
+    params.workspace = workspace(params.workspace_bytes);
+  }
 
   kimi_device device();  // also sets the number of threads, for workspaces that depend on it
   template <class Params>

@@ -47,14 +47,15 @@ PyObject* topk_gate(Call& call) {
 
 PyObject* gate_plan(Call& call) {
   const Gate gate = gate_of(call);
-  kimi_gate_plan_params p = {gate.p, nullptr, nullptr, nullptr, nullptr};
+  kimi_gate_plan_params p = {};
+  p.gate = gate.p;
   const Output row_map = call.empty(kInt32, {gate.p.num_tokens, gate.p.top_k});
   const Output source = call.empty(kInt32, {gate.p.num_tokens * gate.p.top_k});
   const Output offsets = call.empty(kInt32, {gate.p.num_experts});
   p.row_map = row_map.data<int32_t>();
   p.source = source.data<int32_t>();
   p.offsets = offsets.data<int32_t>();
-  p.workspace = call.workspace(kimi_gate_plan_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_gate_plan_workspace_bytes);
   call.run(kimi_gate_plan, p);
   return call.result({gate.weights, gate.indices, gate.counts, row_map, source, offsets});
 }

@@ -34,7 +34,7 @@ Status check(const FusedExpertsParams& p, kimi_device device) {
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, on_cpu));
   if (p.num_tokens * p.hidden > 0 && (!p.x || !p.y))
     return invalid(op, ": x, y: expected pointers, got NULL; only empty ones may be NULL");
-  return Status::ok();
+  return experts::check_layer_strides(op, p);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/status.h"
+#include "common/strides.h"
 #include "topk_gate/topk_gate.h"
 
 namespace kimi::gate {
@@ -25,7 +26,7 @@ Status check_logits(const char* op, const Params& p) {
     return invalid(op, ": logits_dtype: expected a kimi_dtype (0..2), got ", int(p.logits_dtype));
   if (p.logits_stride < 0)
     return invalid(op, ": logits_stride: expected 0 or more elements, got ", p.logits_stride);
-  return Status::ok();
+  return check_strides(op, "logits_stride", {{p.num_tokens, p.logits_stride}});
 }
 
 template <class Params>
@@ -36,9 +37,17 @@ Status check_score(const char* op, const Params& p) {
                  int(p.score_function));
 }
 
+template <class Params>
+Status check_scaling(const char* op, const Params& p) {
+  if (p.scaling_factor != 0) return Status::ok();
+  return invalid(op, ": scaling_factor: expected a number other than 0, got 0; 1 leaves the ",
+                 "weights as they are");
+}
+
 inline Status check_options(const char* op, const TopkGateParams& p) {
   KIMI_RETURN_IF_ERROR(check_logits(op, p));
   KIMI_RETURN_IF_ERROR(check_score(op, p));
+  KIMI_RETURN_IF_ERROR(check_scaling(op, p));
   KIMI_RETURN_IF_ERROR(between(op, "num_groups", p.num_groups, 1, p.num_experts));
   if (p.num_experts % p.num_groups != 0)
     return invalid(op, ": num_groups: expected a divisor of the ", p.num_experts, " experts, got ",

@@ -19,6 +19,7 @@ Status check(const TopkGateBackwardParams& p) {
   const char* op = "topk_gate_backward";
   KIMI_RETURN_IF_ERROR(gate::check_logits(op, p));
   KIMI_RETURN_IF_ERROR(gate::check_score(op, p));
+  KIMI_RETURN_IF_ERROR(gate::check_scaling(op, p));
   KIMI_RETURN_IF_ERROR(gate::between(op, "indices.shape[1]", p.top_k, 1,
                                      std::min(p.num_experts, KIMI_TOPK_GATE_MAX_K)));
   KIMI_RETURN_IF_ERROR(gate::check_pointers(op, p));

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "engines.h"
 #include "kimi_ops.h"
 
 namespace {
@@ -76,14 +77,13 @@ bool run(const Case& c, Results& r) {
   const float grad = 3.0f;
   int32_t valid_tokens = 0;
 
-  Bytes workspace(kimi_sequence_balance_loss_workspace_bytes(tokens, c.sequences, c.experts));
   kimi_sequence_balance_loss_params loss = {};
   describe(c, logits, loss);
   describe_sequences(c, loss);
+  const kimi::test::Workspace workspace(loss, kimi_sequence_balance_loss_workspace_bytes);
   loss.indices = indices.data();
   loss.loss = &r.balance;
   loss.tokens_per_expert = r.counts.data();
-  loss.workspace = workspace.data();
   kimi_sequence_balance_loss_backward_params backward = {};
   describe(c, logits, backward);
   describe_sequences(c, backward);
@@ -91,13 +91,12 @@ bool run(const Case& c, Results& r) {
   backward.tokens_per_expert = r.counts.data();
   backward.grad_logits = r.balance_gradient.data();
 
-  Bytes z_workspace(kimi_z_loss_workspace_bytes(tokens));
   kimi_z_loss_params z = {};
   describe(c, logits, z);
+  const kimi::test::Workspace z_workspace(z, kimi_z_loss_workspace_bytes);
   z.loss = &r.z;
   z.log_sum_exp = r.log_sum_exp.data();
   z.valid_tokens = &valid_tokens;
-  z.workspace = z_workspace.data();
   kimi_z_loss_backward_params z_backward = {};
   describe(c, logits, z_backward);
   z_backward.grad_loss = &grad;

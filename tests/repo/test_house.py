@@ -33,7 +33,9 @@ kimi_ops.models.kimi_k2 kimi_ops.models kimi_ops.interop kimi_ops.compat
 kimi_ops.models.kimi_k2.checkpoint
 kimi_ops.models.kimi_k2.config
 kimi_ops
-kimi_ops.info
+kimi_ops._lazy
+kimi_ops._public
+kimi_ops.facts
 kimi_ops.gpu kimi_ops.invariance
 kimi_ops.nn kimi_ops.optim
 kimi_ops.parallel
@@ -41,7 +43,8 @@ kimi_ops.moe
 kimi_ops.operators
 kimi_ops.reference
 kimi_ops._native kimi_ops.formats kimi_ops.routing
-kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program
+kimi_ops._library
+kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program kimi_ops.building
 """
 Graph = dict[str, set[str]]
 

@@ -59,7 +59,7 @@ def info(
 ) -> None:
     """Versions, instruction sets, devices, the engine of each op; a model's parameters and
     memory."""
-    from kimi_ops.info import describe, info
+    from kimi_ops.facts import describe, info
     from kimi_ops.models.kimi_k2 import KimiK2Config
     from kimi_ops.models.kimi_k2.parameters import parameter_report
 

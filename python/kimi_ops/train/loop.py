@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from kimi_ops.facts import engines_line
 from kimi_ops.gpu import choose_device
-from kimi_ops.info import engines_line
 from kimi_ops.models.kimi_k2.parameters import parameter_report
 from kimi_ops.train.bigram import bigram_loss
 from kimi_ops.train.checkpoint import (
