@@ -34,7 +34,7 @@ kimi_ops.models.kimi_k2.checkpoint
 kimi_ops.models.kimi_k2.config
 kimi_ops
 kimi_ops.info
-kimi_ops.gpu kimi_ops.invariance
+kimi_ops.gpu kimi_ops.invariance kimi_ops.memory
 kimi_ops.optim
 kimi_ops.parallel
 kimi_ops.moe
