@@ -6,6 +6,7 @@ from kimi_ops import nn
 from kimi_ops.building import get_cmake_dir, get_include, get_pkgconfig_dir
 from kimi_ops.facts import info
 from kimi_ops.invariance import is_batch_invariant, set_batch_invariant
+from kimi_ops.memory import release_kept_memory
 from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
 from kimi_ops.moe.eplb import ExpertPlacement, eplb
 from kimi_ops.moe.expert_loads import ExpertLoads
@@ -63,6 +64,7 @@ __all__ = [
     "permute_plan",
     "permute_weights",
     "qk_clip_",
+    "release_kept_memory",
     "replica_ids",
     "sequence_balance_loss",
     "set_batch_invariant",

@@ -36,7 +36,7 @@ kimi_ops
 kimi_ops._lazy
 kimi_ops._public
 kimi_ops.facts
-kimi_ops.gpu kimi_ops.invariance
+kimi_ops.gpu kimi_ops.invariance kimi_ops.memory
 kimi_ops.nn kimi_ops.optim
 kimi_ops.parallel
 kimi_ops.moe
