@@ -21,8 +21,8 @@ def repeats(rng: random.Random, length: int) -> Drill:
     >>> import random
     >>> from kimi_ops.agentic.drills import repeats
     >>> text, learned = repeats(random.Random(1), 20)
-    >>> bytes(text), sum(learned) + len(text) // learned.count(True) > 0
-    (b'brook.brook.brook.', True)
+    >>> bytes(text), learned.index(True)
+    (b'wool.wool.wool.wool.', 5)
     """
     count = 1 if length < 64 else rng.randint(1, 3)
     phrase = f"{' '.join(words(rng, count, fresh=False))}.".encode()
