@@ -26,6 +26,7 @@ KNOWN: dict[str, set[tuple[str, ...]]] = {
 LAYERS = """
 kimi_ops.__main__
 kimi_ops.cli
+kimi_ops.agentic
 kimi_ops.train
 kimi_ops.plan
 kimi_ops.models.kimi_k2.chat kimi_ops.compat.grouped_gemm
