@@ -227,7 +227,10 @@ bool Call::truth() {
 
 Type Call::type(const char* name) {
   PyObject* object = next();
-  PyObject* found = torch.dtypes ? PyDict_GetItemWithError(torch.dtypes, object) : nullptr;
+  const bool named = PyTuple_Check(object);  // (code, bits), without torch
+  PyObject* found = named          ? object
+                    : torch.dtypes ? PyDict_GetItemWithError(torch.dtypes, object)
+                                   : nullptr;
   int code, bits;
   if (!found || !PyArg_ParseTuple(found, "ii", &code, &bits)) {
     PyErr_Clear();

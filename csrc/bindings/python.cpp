@@ -54,6 +54,10 @@ void add_functions(py::module_& m, PyMethodDef* functions) {
 }  // namespace
 }  // namespace kimi::bindings
 
+namespace kimi::xla {
+void define(py::module_& m);
+}
+
 void kimi_bind(py::module_& m) {
   using namespace kimi::bindings;
   m.doc() = "Native ops on tensors, checked here; the functions of kimi_ops are the public ones.";
@@ -101,6 +105,7 @@ void kimi_bind(py::module_& m) {
     }
   });
   define_exported(m);
+  kimi::xla::define(m);
   Methods& ops = methods();
   define_comm(m, ops);
   add_functions(m, ops.direct());

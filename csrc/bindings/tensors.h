@@ -126,7 +126,7 @@ class Call {
   int32_t int32(const char* name);
   double number(const char* name);
   bool truth();
-  Type type(const char* name);  // a torch.dtype
+  Type type(const char* name);  // a torch.dtype, or DLPack's (code, bits)
   std::vector<int64_t> integers(const char* name);
   std::vector<double> numbers(const char* name);
   template <class Enum = int>
