@@ -125,19 +125,21 @@ const char* kimi_cuda_architectures(void) { return KIMI_OPS_CUDA_ARCHITECTURES; 
   KIMI_OP(op)
 
 KIMI_OP(topk_gate)
+KIMI_OP(topk_gate_given)
 KIMI_OP(topk_gate_backward)
 
 KIMI_OP(update_expert_bias)
+KIMI_OP(sequence_counts)
 KIMI_OP(sequence_balance_loss)
 KIMI_OP(sequence_balance_loss_backward)
-size_t kimi_sequence_balance_loss_workspace_bytes(int64_t num_tokens, int64_t num_sequences,
-                                                  int32_t num_experts) {
-  return kimi::balance::loss_workspace_bytes(num_tokens, num_sequences, num_experts);
+size_t kimi_sequence_balance_loss_workspace_bytes(int64_t num_tokens) {
+  return kimi::balance::workspace_bytes(num_tokens);
 }
+KIMI_OP(quantile_histogram)
 KIMI_OP(z_loss)
 KIMI_OP(z_loss_backward)
 size_t kimi_z_loss_workspace_bytes(int64_t num_tokens) {
-  return kimi::balance::z_workspace_bytes(num_tokens);
+  return kimi::balance::workspace_bytes(num_tokens);
 }
 
 KIMI_OP_WITH_WORKSPACE(permute_plan)

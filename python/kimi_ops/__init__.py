@@ -10,7 +10,20 @@ from kimi_ops import _program  # isort: skip  (before torch is loaded)
 from kimi_ops import _native
 from kimi_ops.info import info
 from kimi_ops.invariance import is_batch_invariant, set_batch_invariant
-from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
+from kimi_ops.moe.balance import (
+    SequenceCounts,
+    sequence_balance_loss,
+    sequence_counts,
+    update_expert_bias_,
+    z_loss,
+)
+from kimi_ops.moe.dense import (
+    DenseGate,
+    dense_gate,
+    drop_to_capacity,
+    expert_capacity,
+    normalized_scores,
+)
 from kimi_ops.moe.eplb import ExpertPlacement, eplb
 from kimi_ops.moe.expert_loads import ExpertLoads
 from kimi_ops.moe.fused_experts import fused_experts
@@ -23,6 +36,7 @@ from kimi_ops.moe.permute import (
     sort_chunks,
     unpermute,
 )
+from kimi_ops.moe.quantile import quantile_bias, quantile_histogram_
 from kimi_ops.moe.quantized import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
 from kimi_ops.moe.replicas import replica_ids
 from kimi_ops.moe.topk_gate import TopkGate, gate_plan, topk_gate
@@ -38,6 +52,7 @@ from kimi_ops.parallel.move import move_experts
 del _program
 __version__ = _native._C.version()
 __all__ = [
+    "DenseGate",
     "ExpertLoads",
     "ExpertParallel",
     "ExpertPlacement",
@@ -48,9 +63,13 @@ __all__ = [
     "MuonClip",
     "PermutePlan",
     "QKClip",
+    "SequenceCounts",
     "TopkGate",
     "attention_max_logits",
+    "dense_gate",
+    "drop_to_capacity",
     "eplb",
+    "expert_capacity",
     "fused_experts",
     "gate_plan",
     "grouped_gemm",
@@ -60,13 +79,17 @@ __all__ = [
     "move_experts",
     "muon_param_groups",
     "newton_schulz",
+    "normalized_scores",
     "ns_flops",
     "permute",
     "permute_plan",
     "permute_weights",
     "qk_clip_",
+    "quantile_bias",
+    "quantile_histogram_",
     "replica_ids",
     "sequence_balance_loss",
+    "sequence_counts",
     "set_batch_invariant",
     "sort_chunks",
     "symmetric_matmul",

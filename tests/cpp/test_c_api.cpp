@@ -204,9 +204,10 @@ void test_losses_refuse_sizes_and_say_their_workspace() {
   refuses([](P& p) { p.num_sequences = 0; }, "num_sequences: expected a divisor of the 0 tokens");
   refuses([](P& p) { p.num_tokens = int64_t{1} << 31; }, "num_tokens: expected 0..2147483647");
   refuses([](P& p) { p.logits_stride = -1; }, "logits_stride: expected 0 or more elements, got -1");
-  refuses([](P&) {}, "indices, loss, tokens_per_expert, workspace: expected pointers, got NULL");
-  EXPECT(kimi_sequence_balance_loss_workspace_bytes(130, 2, 10) == 4 * (2 * 2 * 10 + 2));
-  EXPECT(kimi_sequence_balance_loss_workspace_bytes(130, 0, 10) == 0);
+  refuses([](P&) {},
+          "loss, tokens_per_expert, sequence_tokens, workspace: expected pointers, got NULL");
+  EXPECT(kimi_sequence_balance_loss_workspace_bytes(130) == 4 * 3);
+  EXPECT(kimi_sequence_balance_loss_workspace_bytes(-1) == 0);
   EXPECT(kimi_z_loss_workspace_bytes(65) == 8);
   kimi_z_loss_params z = {};
   z.logits_stride = z.num_experts = 16;

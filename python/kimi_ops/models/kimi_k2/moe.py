@@ -200,20 +200,11 @@ class MoE(Recomputes):
 
     def _balance(self, logits: Tensor, indices: Tensor, batch: int, valid: Tensor | None) -> Tensor:
         """The sequence balance loss; of sequences with padding, over their tokens alone."""
-        options: dict[str, Any] = {
-            "score_function": self.config.scoring_func,
-            "coefficient": self.config.aux_loss_alpha,
-        }
-        sequences = batch if self.config.seq_aux else 1
-        if valid is None:
-            return sequence_balance_loss(logits, indices, num_sequences=sequences, **options)
-        parts = [part.flatten() for part in valid.chunk(sequences)]
-        logits, indices = (t.unflatten(0, (sequences, -1)) for t in (logits, indices))
-        losses = [
-            sequence_balance_loss(logits[n][part], indices[n][part], **options)
-            for n, part in enumerate(parts)
-        ]
-        return torch.stack(losses).mean()
+        return sequence_balance_loss(
+            logits, indices, num_sequences=batch if self.config.seq_aux else 1,
+            valid=None if valid is None else valid.flatten(),
+            score_function=self.config.scoring_func, coefficient=self.config.aux_loss_alpha,
+        )  # fmt: skip
 
     def _stored(self) -> AbstractContextManager[Any]:
         """How the inputs of the experts' products and of SwiGLU are kept."""
