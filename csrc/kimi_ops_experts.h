@@ -87,9 +87,10 @@ KIMI_API kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_param
 /* ---- grouped_gemm with FP8 rows and FP8 weights ---------------------------------------------- */
 
 /* data[r, k] = e4m3(x[r, k] / s), s = scale[k / 128, r] = max(max |x| of the 128 columns / 448,
- * 2^-126): to nearest even. A block with a value that is not finite becomes NaN. */
+ * 2^-126): to nearest even. A block with a value that is not finite becomes NaN. With a plan the
+ * rows of token t are row_map[t]: kimi_permute and this one in one pass. */
 typedef struct kimi_fp8_rows_params {
-  const void* x; /* [R, K] dtype, K contiguous */
+  const void* x; /* [R, K] dtype, K contiguous; with a plan [T, K] */
   void* data;    /* out [R, K] e4m3, dense */
   float* scale;  /* out [ceil(K / 128), R], row stride scale_stride */
   int64_t num_rows;
@@ -97,6 +98,10 @@ typedef struct kimi_fp8_rows_params {
   int64_t x_row_stride; /* strides in elements */
   int64_t scale_stride;
   kimi_dtype dtype;
+  int32_t top_k;          /* 0: no plan, else row_map's columns */
+  int64_t num_tokens;     /* with a plan: T */
+  const int32_t* row_map; /* [T, top_k] of kimi_permute_plan */
+  const int32_t* source;  /* [R] of the plan: its -1 rows become zeros; NULL: they stay */
 } kimi_fp8_rows_params;
 
 KIMI_API kimi_status kimi_fp8_rows(const kimi_fp8_rows_params* params, kimi_device device,
@@ -148,8 +153,9 @@ typedef struct kimi_expert_weights {
 } kimi_expert_weights;
 
 /* y[t] = sum_k weights[t, k] w_down[e] (act(g) u), [g; u] = w_gate_up[e] x[t]. R = T K.
- * csrc/fused_experts/fused_experts.h says how. On CUDA the plan is not checked and the weights are
- * not quantised. */
+ * csrc/fused_experts/fused_experts.h says how. On CUDA the plan is not checked. There weights are not
+ * quantised, or with compute capability 9.x both are FP8 (dense, 16 divides their addresses and H,
+ * 128 divides F, no gate_up): rows of x and h become FP8 then, as of kimi_fp8_rows. */
 typedef struct kimi_fused_experts_params {
   const void* x;                 /* [T, H] dtype, row stride x_stride */
   kimi_expert_weights w_gate_up; /* [E, 2F, H], gate rows first */

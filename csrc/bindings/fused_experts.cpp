@@ -18,7 +18,8 @@ struct Weights {
   void check_type(const Tensor& x) const {
     Call& call = *data.call;
     if (is_quantised(data.dtype)) {
-      if (x.dtype == kFloat64 || x.is_cuda())
+      const bool served = !x.is_cuda() || (!packed() && call.served(kimi_grouped_gemm_fp8_served));
+      if (x.dtype == kFloat64 || !served)
         call.type_error(data.name, "expected a Tensor beside torch.", name_of(x.dtype),
                         " tokens on ", x.device_text(), ", got ",
                         packed() ? "Int4GroupWeight" : "Fp8BlockWeight", "; pass ", data.name,
