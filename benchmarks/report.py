@@ -99,7 +99,7 @@ class Table:
     def _print_head(self, row: Row) -> None:
         peers = "".join(f"{'x ' + name:>{_wide(name)}}" for name in self.names)
         clock = "" if row.time.mhz is None else f"{'MHz':>8}"
-        memory = f"{'peak':>10}{self.memory[-9:]:>10}"
+        memory = f"{'peak':>10}{self.memory.split()[-1]:>10}"
         print(
             f"\n# {self.op} on {self.device}\n{'case':<{self.width}}{'median':>10}{'p10':>10}"
             f"{'p90':>10}{row.unit:>10}{'% roof':>8}{clock}{peers}{memory}"

@@ -21,6 +21,11 @@ def page(report: dict[str, Any]) -> str:
     machine, info = where(report), report["info"]
     title = f"kimi_ops {info['version']} on {machine}"
     parts = [f"<h1>{escape(title)}</h1>", _headline(report)]
+    if report["busy"]:
+        parts.append(
+            f"<p><b>Other work ran beside this: load {escape(report['load'])} at the start. "
+            "Times and ratios of a quiet machine differ.</b></p>"
+        )
     for table in report["tables"]:
         parts += _section(table, machine)
     parts += ["<h2>Libraries</h2>", _table(["library", "here"], report["libraries"].items())]
@@ -32,12 +37,13 @@ def page(report: dict[str, Any]) -> str:
         "date": report["date"], "command": report["command"], "commit": report["commit"],
         "python": info["python"], "CUDA kernels": info["cuda"]["built"] or "none in this build",
         "GPU": info["cuda"]["device"], "threads": info["cpu"]["threads"],
+        "load at the start": report["load"],
     }  # fmt: skip
     parts += ["<h2>Machine</h2>", _table(["", ""], (facts | roofs).items())]
     parts.append(
         '<p class="note">Medians; all ways of a row take turns in one run, after each result was '
         "compared with ours. Roofs are torch's largest dense product and torch.sum of 512 MB, "
-        "in the same run. On a machine with other work ratios hold better than times.</p>"
+        "in the same run.</p>"
     )
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n" + "\n".join(

@@ -7,6 +7,7 @@ call is named with the reason.
 """
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -97,6 +98,9 @@ def main(arguments: list[str] | None = None) -> Session:
     options = parse(parser("benchmarks report", __doc__ or ""), arguments)
     session = Session(options)
     session.facts["libraries"] = found()
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    session.facts["load"] = f"{load:.1f} on {cores} processors"
+    session.facts["busy"] = load > 0.7 * (cores or 1)  # before this run brought its own
     compare(session)
     session.finish()
     options.out.write_text(page(session.as_dict()))

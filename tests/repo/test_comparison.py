@@ -116,6 +116,7 @@ def test_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "all_work", lambda quick, device: WORK)
     monkeypatch.setattr("benchmarks.session.read_bandwidth", lambda device: 1e9)
     monkeypatch.setattr("benchmarks.session.compute_peak", lambda dtype, device: 1e12)
+    monkeypatch.setattr(run.os, "getloadavg", lambda: (99.0, 0, 0))
     broken = module("moe")
     monkeypatch.setitem(sys.modules, "vllm", compat)
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.fused_moe", broken)
@@ -137,6 +138,11 @@ def test_the_report(tmp_path, monkeypatch, capsys):
         assert word in page
     for table in report["tables"]:
         assert f"{table['rows'][0]['ratios'].popitem()[1]:.2f}x" in page
+    assert "Other work ran beside this: load 99.0 on" in page
+    monkeypatch.setattr(run.os, "getloadavg", lambda: (0.1, 0, 0))
+    benchmarks.__main__.main(["report", "--no-compile", "--out", str(out), "--cases", "T 6, E 16"])
+    quiet = out.read_text()
+    assert "Other work" not in quiet and quiet.count("<svg ") == 1
     assert not re.search(r"""(src|href)=['"]?http""", page), "the page needs nothing else"
     assert "wrote" in capsys.readouterr().out
 

@@ -55,7 +55,9 @@ def test_every_renderer_sees_lists_and_code(page):
 
 def test_every_public_name_is_documented_on_one_page():
     named = re.findall(r"^::: kimi_ops\.(\w+)$", "\n".join(PAGES.values()), re.MULTILINE)
-    assert sorted(named) == sorted(kimi_ops.__all__)
+    missing = set(kimi_ops.__all__) - set(named)
+    assert not missing, f"on no page; add a line `::: kimi_ops.NAME` below ## API: {missing}"
+    assert sorted(named) == sorted(kimi_ops.__all__), "twice, or gone"
 
 
 def test_every_page_has_its_place():
@@ -64,4 +66,5 @@ def test_every_page_has_its_place():
     assert len(listed) == len(set(listed))
     made = set(listed) - PAGES.keys()
     assert made == {"index.md", "changelog.md", "contributing.md"}
-    assert PAGES.keys() <= set(listed), "pages that nobody finds"
+    missing = PAGES.keys() - set(listed)
+    assert not missing, f"pages that nobody finds; add them to nav in mkdocs.yml: {missing}"
