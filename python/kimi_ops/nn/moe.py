@@ -12,7 +12,7 @@ from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_l
 from kimi_ops.moe.topk_gate import TopkGate
 from kimi_ops.nn.experts import Experts, RoutedExperts
 from kimi_ops.nn.router import Router
-from kimi_ops.operators.count_once import count_once_, recomputing
+from kimi_ops.operators.count_once import count_once_, recomputing, seen_by_a_graph
 
 __all__ = ["Losses", "MoE"]
 
@@ -188,7 +188,7 @@ class MoE(nn.Module):
         """Add the loads of a training forward."""
         if not self.training:
             return
-        if torch.compiler.is_compiling():
+        if seen_by_a_graph():
             count_once_(self.tokens_per_expert, gate.tokens_per_expert)
         elif not recomputing():  # a repeated forward counts once
             self.tokens_per_expert += gate.tokens_per_expert
