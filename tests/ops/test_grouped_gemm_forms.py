@@ -237,7 +237,7 @@ BAD = [
     ((B, B.mT[:1]), {}, "b: expected 2 matrices"),
     ((B, B.mT), {"out": torch.ones(2, 8, 9)}, r"out: expected a contiguous \[2, 8, 8\]"),
     ((B, torch.ones(5, 6), E), {"bias": A}, "bias: expected none beside 3-D a and 2-D b"),
-    ((A[0], B, E), {}, r"a, b: expected \[R, K\] and \[E, K, N\], or other forms"),
+    ((A[0], B, E), {}, r"a, b: expected shapes \[R, K\] and \[E, K, N\], or another form"),
 ]
 
 

@@ -196,7 +196,7 @@ def _check_form(
     op, whole = "grouped_gemm", form == (3, 3)
     if form not in _FORMS:
         raise ValueError(
-            f"{op}: a, b: expected [R, K] and [E, K, N], or other forms of 2 and 3 dimensions, got "
+            f"{op}: a, b: expected shapes [R, K] and [E, K, N], or another form of its table, got "
             f"{list(a.shape)} and {list(b.shape)}; reshape them"
         )
     if whole != (offsets is None):
