@@ -7,7 +7,7 @@ Every op has one name: ``kimi_ops.topk_gate``, ``torch.ops.kimi_ops.topk_gate``,
 """
 
 from kimi_ops import _program  # isort: skip  (before torch is loaded)
-from kimi_ops import _native, activations
+from kimi_ops import _native
 from kimi_ops.info import info
 from kimi_ops.invariance import is_batch_invariant, set_batch_invariant
 from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
@@ -49,7 +49,6 @@ __all__ = [
     "PermutePlan",
     "QKClip",
     "TopkGate",
-    "activations",
     "attention_max_logits",
     "eplb",
     "fused_experts",
