@@ -2,7 +2,7 @@
 """The public names, all of which work on torch's tensors or beside them. Loading this module loads
 torch: kimi_ops/__init__.py does when somebody asks for one of them."""
 
-from kimi_ops import activations, nn
+from kimi_ops import activations, nn  # noqa: F401  (submodules, there without an import)
 from kimi_ops.building import get_cmake_dir, get_include, get_pkgconfig_dir
 from kimi_ops.facts import info
 from kimi_ops.invariance import is_batch_invariant, set_batch_invariant
@@ -60,7 +60,6 @@ __all__ = [
     "QKClip",
     "SequenceCounts",
     "TopkGate",
-    "activations",
     "attention_max_logits",
     "dense_gate",
     "drop_to_capacity",
@@ -79,7 +78,6 @@ __all__ = [
     "move_experts",
     "muon_param_groups",
     "newton_schulz",
-    "nn",
     "normalized_scores",
     "ns_flops",
     "permute",
