@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.few_rows import few_rows, serves_few_rows
 from kimi_ops.models.kimi_k2.recompute import Recomputes
 
 
@@ -34,15 +35,26 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, in decode on the CPU by `few_rows`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not serves_few_rows(x, self.weight, x.numel() // self.in_features):
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias[None]
+        rows = x.reshape(1, -1, self.in_features)
+        return few_rows(rows, self.weight.t()[None], bias).view(*x.shape[:-1], self.out_features)
+
+
 class MLP(Recomputes):
     """SwiGLU: down(silu(gate(x)) * up(x)); the dense layers and the shared experts."""
 
     def __init__(self, config: KimiK2Config, intermediate_size: int, **factory: Any) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.gate_proj = nn.Linear(hidden, intermediate_size, bias=False, **factory)
-        self.up_proj = nn.Linear(hidden, intermediate_size, bias=False, **factory)
-        self.down_proj = nn.Linear(intermediate_size, hidden, bias=False, **factory)
+        self.gate_proj = Linear(hidden, intermediate_size, bias=False, **factory)
+        self.up_proj = Linear(hidden, intermediate_size, bias=False, **factory)
+        self.down_proj = Linear(intermediate_size, hidden, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         gated = F.silu(self.gate_proj(x)) * self.up_proj(x)
