@@ -37,6 +37,8 @@ class MLP(nn.Module):
     torch.Size([2, 3, 8])
     """
 
+    linear: type[nn.Linear] = nn.Linear  # of its layers
+
     def __init__(
         self,
         hidden_size: int,
@@ -48,9 +50,9 @@ class MLP(nn.Module):
         super().__init__()
         _check.choice("MLP", "activation", of(activation).name, tuple(ACTIVATIONS))
         self.activation = activation
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, **factory)
+        self.gate_proj = self.linear(hidden_size, intermediate_size, bias=False, **factory)
+        self.up_proj = self.linear(hidden_size, intermediate_size, bias=False, **factory)
+        self.down_proj = self.linear(intermediate_size, hidden_size, bias=False, **factory)
 
     def gated(self, x: Tensor) -> Tensor:
         """[..., F], the input of `down_proj`."""

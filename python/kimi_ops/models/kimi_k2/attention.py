@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kimi_ops import attention_max_logits
 from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.models.kimi_k2.layers import RMSNorm
+from kimi_ops.models.kimi_k2.few_rows import per_head
+from kimi_ops.models.kimi_k2.layers import Linear, RMSNorm
 from kimi_ops.models.kimi_k2.recompute import Recomputes
 from kimi_ops.models.kimi_k2.rope import rotate
 from kimi_ops.nn.stored import FixedBuffers
@@ -154,19 +155,19 @@ class Attention(FixedBuffers, Recomputes):
         self.track_max_logits = False
         bias = config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False, **factory)
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim, bias=False, **factory)
         else:
             rank = config.q_lora_rank
-            self.q_a_proj = nn.Linear(hidden, rank, bias=bias, **factory)
+            self.q_a_proj = Linear(hidden, rank, bias=bias, **factory)
             self.q_a_layernorm = RMSNorm(rank, _LATENT_NORM_EPS, **factory)
-            self.q_b_proj = nn.Linear(rank, heads * config.qk_head_dim, bias=False, **factory)
+            self.q_b_proj = Linear(rank, heads * config.qk_head_dim, bias=False, **factory)
         rank = config.kv_lora_rank
         width = rank + self.qk_rope_head_dim
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, width, bias=bias, **factory)
+        self.kv_a_proj_with_mqa = Linear(hidden, width, bias=bias, **factory)
         self.kv_a_layernorm = RMSNorm(rank, _LATENT_NORM_EPS, **factory)
         expanded = heads * (self.qk_nope_head_dim + self.v_head_dim)
-        self.kv_b_proj = nn.Linear(rank, expanded, bias=False, **factory)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias, **factory)
+        self.kv_b_proj = Linear(rank, expanded, bias=False, **factory)
+        self.o_proj = Linear(heads * self.v_head_dim, hidden, bias=bias, **factory)
         statistic = torch.full([heads], -torch.inf, device=factory.get("device"))
         self.register_buffer("max_logits", statistic.float(), persistent=False)
 
@@ -278,7 +279,7 @@ class Attention(FixedBuffers, Recomputes):
         """
         rows = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         to_k, to_v = rows.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        q = torch.cat((q_nope @ to_k, q_rope), dim=-1)
+        q = torch.cat((per_head(q_nope, to_k), q_rope), dim=-1)
         past, new = entries.shape[1] - q.shape[2], q.shape[2]
         block = max(1, _MASK_ELEMENTS // (self.num_heads * entries.shape[1]))
         if documents is not None:
@@ -289,7 +290,7 @@ class Attention(FixedBuffers, Recomputes):
             end = past + start + part.shape[2]
             mask = cache.seen(documents, past + start, end)
             parts.append(self._attend_shared(part, entries[:, None, :end], mask))
-        return self._project(torch.cat(parts, dim=2) @ to_v.transpose(1, 2))
+        return self._project(per_head(torch.cat(parts, dim=2), to_v.transpose(1, 2)))
 
     def _attend_shared(self, q: Tensor, entries: Tensor, sees: Tensor | None) -> Tensor:
         """[B, heads, S, rank] from q [B, heads, S, width] over entries [B, 1, n, width]; the last S

@@ -11,7 +11,7 @@ from kimi_ops.models.kimi_k2.attention import Attention, LatentCache
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.inputs import Inputs, check_inputs
-from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm, check_dtype
+from kimi_ops.models.kimi_k2.layers import MLP, Linear, RMSNorm, check_dtype
 from kimi_ops.models.kimi_k2.moe import Leaving, MoE, Returning
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output, check_labels, next_token_loss, recorded
 from kimi_ops.models.kimi_k2.recompute import Recomputes
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         check_dtype("KimiK2", dtype)
         factory = {"device": torch.device("meta"), "dtype": dtype}
         self.model = Backbone(config, expert_ranks, **factory)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
         self._tie()
         device = torch.device(device) if device is not None else torch.get_default_device()
         if device.type != "meta":

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.models.kimi_k2.few_rows import few_rows, serves_few_rows
 from kimi_ops.models.kimi_k2.recompute import Recomputes
 from kimi_ops.nn import MLP as GatedMLP
 
@@ -34,8 +35,21 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, in decode on the CPU by `few_rows`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not serves_few_rows(x, self.weight, x.numel() // self.in_features):
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias[None]
+        rows = x.reshape(1, -1, self.in_features)
+        return few_rows(rows, self.weight.t()[None], bias).view(*x.shape[:-1], self.out_features)
+
+
 class MLP(Recomputes, GatedMLP):
     """The dense layers and the shared experts."""
+
+    linear = Linear
 
     def __init__(self, config: KimiK2Config, intermediate_size: int, **factory: Any) -> None:
         super().__init__(config.hidden_size, intermediate_size, **factory)
