@@ -176,7 +176,7 @@ typedef struct kimi_fused_experts_params {
   kimi_activation activation;
 } kimi_fused_experts_params;
 
-/* Reads the sizes and dtype; for the calling thread's number of threads. */
+/* Reads the sizes, dtype and the storage of w_gate_up; for the calling thread's number of threads. */
 KIMI_API size_t kimi_fused_experts_workspace_bytes(const kimi_fused_experts_params* params,
                                                    kimi_device device);
 KIMI_API kimi_status kimi_fused_experts(const kimi_fused_experts_params* params, kimi_device device,
