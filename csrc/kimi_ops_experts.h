@@ -202,7 +202,7 @@ typedef struct kimi_fused_experts_params {
   kimi_activation_numbers numbers;
 } kimi_fused_experts_params;
 
-/* Reads the sizes and dtype. */
+/* Reads the sizes, dtype and the storage of w_gate_up. */
 KIMI_API size_t kimi_fused_experts_workspace_bytes(const kimi_fused_experts_params* params,
                                                    kimi_device device);
 KIMI_API kimi_status kimi_fused_experts(const kimi_fused_experts_params* params, kimi_device device,

@@ -95,14 +95,13 @@ def main() -> int:
     result[FP8] = dict(loop(clocks(library, FP8, scale)))
     for swizzled in (0, 1):
         words = np.zeros(3, np.int64)
-        pointer = words.ctypes.data_as(ctypes.c_void_p)
-        message = library.kimi_one_row(swizzled, pointer)
+        message = library.kimi_one_row(swizzled, words.ctypes.data_as(ctypes.c_void_p))
         names = ("words elsewhere", "issued", "landed")
-        row = result[f"one row{', swizzled' if swizzled else ''}"] = dict(
-            zip(names, words.tolist(), strict=True)
+        result[f"one row{', swizzled' if swizzled else ''}"] = (
+            {"refused": message.decode()}
+            if message
+            else dict(zip(names, words.tolist(), strict=True))
         )
-        if message:
-            row["refused"] = message.decode()
     times = np.zeros(len(STORES))
     called(library.kimi_permute_stores(scale, times.ctypes.data_as(ctypes.c_void_p)))
     result["permute, us"] = dict(zip(STORES, times.tolist(), strict=True))

@@ -118,11 +118,11 @@ def build_primitives(folder: Path) -> None:
             tests = suite.tests()
             halves.append(pool.submit(tests.build_host, suite.source, folder))
             halves.append(pool.submit(tests.build_gpu, suite.source, folder, suite.switch))
-        build = SUITES["primitives_sm90"].tests().build_gpu
-        clocks = pool.submit(build, CLOCKS, folder, SUITES["primitives_sm90"].switch)
-        for half in [*halves, clocks]:
+        compiler = SUITES["primitives"].tests().compile_gpu
+        clocks = pool.submit(compiler, CLOCKS, folder, SUITES["primitives_sm90"].switch)
+        for half in halves:
             half.result()
-    (folder / f"{CLOCKS.stem}_gpu.so").rename(folder / f"{CLOCKS.stem}.so")
+        clocks.result().rename(folder / "clocks.so")
 
 
 def write_manifest(folder: Path, facts: dict[str, str]) -> None:

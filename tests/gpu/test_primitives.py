@@ -72,7 +72,7 @@ def runner() -> list[str]:
     return [str(archive)] if fresh else [str(p) for p in sources]
 
 
-def build_host(source: Path, folder: Path) -> ctypes.CDLL:
+def compile_host(source: Path, folder: Path) -> Path:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         pytest.skip(f"no C++ compiler: {compiler}")
@@ -81,15 +81,23 @@ def build_host(source: Path, folder: Path) -> ctypes.CDLL:
     flags += ["-Wno-psabi", "-DKIMI_HOST_SIMT", f"-I{RUNNER}", f"-I{ROOT / 'csrc'}"]
     command = [compiler, *flags, "-x", "c++", str(source), "-x", "none", *runner(), "-o", str(path)]
     subprocess.run(command, check=True)
-    return load(path)
+    return path
 
 
-def build_gpu(source: Path, folder: Path, architecture: str) -> ctypes.CDLL:
+def build_host(source: Path, folder: Path) -> ctypes.CDLL:
+    return load(compile_host(source, folder))
+
+
+def compile_gpu(source: Path, folder: Path, architecture: str) -> Path:
     path = folder / f"{source.stem}_gpu.so"
     flags = ["-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", architecture, "-cudart=static"]
     flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["nvcc", *flags, str(source), str(LIMITS), "-o", str(path)], check=True)
-    return load(path)
+    return path
+
+
+def build_gpu(source: Path, folder: Path, architecture: str) -> ctypes.CDLL:
+    return load(compile_gpu(source, folder, architecture))
 
 
 @pytest.fixture(scope="module")

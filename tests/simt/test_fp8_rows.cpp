@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // The kernels that make FP8 rows, run on the host, against the definition bit for bit; and by a
-// plan, against rows that were permuted before.
+// plan, here and by the CPU's way, against rows that were permuted before.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -9,10 +9,13 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "cpu/parallel.h"
 #include "fp8_buffer.h"
 #include "fp8_rows/fp8_rows.h"
 #include "fp8_rows/quantize.cuh"
 #include "permute_cases.h"
+
+int kimi::cpu::num_threads() { return 2; }
 
 namespace {
 
@@ -106,18 +109,27 @@ void compare_planned(permute_cases::Plan shape, permute_cases::Skew skew, int64_
   p.x = x.data(), p.data = data.data(), p.scale = scale.data();
   p.top_k = plan.top_k, p.num_tokens = plan.num_tokens;
   p.row_map = plan.row_map.data(), p.source = pads ? plan.source.data() : nullptr;
-  require_ok(fp8_rows_cuda(p, nullptr));
-  Buffer<float> canary(1);
-  for (int64_t r = 0; r < rows; ++r) {
-    const bool stays = !pads && plan.source[r] < 0;
-    for (int64_t i = 0; i < k; ++i)
-      require(data.data()[r * k + i] == (stays ? kCanary : want.data()[r * k + i]),
-              "value of row " + std::to_string(r));
-    for (int64_t kb = 0; kb < blocks(k); ++kb)
-      require(scale.data()[kb * scale_stride + r] ==
-                  (stays ? canary.data()[0] : want_scale.data()[kb * scale_stride + r]),
-              "scale of row " + std::to_string(r));
+  for (bool on_cpu : {false, true}) {
+    std::memset(data.data(), kCanary, static_cast<size_t>(rows * k));
+    std::fill_n(scale.data(), blocks(k) * scale_stride, -1.0f);
+    require_ok(on_cpu ? fp8_rows(p, KIMI_DEVICE_CPU, nullptr) : fp8_rows_cuda(p, nullptr));
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool stays = !pads && plan.source[r] < 0;
+      const std::string at = (on_cpu ? "CPU, row " : "row ") + std::to_string(r);
+      for (int64_t i = 0; i < k; ++i)
+        require(data.data()[r * k + i] == (stays ? kCanary : want.data()[r * k + i]), at);
+      for (int64_t kb = 0; kb < blocks(k); ++kb)
+        require(scale.data()[kb * scale_stride + r] ==
+                    (stays ? -1.0f : want_scale.data()[kb * scale_stride + r]),
+                at + ", scale");
+    }
   }
+  if (plan.num_tokens == 0) return;
+  std::vector<int32_t> beyond = plan.row_map;
+  beyond.back() = static_cast<int32_t>(rows);
+  p.row_map = beyond.data();
+  const Status status = fp8_rows(p, KIMI_DEVICE_CPU, nullptr);
+  require(status.message.find("fp8_rows: row_map: expected rows in -1 .. ") == 0, status.message);
 }
 
 TEST(a_plan_gives_the_bits_of_permuting_before) {

@@ -207,8 +207,7 @@ void compare_layer(Plan shape, permute_cases::Skew skew, int64_t hidden, int64_t
 TEST(a_layer_is_four_launches_and_has_the_bits_of_its_parts) {
   using enum permute_cases::Skew;
   uint64_t seed = 30;
-  for (auto [tokens, experts, top_k] :
-       {std::array{37, 4, 3}, {1, 9, 8}, {150, 2, 1}, {5, 40, 2}})
+  for (auto [tokens, experts, top_k] : {std::array{37, 4, 3}, {1, 9, 8}, {150, 2, 1}, {5, 40, 2}})
     for (auto skew : {kBalanced, kOneExpert}) {
       const Plan shape{tokens, experts, top_k, 1, {}, {}, {}, {}};
       ++seed;
