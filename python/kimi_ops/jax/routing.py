@@ -61,7 +61,7 @@ def _gate(
     renormalize: bool,
     scaling_factor: float,
 ) -> Callable[..., Gate]:
-    weighting = {
+    weighting: dict[str, Any] = {
         "score_function": score_function, "renormalize": renormalize,
         "scaling_factor": scaling_factor,
     }  # fmt: skip
@@ -127,7 +127,7 @@ def sequence_balance_loss(
 def _balance_loss(
     num_sequences: int, score_function: str, coefficient: float
 ) -> Callable[..., Any]:
-    options = {"score_function": score_function, "coefficient": coefficient}
+    options: dict[str, Any] = {"score_function": score_function, "coefficient": coefficient}
 
     def both(logits: jax.Array, indices: jax.Array) -> Any:
         _, experts = _matrix("sequence_balance_loss", "logits", logits)
@@ -195,19 +195,6 @@ def permute_plan(indices: Any, num_experts: int, *, align: int = 1) -> Plan:
     return Plan(*call("permute_plan", like, indices, num_experts=num_experts, align=align))
 
 
-@jax.custom_vjp
-def permute(x: jax.Array, plan: Plan) -> jax.Array:
-    """Rows [R, H] grouped by expert, of tokens x [T, H]."""
-    like = [result((plan.source.shape[0], x.shape[1]), x.dtype)]
-    return call("permute", like, x, plan.row_map, plan.source)[0]
-
-
-permute.defvjp(
-    lambda x, plan: (permute(x, plan), plan),
-    lambda plan, grad: (_unpermute(grad, plan, None), None),
-)
-
-
 def unpermute(y: Any, plan: Plan, weights: Any = None) -> jax.Array:
     """Tokens [T, H]: the sums of their rows y [R, H] times `weights` [T, K]; to both goes a
     gradient."""
@@ -231,6 +218,19 @@ def _unpermute_backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
 
 _unpermute.defvjp(
     lambda y, plan, weights: (_unpermute(y, plan, weights), (y, plan, weights)), _unpermute_backward
+)
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, plan: Plan) -> jax.Array:
+    """Rows [R, H] grouped by expert, of tokens x [T, H]."""
+    like = [result((plan.source.shape[0], x.shape[1]), x.dtype)]
+    return call("permute", like, x, plan.row_map, plan.source)[0]
+
+
+permute.defvjp(
+    lambda x, plan: (permute(x, plan), plan),
+    lambda plan, grad: (_unpermute(grad, plan, None), None),
 )
 
 
