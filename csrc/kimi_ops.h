@@ -140,16 +140,40 @@ typedef struct kimi_topk_gate_params {
   float scaling_factor;       /* of the weights; not 0 */
   kimi_dtype logits_dtype;
   kimi_score_function score_function;
+  int32_t select_logits; /* 0: scores are chosen by, groups score their sums; 1: logits are */
 } kimi_topk_gate_params;
 
 KIMI_API kimi_status kimi_topk_gate(const kimi_topk_gate_params* params, kimi_device device,
                                     void* stream);
 
+/* Weights and counts of experts that were chosen elsewhere. */
+typedef struct kimi_topk_gate_given_params {
+  const void* logits;         /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+  const int32_t* given;       /* [T, K]; -1 or E: a slot without an expert */
+  const uint8_t* valid;       /* [T] or NULL; 0 drops the token */
+  float* weights;             /* out [T, K], 0 in a slot without an expert */
+  int32_t* indices;           /* out [T, K]: given, or -1 in a slot without an expert */
+  int32_t* tokens_per_expert; /* out [E] */
+  int64_t num_tokens;         /* T */
+  int64_t logits_stride;      /* in elements, usually E */
+  int32_t num_experts;        /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
+  int32_t top_k;              /* K, at most KIMI_TOPK_GATE_MAX_K */
+  int32_t renormalize;        /* 0 or 1 */
+  float scaling_factor;
+  kimi_dtype logits_dtype;
+  kimi_score_function score_function;
+} kimi_topk_gate_given_params;
+
+/* Any other id: refused on a CPU; on CUDA a slot without an expert. */
+KIMI_API kimi_status kimi_topk_gate_given(const kimi_topk_gate_given_params* params,
+                                          kimi_device device, void* stream);
+
 /* d logits from d weights; `indices` of the forward, everything else is recomputed from logits. */
 typedef struct kimi_topk_gate_backward_params {
   const float* grad_weights; /* [T, K] */
   const void* logits;        /* [T, E] logits_dtype, row stride logits_stride */
-  const int32_t* indices;    /* [T, K]; a slot outside 0..E-1 (-1: dropped) takes no part */
+  const int32_t* indices;    /* [T, K]; a slot outside 0..E-1 (-1: dropped) takes no part; where an
+                                id is repeated, the gradients of its slots add up */
   void* grad_logits;         /* out [T, E] dense, logits_dtype */
   int64_t num_tokens;
   int64_t logits_stride;
@@ -181,34 +205,58 @@ typedef struct kimi_update_expert_bias_params {
 KIMI_API kimi_status kimi_update_expert_bias(const kimi_update_expert_bias_params* params,
                                              kimi_device device, void* stream);
 
-typedef struct kimi_sequence_balance_loss_params {
-  const void* logits;         /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+/* N sequences side by side: of T / N tokens each, or those that end at `offsets`. A token that is
+ * not valid, or stands behind the last sequence, is none of theirs; its logits are not read. */
+
+/* How often the tokens of each sequence chose an expert, and how many they are. */
+typedef struct kimi_sequence_counts_params {
   const int32_t* indices;     /* [T, K] chosen experts; ids outside 0..E-1 count for none */
-  float* loss;                /* out [1] */
-  int32_t* tokens_per_expert; /* out [N, E], counts of each sequence; the backward reads them */
-  void* workspace;            /* kimi_sequence_balance_loss_workspace_bytes() */
-  size_t workspace_bytes;     /* its size, at least what is asked for */
-  int64_t num_tokens;         /* T = N * S, the tokens of a sequence side by side; below 2^31 */
-  int64_t num_sequences;      /* N, a divisor of T */
-  int64_t logits_stride;      /* in elements, usually E */
+  const int32_t* offsets;     /* [N] one past each sequence's last token, ascending; or NULL */
+  const uint8_t* valid;       /* [T] or NULL */
+  int32_t* tokens_per_expert; /* out [N, E] */
+  int32_t* sequence_tokens;   /* out [N] */
+  int64_t num_tokens;         /* T, below 2^31 */
+  int64_t num_sequences;      /* N; without offsets a divisor of T */
   int32_t num_experts;        /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
-  int32_t top_k;              /* K, the width of indices */
+  int32_t top_k;              /* K */
+} kimi_sequence_counts_params;
+
+KIMI_API kimi_status kimi_sequence_counts(const kimi_sequence_counts_params* params,
+                                          kimi_device device, void* stream);
+
+typedef struct kimi_sequence_balance_loss_params {
+  const void* logits;               /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+  const int32_t* tokens_per_expert; /* [N, E] of these tokens or, summed up, of all ranks' */
+  const int32_t* sequence_tokens;   /* [N] of the same */
+  const int32_t* offsets;           /* [N] or NULL */
+  const uint8_t* valid;             /* [T] or NULL */
+  float* loss;                      /* out [1] */
+  void* workspace;                  /* kimi_sequence_balance_loss_workspace_bytes() */
+  size_t workspace_bytes;           /* its size, at least what is asked for */
+  int64_t num_tokens;               /* T, below 2^31 */
+  int64_t num_sequences;            /* N; without offsets a divisor of T */
+  int64_t logits_stride;            /* in elements, usually E */
+  int32_t num_experts;              /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
+  int32_t top_k;                    /* K: ids a token */
   float coefficient;
   kimi_dtype logits_dtype;
   kimi_score_function score_function;
 } kimi_sequence_balance_loss_params;
 
-/* Reads num_tokens, num_sequences, num_experts. */
+/* Reads num_tokens. */
 KIMI_API size_t kimi_sequence_balance_loss_workspace_bytes(
     const kimi_sequence_balance_loss_params* params, kimi_device device);
 KIMI_API kimi_status kimi_sequence_balance_loss(const kimi_sequence_balance_loss_params* params,
                                                 kimi_device device, void* stream);
 
 typedef struct kimi_sequence_balance_loss_backward_params {
-  const float* grad_loss;           /* [1], read on the device */
-  const void* logits;               /* [T, E] logits_dtype, row stride logits_stride */
-  const int32_t* tokens_per_expert; /* [N, E] of the forward */
-  void* grad_logits;                /* out [T, E] dense, logits_dtype */
+  const float* grad_loss; /* [1], read on the device */
+  const void* logits;     /* this and what follows: as in the forward */
+  const int32_t* tokens_per_expert;
+  const int32_t* sequence_tokens;
+  const int32_t* offsets;
+  const uint8_t* valid;
+  void* grad_logits; /* out [T, E] dense, logits_dtype */
   int64_t num_tokens;
   int64_t num_sequences;
   int64_t logits_stride;
@@ -221,6 +269,24 @@ typedef struct kimi_sequence_balance_loss_backward_params {
 
 KIMI_API kimi_status kimi_sequence_balance_loss_backward(
     const kimi_sequence_balance_loss_backward_params* params, kimi_device device, void* stream);
+
+/* Adds to histogram[e] the bins of r = cutoffs[t] - score(logits[t, e]), of every valid token. */
+typedef struct kimi_quantile_histogram_params {
+  const void* logits;    /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+  const float* cutoffs;  /* [T]: the choice score that an expert must reach */
+  const float* bounds;   /* [2]: low < high, the ends of the bins, read on the device */
+  const uint8_t* valid;  /* [T] or NULL */
+  int32_t* histogram;    /* in, out [E, num_bins] */
+  int64_t num_tokens;    /* T */
+  int64_t logits_stride; /* in elements, usually E */
+  int32_t num_experts;   /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
+  int32_t num_bins;      /* at least 1; what lies outside of the bounds goes to the end bins */
+  kimi_dtype logits_dtype;
+  kimi_score_function score_function;
+} kimi_quantile_histogram_params;
+
+KIMI_API kimi_status kimi_quantile_histogram(const kimi_quantile_histogram_params* params,
+                                             kimi_device device, void* stream);
 
 typedef struct kimi_z_loss_params {
   const void* logits;     /* [T, E] logits_dtype, row stride logits_stride */

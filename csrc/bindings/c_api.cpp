@@ -148,11 +148,14 @@ const char* kimi_cuda_architectures(void) { return KIMI_OPS_CUDA_ARCHITECTURES; 
   KIMI_OP_THAT(op, kimi::op##_workspace_bytes)
 
 KIMI_OP(topk_gate)
+KIMI_OP(topk_gate_given)
 KIMI_OP(topk_gate_backward)
 
 KIMI_OP(update_expert_bias)
+KIMI_OP(sequence_counts)
 KIMI_OP_WITH_WORKSPACE(sequence_balance_loss)
 KIMI_OP(sequence_balance_loss_backward)
+KIMI_OP(quantile_histogram)
 KIMI_OP_WITH_WORKSPACE(z_loss)
 KIMI_OP(z_loss_backward)
 

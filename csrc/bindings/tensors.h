@@ -219,6 +219,7 @@ class Call {
   Tensor foreign(PyObject* object, std::string_view name);
   void run(kimi_status (*function)(const void*, kimi_device, void*), const void* arguments);
   PyObject* handed_over(const Output& output);
+  dlpack::ManagedVersioned* memory(Type type, int ndim, const int64_t* sizes);
 
   PyObject* const* arguments_;
   Py_ssize_t next_ = 0;

@@ -71,12 +71,34 @@ Status check_pointers(const char* op, const Params& p) {
   return Status::ok();
 }
 
-inline Status check_arguments(const char* op, const TopkGateParams& p) {
-  KIMI_RETURN_IF_ERROR(check_options(op, p));
+// Ids in -1 .. E, where the host can read them.
+inline Status check_ids(const char* op, const int32_t* ids, int64_t count, int32_t num_experts) {
+  const auto [low, high] = std::minmax_element(ids, ids + count);
+  if (count == 0 || (*low >= -1 && *high <= num_experts)) return Status::ok();
+  return invalid(op, ": ids: expected -1 .. ", num_experts, ", got ", *low, " .. ", *high,
+                 "; mark slots without an expert with -1");
+}
+
+// What given and backward calls take: K ids a token.
+template <class Params>
+Status check_given(const char* op, const Params& p, const char* ids) {
+  KIMI_RETURN_IF_ERROR(check_logits(op, p));
+  KIMI_RETURN_IF_ERROR(check_score(op, p));
+  KIMI_RETURN_IF_ERROR(check_scaling(op, p));
+  return between(op, ids, p.top_k, 1, std::min(p.num_experts, KIMI_TOPK_GATE_MAX_K));
+}
+
+template <class Params>
+Status check_outputs(const char* op, const Params& p) {
   KIMI_RETURN_IF_ERROR(check_pointers(op, p));
   if (!p.tokens_per_expert || (p.num_tokens > 0 && !p.weights))
     return invalid(op, ": weights, tokens_per_expert: expected pointers, got NULL");
   return Status::ok();
+}
+
+inline Status check_arguments(const char* op, const TopkGateParams& p) {
+  KIMI_RETURN_IF_ERROR(check_options(op, p));
+  return check_outputs(op, p);
 }
 
 }  // namespace kimi::gate

@@ -205,12 +205,12 @@ void test_losses_refuse_sizes_and_say_their_workspace() {
   refuses([](P& p) { p.num_sequences = 0; }, "num_sequences: expected a divisor of the 0 tokens");
   refuses([](P& p) { p.num_tokens = int64_t{1} << 31; }, "num_tokens: expected 0..2147483647");
   refuses([](P& p) { p.logits_stride = -1; }, "logits_stride: expected 0 or more elements, got -1");
-  refuses([](P&) {}, "indices, loss, tokens_per_expert, workspace: expected pointers, got NULL");
+  refuses([](P&) {},
+          "loss, tokens_per_expert, sequence_tokens, workspace: expected pointers, got NULL");
   P sizes = {};
   sizes.num_tokens = 130, sizes.num_sequences = 2, sizes.num_experts = 10;
-  EXPECT(kimi_sequence_balance_loss_workspace_bytes(&sizes, KIMI_DEVICE_CPU) ==
-         4 * (2 * 2 * 10 + 2));
-  sizes.num_sequences = 0;
+  EXPECT(kimi_sequence_balance_loss_workspace_bytes(&sizes, KIMI_DEVICE_CPU) == 4 * 3);
+  sizes.num_tokens = -1;
   EXPECT(kimi_sequence_balance_loss_workspace_bytes(&sizes, KIMI_DEVICE_CPU) == 0);
   kimi_z_loss_params z = {};
   z.num_tokens = 65;

@@ -26,6 +26,7 @@ KNOWN: dict[str, set[tuple[str, ...]]] = {
 LAYERS = """
 kimi_ops.__main__
 kimi_ops.cli
+kimi_ops.agentic
 kimi_ops.train
 kimi_ops.plan
 kimi_ops.models.kimi_k2.chat kimi_ops.compat.grouped_gemm
@@ -36,8 +37,8 @@ kimi_ops
 kimi_ops._lazy
 kimi_ops._public
 kimi_ops.facts
-kimi_ops.gpu kimi_ops.invariance
-kimi_ops.optim
+kimi_ops.gpu kimi_ops.invariance kimi_ops.memory
+kimi_ops.nn kimi_ops.optim
 kimi_ops.parallel
 kimi_ops.moe
 kimi_ops.operators

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The command ``kimi-ops``: info, plan, train, generate, chat, demo, bench."""
+"""The command ``kimi-ops``: info, plan, train, generate, chat, demo,
+agentic, bench."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import typer
 
 import kimi_ops
 from kimi_ops import _program
+from kimi_ops.cli.agentic import agentic
 from kimi_ops.cli.bench import bench
 from kimi_ops.cli.chatting import chat
 from kimi_ops.cli.generating import generate
@@ -81,6 +83,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(chat)
 app.command()(demo)
+app.command()(agentic)
 app.command(
     add_help_option=False,  # --help is the benchmarks'
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -131,9 +131,10 @@ def _balance_loss(
 
     def both(logits: jax.Array, indices: jax.Array) -> Any:
         _, experts = _matrix("sequence_balance_loss", "logits", logits)
+        counts = result((num_sequences, experts), I32), result((num_sequences,), I32)
         return call(
-            "sequence_balance_loss", [result((), F32), result((num_sequences, experts), I32)],
-            logits, indices, num_sequences=num_sequences, **options,
+            "sequence_balance_loss", [result((), F32), *counts], logits, indices,
+            num_sequences=num_sequences, **options,
         )  # fmt: skip
 
     @jax.custom_vjp
@@ -141,14 +142,14 @@ def _balance_loss(
         return both(logits, indices)[0]
 
     def forward(logits: jax.Array, indices: jax.Array) -> tuple[jax.Array, Any]:
-        value, counts = both(logits, indices)
-        return value, (logits, counts, indices.shape[1])
+        value, *counts = both(logits, indices)
+        return value, (logits, *counts, indices.shape[1])
 
     def backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
-        logits, counts, k = kept
+        logits, *counts, k = kept
         like = [result(logits.shape, logits.dtype)]
         (dlogits,) = call(
-            "sequence_balance_loss_backward", like, grad, logits, counts, k=int(k), **options
+            "sequence_balance_loss_backward", like, grad, logits, *counts, k=int(k), **options
         )
         return dlogits, None
 
@@ -195,11 +196,11 @@ def permute_plan(indices: Any, num_experts: int, *, align: int = 1) -> Plan:
     return Plan(*call("permute_plan", like, indices, num_experts=num_experts, align=align))
 
 
-def unpermute(y: Any, plan: Plan, weights: Any = None) -> jax.Array:
-    """Tokens [T, H]: the sums of their rows y [R, H] times `weights` [T, K]; to both goes a
-    gradient."""
-    y = jnp.asarray(y)
-    return _unpermute(y, plan, None if weights is None else jnp.asarray(weights, F32))
+@jax.custom_vjp
+def permute(x: jax.Array, plan: Plan) -> jax.Array:
+    """Rows [R, H] grouped by expert, of tokens x [T, H]."""
+    like = [result((plan.source.shape[0], x.shape[1]), x.dtype)]
+    return call("permute", like, x, plan.row_map, plan.source)[0]
 
 
 @jax.custom_vjp
@@ -221,17 +222,17 @@ _unpermute.defvjp(
 )
 
 
-@jax.custom_vjp
-def permute(x: jax.Array, plan: Plan) -> jax.Array:
-    """Rows [R, H] grouped by expert, of tokens x [T, H]."""
-    like = [result((plan.source.shape[0], x.shape[1]), x.dtype)]
-    return call("permute", like, x, plan.row_map, plan.source)[0]
-
-
 permute.defvjp(
     lambda x, plan: (permute(x, plan), plan),
     lambda plan, grad: (_unpermute(grad, plan, None), None),
 )
+
+
+def unpermute(y: Any, plan: Plan, weights: Any = None) -> jax.Array:
+    """Tokens [T, H]: the sums of their rows y [R, H] times `weights` [T, K]; to both goes a
+    gradient."""
+    y = jnp.asarray(y)
+    return _unpermute(y, plan, None if weights is None else jnp.asarray(weights, F32))
 
 
 def sort_chunks(x: Any, split_sizes: Any, order: Any, *, inverse: bool = False) -> jax.Array:
