@@ -17,6 +17,9 @@ import torch
 
 from kimi_ops import _native
 
+# Before anything loads jax: two devices, of one processor.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
 ROOT = Path(__file__).resolve().parent.parent
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 

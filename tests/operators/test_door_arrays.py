@@ -249,6 +249,28 @@ def test_expanded_tensors_are_not_written(write):
     assert (x == 1).all()
 
 
+def test_expanded_tensors_are_read_as_their_copies():
+    """Elements that all lie at one place: the C API takes such strides for ones nobody has set."""
+    one, ends = torch.tensor(0.5), torch.tensor([2, 6], dtype=torch.int32)
+    logits = f(1, 16).expand(5, 16)
+    assert torch.equal(
+        kimi_ops.topk_gate(logits, 3).indices, kimi_ops.topk_gate(logits.contiguous(), 3).indices
+    )
+    calls = [
+        (kimi_ops.grouped_gemm, (one.expand(6, 8), f(2, 8, 5), ends)),
+        (kimi_ops.grouped_gemm, (f(6, 8), one.expand(2, 8, 5), ends)),
+        (kimi_ops.grouped_gemm, (f(6, 1)[:1].expand(6, 1), f(2, 1, 5), ends)),
+        (kimi_ops.grouped_gemm_wgrad, (f(6, 8), one.expand(6, 5), ends)),
+        (kimi_ops.permute, (f(1, 6).expand(4, 6), PLAN)),
+        (kimi_ops.unpermute, (f(1, 6).expand(8, 6), PLAN)),
+        (kimi_ops.attention_max_logits, (one.expand(1, 2, 3, 4), f(1, 2, 3, 4), 1.0)),
+        (kimi_ops.symmetric_matmul, (one.expand(3, 3), one.expand(3, 3))),
+    ]
+    for op, arguments in calls:
+        dense = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments]
+        assert torch.equal(op(*arguments), op(*dense)), op
+
+
 def _ends_well(code):
     """Whether a process of its own runs the code to its end, or refuses an argument."""
     prelude = "import numpy as np, tempfile, threading, torch, kimi_ops\nfrom kimi_ops import _C\n"

@@ -50,6 +50,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_exist(page):
+    if page.name == "jax.md":
+        pytest.importorskip("jax")
     for name in re.findall(r"`(?:torch\.ops\.)?kimi_ops((?:\.\w+)+)[`(]", page.read_text()):
         if not name.endswith(".h"):
             pkgutil.resolve_name(f"kimi_ops{name}")

@@ -173,7 +173,7 @@ def test_a_dead_environment_costs_no_compilation(installed):
     assert any(line.startswith("CMAKE_MAKE_PROGRAM") for line in dead)
     written, _ = build_again(tree)
     module = [
-        path for part in ("bindings", "comm") for path in (ROOT / "csrc" / part).glob("*.cpp")
+        path for part in ("bindings", "comm") for path in (ROOT / "csrc" / part).rglob("*.cpp")
     ]
     bindings = {f"{path.name}.o" for path in module}
     assert written <= bindings - {"c_api.cpp.o"}  # the one path that they include is another

@@ -49,7 +49,7 @@ def test_native_ops_mirror_their_name_everywhere(op):
         "docs/ops/{0}.md", "tests/ops/test_{0}_torch.py",
     ):  # fmt: skip
         assert (ROOT / place.format(op)).exists(), place.format(op)
-    assert op in OPS and _native._C.cpu_engine(op), f"{op}: not in info.OPS or kimi_cpu_engine"
+    assert op in OPS and _native._C.cpu_engine(op), f"{op}: not in facts.OPS or kimi_cpu_engine"
     header = "".join(path.read_text() for path in (ROOT / "csrc").glob("kimi_ops*.h"))
     assert f"- {op}" in header or f" {op}:" in header
     assert re.search(rf"^\| \[?`{op}`", (ROOT / "README.md").read_text(), re.MULTILINE)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The structs of XLA's foreign function interface that a handler is called with. Their layout is an
-// ABI of major version 0 (fields are only added at ends); tests/jax holds it against the header that
+// ABI of major version 0 (fields are only added at ends); tests/arrays holds it against the header that
 // jaxlib carries. No header of XLA is needed to build, and no version of jax is bound.
 #pragma once
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
