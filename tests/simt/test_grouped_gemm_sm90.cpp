@@ -76,6 +76,17 @@ TEST(rows_store) {
         }
 }
 
+// Of 16 rows the last one belongs to the next group, whose tile another block writes: before or after.
+TEST(rows_store_none_of_the_next_group) {
+  for (uint64_t seed = 40; seed < 46; ++seed) {
+    Case c{.offsets = {15, 30, 45, 60, 75}, .num_rows = 75, .seed = seed};
+    c.cols = 72;
+    c.depth = 16;
+    c.out_dtype = seed % 2 == 0 ? KIMI_FLOAT32 : KIMI_BFLOAT16;
+    check_product(c);
+  }
+}
+
 // Many tiles of a block one after the other, of any number of stages.
 TEST(rows_store_of_many_tiles) {
   uint64_t seed = 60;
@@ -152,6 +163,19 @@ TEST(activate) {
         c.poison = 2;
         check_product(c);
       }
+}
+
+// A block's tiles one after the other leave an odd number of boxes, by TMA and lane by lane in turns.
+TEST(activate_many_tiles) {
+  for (uint64_t seed = 230; seed < 234; ++seed) {
+    Case c{.epilogue = Epilogue::kActivate, .seed = seed};
+    c.offsets = {16, 32, 47, 62, 78, 94, 109, 124, 140, 156, 171, 186};
+    c.num_rows = 186;
+    c.cols = 40;
+    c.depth = 8;
+    c.keep_gate_up = seed % 2 == 0;
+    check_product(c);
+  }
 }
 
 // 16 rows leave by TMA, 15 lane by lane: what a row becomes does not depend on those beside it.
@@ -331,10 +355,13 @@ TEST(nothing_is_written_without_an_epilogue) {
 TEST(trials_are_read_from_their_text) {
   const sm90::Trial usual;
   CHECK(sm90::trial_of("").lead == usual.lead);
-  const sm90::Trial t = sm90::trial_of("lead=2,swizzle=0,order=x,prefetch=,nothing=1,turn=0,boxes");
+  const sm90::Trial t = sm90::trial_of("lead=2,order=x,prefetch=,nothing=1,turn=0,boxes");
   CHECK(t.lead == 2 && t.turn == 0);
-  CHECK(t.swizzle == 1);  // there is a row tile at least
   CHECK(t.order == usual.order && t.prefetch == usual.prefetch && t.boxes == usual.boxes);
+  // A row tile at least; times the column tiles it is a number of 32 bits that tiles are divided by.
+  for (const char* text : {"swizzle=0", "swizzle=257", "swizzle=536870912"})
+    CHECK(sm90::trial_of(text).swizzle == usual.swizzle);
+  CHECK(sm90::trial_of("swizzle=1").swizzle == 1 && sm90::trial_of("swizzle=256").swizzle == 256);
 }
 
 kimi_status g_code;

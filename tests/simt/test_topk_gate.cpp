@@ -73,9 +73,14 @@ std::vector<T> make_logits(const Case& c, std::mt19937& random) {
   std::vector<T> logits(static_cast<size_t>(c.tokens - 1) * stride + c.experts,
                         from_float<T>(kNaN));
   for (int t = 0; t < c.tokens; ++t) {
-    const int kind = static_cast<int>(random() % 8);
-    for (int e = 0; e < c.experts; ++e)
-      logits[static_cast<size_t>(t) * stride + e] = from_float<T>(logit(random, kind));
+    const int kind = static_cast<int>(random() % 9), lane = static_cast<int>(random() % 32);
+    const bool wide = random() % 2 == 0;
+    for (int e = 0; e < c.experts; ++e) {
+      float x = logit(random, kind == 8 ? 0 : kind);
+      // The best eight belong to one lane, which owns experts by fours or every 32nd.
+      if (kind == 8 && e < 256 && (wide ? e / 4 : e) % 32 == lane) x = 12.0f + x / 8;
+      logits[static_cast<size_t>(t) * stride + e] = from_float<T>(x);
+    }
   }
   return logits;
 }

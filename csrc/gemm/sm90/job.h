@@ -15,7 +15,7 @@ namespace kimi::gemm::sm90 {
 // the same bits.
 // Where it is set at the first launch it is read again at each one, so that variants take turns.
 struct Trial {
-  int32_t swizzle = 16;   // row tiles that share a column tile before the next one comes
+  int32_t swizzle = 16;   // 1..256 row tiles share a column tile before the next one comes
   int32_t turn = 1;       // each column and group begins with another row tile
   int32_t lead = 0;       // stages that consumer 0 is ahead of consumer 1 at the start of a tile
   int32_t boxes = 1;      // K-grouped: a stage of an operand by one load

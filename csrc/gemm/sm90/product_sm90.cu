@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kBytes = 2;  // of an element
 constexpr int64_t kTileRows = 128;
 constexpr int64_t kMultiprocessors = 132;
+constexpr long kMostSwizzle = 256;  // times all column tiles it fits 32 bits
 
 bool is_stride(int64_t elements) {
   return elements > 0 && elements * kBytes % 16 == 0 && elements * kBytes < int64_t{1} << 40;
@@ -59,7 +60,7 @@ bool serves_batch(const Product& p) {
 Trial& trial() {
   const auto read = [] { return std::getenv("KIMI_OPS_TRIAL"); };
   static const bool changes = read() != nullptr;
-  static Trial value;
+  static thread_local Trial value;  // threads may launch side by side
   if (changes) value = trial_of(read());
   return value;
 }
@@ -83,17 +84,17 @@ Trial trial_of(const char* text) {
       if (std::strncmp(text, name, length) != 0 || text[length] != '=') continue;
       char* last = nullptr;
       const long wanted = std::strtol(text + length + 1, &last, 10);
-      known = last == end && end > text + length + 1 && wanted >= 0 && wanted < 1 << 30;
+      const long least = value == &trial.swizzle, most = least > 0 ? kMostSwizzle : 1 << 30;
+      known = last == end && end > text + length + 1 && wanted >= least && wanted <= most;
       if (known) *value = static_cast<int32_t>(wanted);
     }
     if (!known)
       std::fprintf(stderr,
-                   "kimi_ops: KIMI_OPS_TRIAL: %.*s: expected name=number with a name of "
-                   "gemm/sm90/job.h; it is as without\n",
+                   "kimi_ops: KIMI_OPS_TRIAL: %.*s: expected name=number with a name and "
+                   "a value of gemm/sm90/job.h; it is as without\n",
                    static_cast<int>(end - text), text);
     text = *end == ',' ? end + 1 : end;
   }
-  trial.swizzle = std::max(trial.swizzle, 1);
   return trial;
 }
 
