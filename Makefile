@@ -78,7 +78,7 @@ bench: .venv/test.ready
 	$(BIN)/python -m benchmarks --quick
 
 clean:
-	rm -rf build python/kimi_ops/*.so python/kimi_ops/include
+	rm -rf build python/kimi_ops/*.so $(addprefix python/kimi_ops/,cmake include pkgconfig)
 
 # The build tools live in .venv, so that later builds are incremental (no isolated environment).
 .venv/tools.ready:

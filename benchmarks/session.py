@@ -18,7 +18,7 @@ from benchmarks.measure import compute_peak, read_bandwidth
 from benchmarks.options import parse, parser
 from benchmarks.plot import plot
 from benchmarks.report import Table
-from kimi_ops.info import describe, info
+from kimi_ops.facts import describe, info
 
 Case = TypeVar("Case")
 

@@ -28,6 +28,7 @@ struct Forward {
       b.call->value_error("b", "expected shape [E, K=", a.size(1), ", N], got ", b.shape_text(),
                           "; for weights [E, N, K] pass w.transpose(1, 2)");
     p.offsets = offsets_of(offsets, b.size(0), a);
+    b = b.apart();
     p.b = b.data();
     p.b_expert_stride = b.stride(0);
     p.b_k_stride = b.stride(1);
@@ -48,7 +49,7 @@ void multiply(Call& call, kimi_grouped_gemm_params& p, const Tensor& rows, void*
   p.dtype = native(a.dtype);
   p.out = out;
   p.out_dtype = native(type);
-  p.workspace = call.workspace(kimi_grouped_gemm_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_grouped_gemm_workspace_bytes);
   call.run(kimi_grouped_gemm, p);
 }
 
@@ -113,7 +114,7 @@ struct Wgrad {
     p.out_expert_stride = out_strides[0];
     p.out_k_stride = out_strides[1];
     p.out_n_stride = out_strides[2];
-    p.workspace = call.workspace(kimi_grouped_gemm_wgrad_workspace_bytes(&p, call.device()));
+    call.workspace(p, kimi_grouped_gemm_wgrad_workspace_bytes);
     call.run(kimi_grouped_gemm_wgrad, p);
   }
 };

@@ -10,7 +10,7 @@
 //               candidates with a larger key, or an equal one and a lower id
 //   slot k      weight from the exact scores, summed in the order of the slots
 //
-// Only a sigmoid without groups has estimates. Otherwise a[E] are the exact choices, as they are for
+// Only a sigmoid without groups, chosen by scores, has estimates. Otherwise a[E] are the exact choices, as they are for
 // a row of fewer than K candidates (NaN) or more than 32 (saturated or equal scores): scored in a
 // loop into shared memory, where groups exclude theirs; the bound is tau. Of a row whose ties still
 // are too many, K rounds over all keys choose.
@@ -55,7 +55,7 @@ struct Layout {
 };
 
 __device__ inline bool estimated(const TopkGateParams& p) {
-  return p.score_function == KIMI_SCORE_SIGMOID && p.num_groups == 1;
+  return p.score_function == KIMI_SCORE_SIGMOID && p.num_groups == 1 && !p.select_logits;
 }
 
 template <class T>
@@ -91,6 +91,7 @@ __device__ inline void load_row(const T* row, int num_experts, Layout at, float 
 
 // The choice of an expert with logit z; every NaN chooses as -inf.
 __device__ inline float choice_of(const TopkGateParams& p, int expert, float z, float score) {
+  if (p.select_logits) score = clean<CudaOps>(z);
   const float choice = add_rn(score, p.expert_bias != nullptr ? p.expert_bias[expert] : 0.0f);
   return z != z || choice != choice ? -INFINITY : choice;
 }

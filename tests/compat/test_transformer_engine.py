@@ -316,7 +316,7 @@ MAP = te.moe_permute(X, MASK, 6)[1]
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda: te.moe_permute(X, MASK, 0), "num_out_tokens: expected 1"),
+        (lambda: te.moe_permute(X, MASK, -1), "num_out_tokens: expected 0"),
         (lambda: te.moe_permute(X, MASK, 6, map_type="bits"), "map_type: expected one of"),
         (lambda: te.moe_permute(X, MASK[:2], 6), r"routing_map: expected shape \[3, E\]"),
         (lambda: te.moe_permute(X, MASK[0], 6), "routing_map: expected shape"),

@@ -112,19 +112,17 @@ void fill(Params& p, const Case& c, const Layer& l) {
 void run(const Case& c, const Layer& l, Results& r) {
   kimi_fused_experts_params p = {};
   fill(p, c, l);
-  const Buffer workspace(kimi_fused_experts_workspace_bytes(&p, KIMI_DEVICE_CPU));
+  const Workspace workspace(p, kimi_fused_experts_workspace_bytes);
   p.y = r.y.data.get(), p.gate_up = c.saved ? r.gate_up.data.get() : nullptr;
-  p.workspace = workspace.data.get();
   check(kimi_fused_experts(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK, "fused_experts");
 
   kimi_fused_experts_backward_params b = {};
   fill(b, c, l);
   b.dy = l.dy.data.get(), b.dy_stride = c.hidden;
   b.gate_up = c.saved ? r.gate_up.data.get() : nullptr;
-  const Buffer scratch(kimi_fused_experts_backward_workspace_bytes(&b, KIMI_DEVICE_CPU));
+  const Workspace scratch(b, kimi_fused_experts_backward_workspace_bytes);
   b.dx = r.dx.data.get(), b.grad_w_gate_up = r.grad_w_gate_up.data.get();
   b.grad_w_down = r.grad_w_down.data.get(), b.grad_weights = r.grad_weights.data();
-  b.workspace = scratch.data.get();
   check(kimi_fused_experts_backward(&b, KIMI_DEVICE_CPU, nullptr) == KIMI_OK, "backward");
 }
 

@@ -37,7 +37,8 @@ def fused_experts(
     x : Tensor [T, H] bfloat16, float16, float32 or float64
     w_gate_up : Tensor [E, 2F, H], the dtype of x
         The F gate rows first, then the F up rows. A `Fp8BlockWeight` or `Int4GroupWeight` of that
-        shape is dequantised to the dtype of x (CPU only, read only; not beside float64 tokens).
+        shape is dequantised to the dtype of x (CPU only, read only; not beside float64 tokens). On
+        Hopper two `Fp8BlockWeight` meet x and h as `Fp8Rows` (no gradients; 16 divides H, 128 F).
     w_down : Tensor [E, H, F], the dtype of x, or quantised
     weights : Tensor [T, K] float32 (float64 beside float64 tokens)
     indices : Tensor [T, K] int32

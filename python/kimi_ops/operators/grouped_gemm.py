@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_ops.operators.registry import Operator, wanted
+from kimi_ops import formats
+from kimi_ops.operators.registry import Operator, define, wanted
 from kimi_ops.reference import grouped_gemm as reference
 
 
@@ -112,6 +113,45 @@ grouped_gemm_wgrad_out = Operator(
 )
 
 # ---- quantised weights: no gradient of their own, moe.quantized_gemm adds that of the rows
+
+
+class _Matrices:
+    """The matrices [N, K] of stored weights as `reference.forward` reads them: one at a time."""
+
+    def __init__(self, data: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self._stored, self._dtype = (data, scale), dtype
+        self.shape = quantized_shape(data)
+
+    def __getitem__(self, index: int) -> Tensor:
+        data, scale = (tensor[index] for tensor in self._stored)
+        packed = data.dtype == torch.int32
+        dequantize = formats.dequantize_int4 if packed else formats.dequantize_fp8
+        return dequantize(data, scale).to(self._dtype)
+
+
+def quantized_shape(data: Tensor) -> tuple[int, int, int]:
+    """[E, N, K] of the first of the stored tensors."""
+    experts, rows, columns = data.shape
+    return experts, rows, columns * (formats.INT4_WORD if data.dtype == torch.int32 else 1)
+
+
+def _rows_gradient(dc: Tensor, data: Tensor, scale: Tensor, offsets: Tensor) -> Tensor:
+    matrices: Any = _Matrices(data, scale, dc.dtype)
+    out = _rows_gradient_output(dc, data, scale, offsets)
+    return reference.forward(dc.contiguous(), matrices, offsets, None, out)
+
+
+def _rows_gradient_output(dc: Tensor, data: Tensor, *_: Any) -> Tensor:
+    return dc.new_empty((dc.shape[0], quantized_shape(data)[2]))
+
+
+# da[r] = dc[r] @ W[e(r)]
+quantized_gemm_dgrad = define(
+    "quantized_gemm_dgrad",
+    "quantized_gemm_dgrad(Tensor dc, Tensor data, Tensor scale, Tensor offsets) -> Tensor",
+    _rows_gradient,
+    _rows_gradient_output,
+)
 
 
 def _quantized_output(

@@ -52,8 +52,8 @@ class Operator:
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.native, self.otherwise = native or self.name, otherwise
-        self.op = _define(self.name, schema, self.forward, fake)
-        self.plain, self.function = self.op, None
+        self.op = define(self.name, schema, self.forward, fake)
+        self.plain, self.function, self.transformed = self.op, None, None
         if not differentiable or "(a!)" in schema:
             return
         backward = backward or _refuse_derivative(self.name)
@@ -61,9 +61,10 @@ class Operator:
             f"kimi_ops::{self.name}", backward, setup_context=setup_context, lib=library
         )
         self.function = _function(self.name, self.forward, setup_context, backward)
+        self.transformed = _transformed(self.function, self.forward, setup_context)
         # Without autograd: what compilers see where no gradient can be asked for.
         twin = f"{self.name}_forward"
-        self.plain = _define(twin, twin + schema[len(self.name) :], self.forward, fake)
+        self.plain = define(twin, twin + schema[len(self.name) :], self.forward, fake)
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
@@ -84,6 +85,8 @@ class Operator:
             return (self.function.apply if self.function else self.forward)(*arguments)
         if forward_ad._current_level >= 0:
             _refuse_duals(self.name, arguments)
+        if self.transformed and torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.transformed.apply(*arguments)
         return self._dispatch(arguments)
 
     def _dispatch(self, arguments: tuple[Any, ...]) -> Any:
@@ -93,7 +96,7 @@ class Operator:
         return self.op(*arguments) if wanted else self.plain(*arguments)
 
 
-def _define(name: str, schema: str, forward: Function, fake: Function) -> Any:
+def define(name: str, schema: str, forward: Function, fake: Function) -> Any:
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
         library.impl(name, forward, key)
@@ -136,6 +139,25 @@ def _function(
 
     Differentiable.__name__ = Differentiable.__qualname__ = name
     return Differentiable
+
+
+def _transformed(
+    function: type[torch.autograd.Function], native: Function, setup_context: Function | None
+) -> type[torch.autograd.Function]:
+    """`function` as torch.func wants it: each call of such a one costs some 50 us more."""
+
+    class Transformed(function):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return native(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+
+    Transformed.__name__ = Transformed.__qualname__ = function.__name__
+    return Transformed
 
 
 def wanted(ctx: Any, index: int) -> bool:

@@ -83,26 +83,50 @@ def wgrad(a: Tensor, dc: Tensor, offsets: Tensor, out: Tensor, accumulate: bool)
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
+        a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(a, b, offsets, bias)
         return forward(a, b, offsets, bias, a.new_empty(a.shape[0], b.shape[2], dtype=dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+
+    @staticmethod
     def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
         a, b, offsets, bias = ctx.saved_tensors
         da = db = dbias = None
         dc = dc.contiguous().to(a.dtype)
         if ctx.needs_input_grad[0]:
-            da = forward(dc, b.transpose(1, 2), offsets, None, torch.empty_like(a))
-        if ctx.needs_input_grad[1]:  # in b's own stride order, so that .grad needs no copy
-            db = wgrad(a, dc, offsets, torch.empty_like(b), accumulate=False)
+            da = _GroupedGemm.apply(dc, b.transpose(1, 2), offsets, None, a.dtype)
+        if ctx.needs_input_grad[1]:
+            db = _Wgrad.apply(a, dc, offsets, b)
         if bias is not None and ctx.needs_input_grad[3]:
             ones = dc.new_ones(dc.shape[0], 1)
-            empty = dc.new_empty(b.shape[0], 1, b.shape[2])
-            dbias = wgrad(ones, dc, offsets, empty, accumulate=False)[:, 0].to(bias.dtype)
+            dbias = _Wgrad.apply(ones, dc, offsets, bias[:, None])[:, 0].to(bias.dtype)
         return da, db, None, dbias, None
+
+
+class _Wgrad(torch.autograd.Function):
+    """In the stride order of b, so that its .grad needs no copy."""
+
+    @staticmethod
+    def forward(a: Tensor, dc: Tensor, offsets: Tensor, b: Tensor) -> Tensor:
+        return wgrad(a, dc, offsets, torch.empty_like(b, dtype=a.dtype), accumulate=False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+        """Both operands are rows: each gets the other's rows times its group's matrix."""
+        a, dc, offsets = ctx.saved_tensors
+        da = ddc = None
+        if ctx.needs_input_grad[0]:
+            da = _GroupedGemm.apply(dc, dw.transpose(1, 2), offsets, None, dw.dtype)
+        if ctx.needs_input_grad[1]:
+            ddc = _GroupedGemm.apply(a, dw, offsets, None, dw.dtype)
+        return da, ddc, None, None
 
 
 def grouped_gemm(
