@@ -20,8 +20,8 @@ class MLP(nn.Module):
         H and F.
     activation : {"silu", "gelu", "situ"}
         As `kimi_ops.fused_experts` defines them.
-    device, dtype : optional
-        Of the parameters.
+    **factory
+        ``device`` and ``dtype`` of the parameters.
 
     Raises
     ------
