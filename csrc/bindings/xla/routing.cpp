@@ -79,13 +79,22 @@ Status sequence_balance_loss(Frame& f) {
   kimi_sequence_balance_loss_params p = {};
   set_logits(f, p);
   const Tensor& indices = f.next("indices", {kS32}, {p.num_tokens, kAny});
-  p.indices = indices.as<int32_t>();
   p.top_k = int32_t(indices.size(1));
   p.num_sequences = f.integer("num_sequences");
   set_score(f, p);
   p.coefficient = float(f.number("coefficient"));
   p.loss = f.out({kF32}, {}).as<float>();
-  p.tokens_per_expert = f.out({kS32}, {p.num_sequences, p.num_experts}).as<int32_t>();
+  kimi_sequence_counts_params counts = {};
+  counts.indices = indices.as<int32_t>();
+  counts.tokens_per_expert = f.out({kS32}, {p.num_sequences, p.num_experts}).as<int32_t>();
+  counts.sequence_tokens = f.out({kS32}, {p.num_sequences}).as<int32_t>();
+  counts.num_tokens = p.num_tokens;
+  counts.num_sequences = p.num_sequences;
+  counts.num_experts = p.num_experts;
+  counts.top_k = p.top_k;
+  p.tokens_per_expert = counts.tokens_per_expert;
+  p.sequence_tokens = counts.sequence_tokens;
+  KIMI_RETURN_IF_ERROR(f.run(kimi_sequence_counts, counts));
   return f.run(kimi_sequence_balance_loss, p, kimi_sequence_balance_loss_workspace_bytes);
 }
 
@@ -96,6 +105,7 @@ Status sequence_balance_loss_backward(Frame& f) {
   const Tensor& counts = f.next("tokens_per_expert", {kS32}, {kAny, p.num_experts});
   p.tokens_per_expert = counts.as<int32_t>();
   p.num_sequences = counts.size(0);
+  p.sequence_tokens = f.next("sequence_tokens", {kS32}, {p.num_sequences}).as<int32_t>();
   p.top_k = f.int32("k");
   set_score(f, p);
   p.coefficient = float(f.number("coefficient"));

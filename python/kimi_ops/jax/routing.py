@@ -131,9 +131,10 @@ def _balance_loss(
 
     def both(logits: jax.Array, indices: jax.Array) -> Any:
         _, experts = _matrix("sequence_balance_loss", "logits", logits)
+        counts = result((num_sequences, experts), I32), result((num_sequences,), I32)
         return call(
-            "sequence_balance_loss", [result((), F32), result((num_sequences, experts), I32)],
-            logits, indices, num_sequences=num_sequences, **options,
+            "sequence_balance_loss", [result((), F32), *counts], logits, indices,
+            num_sequences=num_sequences, **options,
         )  # fmt: skip
 
     @jax.custom_vjp
@@ -141,14 +142,14 @@ def _balance_loss(
         return both(logits, indices)[0]
 
     def forward(logits: jax.Array, indices: jax.Array) -> tuple[jax.Array, Any]:
-        value, counts = both(logits, indices)
-        return value, (logits, counts, indices.shape[1])
+        value, *counts = both(logits, indices)
+        return value, (logits, *counts, indices.shape[1])
 
     def backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
-        logits, counts, k = kept
+        logits, *counts, k = kept
         like = [result(logits.shape, logits.dtype)]
         (dlogits,) = call(
-            "sequence_balance_loss_backward", like, grad, logits, counts, k=int(k), **options
+            "sequence_balance_loss_backward", like, grad, logits, *counts, k=int(k), **options
         )
         return dlogits, None
 

@@ -39,17 +39,34 @@ class _QuantizedGemm(torch.autograd.Function):
         ctx.dtype = a.dtype
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
         da = dbias = None
         dc = dc.to(ctx.dtype)
         if ctx.needs_input_grad[0]:
-            da = operators.quantized_gemm_dgrad(dc, *ctx.weight.tensors().values(), offsets)
+            da = _RowsGradient.apply(dc, ctx.weight, offsets)
         if ctx.needs_input_grad[3]:
             ones = dc.new_ones(dc.shape[0], 1)
             dbias = operators.grouped_gemm_wgrad(ones, dc, offsets, ctx.dtype)[:, 0]
         return da, None, None, dbias, None
+
+
+class _RowsGradient(torch.autograd.Function):
+    """da[r] = dc[r] @ W[e(r)]: linear, so that its own gradient is a product again."""
+
+    @staticmethod
+    def forward(dc: Tensor, weight: QuantizedWeight, offsets: Tensor) -> Tensor:
+        return operators.quantized_gemm_dgrad(dc, *weight.tensors().values(), offsets)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.weight, offsets = inputs
+        ctx.save_for_backward(offsets)
+
+    @staticmethod
+    def backward(ctx: Any, dda: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets,) = ctx.saved_tensors
+        return quantized_gemm(dda, ctx.weight, offsets, None, None, dda.dtype), None, None
 
 
 def quantized_gemm(

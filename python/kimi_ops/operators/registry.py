@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from kimi_ops import _native
@@ -69,7 +71,13 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._dispatch(arguments)
-        result = getattr(_native.engine.eager, self.native)(*arguments)
+        try:
+            result = getattr(_native.engine.eager, self.native)(*arguments)
+        except TypeError:
+            alive = unwrap_dead_wrappers(arguments)  # of a transform that is over: a vjp's pullback
+            if all(a is b for a, b in zip(alive, arguments, strict=True)):
+                raise
+            return self(*alive)
         return result if type(result) is not int else self._way(result, arguments)
 
     def forward(self, *arguments: Any) -> Any:
@@ -85,7 +93,8 @@ class Operator:
             return (self.function.apply if self.function else self.forward)(*arguments)
         if forward_ad._current_level >= 0:
             _refuse_duals(self.name, arguments)
-        if self.transformed and torch._C._functorch.peek_interpreter_stack() is not None:
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if self.transformed and transform and transform.key() != TransformType.Functionalize:
             return self.transformed.apply(*arguments)
         return self._dispatch(arguments)
 
