@@ -92,7 +92,8 @@ def router(logs: Path) -> list[Step]:
 
 
 def trials(logs: Path) -> list[Step]:
-    return [script("trials", 240, logs)]
+    """In four minutes together."""
+    return [script("clocks", 30, logs), script("trials", 210, logs)]
 
 
 def profile(logs: Path, kernels: tuple[str, ...] = PROFILED) -> list[Step]:

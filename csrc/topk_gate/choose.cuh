@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "device/clock.cuh"
 #include "device/estimate.cuh"
 #include "device/vec.cuh"
 #include "topk_gate/filter.h"
@@ -221,9 +222,12 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
   RowScale row;
   int found = 0;
   const auto enough = [&] { return found >= top_k && found <= kWarpSize; };
+  clock_mark(0);
   if (estimated(p)) {
     estimate_choices(p, logits, at, load_bias, a);
+    clock_mark(1);
     const float tau = kth_of_lanes(a, top_k);
+    clock_mark(2);
     if (tau > -INFINITY)
       found = collect(a, at, candidates_from<CudaOps>(tau, kSigmoidError), board);
   }
@@ -237,6 +241,7 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
     }
     found = collect(a, at, kth_of_lanes(a, top_k), board);
   }
+  clock_mark(3);
   int32_t id = 0;
   float z = 0.0f, u = 0.0f;
   if (enough()) {
@@ -248,6 +253,7 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
       mine = add_rn(choice_of(p, id, z, u), 0.0f);  // -0 is +0
     }
     board.choice[lane] = mine;
+    clock_mark(4);
     uint32_t equal = warp_match(bits_of(mine)) & ~(1u << lane);
     warp_barrier();
     float larger = 0.0f;
@@ -277,6 +283,7 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
   }
   if (lane >= top_k) board.score[lane] = 0.0f;
   warp_barrier();
+  clock_mark(5);
   float total = 0.0f;
 #pragma unroll 1
   for (int i = 0; i < top_k; i += 4) {  // scores are no -0: 0 beyond K changes nothing
@@ -287,6 +294,7 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
   const float scale = p.renormalize
                           ? div_rn(p.scaling_factor, add_rn(total, KIMI_TOPK_GATE_EPSILON))
                           : p.scaling_factor;
+  clock_mark(6);
   return {board.chosen[lane], mul_rn(board.score[lane], scale)};
 }
 

@@ -2,7 +2,7 @@
 """The public names, all of which work on torch's tensors or beside them. Loading this module loads
 torch: kimi_ops/__init__.py does when somebody asks for one of them."""
 
-from kimi_ops import nn
+from kimi_ops import activations, nn  # noqa: F401  (submodules, there without an import)
 from kimi_ops.building import get_cmake_dir, get_include, get_pkgconfig_dir
 from kimi_ops.facts import info
 from kimi_ops.invariance import is_batch_invariant, set_batch_invariant
@@ -23,7 +23,7 @@ from kimi_ops.moe.dense import (
 )
 from kimi_ops.moe.eplb import ExpertPlacement, eplb
 from kimi_ops.moe.expert_loads import ExpertLoads
-from kimi_ops.moe.fused_experts import fused_experts
+from kimi_ops.moe.fused_experts import fused_experts, join_gate_up_
 from kimi_ops.moe.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from kimi_ops.moe.permute import (
     PermutePlan,
@@ -74,10 +74,10 @@ __all__ = [
     "grouped_gemm_wgrad",
     "info",
     "is_batch_invariant",
+    "join_gate_up_",
     "move_experts",
     "muon_param_groups",
     "newton_schulz",
-    "nn",
     "normalized_scores",
     "ns_flops",
     "permute",

@@ -170,7 +170,20 @@ def test_losses_and_the_optimizer():
     assert kn.z_loss_backward(np.array(1, F32), logits, lse, tokens).shape == (6, 8)
     gate = kn.topk_gate(logits, 2)
     balance, counts = kn.sequence_balance_loss(logits, gate.indices, num_sequences=2)
-    assert counts.sum() == 12 and balance > 0
+    assert counts.tokens_per_expert.sum() == 12 and counts.tokens.tolist() == [3, 3]
+    assert balance > 0
+    one, step = np.array(1, F32), 1e-2
+    gradient = kn.sequence_balance_loss_backward(one, logits, counts, 2)
+    along = f(6, 8)
+    shifted = [
+        kn.sequence_balance_loss(logits + s * step * along, gate.indices, num_sequences=2)[0]
+        for s in (1, -1)
+    ]
+    want = (shifted[0] - shifted[1]) / (2 * step)
+    assert np.sum(gradient * along) == pytest.approx(want, rel=1e-2, abs=1e-3)
+    histogram = np.zeros((8, 10), I32)
+    kn.quantile_histogram_(histogram, logits, np.zeros(6, F32), np.array([-1, 1], F32))
+    assert histogram.sum() == 48
     x = kn.newton_schulz(weights, steps=10, coefficients=(1.5, -0.5, 0.0))
     assert np.allclose(np.linalg.svd(x, compute_uv=False), 1, atol=2e-2)
     assert kn.newton_schulz(np.asfortranarray(weights[0])).shape == (4, 7)
@@ -184,6 +197,28 @@ def test_other_frameworks_arrays_enter_and_numpy_s_come_out():
     assert type(ours) is np.ndarray and np.array_equal(ours, kn.topk_gate(logits, 2).indices)
     with pytest.raises(TypeError, match=r"topk_gate: logits: .*require gradient"):
         kn.topk_gate(torch.from_numpy(logits).requires_grad_(), 2)
+
+
+def test_experts_that_were_chosen_elsewhere():
+    logits = f(5, 8)
+    gate = kn.topk_gate(logits, 3)
+    given = kn.topk_gate_given(logits, gate.indices)
+    assert np.allclose(given.weights, gate.weights)
+    assert np.array_equal(given.tokens_per_expert, gate.tokens_per_expert)
+
+
+def test_biases_and_rows_with_gaps():
+    x, up, down, gate = layer(F32)
+    plan, biases = kn.permute_plan(gate.indices, 4), {"b_gate_up": f(4, 24), "b_down": f(4, 16)}
+    y = kn.fused_experts(x, up, down, gate.weights, gate.indices, **biases)
+    grads = kn.fused_experts_backward(np.ones_like(y), x, up, down, gate.weights, plan, **biases)
+    assert len(grads) == 6 and grads[5].shape == (4, 16)
+    for e in range(4):  # d sum(y) / d b_down[e]: the weights that its tokens give it
+        of_expert = np.sum(gate.weights[gate.indices == e])
+        assert np.allclose(grads[5][e], of_expert, rtol=1e-5)
+    a, b, ends = f(6, 4), f(2, 4, 3), np.array([2, 6], I32)
+    gaps = kn.grouped_gemm(a, b, ends, starts=np.array([0, 4], I32))
+    assert np.allclose(gaps[4:], a[4:] @ b[1], atol=1e-5) and not gaps[2:4].any()
 
 
 def test_refusals_name_the_op():

@@ -33,9 +33,9 @@ def test_all_fit_their_four_minutes(monkeypatch, capsys) -> None:
     trials.main()
     *_, last = capsys.readouterr().out.splitlines()
     name, seconds, _ = last.split()
-    (step,) = parts.trials(Path())
+    clocks, step = parts.trials(Path())
     assert name == "all" and 30 < float(seconds) < 0.8 * step.limit_s
-    assert step.limit_s <= 240
+    assert clocks.limit_s + step.limit_s <= 240
 
 
 def test_bits_may_be_other_without_an_epilogue_alone() -> None:

@@ -5,7 +5,9 @@
 namespace kimi::xla {
 namespace {
 
-constexpr std::initializer_list<const char*> kActivations = {"silu", "gelu", "situ"};
+constexpr std::initializer_list<const char*> kActivations = {"silu", "gelu", "situ", "gelu_tanh",
+                                                              "relu2"};
+constexpr float kSituGate = 4.0f, kSituUp = 25.0f;  // the bounds of Kimi K3
 constexpr std::initializer_list<const char*> kMethods = {"standard", "symmetric", "gram"};
 
 kimi_expert_weights weights_of(const Tensor& w) {
@@ -36,6 +38,8 @@ void set_layer(Frame& f, Params& p) {
   p.source = source.as<int32_t>();
   p.offsets = offsets.as<int32_t>();
   p.activation = kimi_activation(f.choice("activation", kActivations));
+  p.numbers.gate_bound = kSituGate;
+  p.numbers.up_bound = kSituUp;
 }
 
 }  // namespace

@@ -24,6 +24,7 @@
 // instead of 96.
 #pragma once
 
+#include "device/clock.cuh"
 #include "device/cluster.cuh"
 #include "device/math.cuh"
 #include "device/warp.cuh"
@@ -70,6 +71,7 @@ __device__ inline void sum_promoted(Shared<X>& s, const Work& work, int consumer
   const int stages = stages_of<X>(work);
 #pragma unroll 1
   for (int step = 0; step < stages; ++step, ring.next()) {
+    clock_mark(step / 8, step % 8 == 0);
     mbarrier_wait(s.full[ring.at], ring.parity);
     const Stage<X>& stage = s.stages[ring.at];
     const uint64_t a = wgmma_descriptor<kMajor>(stage.a + consumer * kBoxBytes);

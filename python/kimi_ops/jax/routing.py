@@ -61,7 +61,7 @@ def _gate(
     renormalize: bool,
     scaling_factor: float,
 ) -> Callable[..., Gate]:
-    weighting = {
+    weighting: dict[str, Any] = {
         "score_function": score_function, "renormalize": renormalize,
         "scaling_factor": scaling_factor,
     }  # fmt: skip
@@ -127,7 +127,7 @@ def sequence_balance_loss(
 def _balance_loss(
     num_sequences: int, score_function: str, coefficient: float
 ) -> Callable[..., Any]:
-    options = {"score_function": score_function, "coefficient": coefficient}
+    options: dict[str, Any] = {"score_function": score_function, "coefficient": coefficient}
 
     def both(logits: jax.Array, indices: jax.Array) -> Any:
         _, experts = _matrix("sequence_balance_loss", "logits", logits)
@@ -203,19 +203,6 @@ def permute(x: jax.Array, plan: Plan) -> jax.Array:
     return call("permute", like, x, plan.row_map, plan.source)[0]
 
 
-permute.defvjp(
-    lambda x, plan: (permute(x, plan), plan),
-    lambda plan, grad: (_unpermute(grad, plan, None), None),
-)
-
-
-def unpermute(y: Any, plan: Plan, weights: Any = None) -> jax.Array:
-    """Tokens [T, H]: the sums of their rows y [R, H] times `weights` [T, K]; to both goes a
-    gradient."""
-    y = jnp.asarray(y)
-    return _unpermute(y, plan, None if weights is None else jnp.asarray(weights, F32))
-
-
 @jax.custom_vjp
 def _unpermute(y: jax.Array, plan: Plan, weights: Any) -> jax.Array:
     like = [result((plan.row_map.shape[0], y.shape[1]), y.dtype)]
@@ -233,6 +220,19 @@ def _unpermute_backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
 _unpermute.defvjp(
     lambda y, plan, weights: (_unpermute(y, plan, weights), (y, plan, weights)), _unpermute_backward
 )
+
+
+permute.defvjp(
+    lambda x, plan: (permute(x, plan), plan),
+    lambda plan, grad: (_unpermute(grad, plan, None), None),
+)
+
+
+def unpermute(y: Any, plan: Plan, weights: Any = None) -> jax.Array:
+    """Tokens [T, H]: the sums of their rows y [R, H] times `weights` [T, K]; to both goes a
+    gradient."""
+    y = jnp.asarray(y)
+    return _unpermute(y, plan, None if weights is None else jnp.asarray(weights, F32))
 
 
 def sort_chunks(x: Any, split_sizes: Any, order: Any, *, inverse: bool = False) -> jax.Array:

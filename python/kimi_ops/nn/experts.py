@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_ops import _check
+from kimi_ops.activations import Activation, of
 from kimi_ops.moe.fused_experts import fused_experts
 from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.moe.topk_gate import TopkGate
@@ -25,9 +26,9 @@ class RoutedExperts(nn.Module):
     gate_up_proj: Tensor | QuantizedWeight  # [E, 2F, H], gate rows before up rows
     down_proj: Tensor | QuantizedWeight  # [E, H, F]
 
-    def __init__(self, activation: str, recompute: bool) -> None:
+    def __init__(self, activation: str | Activation, recompute: bool) -> None:
         super().__init__()
-        _check.choice(type(self).__name__, "activation", activation, tuple(ACTIVATIONS))
+        _check.choice(type(self).__name__, "activation", of(activation).name, tuple(ACTIVATIONS))
         self.activation, self.recompute = activation, recompute
 
     def forward(self, x: Tensor, gate: TopkGate, plan: PermutePlan | None = None) -> Tensor:
@@ -38,7 +39,7 @@ class RoutedExperts(nn.Module):
             self.down_proj,
             gate.weights,
             gate.indices,
-            activation=self.activation,
+            activation=of(self.activation),
             recompute=self.recompute,
             plan=plan,
         )
@@ -55,8 +56,8 @@ class Experts(RoutedExperts):
     ----------
     num_experts, hidden_size, intermediate_size : int
         E, H and F.
-    activation : {"silu", "gelu", "situ"}
-        As `kimi_ops.fused_experts` defines them.
+    activation : {"silu", "gelu", "gelu_tanh", "relu2", "situ"} or Activation
+        One of `kimi_ops.activations` with a gate.
     recompute : bool
         Compute the first product again in the backward instead of keeping it.
     device, dtype : optional
@@ -92,7 +93,7 @@ class Experts(RoutedExperts):
         hidden_size: int,
         intermediate_size: int,
         *,
-        activation: str = "silu",
+        activation: str | Activation = "silu",
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -227,7 +228,7 @@ class StoredExperts(RoutedExperts):
         intermediate_size: int,
         *,
         form: str,
-        activation: str = "silu",
+        activation: str | Activation = "silu",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(activation, recompute=False)

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kimi_ops import _check
-from kimi_ops.reference.fused_experts import ACTIVATIONS
+from kimi_ops.activations import Activation, of
+from kimi_ops.reference.fused_experts import ACTIVATIONS, gated
 
 __all__ = ["MLP"]
 
@@ -18,8 +19,8 @@ class MLP(nn.Module):
     ----------
     hidden_size, intermediate_size : int
         H and F.
-    activation : {"silu", "gelu", "situ"}
-        As `kimi_ops.fused_experts` defines them.
+    activation : {"silu", "gelu", "gelu_tanh", "relu2", "situ"} or Activation
+        One of `kimi_ops.activations` with a gate.
     **factory
         ``device`` and ``dtype`` of the parameters.
 
@@ -37,10 +38,15 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, *, activation: str = "silu", **factory: Any
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str | Activation = "silu",
+        **factory: Any,
     ) -> None:
         super().__init__()
-        _check.choice("MLP", "activation", activation, tuple(ACTIVATIONS))
+        _check.choice("MLP", "activation", of(activation).name, tuple(ACTIVATIONS))
         self.activation = activation
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
@@ -48,7 +54,7 @@ class MLP(nn.Module):
 
     def gated(self, x: Tensor) -> Tensor:
         """[..., F], the input of `down_proj`."""
-        return ACTIVATIONS[self.activation](self.gate_proj(x), self.up_proj(x))
+        return gated(self.gate_proj(x), self.up_proj(x), self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] from x [..., H]."""

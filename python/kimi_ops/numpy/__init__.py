@@ -16,15 +16,18 @@ from kimi_ops.numpy.products import (
     newton_schulz,
 )
 from kimi_ops.numpy.routing import (
+    Counts,
     Gate,
     Plan,
     permute,
     permute_plan,
+    quantile_histogram_,
     sequence_balance_loss,
     sequence_balance_loss_backward,
     sort_chunks,
     topk_gate,
     topk_gate_backward,
+    topk_gate_given,
     unpermute,
     unpermute_backward,
     update_expert_bias_,
@@ -35,6 +38,7 @@ from kimi_ops.numpy.routing import (
 set_num_threads, num_threads = _C.set_num_threads, _C.num_threads
 
 __all__ = [
+    "Counts",
     "Gate",
     "Plan",
     "attention_max_logits",
@@ -47,12 +51,14 @@ __all__ = [
     "num_threads",
     "permute",
     "permute_plan",
+    "quantile_histogram_",
     "sequence_balance_loss",
     "sequence_balance_loss_backward",
     "set_num_threads",
     "sort_chunks",
     "topk_gate",
     "topk_gate_backward",
+    "topk_gate_given",
     "unpermute",
     "unpermute_backward",
     "update_expert_bias_",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kimi_ops.activations import Activation, of
 from kimi_ops.numpy.arrays import as_weights, call, dtype_of, ids, kind
 from kimi_ops.numpy.routing import Plan, permute_plan
 
@@ -14,9 +15,11 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def grouped_gemm(
-    a: Any, b: Any, offsets: Any, *, bias: Any = None, out: Any = None, out_dtype: Any = None
-) -> np.ndarray:
-    """`kimi_ops.grouped_gemm`: a [R, K] by b [E, K, N], rows up to offsets [E] for each expert.
+    a: Any, b: Any, offsets: Any, *, bias: Any = None, out: Any = None, out_dtype: Any = None,
+    accumulate: bool = False, starts: Any = None,
+) -> np.ndarray:  # fmt: skip
+    """`kimi_ops.grouped_gemm`: a [R, K] by b [E, K, N], rows up to offsets [E] for each expert,
+    from starts [E] on where there are any.
 
     Examples
     --------
@@ -27,27 +30,32 @@ def grouped_gemm(
     (3, 5)
     """
     if out is not None:
-        call("grouped_gemm_out", a, b, ids(offsets), bias, out)
+        call("grouped_gemm_out", a, b, ids(offsets), bias, out, accumulate, _ids(starts))
         return out
     wanted = kind(dtype_of(a) if out_dtype is None else out_dtype)
-    return call("grouped_gemm", a, b, ids(offsets), bias, wanted)
+    return call("grouped_gemm", a, b, ids(offsets), bias, wanted, _ids(starts))
 
 
 def grouped_gemm_wgrad(
     a: Any, dc: Any, offsets: Any, *, out: Any = None, accumulate: bool = False,
-    out_dtype: Any = None,
+    out_dtype: Any = None, starts: Any = None,
 ) -> np.ndarray:  # fmt: skip
     """`kimi_ops.grouped_gemm_wgrad`: [E, K, N], or added to `out`."""
     if out is not None:
-        call("grouped_gemm_wgrad_out", a, dc, ids(offsets), out, accumulate)
+        call("grouped_gemm_wgrad_out", a, dc, ids(offsets), out, accumulate, _ids(starts))
         return out
     wanted = kind(dtype_of(a) if out_dtype is None else out_dtype)
-    return call("grouped_gemm_wgrad", a, dc, ids(offsets), wanted)
+    return call("grouped_gemm_wgrad", a, dc, ids(offsets), wanted, _ids(starts))
+
+
+def _ids(array: Any) -> Any:
+    return None if array is None else ids(array)
 
 
 def fused_experts(
-    x: Any, w_gate_up: Any, w_down: Any, weights: Any, indices: Any, *, activation: str = "silu"
-) -> np.ndarray:
+    x: Any, w_gate_up: Any, w_down: Any, weights: Any, indices: Any, *, b_gate_up: Any = None,
+    b_down: Any = None, activation: str | Activation = "silu", weights_first: bool = False,
+) -> np.ndarray:  # fmt: skip
     """`kimi_ops.fused_experts` on arrays: x [T, H], w_gate_up [E, 2F, H], w_down [E, H, F].
 
     Examples
@@ -61,29 +69,48 @@ def fused_experts(
     (dtype('float16'), (2, 8))
     """
     plan = permute_plan(indices, w_gate_up.shape[0])
-    return fused_experts_planned(x, w_gate_up, w_down, weights, plan, activation=activation)[0]
+    return fused_experts_planned(
+        x, w_gate_up, w_down, weights, plan, b_gate_up=b_gate_up, b_down=b_down,
+        activation=activation, weights_first=weights_first,
+    )[0]  # fmt: skip
 
 
 def fused_experts_planned(
-    x: Any, w_gate_up: Any, w_down: Any, weights: Any, plan: Plan, *, activation: str = "silu",
+    x: Any, w_gate_up: Any, w_down: Any, weights: Any, plan: Plan, *, b_gate_up: Any = None,
+    b_down: Any = None, activation: str | Activation = "silu", weights_first: bool = False,
     save: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """`fused_experts` of a plan; with `save` also [g; u] [R, 2F] for the backward, else [0, 2F]."""
     return call(
         "fused_experts_planned", x, w_gate_up, w_down, as_weights(weights), plan.row_map,
-        plan.source, plan.offsets, None, None, activation, save,
+        plan.source, plan.offsets, None, None, b_gate_up, b_down, *_named(activation),
+        weights_first, save,
     )  # fmt: skip
+
+
+def _named(activation: str | Activation) -> tuple[str, list[float]]:
+    form = of(activation)
+    if not form.gated:
+        raise ValueError(
+            f"fused_experts: activation: expected one with a gate, got {form}; arrays have no form "
+            "without"
+        )
+    return form.name, list(form.numbers)
 
 
 def fused_experts_backward(
     dy: Any, x: Any, w_gate_up: Any, w_down: Any, weights: Any, plan: Plan, *, gate_up: Any = None,
-    activation: str = "silu",
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """The gradients of x, w_gate_up, w_down and weights."""
-    return call(
+    b_gate_up: Any = None, b_down: Any = None, activation: str | Activation = "silu",
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """The gradients of x, w_gate_up, w_down and weights, then of the biases that are given."""
+    biases = b_gate_up, b_down
+    gradients = call(
         "fused_experts_backward", dy, x, w_gate_up, w_down, as_weights(weights), plan.row_map,
-        plan.source, plan.offsets, gate_up, activation, [True] * 4,
+        plan.source, plan.offsets, gate_up, *biases, *_named(activation),
+        [True] * 4 + [bias is not None for bias in biases],
     )  # fmt: skip
+    given = [g for g, bias in zip(gradients[4:], biases, strict=True) if bias is not None]
+    return *gradients[:4], *given
 
 
 def newton_schulz(

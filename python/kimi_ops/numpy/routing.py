@@ -16,6 +16,13 @@ class Gate(NamedTuple):
     tokens_per_expert: np.ndarray
 
 
+class Counts(NamedTuple):
+    """tokens_per_expert [N, E] and tokens [N] of sequences; both int32."""
+
+    tokens_per_expert: np.ndarray
+    tokens: np.ndarray
+
+
 class Plan(NamedTuple):
     """row_map [T, K], source [R], offsets [E], tokens_per_expert [E]; all int32."""
 
@@ -37,8 +44,9 @@ def topk_gate(
     renormalize: bool = True,
     scaling_factor: float = 1.0,
     valid: Any = None,
+    select: str = "scores",
 ) -> Gate:
-    """`kimi_ops.topk_gate` on arrays.
+    """`kimi_ops.topk_gate` on arrays; `topk_gate_given` where the experts are chosen already.
 
     Examples
     --------
@@ -50,7 +58,25 @@ def topk_gate(
     return Gate(
         *call(
             "topk_gate", logits, k, score_function, expert_bias, num_groups, topk_groups,
-            group_score_topk, renormalize, scaling_factor, valid,
+            group_score_topk, renormalize, scaling_factor, valid, select,
+        )
+    )  # fmt: skip
+
+
+def topk_gate_given(
+    logits: Any,
+    given: Any,
+    *,
+    score_function: str = "sigmoid",
+    renormalize: bool = True,
+    scaling_factor: float = 1.0,
+    valid: Any = None,
+) -> Gate:
+    """The weights of experts `given` [T, K] that were chosen elsewhere; -1 and E are no expert."""
+    return Gate(
+        *call(
+            "topk_gate_given", logits, ids(given), score_function, renormalize, scaling_factor,
+            valid,
         )
     )  # fmt: skip
 
@@ -83,29 +109,52 @@ def sequence_balance_loss(
     indices: Any,
     *,
     num_sequences: int = 1,
+    offsets: Any = None,
+    valid: Any = None,
     score_function: str = "sigmoid",
     coefficient: float = 1.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The loss [] of `kimi_ops.sequence_balance_loss`, and the counts [N, E] for its backward."""
-    return call(
-        "sequence_balance_loss", logits, ids(indices), num_sequences, score_function, coefficient
-    )
+) -> tuple[np.ndarray, Counts]:
+    """The loss [] of `kimi_ops.sequence_balance_loss`, and the counts for its backward."""
+    chosen, ends = ids(indices), None if offsets is None else ids(offsets)
+    sequences = num_sequences if ends is None else ends.shape[0]
+    counts = Counts(*call("sequence_counts", chosen, logits.shape[-1], sequences, ends, valid))
+    loss = call(
+        "sequence_balance_loss", logits, *counts, ends, valid, chosen.shape[-1], score_function,
+        coefficient,
+    )  # fmt: skip
+    return loss, counts
 
 
 def sequence_balance_loss_backward(
     grad_loss: Any,
     logits: Any,
-    tokens_per_expert: Any,
+    counts: Counts,
     k: int,
     *,
+    offsets: Any = None,
+    valid: Any = None,
     score_function: str = "sigmoid",
     coefficient: float = 1.0,
 ) -> np.ndarray:
-    """The gradient of the logits; `tokens_per_expert` [N, E] is the loss's second result."""
+    """The gradient of the logits; `counts` are the loss's second result."""
     return call(
-        "sequence_balance_loss_backward", grad_loss, logits, tokens_per_expert, k, score_function,
-        coefficient,
+        "sequence_balance_loss_backward", grad_loss, logits, *counts,
+        None if offsets is None else ids(offsets), valid, k, score_function, coefficient,
     )  # fmt: skip
+
+
+def quantile_histogram_(
+    histogram: Any,
+    logits: Any,
+    cutoffs: Any,
+    bounds: Any,
+    *,
+    score_function: str = "sigmoid",
+    valid: Any = None,
+) -> None:
+    """Adds to `histogram` [E, bins] int32 how far cutoffs [T] lie above scores of logits [T, E];
+    the bins lie between the two bounds [2]. `kimi_ops.quantile_histogram_` finds the cutoffs."""
+    call("quantile_histogram_", histogram, logits, cutoffs, bounds, score_function, valid)
 
 
 def z_loss(
