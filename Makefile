@@ -60,7 +60,7 @@ lint: .venv/test.ready
 # Pages read the sources and run nothing. What they show comes with them: no host is asked for more.
 docs: .venv/docs.ready
 	$(call part,site)
-	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 	@! grep -rlE '<(script|link|img)[^>]*(src|href)="?(https?:)?//[^" ]*\.(js|css|woff2?|svg|png)' \
 	  build/site --include='*.html'
 
