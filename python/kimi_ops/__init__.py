@@ -7,14 +7,14 @@ Every op has one name: ``kimi_ops.topk_gate``, ``torch.ops.kimi_ops.topk_gate``,
 """
 
 from kimi_ops import _program  # isort: skip  (before torch is loaded)
-from kimi_ops import _native
+from kimi_ops import _native, activations
 from kimi_ops import nn as nn
 from kimi_ops.info import info
 from kimi_ops.invariance import is_batch_invariant, set_batch_invariant
 from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
 from kimi_ops.moe.eplb import ExpertPlacement, eplb
 from kimi_ops.moe.expert_loads import ExpertLoads
-from kimi_ops.moe.fused_experts import fused_experts
+from kimi_ops.moe.fused_experts import fused_experts, join_gate_up_
 from kimi_ops.moe.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from kimi_ops.moe.permute import (
     PermutePlan,
@@ -50,6 +50,7 @@ __all__ = [
     "PermutePlan",
     "QKClip",
     "TopkGate",
+    "activations",
     "attention_max_logits",
     "eplb",
     "fused_experts",
@@ -58,6 +59,7 @@ __all__ = [
     "grouped_gemm_wgrad",
     "info",
     "is_batch_invariant",
+    "join_gate_up_",
     "move_experts",
     "muon_param_groups",
     "newton_schulz",

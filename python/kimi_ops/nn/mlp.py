@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kimi_ops import _check
+from kimi_ops.activations import Activation, ActivationName, of
+from kimi_ops.nn.checks import check_activation
 from kimi_ops.reference.fused_experts import ACTIVATIONS
 
 __all__ = ["MLP"]
@@ -18,8 +19,8 @@ class MLP(nn.Module):
     ----------
     hidden_size, intermediate_size : int
         H and F.
-    activation : {"silu", "gelu", "situ"}
-        As `kimi_ops.fused_experts` defines them.
+    activation : {"silu", "gelu", "gelu_tanh", "relu2", "situ"} or Activation
+        Of `kimi_ops.activations`, with a gate.
     device, dtype : optional
         Of the parameters.
 
@@ -37,18 +38,24 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, *, activation: str = "silu", **factory: Any
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: ActivationName | Activation = "silu",
+        **factory: Any,
     ) -> None:
         super().__init__()
-        _check.choice("MLP", "activation", activation, tuple(ACTIVATIONS))
-        self.activation = activation
+        self.activation = check_activation("MLP", activation, gated=True)
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **factory)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, **factory)
 
     def gated(self, x: Tensor) -> Tensor:
         """[..., F], the input of `down_proj`."""
-        return ACTIVATIONS[self.activation](self.gate_proj(x), self.up_proj(x))
+        form = of(self.activation)
+        value, up = ACTIVATIONS[form.name](self.gate_proj(x), self.up_proj(x), *form.numbers)
+        return value * up
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] from x [..., H]."""
