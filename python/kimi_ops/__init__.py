@@ -7,7 +7,8 @@ Every op has one name: ``kimi_ops.topk_gate``, ``torch.ops.kimi_ops.topk_gate``,
 """
 
 from kimi_ops import _program  # isort: skip  (before torch is loaded)
-from kimi_ops import _native
+from kimi_ops import _native, activations
+from kimi_ops import nn as nn
 from kimi_ops.info import info
 from kimi_ops.invariance import is_batch_invariant, set_batch_invariant
 from kimi_ops.moe.balance import (
@@ -26,7 +27,7 @@ from kimi_ops.moe.dense import (
 )
 from kimi_ops.moe.eplb import ExpertPlacement, eplb
 from kimi_ops.moe.expert_loads import ExpertLoads
-from kimi_ops.moe.fused_experts import fused_experts
+from kimi_ops.moe.fused_experts import fused_experts, join_gate_up_
 from kimi_ops.moe.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from kimi_ops.moe.permute import (
     PermutePlan,
@@ -65,6 +66,7 @@ __all__ = [
     "QKClip",
     "SequenceCounts",
     "TopkGate",
+    "activations",
     "attention_max_logits",
     "dense_gate",
     "drop_to_capacity",
@@ -76,6 +78,7 @@ __all__ = [
     "grouped_gemm_wgrad",
     "info",
     "is_batch_invariant",
+    "join_gate_up_",
     "move_experts",
     "muon_param_groups",
     "newton_schulz",

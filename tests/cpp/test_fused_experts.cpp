@@ -101,7 +101,8 @@ struct Results {
 template <class Params>
 void fill(Params& p, const Case& c, const Layer& l) {
   p.num_tokens = c.tokens, p.hidden = c.hidden, p.width = c.width, p.num_experts = c.experts;
-  p.top_k = c.top_k, p.dtype = c.dtype, p.activation = c.activation;
+  p.numbers = {4, 25, 0, 0, 0, 0, 0}, p.top_k = c.top_k, p.dtype = c.dtype,
+  p.activation = c.activation;
   p.x = l.x.data.get(), p.x_stride = c.hidden;
   p.w_gate_up = l.matrices(l.w_gate_up, 2 * c.width, c.hidden);
   p.w_down = l.matrices(l.w_down, c.hidden, c.width);

@@ -172,7 +172,7 @@ def test_statistics_of_training_leave_padding_out(model, mask):
 
 def test_the_balance_loss_of_a_batch_is_over_its_tokens(model):
     moe = model.train().moe_layers()[0]
-    moe.config.seq_aux = False
+    moe.per_sequence = False
     x = torch.randn(3, 14, 32)
     moe(x, RIGHT.bool())
     logits, gate, _ = moe.gate(x[RIGHT.bool()])

@@ -209,8 +209,6 @@ def test_graphs_of_every_call(call):
 
 def test_transforms_are_right_or_refused():
     x = f(4, 16)
-    with pytest.raises(RuntimeError, match="setup_context"):  # torch's own gradient alone
-        torch.func.grad(kimi_ops.z_loss)(x)
     functional = torch.func.functionalize(lambda x: kimi_ops.z_loss(x * 1))
     assert same(functional(x), kimi_ops.z_loss(x))
     with pytest.raises((RuntimeError, NotImplementedError)):

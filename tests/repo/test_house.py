@@ -35,12 +35,12 @@ kimi_ops.models.kimi_k2.config
 kimi_ops
 kimi_ops.info
 kimi_ops.gpu kimi_ops.invariance
-kimi_ops.optim
+kimi_ops.nn kimi_ops.optim
 kimi_ops.parallel
 kimi_ops.moe
 kimi_ops.operators
 kimi_ops.reference
-kimi_ops._native kimi_ops.formats kimi_ops.routing
+kimi_ops._native kimi_ops.activations kimi_ops.formats kimi_ops.routing
 kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program
 """
 Graph = dict[str, set[str]]

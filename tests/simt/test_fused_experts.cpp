@@ -146,7 +146,8 @@ void fill(Params& p, const Case& c, const Layer<T>& l, const Plan& plan) {
   p.weights = l.weights.data(), p.row_map = plan.row_map.data();
   p.source = plan.source.data(), p.offsets = plan.offsets.data();
   p.num_tokens = c.tokens, p.hidden = H, p.width = F, p.num_experts = c.experts;
-  p.top_k = c.top_k, p.dtype = kDtype<T>, p.activation = c.activation;
+  p.numbers = {4, 25, 0, 0, 0, 0, 0}, p.top_k = c.top_k, p.dtype = kDtype<T>,
+  p.activation = c.activation;
 }
 
 template <class T>

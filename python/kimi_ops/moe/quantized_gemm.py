@@ -13,31 +13,6 @@ from kimi_ops.operators import grouped_gemm as operators
 from kimi_ops.reference import grouped_gemm as reference
 
 
-class _Stack:
-    """The b [E, K, N] that a quantised weight stands for, as `reference.forward` reads it."""
-
-    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, transposed: bool) -> None:
-        self._weight, self._dtype, self._transposed = weight, dtype, transposed
-        experts, rows, columns = weight.shape
-        self.shape = (experts, rows, columns) if transposed else (experts, columns, rows)
-
-    def __getitem__(self, index: int) -> Tensor:
-        matrix = self._weight.expert(index, self._dtype)
-        return matrix if self._transposed else matrix.t()
-
-
-def _product(
-    a: Tensor,
-    weight: QuantizedWeight,
-    offsets: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    transposed: bool,
-) -> Tensor:
-    stack: Any = _Stack(weight, a.dtype, transposed)
-    return reference.forward(a, stack, offsets, bias, out)
-
-
 def _forward(
     a: Tensor, weight: QuantizedWeight, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -46,37 +21,52 @@ def _forward(
     if a.dtype != torch.float64:
         return operators.quantized_gemm(*arguments)
     _native.engine.quantized_gemm(*arguments)  # checks, and leaves it
-    out = a.new_empty(a.shape[0], weight.shape[1], dtype=dtype)
-    return _product(a, weight, offsets, bias, out, transposed=False)
+    matrices = weight.dequantize(a.dtype).transpose(1, 2)
+    return reference.grouped_gemm(a, matrices, offsets, bias, out_dtype=dtype)
 
 
 class _QuantizedGemm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        a: Tensor,
-        weight: QuantizedWeight,
-        offsets: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
+        a: Tensor, weight: QuantizedWeight, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(offsets)
-        ctx.weight, ctx.dtype = weight, a.dtype
         return _forward(a, weight, offsets, bias, dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, ctx.weight, offsets, _, _ = inputs
+        ctx.save_for_backward(offsets)
+        ctx.dtype = a.dtype
+
+    @staticmethod
     def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
         da = dbias = None
-        dc = dc.contiguous().to(ctx.dtype)
+        dc = dc.to(ctx.dtype)
         if ctx.needs_input_grad[0]:
-            da = dc.new_empty(dc.shape[0], ctx.weight.shape[2])
-            _product(dc, ctx.weight, offsets, None, da, transposed=True)
+            da = _RowsGradient.apply(dc, ctx.weight, offsets)
         if ctx.needs_input_grad[3]:
-            ones, shape = dc.new_ones(dc.shape[0], 1), (offsets.numel(), 1, dc.shape[1])
-            dbias = reference.wgrad(ones, dc, offsets, dc.new_empty(shape), accumulate=False)[:, 0]
+            ones = dc.new_ones(dc.shape[0], 1)
+            dbias = operators.grouped_gemm_wgrad(ones, dc, offsets, ctx.dtype, None)[:, 0]
         return da, None, None, dbias, None
+
+
+class _RowsGradient(torch.autograd.Function):
+    """da[r] = dc[r] @ W[e(r)]: linear, so that its own gradient is a product again."""
+
+    @staticmethod
+    def forward(dc: Tensor, weight: QuantizedWeight, offsets: Tensor) -> Tensor:
+        return operators.quantized_gemm_dgrad(dc, *weight.tensors().values(), offsets)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.weight, offsets = inputs
+        ctx.save_for_backward(offsets)
+
+    @staticmethod
+    def backward(ctx: Any, dda: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets,) = ctx.saved_tensors
+        return quantized_gemm(dda, ctx.weight, offsets, None, None, dda.dtype), None, None
 
 
 def quantized_gemm(
@@ -100,9 +90,12 @@ def quantized_gemm(
             f"grouped_gemm: b: expected a Tensor on {a.device}, got {type(weight).__name__}, which "
             "is served on the CPU only; pass b.dequantize(a.dtype).transpose(1, 2)"
         )
-    if out is None:
+    wanted = any(isinstance(t, Tensor) and t.requires_grad for t in (a, bias))
+    if out is None and wanted and torch.is_grad_enabled():
         return _QuantizedGemm.apply(a, weight, offsets, bias, dtype)
     result = _forward(a, weight, offsets, bias, dtype)
+    if out is None:
+        return result
     if out.shape != result.shape or out.device != a.device:
         raise ValueError(
             f"grouped_gemm: out: expected shape {list(result.shape)} on {a.device}, got "

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from kimi_ops import _native
@@ -52,8 +54,8 @@ class Operator:
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.native, self.otherwise = native or self.name, otherwise
-        self.op = _define(self.name, schema, self.forward, fake)
-        self.plain, self.function = self.op, None
+        self.op = define(self.name, schema, self.forward, fake)
+        self.plain, self.function, self.transformed = self.op, None, None
         if not differentiable or "(a!)" in schema:
             return
         backward = backward or _refuse_derivative(self.name)
@@ -61,14 +63,21 @@ class Operator:
             f"kimi_ops::{self.name}", backward, setup_context=setup_context, lib=library
         )
         self.function = _function(self.name, self.forward, setup_context, backward)
+        self.transformed = _transformed(self.function, self.forward, setup_context)
         # Without autograd: what compilers see where no gradient can be asked for.
         twin = f"{self.name}_forward"
-        self.plain = _define(twin, twin + schema[len(self.name) :], self.forward, fake)
+        self.plain = define(twin, twin + schema[len(self.name) :], self.forward, fake)
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._dispatch(arguments)
-        result = getattr(_native.engine.eager, self.native)(*arguments)
+        try:
+            result = getattr(_native.engine.eager, self.native)(*arguments)
+        except TypeError:
+            alive = unwrap_dead_wrappers(arguments)  # of a transform that is over: a vjp's pullback
+            if all(a is b for a, b in zip(alive, arguments, strict=True)):
+                raise
+            return self(*alive)
         return result if type(result) is not int else self._way(result, arguments)
 
     def forward(self, *arguments: Any) -> Any:
@@ -84,6 +93,9 @@ class Operator:
             return (self.function.apply if self.function else self.forward)(*arguments)
         if forward_ad._current_level >= 0:
             _refuse_duals(self.name, arguments)
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if self.transformed and transform and transform.key() != TransformType.Functionalize:
+            return self.transformed.apply(*arguments)
         return self._dispatch(arguments)
 
     def _dispatch(self, arguments: tuple[Any, ...]) -> Any:
@@ -93,7 +105,7 @@ class Operator:
         return self.op(*arguments) if wanted else self.plain(*arguments)
 
 
-def _define(name: str, schema: str, forward: Function, fake: Function) -> Any:
+def define(name: str, schema: str, forward: Function, fake: Function) -> Any:
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
         library.impl(name, forward, key)
@@ -136,6 +148,25 @@ def _function(
 
     Differentiable.__name__ = Differentiable.__qualname__ = name
     return Differentiable
+
+
+def _transformed(
+    function: type[torch.autograd.Function], native: Function, setup_context: Function | None
+) -> type[torch.autograd.Function]:
+    """`function` as torch.func wants it: each call of such a one costs some 50 us more."""
+
+    class Transformed(function):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return native(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+
+    Transformed.__name__ = Transformed.__qualname__ = function.__name__
+    return Transformed
 
 
 def wanted(ctx: Any, index: int) -> bool:

@@ -73,9 +73,12 @@ def _combine(y: Tensor, row_map: Tensor, weights: Tensor | None) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, row_map: Tensor, source: Tensor) -> Tensor:
-        ctx.save_for_backward(row_map, source)
+    def forward(x: Tensor, row_map: Tensor, source: Tensor) -> Tensor:
         return _gather(x, source, row_map.shape[1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
@@ -85,11 +88,12 @@ class _Permute(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, row_map: Tensor, source: Tensor, weights: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(y, row_map, source, weights)
+    def forward(y: Tensor, row_map: Tensor, source: Tensor, weights: Tensor | None) -> Tensor:
         return _combine(y, row_map, weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, Tensor | None]:

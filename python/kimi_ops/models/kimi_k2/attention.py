@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from kimi_ops import attention_max_logits
 from kimi_ops.models.kimi_k2.config import KimiK2Config
-from kimi_ops.models.kimi_k2.layers import FixedBuffers, RMSNorm
+from kimi_ops.models.kimi_k2.layers import RMSNorm
 from kimi_ops.models.kimi_k2.recompute import Recomputes
 from kimi_ops.models.kimi_k2.rope import rotate
+from kimi_ops.nn.stored import FixedBuffers
 from kimi_ops.operators.count_once import recomputing
 
 _LATENT_NORM_EPS = 1e-6  # the checkpoint's code uses its class default here, not rms_norm_eps

@@ -14,9 +14,9 @@ from kimi_ops.models.kimi_k2.inputs import Inputs, check_inputs
 from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm, check_dtype
 from kimi_ops.models.kimi_k2.moe import Leaving, MoE, Returning
 from kimi_ops.models.kimi_k2.outputs import KimiK2Output, check_labels, next_token_loss, recorded
-from kimi_ops.models.kimi_k2.quantized_experts import QuantizedExperts
 from kimi_ops.models.kimi_k2.recompute import Recomputes
 from kimi_ops.models.kimi_k2.rope import rotary_tables
+from kimi_ops.nn import StoredExperts
 
 __all__ = ["Decoder", "DecoderLayer"]
 
@@ -360,7 +360,7 @@ class Decoder(nn.Module):
     def experts_form(self) -> str | None:
         """ "fp8" or "int4" where the routed experts are kept quantised, else None."""
         experts = (moe.experts for moe in self.moe_layers())
-        return next((e.form for e in experts if isinstance(e, QuantizedExperts)), None)
+        return next((e.form for e in experts if isinstance(e, StoredExperts)), None)
 
     def auxiliary_loss(self) -> Tensor:
         """Sum of the sequence balance losses of the last training forward, 0-dim fp32.

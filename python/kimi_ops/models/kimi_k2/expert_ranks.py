@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from kimi_ops import ExpertParallel, TopkGate, fused_experts
 from kimi_ops._autocast import autocast
+from kimi_ops.activations import Activation, ActivationName
 from kimi_ops.models.kimi_k2.checkpoint import to_first
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.moe.quantized import QuantizedWeight
@@ -122,7 +123,7 @@ class ExpertRanks:
         leaving: Pending[Dispatched],
         w_gate_up: Tensor | QuantizedWeight,
         w_down: Tensor | QuantizedWeight,
-        activation: str,
+        activation: ActivationName | Activation,
         stored: AbstractContextManager[Any] = nullcontext(),  # noqa: B008  (holds nothing)
     ) -> Pending[Tensor]:
         """`fused_experts` of those tokens (in `stored`) on their way home; the matrices are this

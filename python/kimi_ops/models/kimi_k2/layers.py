@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Small parts: RMSNorm, the gated MLP, buffers that keep their precision."""
+"""Small parts: RMSNorm and the gated MLP."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.recompute import Recomputes
+from kimi_ops.nn import MLP as GatedMLP
 
 
 def check_dtype(op: str, dtype: torch.dtype) -> None:
@@ -34,35 +34,13 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-class MLP(Recomputes):
-    """SwiGLU: down(silu(gate(x)) * up(x)); the dense layers and the shared experts."""
+class MLP(Recomputes, GatedMLP):
+    """The dense layers and the shared experts."""
 
     def __init__(self, config: KimiK2Config, intermediate_size: int, **factory: Any) -> None:
-        super().__init__()
-        hidden = config.hidden_size
-        self.gate_proj = nn.Linear(hidden, intermediate_size, bias=False, **factory)
-        self.up_proj = nn.Linear(hidden, intermediate_size, bias=False, **factory)
-        self.down_proj = nn.Linear(intermediate_size, hidden, bias=False, **factory)
+        super().__init__(config.hidden_size, intermediate_size, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        gated = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        gated = self.gated(x)
         with self.cheap():
             return self.down_proj(gated)
-
-
-class FixedBuffers(nn.Module):
-    """A module whose floating buffers keep their dtype when `.to(bfloat16)` casts its parameters.
-
-    The router's bias moves by 1e-3 a step and the largest logits are compared with a threshold:
-    bf16 would lose both. FP8 weights mean nothing without their scales.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedBuffers":
-        before = {k: v for k, v in self._buffers.items() if v is not None and v.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != value.dtype:
-                kept = torch.empty_like(after, dtype=value.dtype) if value.is_meta else value
-                self._buffers[name] = kept.to(after.device)
-        return self

@@ -13,7 +13,8 @@ from kimi_ops.models.kimi_k2.decoder import Decoder, DecoderLayer, allocate
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.layers import check_dtype
 from kimi_ops.models.kimi_k2.moe import MoE
-from kimi_ops.models.kimi_k2.quantized_experts import FORMS, QuantizedExperts
+from kimi_ops.nn import StoredExperts
+from kimi_ops.nn.stored import FORMS
 
 __all__ = ["keep_quantized", "load_layer", "load_weights", "read_config", "save_weights", "whole"]
 
@@ -52,7 +53,9 @@ def keep_quantized(part: Part, form: str) -> None:
     here = config.n_routed_experts if part.ranks is None else len(part.ranks.experts)
     for moe in part.module.modules():
         if isinstance(moe, MoE):
-            moe.experts = QuantizedExperts(config, here, form, device=torch.device("meta"))
+            moe.experts = StoredExperts(
+                here, hidden, width, form=form, activation=config.hidden_act, device="meta"
+            )
     part.module.eval()
 
 

@@ -203,8 +203,9 @@ class _Batch:
         """What the layer before gives."""
         if self._layer is None:
             return self._x
-        if self._returning is not None and self._returning.rest.balance_loss is not None:
-            self._balance.append(self._returning.rest.balance_loss)
+        balance = self._returning and self._returning.rest.losses.balance
+        if balance is not None:
+            self._balance.append(balance)
         return self._layer.arrive(self._x, self._returning)
 
 

@@ -15,7 +15,7 @@ from kimi_ops.models.kimi_k2.config import KimiK2Config
 
 __all__ = ["Entry", "Part", "Ranks"]
 
-_STACK = re.compile(r"(.+\.experts\.)(gate_up|down)_(proj|weight\w*)")
+_STACK = re.compile(r"(.+\.experts\.)(gate_up|down)(_proj|\.weight\w*)")
 
 
 class Ranks(Protocol):
@@ -63,7 +63,7 @@ class Part(NamedTuple):
 
     def _of_experts(self, stack: re.Match[str], tensor: Tensor) -> Iterator[Entry]:
         prefix, kind, suffix = stack.groups()
-        suffix = "weight" if suffix == "proj" else suffix
+        suffix = "weight" if suffix == "_proj" else suffix.removeprefix(".")
         here = range(len(tensor)) if self.ranks is None else self.ranks.experts
         for expert in range(self.config.n_routed_experts):
             owner = None if self.ranks is None else self.ranks.owner(expert)
