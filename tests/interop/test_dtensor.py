@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import kimi_ops
 from kimi_ops.interop import dtensor
 from tests.dist.world import launch
-from tests.operators.test_derivatives import ENDS, ORDER, PLAN, SIZES, r
+from tests.operators.test_derivatives import CHOSEN, ENDS, ORDER, PLAN, SIZES, r
 from tests.repo.interfaces import operators
 
 IDS = torch.tensor([[0, 1], [2, 0], [1, -1]], dtype=torch.int32)
@@ -53,6 +53,10 @@ CASES = {
     "fused_experts": (
         kimi_ops.fused_experts, [r(3, 4), r(3, 8, 4), r(3, 4, 4), r(3, 2)],
         [ROWS, LAST, COLUMNS, WHOLE], [IDS], WHOLE,
+    ),
+    "topk_gate_given": (
+        lambda z, ids: kimi_ops.topk_gate(z, ids=ids).weights, [r(4, 6)], [ROWS], [CHOSEN],
+        ROWS,
     ),
     "z_loss": (kimi_ops.z_loss, [r(4, 6)], [ROWS], [], WHOLE),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kimi_ops.activations import swiglu, ungated
 from kimi_ops.nn import MLP, Experts, MoE, Router
 from tests.nn.parts import EXPERTS, HIDDEN, TOP_K, WIDTH, Mixtral, Phi
 
@@ -13,6 +14,9 @@ CLASSES = {
     "gate_proj": (lambda: MLP(HIDDEN, WIDTH), "silu"),
     "w1": (Mixtral, "silu"),
     "gelu": (lambda: Mixtral(F.gelu), "gelu"),
+    "gelu_tanh": (lambda: Mixtral(nn.GELU("tanh")), "gelu_tanh"),
+    "relu2": (lambda: Mixtral(lambda g: F.relu(g).square()), "relu2"),
+    "biases": (lambda: Mixtral(bias=True), "silu"),
     "module": (lambda: Mixtral(nn.SiLU()), "silu"),
     "situ": (lambda: MLP(HIDDEN, WIDTH, activation="situ"), "situ"),
     "fused": (Phi, "silu"),
@@ -80,6 +84,21 @@ def test_other_names_are_told():
         Experts.from_experts([Other()], names=("second", "first", "third"))
 
 
+def test_an_activation_with_numbers_is_told():
+    def act(gate):
+        return gate.clamp(max=1.5) * torch.sigmoid(1.7 * gate.clamp(max=1.5))
+
+    class Clamped(Mixtral):
+        def forward(self, x):
+            return self.w2(act(self.w1(x)) * (self.w3(x).clamp(-1.5, 1.5) + 1))
+
+    form = swiglu(1.5, alpha=1.7, shift=1.0)
+    made = Experts.from_experts([Clamped()], activation=form)
+    assert made.activation == form
+    with pytest.raises(ValueError, match="which gives something else"):
+        Experts.from_experts([Clamped()])
+
+
 class Doubled(Mixtral):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -89,9 +108,12 @@ class Doubled(Mixtral):
     "error,text,experts,options",
     [
         (ValueError, "experts: expected one module or more, got none", [], {}),
-        (ValueError, "expected w1 of expert 0 without a bias", [Mixtral(bias=True)], {}),
+        (ValueError, "no biases, as in expert 0, got one at 1",
+         [Mixtral(), Mixtral(bias=True)], {}),
+        (ValueError, "activation: expected one with a gate, got Activation", [Mixtral()],
+         {"activation": ungated("silu")}),
         (ValueError, "got Doubled, which gives something else", [Doubled()], {}),
-        (ValueError, "with silu or gelu or .*something else", [Mixtral(F.relu)], {}),
+        (ValueError, "with silu or gelu or .*which gives something else", [Mixtral(F.relu)], {}),
         (ValueError, "with gelu, got Mixtral", [Mixtral()], {"activation": "gelu"}),
         (ValueError, "activation: expected one of silu.*got 'relu'", [Mixtral()],
          {"activation": "relu"}),

@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kimi_ops import sequence_balance_loss, update_expert_bias_, z_loss
+from kimi_ops.activations import GPT_OSS, ungated
 from kimi_ops.nn import MLP, Experts, MoE, Router
+from kimi_ops.reference.fused_experts import activate
 from tests.nn.parts import EXPERTS, HIDDEN, TOP_K, WIDTH, by_hand, layer
 
 
@@ -193,6 +195,29 @@ def test_a_router_of_a_linear_layer_shares_its_parameters():
     assert not gate.e_score_correction_bias.any()
     bare = Router.from_linear(nn.Linear(HIDDEN, EXPERTS, bias=False), 2, expert_bias=False)
     assert list(bare.state_dict()) == ["weight"] and bare(tokens(5))[2] is None
+
+
+@pytest.mark.parametrize("activation", ["relu2", GPT_OSS, ungated("relu2")], ids=str)
+def test_biases_and_other_activations(activation):
+    torch.manual_seed(0)
+    experts = Experts(EXPERTS, HIDDEN, WIDTH, bias=True, activation=activation)
+    assert not experts.gate_up_proj_bias.any() and not experts.down_proj_bias.any()
+    nn.init.normal_(experts.gate_up_proj_bias)
+    nn.init.normal_(experts.down_proj_bias)
+    moe, x = MoE(Router(HIDDEN, EXPERTS, TOP_K), experts), tokens(6)
+    _, gate, _ = moe.gate(x)
+    rows = []
+    for token, weights, ids in zip(x, gate.weights, gate.indices, strict=True):
+        parts = []
+        for weight, e in zip(weights, ids, strict=True):
+            sums = experts.gate_up_proj[e] @ token + experts.gate_up_proj_bias[e]
+            halves = sums.chunk(2) if sums.shape[0] == 2 * WIDTH else (sums, None)
+            hidden = activate(*halves, activation)
+            parts.append(weight * (experts.down_proj[e] @ hidden + experts.down_proj_bias[e]))
+        rows.append(sum(parts))
+    torch.testing.assert_close(moe(x), torch.stack(rows), rtol=1e-4, atol=1e-5)
+    moe(x).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in experts.parameters())
 
 
 def test_recompute_gives_the_same_bits():

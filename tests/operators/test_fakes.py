@@ -24,10 +24,18 @@ LAYOUTS = {
     "one row": lambda x: x[:1].expand(x.shape) if x.dim() == 2 else x,
 }
 ROWS = fp8.fp8_rows(f(6, 8))
+EDGES = torch.tensor([-1.0, 1.0])
 MORE = {
     "gate_plan": (lambda x: kimi_ops.gate_plan(x, 2), lambda: [f(4, 16)]),
+    "topk_gate_given": (
+        lambda x: kimi_ops.topk_gate(x, ids=messages.ids()), lambda: [f(4, 16)],
+    ),
     "sequence_balance_loss": (
         lambda x: kimi_ops.sequence_balance_loss(x, messages.ids()), lambda: [f(4, 16)],
+    ),
+    "quantile_histogram": (
+        lambda x: kimi_ops.quantile_histogram_(i([0] * 5).repeat(16, 1), x, 2, bounds=EDGES),
+        lambda: [f(4, 16)],
     ),
     "z_loss": (kimi_ops.z_loss, lambda: [f(4, 16)]),
     "sort_chunks": (lambda x: kimi_ops.sort_chunks(x, i(2, 2), i(1, 0)), lambda: [f(4, 6)]),

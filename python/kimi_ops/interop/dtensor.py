@@ -34,6 +34,9 @@ Rule = tuple[dict[str, Placement], tuple[Placement, ...]]
 # operator -> what its arguments (others are whole) and its results are, a line a way
 RULES: dict[str, list[Rule]] = {
     "topk_gate": [({"logits": _ROWS, "valid": _ROWS}, (_ROWS, _ROWS, _SUM))],
+    "topk_gate_given": [
+        ({"logits": _ROWS, "ids": _ROWS, "valid": _ROWS}, (_ROWS, _ROWS, _SUM)),
+    ],
     "topk_gate_backward": [
         ({"grad_weights": _ROWS, "logits": _ROWS, "indices": _ROWS}, (_ROWS,)),
     ],
@@ -49,7 +52,8 @@ RULES: dict[str, list[Rule]] = {
 }
 WHOLE = (
     "gate_plan", "permute_plan", "fused_experts", "fused_experts_backward", "quantized_gemm",
-    "sequence_balance_loss", "sequence_balance_loss_backward", "z_loss", "z_loss_backward",
+    "sequence_counts", "sequence_balance_loss", "sequence_balance_loss_backward", "z_loss",
+    "z_loss_backward",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from kimi_ops.moe.grouped_gemm import grouped_gemm
 from kimi_ops.moe.permute import permute, permute_plan, permute_weights, unpermute
 from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.operators import fused_experts as operators
+from kimi_ops.operators.count_once import seen_by_a_graph
 from kimi_ops.reference import fused_experts as reference
 from kimi_ops.reference.grouped_gemm import expert_of_row
 from kimi_ops.routing import PermutePlan
@@ -220,7 +221,7 @@ class _Neighbours(torch.autograd.Function):
 
 
 def _joined(gate: Tensor, up: Tensor) -> Tensor | None:
-    if torch.compiler.is_compiling() or type(gate) not in (Tensor, torch.nn.Parameter):
+    if seen_by_a_graph() or type(gate) not in (Tensor, torch.nn.Parameter):
         return None  # what has no memory, or not of its own
     distance = gate.shape[1] * gate.stride(1)
     neighbours = (

@@ -47,7 +47,7 @@ class _QuantizedGemm(torch.autograd.Function):
             da = _RowsGradient.apply(dc, ctx.weight, offsets)
         if ctx.needs_input_grad[3]:
             ones = dc.new_ones(dc.shape[0], 1)
-            dbias = operators.grouped_gemm_wgrad(ones, dc, offsets, ctx.dtype)[:, 0]
+            dbias = operators.grouped_gemm_wgrad(ones, dc, offsets, ctx.dtype, None)[:, 0]
         return da, None, None, dbias, None
 
 

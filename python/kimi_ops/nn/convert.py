@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kimi_ops.activations import ActivationName
-from kimi_ops.reference.fused_experts import gated
+from kimi_ops.activations import ActivationName, of
+from kimi_ops.nn.checks import Activated, check_activation
+from kimi_ops.reference.fused_experts import activate
 
 __all__ = ["Stacked", "stacked"]
 
@@ -26,7 +28,9 @@ _ROWS = 16  # of the comparison
 class Stacked(NamedTuple):
     gate_up: Tensor  # [E, 2F, H]
     down: Tensor  # [E, H, F]
-    activation: str
+    gate_up_bias: Tensor | None  # [E, 2F]
+    down_bias: Tensor | None  # [E, H]
+    activation: Activated
     trained: bool
 
 
@@ -34,7 +38,7 @@ class Stacked(NamedTuple):
 def stacked(
     experts: Sequence[nn.Module] | nn.ModuleList,
     names: Sequence[str] | None,
-    activation: str | None,
+    activation: Activated | None,
 ) -> Stacked:
     """See `Experts.from_experts`."""
     modules = list(experts)
@@ -51,10 +55,13 @@ def stacked(
             f"{_OP}: names: expected {' and '.join(names[:-1])} from H to F and {names[-1]} back, "
             f"got weights {shapes}; name the layers in the order gate, up, down"
         )
+    biased = any(bias is not None for bias in _biases(modules[0], names))
     like: dict[str, Any] = {"device": first[0].device, "dtype": first[0].dtype}
     result = Stacked(
         torch.empty(len(modules), 2 * width, hidden, **like),
         torch.empty(len(modules), *down, **like),
+        torch.zeros(len(modules), 2 * width, **like) if biased else None,
+        torch.zeros(len(modules), hidden, **like) if biased else None,
         _activation(modules[0], names, activation),
         any(parameter.requires_grad for parameter in modules[0].parameters()),
     )
@@ -73,6 +80,17 @@ def stacked(
             )
         result.gate_up[e] = torch.cat(matrices[:-1])
         result.down[e] = matrices[-1]
+        *ups, down_bias = _biases(module, names)
+        if result.gate_up_bias is not None and result.down_bias is not None:
+            for part, bias in zip(result.gate_up_bias[e].chunk(len(ups)), ups, strict=True):
+                if bias is not None:
+                    part.copy_(bias)
+            if down_bias is not None:
+                result.down_bias[e] = down_bias
+        elif any(bias is not None for bias in (*ups, down_bias)):
+            raise ValueError(
+                f"{_OP}: experts: expected no biases, as in expert 0, got one at {e}; give all one"
+            )
     return result
 
 
@@ -99,44 +117,40 @@ def _matrices(expert: nn.Module, names: Sequence[str], place: int) -> list[Tenso
                 f"floating-point weight, got {type(layer).__name__}; convert plain experts, then "
                 "take stored()"
             )
-        if getattr(layer, "bias", None) is not None:
-            raise ValueError(
-                f"{_OP}: experts: expected {name} of expert {place} without a bias, got one; "
-                "kimi_ops.grouped_gemm takes biases"
-            )
         matrices.append(weight)
     return matrices
 
 
-def _activation(expert: nn.Module, names: Sequence[str], wanted: str | None) -> str:
+def _biases(expert: nn.Module, names: Sequence[str]) -> list[Tensor | None]:
+    return [getattr(getattr(expert, name), "bias", None) for name in names]
+
+
+def _activation(expert: nn.Module, names: Sequence[str], wanted: Activated | None) -> Activated:
     """The activation with which a copy of an expert, its weights drawn anew, gives what ours
     does."""
+    if wanted is not None:
+        check_activation(_OP, wanted, gated=True)
     expert = copy.deepcopy(expert)
     if any(parameter.is_meta for parameter in expert.parameters()):
         expert = expert.to_empty(device="cpu")
     expert = expert.float().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in expert.parameters():
-        fan_in = parameter.shape[-1] if parameter.dim() else 1
-        values = torch.randn(parameter.shape, generator=generator) * 2 / fan_in**0.5
-        parameter.copy_(values)
+        spread = 2 / parameter.shape[-1] ** 0.5 if parameter.dim() else 1.0
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
     *gates, down = _matrices(expert, names, 0)
+    *ups, down_bias = _biases(expert, names)
     x = torch.randn(_ROWS, down.shape[0], generator=generator).to(down.device)
     theirs = expert(x)
-    gate, up = (x @ torch.cat(gates).t()).chunk(2, dim=1)
-    if wanted and wanted not in _ACTIVATIONS:
-        raise ValueError(
-            f"{_OP}: activation: expected one of {', '.join(_ACTIVATIONS)}, got {wanted!r}"
-        )
-    if isinstance(theirs, Tensor):
-        names = (wanted,) if wanted else _ACTIVATIONS
-        ours = {name: gated(gate, up, name) @ down.t() for name in names}
-        # the closest: the two GELUs are hard to tell apart
-        name = min(ours, key=lambda one: float((ours[one] - theirs).abs().max()))
-        if torch.allclose(theirs, ours[name], rtol=1e-4, atol=1e-4):
+    products = [F.linear(x, w, bias) for w, bias in zip(gates, ups, strict=True)]
+    gate, up = torch.cat(products, dim=1).chunk(2, dim=1)
+    candidates = get_args(ActivationName) if wanted is None else (wanted,)
+    for name in candidates:
+        ours = F.linear(activate(gate, up, name), down, down_bias)
+        if isinstance(theirs, Tensor) and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4):
             return name
+    tried = " or ".join(of(name).name for name in candidates)
     raise ValueError(
-        f"{_OP}: experts: expected experts that compute down(act(gate(x)) * up(x)) with "
-        f"{wanted or ' or '.join(_ACTIVATIONS)}, got {type(expert).__name__}, which gives "
-        "something else; compute it by grouped_gemm"
+        f"{_OP}: experts: expected experts that compute down(act(gate(x)) * up(x)) with {tried}, "
+        f"got {type(expert).__name__}, which gives something else; compute it by grouped_gemm"
     )

@@ -7,14 +7,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kimi_ops import _check
-from kimi_ops.activations import Activation, of
+from kimi_ops.activations import of
 from kimi_ops.moe.fused_experts import fused_experts
 from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.moe.topk_gate import TopkGate
+from kimi_ops.nn.checks import Activated, check_activation
 from kimi_ops.nn.convert import stacked
 from kimi_ops.nn.stored import StoredWeight, stored_kind
-from kimi_ops.reference.fused_experts import ACTIVATIONS
 from kimi_ops.routing import PermutePlan
 
 __all__ = ["Experts", "RoutedExperts", "StoredExperts"]
@@ -25,11 +24,17 @@ class RoutedExperts(nn.Module):
 
     gate_up_proj: Tensor | QuantizedWeight  # [E, 2F, H], gate rows before up rows
     down_proj: Tensor | QuantizedWeight  # [E, H, F]
+    gate_up_proj_bias: nn.Parameter | None  # [E, 2F]
+    down_proj_bias: nn.Parameter | None  # [E, H]
 
-    def __init__(self, activation: str | Activation, recompute: bool) -> None:
+    def __init__(self, activation: Activated, recompute: bool) -> None:
         super().__init__()
-        _check.choice(type(self).__name__, "activation", of(activation).name, tuple(ACTIVATIONS))
-        self.activation, self.recompute = activation, recompute
+        self.activation = check_activation(type(self).__name__, activation)
+        self.recompute = recompute
+
+    def _add_biases(self, experts: int, rows: int, hidden: int, **factory: Any) -> None:
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(experts, rows, **factory))
+        self.down_proj_bias = nn.Parameter(torch.zeros(experts, hidden, **factory))
 
     def forward(self, x: Tensor, gate: TopkGate, plan: PermutePlan | None = None) -> Tensor:
         """[T, H]: the weighted sum of the experts of x [T, H], as `kimi_ops.fused_experts`."""
@@ -39,7 +44,9 @@ class RoutedExperts(nn.Module):
             self.down_proj,
             gate.weights,
             gate.indices,
-            activation=of(self.activation),
+            b_gate_up=self.gate_up_proj_bias,
+            b_down=self.down_proj_bias,
+            activation=self.activation,
             recompute=self.recompute,
             plan=plan,
         )
@@ -56,8 +63,10 @@ class Experts(RoutedExperts):
     ----------
     num_experts, hidden_size, intermediate_size : int
         E, H and F.
+    bias : bool
+        Biases of both products, drawn as 0.
     activation : {"silu", "gelu", "gelu_tanh", "relu2", "situ"} or Activation
-        One of `kimi_ops.activations` with a gate.
+        Of `kimi_ops.activations`.
     recompute : bool
         Compute the first product again in the backward instead of keeping it.
     device, dtype : optional
@@ -66,8 +75,9 @@ class Experts(RoutedExperts):
     Attributes
     ----------
     gate_up_proj : Parameter [E, 2F, H]
-        The gate rows of an expert before its up rows.
+        The gate rows of an expert before its up rows; [E, F, H] for an activation without a gate.
     down_proj : Parameter [E, H, F]
+    gate_up_proj_bias, down_proj_bias : Parameter [E, 2F] and [E, H], or None
 
     Raises
     ------
@@ -93,16 +103,21 @@ class Experts(RoutedExperts):
         hidden_size: int,
         intermediate_size: int,
         *,
-        activation: str | Activation = "silu",
+        bias: bool = False,
+        activation: Activated = "silu",
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(activation, recompute)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, *up, **factory))
+        rows = (1 + of(activation).gated) * intermediate_size
+        down = (hidden_size, intermediate_size)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, rows, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.empty(num_experts, *down, **factory))
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if bias:
+            self._add_biases(num_experts, rows, hidden_size, **factory)
         self.reset_parameters()
 
     @classmethod
@@ -111,7 +126,7 @@ class Experts(RoutedExperts):
         experts: Sequence[nn.Module] | nn.ModuleList,
         *,
         names: Sequence[str] | None = None,
-        activation: str | None = None,
+        activation: Activated | None = None,
         recompute: bool = False,
     ) -> Self:
         """The experts of an `nn.ModuleList`, one gated MLP each, copied into stacks.
@@ -119,13 +134,13 @@ class Experts(RoutedExperts):
         Parameters
         ----------
         experts : ModuleList
-            Modules of one class whose linear layers have no biases.
+            Modules of one class.
         names : sequence of str, optional
             Of the layers: (gate, up, down), or (gate and up in one, down). Where absent
             ``gate_proj, up_proj, down_proj``, ``w1, w3, w2`` and ``gate_up_proj, down_proj`` are
             looked for.
-        activation : str, optional
-            Where absent the one with which the first expert's class gives what ours does.
+        activation : str or Activation, optional
+            Where absent the one by name with which the first expert's class gives what ours does.
         recompute : bool
             As the class takes it.
 
@@ -137,8 +152,8 @@ class Experts(RoutedExperts):
         Raises
         ------
         TypeError, ValueError
-            Experts that are no gated MLPs, differ in shape, have a bias, or whose class computes
-            something else: a copy of the first, with weights drawn anew, is compared with ours.
+            Experts that are no gated MLPs, differ in shape, or whose class computes something
+            else: a copy of the first, with weights drawn anew, is compared with ours.
 
         Examples
         --------
@@ -148,19 +163,26 @@ class Experts(RoutedExperts):
         Experts(4, 8, 16, activation=gelu)
         """
         found = stacked(experts, names, activation)
-        gate_up, down, activation = found.gate_up, found.down, found.activation
-        result = cls(*down.shape, activation=activation, recompute=recompute, device="meta")
-        result.gate_up_proj = nn.Parameter(gate_up, found.trained)
-        result.down_proj = nn.Parameter(down, found.trained)
+        result = cls(
+            *found.down.shape, activation=found.activation, recompute=recompute, device="meta"
+        )
+        result.gate_up_proj = nn.Parameter(found.gate_up, found.trained)
+        result.down_proj = nn.Parameter(found.down, found.trained)
+        if found.gate_up_bias is not None and found.down_bias is not None:
+            result.gate_up_proj_bias = nn.Parameter(found.gate_up_bias, found.trained)
+            result.down_proj_bias = nn.Parameter(found.down_bias, found.trained)
         return result
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every matrix as `torch.nn.Linear` does."""
+        """Draw every matrix as `torch.nn.Linear` does; biases become 0."""
         for stack in (self.gate_up_proj, self.down_proj):
             if not stack.is_meta:
                 bound = stack.shape[2] ** -0.5
                 stack.uniform_(-bound, bound)
+        for bias in (self.gate_up_proj_bias, self.down_proj_bias):
+            if bias is not None:
+                bias.zero_()
 
     def stored(self, form: str) -> "StoredExperts":
         """These experts quantised, for inference: see `StoredExperts`.
@@ -178,6 +200,10 @@ class Experts(RoutedExperts):
         )
         result.gate_up = StoredWeight(kind.quantize(self.gate_up_proj))
         result.down = StoredWeight(kind.quantize(self.down_proj))
+        result.gate_up_proj_bias, result.down_proj_bias = (
+            self.gate_up_proj_bias,
+            self.down_proj_bias,
+        )
         return result.train(self.training)
 
 
@@ -195,7 +221,10 @@ class StoredExperts(RoutedExperts):
         E, H and F.
     form : {"fp8", "int4"}
         `kimi_ops.Fp8BlockWeight` or `kimi_ops.Int4GroupWeight`.
-    activation : {"silu", "gelu", "situ"}
+    bias, activation
+        As `Experts` takes them.
+    dtype : optional
+        Of the biases.
     device : optional
         The memory is not set: load a state dict, or take `Experts.stored`.
 
@@ -228,16 +257,22 @@ class StoredExperts(RoutedExperts):
         intermediate_size: int,
         *,
         form: str,
-        activation: str | Activation = "silu",
+        bias: bool = False,
+        activation: Activated = "silu",
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(activation, recompute=False)
         kind = stored_kind("StoredExperts", form)
         device = device or torch.get_default_device()
-        gate_up = kind.empty(num_experts, 2 * intermediate_size, hidden_size, device=device)
+        rows = (1 + of(activation).gated) * intermediate_size
+        gate_up = kind.empty(num_experts, rows, hidden_size, device=device)
         down = kind.empty(num_experts, hidden_size, intermediate_size, device=device)
         self.form = form
         self.gate_up, self.down = StoredWeight(gate_up), StoredWeight(down)
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if bias:
+            self._add_biases(num_experts, rows, hidden_size, device=device, dtype=dtype)
 
     @property
     def gate_up_proj(self) -> QuantizedWeight:  # type: ignore[override]

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kimi_ops import _check
-from kimi_ops.activations import Activation, of
-from kimi_ops.reference.fused_experts import ACTIVATIONS, gated
+from kimi_ops.activations import Activation, ActivationName, of
+from kimi_ops.nn.checks import check_activation
+from kimi_ops.reference.fused_experts import ACTIVATIONS
 
 __all__ = ["MLP"]
 
@@ -20,9 +20,9 @@ class MLP(nn.Module):
     hidden_size, intermediate_size : int
         H and F.
     activation : {"silu", "gelu", "gelu_tanh", "relu2", "situ"} or Activation
-        One of `kimi_ops.activations` with a gate.
-    **factory
-        ``device`` and ``dtype`` of the parameters.
+        Of `kimi_ops.activations`, with a gate.
+    device, dtype : optional
+        Of the parameters.
 
     Raises
     ------
@@ -44,19 +44,20 @@ class MLP(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
-        activation: str | Activation = "silu",
+        activation: ActivationName | Activation = "silu",
         **factory: Any,
     ) -> None:
         super().__init__()
-        _check.choice("MLP", "activation", of(activation).name, tuple(ACTIVATIONS))
-        self.activation = activation
+        self.activation = check_activation("MLP", activation, gated=True)
         self.gate_proj = self.linear(hidden_size, intermediate_size, bias=False, **factory)
         self.up_proj = self.linear(hidden_size, intermediate_size, bias=False, **factory)
         self.down_proj = self.linear(intermediate_size, hidden_size, bias=False, **factory)
 
     def gated(self, x: Tensor) -> Tensor:
         """[..., F], the input of `down_proj`."""
-        return gated(self.gate_proj(x), self.up_proj(x), self.activation)
+        form = of(self.activation)
+        value, up = ACTIVATIONS[form.name](self.gate_proj(x), self.up_proj(x), *form.numbers)
+        return value * up
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] from x [..., H]."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
 from kimi_ops.moe.topk_gate import TopkGate
+from kimi_ops.nn.checks import Activated
 from kimi_ops.nn.experts import Experts, RoutedExperts
 from kimi_ops.nn.router import Router
 from kimi_ops.operators.count_once import count_once_, recomputing, seen_by_a_graph
@@ -114,7 +115,7 @@ class MoE(nn.Module):
         shared_experts: nn.Module | None = None,
         *,
         names: Sequence[str] | None = None,
-        activation: str | None = None,
+        activation: Activated | None = None,
         **options: Any,
     ) -> Self:
         """The layer of an `nn.ModuleList` of experts, whose weights are copied into stacks.
@@ -176,8 +177,8 @@ class MoE(nn.Module):
         balance = z = None
         if self.training and self.balance_coefficient:
             balance = sequence_balance_loss(
-                logits, indices, num_sequences=sequences if self.per_sequence else 1,
-                valid=valid, score_function=self.gate.options["score_function"],
+                logits, indices, num_sequences=sequences if self.per_sequence else 1, valid=valid,
+                score_function=self.gate.options["score_function"],
                 coefficient=self.balance_coefficient,
             )  # fmt: skip
         if self.training and self.z_coefficient:

@@ -124,7 +124,8 @@ class _GroupedGemm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4], inputs[5])
+        a, b, offsets, bias, _, starts = inputs
+        ctx.save_for_backward(a, b, offsets, bias, starts)
 
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,7 +151,8 @@ class _Wgrad(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3], inputs[4])
+        a, dc, offsets, _, starts = inputs
+        ctx.save_for_backward(a, dc, offsets, starts)
 
     @staticmethod
     def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:

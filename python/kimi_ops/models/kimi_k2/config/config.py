@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kimi_ops.activations import ActivationName
 from kimi_ops.models.kimi_k2.config import hf_json, presets
 from kimi_ops.models.kimi_k2.config.rope_scaling import RopeScaling
 from kimi_ops.models.kimi_k2.config.validation import validate
@@ -64,7 +65,7 @@ class KimiK2Config:
     rope_interleave: bool = True
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-6
-    hidden_act: str = "silu"
+    hidden_act: ActivationName = "silu"
     attention_bias: bool = False
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
