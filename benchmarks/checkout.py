@@ -9,7 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = ROOT / ".gpu"  # by device_check prepare; git ignores it, it travels beside the checkout
 MANIFEST = "prepared.json"
-BUILT_FROM = ("CMakeLists.txt", "cmake/*", "csrc/**/*", "tests/gpu/*.cu", "tests/simt/*")
+BUILT_FROM = (
+    "CMakeLists.txt", "cmake/*", "csrc/**/*", "tests/gpu/*.cu", "tests/simt/*",
+    "benchmarks/device_check/*.cu",
+)  # fmt: skip
 
 
 def sources() -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kimi_ops import release_kept_memory
+
 Function = Callable[[], object]
 Functions = dict[str, Function]
 
@@ -188,8 +190,10 @@ def kept_memory(function: Function, device: str) -> int:
 def _allocations(function: Function) -> tuple[list[int], object]:
     """What a call allocates (> 0) and frees on the CPU, in order; and its result."""
     cpu = [torch.profiler.ProfilerActivity.CPU]
+    release_kept_memory()  # the call would use it and nobody see that
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         result = function()
+        release_kept_memory()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = profile.profiler.kineto_results.events()
     return [event.nbytes() for event in events if event.name() == "[memory]"], result

@@ -3,7 +3,6 @@
 
 import argparse
 import ast
-import importlib.util
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +17,8 @@ BENCHMARKS = {
     )
     for path in sorted(Path(__file__).parent.glob("bench_*.py"))
 }
+
+REPORT = "benchmarks report"  # the command that compares with other libraries
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,10 +50,16 @@ def parser(module: str, description: str) -> Parser:
         words = "run these benchmarks only (default: all, in the order of the names below)"
         made.add_argument("--only", nargs="*", metavar="NAME", help=words)
     add = made.add_argument
+    if module == REPORT:
+        add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page")
+        words = "all cases, samples of 1.5 s (default: few cases, short samples)"
+        add("--full", action="store_false", dest="quick", help=words)
+    else:
+        words = "few cases, short samples (default: all, 1.5 s each)"
+        add("--quick", action="store_true", help=words)
     only = "call_overhead and threads know cpu only"
     words = f"where the tensors lie (default: cpu); {only}"
     add("--device", default="cpu", choices=["cpu", "cuda"], help=words)
-    add("--quick", action="store_true", help="few cases, short samples (default: all, 1.5 s each)")
     words = "measure only cases whose names contain TEXT (default: all)"
     add("--cases", metavar="TEXT", default="", help=words)
     words = "leave out torch.compile and Triton, which compile at first (default: measured)"
@@ -61,7 +68,7 @@ def parser(module: str, description: str) -> Parser:
     add("--threads", type=int, metavar="N", help=words)
     words = "write every row and the machine to FILE, again after each row (default: not written)"
     add("--json", type=Path, metavar="FILE", help=words)
-    words = "draw all ratios into FILE, an svg or png; needs matplotlib (default: not drawn)"
+    words = "draw all ratios into FILE, an svg (default: not drawn)"
     add("--plot", type=Path, metavar="FILE", help=words)
     return made
 
@@ -77,8 +84,8 @@ def parse(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--device: cuda: {reason}")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads: expected 1 or more, got {options.threads}")
-    for flag in ("json", "plot"):
-        path: Path | None = getattr(options, flag)
+    for flag in ("json", "plot", "out"):
+        path: Path | None = getattr(options, flag, None)
         if path is None:
             continue
         if path.is_dir():
@@ -87,8 +94,8 @@ def parse(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"--{flag}: the folder of {path} cannot be made: {error.strerror}")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot: matplotlib is missing: pip install matplotlib")
+    if options.plot and options.plot.suffix != ".svg":
+        parser.error(f"--plot: expected a file.svg, got {options.plot}")
     return options
 
 

@@ -85,7 +85,8 @@ class Table:
         self.rows.append(row)
         scale, digits = {"TFLOP/s": (1e12, 3), "GB/s": (1e9, 2), "Mcall/s": (1e6, 4)}[row.unit]
         found, share = row.ratios(), 100 * row.rate() / row.roof
-        ratios = "".join(f"{found[n]:>16.2f}" if n in found else f"{'-':>16}" for n in self.names)
+        cells = {n: f"{found[n]:.2f}" if n in found else "-" for n in self.names}
+        ratios = "".join(f"{cell:>{_wide(n)}}" for n, cell in cells.items())
         clock = "" if row.time.mhz is None else f"{row.time.mhz:>8.0f}"
         print(
             f"{row.case:<{self.width}}{_us(row.time.median):>10}{_us(row.time.p10):>10}"
@@ -96,11 +97,12 @@ class Table:
         self.after()
 
     def _print_head(self, row: Row) -> None:
-        peers = "".join(f"{'x ' + name:>16}" for name in self.names)
+        peers = "".join(f"{'x ' + name:>{_wide(name)}}" for name in self.names)
         clock = "" if row.time.mhz is None else f"{'MHz':>8}"
+        memory = f"{'peak':>10}{self.memory.split()[-1]:>10}"
         print(
             f"\n# {self.op} on {self.device}\n{'case':<{self.width}}{'median':>10}{'p10':>10}"
-            f"{'p90':>10}{row.unit:>10}{'% roof':>8}{clock}{peers}{'peak':>10}{self.memory:>10}"
+            f"{'p90':>10}{row.unit:>10}{'% roof':>8}{clock}{peers}{memory}"
         )
 
     def summary(self) -> dict[str, dict[str, Any]]:
@@ -145,6 +147,10 @@ def _served(named: Functions, device: str) -> tuple[Functions, dict[str, str]]:
         else:
             served[name] = function
     return served, left_out
+
+
+def _wide(name: str) -> int:
+    return max(16, len(name) + 4)
 
 
 def _us(seconds: float) -> str:

@@ -16,8 +16,9 @@ import torch
 from benchmarks.checkout import commit
 from benchmarks.measure import compute_peak, read_bandwidth
 from benchmarks.options import parse, parser
+from benchmarks.plot import plot
 from benchmarks.report import Table
-from kimi_ops.info import describe, info
+from kimi_ops.facts import describe, info
 
 Case = TypeVar("Case")
 
@@ -77,9 +78,7 @@ class Session:
         if self.options.json:
             print(f"wrote {self.options.json}")
         if self.options.plot:
-            from benchmarks.plot import plot
-
-            plot(self.tables, self.options.plot)
+            plot(self.as_dict(), self.options.plot)
             print(f"wrote {self.options.plot}")
 
     def write_json(self) -> None:
@@ -90,7 +89,7 @@ class Session:
             temporary.replace(path)
 
     @cached_property
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         return {
             "date": datetime.now(UTC).date().isoformat(),
             "command": command(),
@@ -103,12 +102,12 @@ class Session:
     def as_dict(self) -> dict[str, Any]:
         roofs = {str(dtype).removeprefix("torch."): peak for dtype, peak in self._peaks.items()}
         roofs |= {"bandwidth": self.__dict__["bandwidth"]} if "bandwidth" in self.__dict__ else {}
-        engines, tables = self._facts["info"]["engines"], []
+        engines, tables = self.facts["info"]["engines"], []
         for table in self.tables:
             engine = engines.get(table.op.split(" ")[0], {}).get(self.device)
             if table.rows:
                 tables.append({"engine": engine} | table.as_dict())
-        return self._facts | {"roofs": roofs, "tables": tables}
+        return self.facts | {"roofs": roofs, "tables": tables}
 
 
 def command() -> str:

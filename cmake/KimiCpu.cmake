@@ -8,8 +8,6 @@ target_link_libraries(kimi_build_flags INTERFACE OpenMP::OpenMP_CXX)
 # No contraction: a*b+c is two roundings unless the source says fma, on every engine alike.
 target_compile_options(kimi_build_flags INTERFACE
   $<$<COMPILE_LANGUAGE:C,CXX>:-Wall -Wextra -Werror -ffp-contract=off>)
-target_compile_definitions(kimi_build_flags INTERFACE
-  KIMI_OPS_VERSION="${PROJECT_VERSION}")
 if(KIMI_OPS_SANITIZE)
   add_compile_options($<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=${KIMI_OPS_SANITIZE}>
     $<$<COMPILE_LANGUAGE:C,CXX>:-fno-sanitize-recover=all>

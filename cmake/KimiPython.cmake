@@ -30,6 +30,7 @@ endif()
 
 if(kimi_has_python)
   file(GLOB kimi_bindings CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/*.cpp
+       ${PROJECT_SOURCE_DIR}/csrc/bindings/xla/*.cpp
        ${PROJECT_SOURCE_DIR}/csrc/comm/*.cpp)
   list(FILTER kimi_bindings EXCLUDE REGEX "/(c_api|module)\\.cpp$")
   add_library(kimi_python OBJECT ${kimi_bindings})

@@ -1,19 +1,30 @@
 /* SPDX-License-Identifier: MIT
  *
- * The public C API of kimi_ops. C99; it includes kimi_ops_experts.h and
- * kimi_ops_optimizer.h and needs no other header.
+ * The public C API of kimi_ops, for C99 and C++. It includes kimi_ops_experts.h and
+ * kimi_ops_optimizer.h; kimi_ops_parallel.h, for experts on several GPUs, is included by those who
+ * want it. docs/c.md shows how to build against it.
  *
  * Conventions
  *   - Every op takes one params struct, the device its pointers live on, and a stream last (a
  *     cudaStream_t for KIMI_DEVICE_CUDA, ignored for KIMI_DEVICE_CPU). CUDA work is queued, not
  *     awaited; nothing is read back to the host, so every op can be captured in a CUDA graph.
- *   - The caller owns all memory: inputs, outputs, workspace. Nothing is allocated or kept.
+ *   - The caller owns all memory: inputs, outputs, workspaces. Nothing is allocated or kept; when a
+ *     call returns (on CUDA: when its work has run) nothing is read any more.
+ *   - Pointers are aligned as their type is. A workspace is 64-byte aligned, on the op's device, and
+ *     has at least the bytes that kimi_<op>_workspace_bytes() asks for, given the same params and
+ *     device: its size goes into `workspace_bytes` and is checked. On a CPU that number is for the
+ *     calling thread's number of threads and the current instruction set. 0 bytes: NULL is taken.
  *   - Zero-initialise params (`kimi_topk_gate_params p = {0};`), then set every field whose comment
- *     names no default: NULL stands for an optional tensor, 0 for no choice.
- *   - Tensors are row-major and dense unless a stride field says otherwise.
+ *     names no default: NULL stands for an optional tensor, 0 for no choice. What has no meaning
+ *     at 0 (a stride between several rows, a scaling factor) is refused.
+ *   - Sizes are numbers of elements unless the name says bytes; a size of 0 is an empty tensor.
+ *     Strides count elements too. Tensors are row-major and dense unless a stride field says
+ *     otherwise.
  *   - Functions return KIMI_OK or an error; kimi_last_error() says what was expected, what came and
  *     how to mend it. Arguments are checked before anything is launched or written.
  *   - Thread-safe: calls on different data may run at once; the error text is per thread.
+ *   - Structs may grow from version to version: compile with the headers of the library that is
+ *     loaded, where kimi_version() equals KIMI_OPS_VERSION.
  *
  * Shape letters: T tokens, E experts, K experts chosen a token (top-k), N sequences of S tokens.
  */
@@ -22,6 +33,8 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
+#define KIMI_OPS_VERSION "0.1.0" /* of these headers */
 
 #if defined(_WIN32)
 #define KIMI_API
@@ -53,7 +66,8 @@ typedef KIMI_ENUM(kimi_dtype){KIMI_FLOAT32 = 0, KIMI_BFLOAT16 = 1, KIMI_FLOAT16 
 
 /* ---- the library ---------------------------------------------------------------------------- */
 
-KIMI_API const char* kimi_version(void);
+KIMI_API const char* kimi_version(void); /* of the library: KIMI_OPS_VERSION as it was built */
+/* Of this thread's last call that failed; it stays until the next one fails. */
 KIMI_API const char* kimi_last_error(void);
 
 /* CPU instruction sets, weakest first. The best one that this machine offers is taken; the
@@ -116,26 +130,50 @@ typedef struct kimi_topk_gate_params {
   int32_t* indices;           /* out [T, K], best first; -1 for a dropped token */
   int32_t* tokens_per_expert; /* out [E] */
   int64_t num_tokens;         /* T */
-  int64_t logits_stride;      /* in elements, usually E; 0: every token reads the same row */
+  int64_t logits_stride;      /* in elements, usually E */
   int32_t num_experts;        /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
   int32_t top_k;              /* K, at most KIMI_TOPK_GATE_MAX_K */
   int32_t num_groups;         /* a divisor of E; 1: no groups */
   int32_t topk_groups;        /* groups that take part, 1..num_groups */
   int32_t group_score_topk;   /* choice scores summed for the score of a group */
   int32_t renormalize;        /* 0 or 1 */
-  float scaling_factor;
+  float scaling_factor;       /* of the weights; not 0 */
   kimi_dtype logits_dtype;
   kimi_score_function score_function;
+  int32_t select_logits; /* 0: scores are chosen by, groups score their sums; 1: logits are */
 } kimi_topk_gate_params;
 
 KIMI_API kimi_status kimi_topk_gate(const kimi_topk_gate_params* params, kimi_device device,
                                     void* stream);
 
+/* Weights and counts of experts that were chosen elsewhere. */
+typedef struct kimi_topk_gate_given_params {
+  const void* logits;         /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+  const int32_t* given;       /* [T, K]; -1 or E: a slot without an expert */
+  const uint8_t* valid;       /* [T] or NULL; 0 drops the token */
+  float* weights;             /* out [T, K], 0 in a slot without an expert */
+  int32_t* indices;           /* out [T, K]: given, or -1 in a slot without an expert */
+  int32_t* tokens_per_expert; /* out [E] */
+  int64_t num_tokens;         /* T */
+  int64_t logits_stride;      /* in elements, usually E */
+  int32_t num_experts;        /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
+  int32_t top_k;              /* K, at most KIMI_TOPK_GATE_MAX_K */
+  int32_t renormalize;        /* 0 or 1 */
+  float scaling_factor;
+  kimi_dtype logits_dtype;
+  kimi_score_function score_function;
+} kimi_topk_gate_given_params;
+
+/* Any other id: refused on a CPU; on CUDA a slot without an expert. */
+KIMI_API kimi_status kimi_topk_gate_given(const kimi_topk_gate_given_params* params,
+                                          kimi_device device, void* stream);
+
 /* d logits from d weights; `indices` of the forward, everything else is recomputed from logits. */
 typedef struct kimi_topk_gate_backward_params {
   const float* grad_weights; /* [T, K] */
   const void* logits;        /* [T, E] logits_dtype, row stride logits_stride */
-  const int32_t* indices;    /* [T, K]; a slot outside 0..E-1 (-1: dropped) takes no part */
+  const int32_t* indices;    /* [T, K]; a slot outside 0..E-1 (-1: dropped) takes no part; where an
+                                id is repeated, the gradients of its slots add up */
   void* grad_logits;         /* out [T, E] dense, logits_dtype */
   int64_t num_tokens;
   int64_t logits_stride;
@@ -167,34 +205,58 @@ typedef struct kimi_update_expert_bias_params {
 KIMI_API kimi_status kimi_update_expert_bias(const kimi_update_expert_bias_params* params,
                                              kimi_device device, void* stream);
 
-typedef struct kimi_sequence_balance_loss_params {
-  const void* logits;         /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+/* N sequences side by side: of T / N tokens each, or those that end at `offsets`. A token that is
+ * not valid, or stands behind the last sequence, is none of theirs; its logits are not read. */
+
+/* How often the tokens of each sequence chose an expert, and how many they are. */
+typedef struct kimi_sequence_counts_params {
   const int32_t* indices;     /* [T, K] chosen experts; ids outside 0..E-1 count for none */
-  float* loss;                /* out [1] */
-  int32_t* tokens_per_expert; /* out [N, E], counts of each sequence; the backward reads them */
-  void* workspace;            /* kimi_sequence_balance_loss_workspace_bytes() */
-  int64_t num_tokens;         /* T = N * S, the tokens of a sequence side by side; below 2^31 */
-  int64_t num_sequences;      /* N, a divisor of T */
-  int64_t logits_stride;      /* in elements, usually E */
+  const int32_t* offsets;     /* [N] one past each sequence's last token, ascending; or NULL */
+  const uint8_t* valid;       /* [T] or NULL */
+  int32_t* tokens_per_expert; /* out [N, E] */
+  int32_t* sequence_tokens;   /* out [N] */
+  int64_t num_tokens;         /* T, below 2^31 */
+  int64_t num_sequences;      /* N; without offsets a divisor of T */
   int32_t num_experts;        /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
-  int32_t top_k;              /* K, the width of indices */
+  int32_t top_k;              /* K */
+} kimi_sequence_counts_params;
+
+KIMI_API kimi_status kimi_sequence_counts(const kimi_sequence_counts_params* params,
+                                          kimi_device device, void* stream);
+
+typedef struct kimi_sequence_balance_loss_params {
+  const void* logits;               /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+  const int32_t* tokens_per_expert; /* [N, E] of these tokens or, summed up, of all ranks' */
+  const int32_t* sequence_tokens;   /* [N] of the same */
+  const int32_t* offsets;           /* [N] or NULL */
+  const uint8_t* valid;             /* [T] or NULL */
+  float* loss;                      /* out [1] */
+  void* workspace;                  /* kimi_sequence_balance_loss_workspace_bytes() */
+  size_t workspace_bytes;           /* its size, at least what is asked for */
+  int64_t num_tokens;               /* T, below 2^31 */
+  int64_t num_sequences;            /* N; without offsets a divisor of T */
+  int64_t logits_stride;            /* in elements, usually E */
+  int32_t num_experts;              /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
+  int32_t top_k;                    /* K: ids a token */
   float coefficient;
   kimi_dtype logits_dtype;
   kimi_score_function score_function;
 } kimi_sequence_balance_loss_params;
 
-/* Device bytes, 4-byte aligned, for sizes that the op accepts. */
-KIMI_API size_t kimi_sequence_balance_loss_workspace_bytes(int64_t num_tokens,
-                                                           int64_t num_sequences,
-                                                           int32_t num_experts);
+/* Reads num_tokens. */
+KIMI_API size_t kimi_sequence_balance_loss_workspace_bytes(
+    const kimi_sequence_balance_loss_params* params, kimi_device device);
 KIMI_API kimi_status kimi_sequence_balance_loss(const kimi_sequence_balance_loss_params* params,
                                                 kimi_device device, void* stream);
 
 typedef struct kimi_sequence_balance_loss_backward_params {
-  const float* grad_loss;           /* [1], read on the device */
-  const void* logits;               /* [T, E] logits_dtype, row stride logits_stride */
-  const int32_t* tokens_per_expert; /* [N, E] of the forward */
-  void* grad_logits;                /* out [T, E] dense, logits_dtype */
+  const float* grad_loss; /* [1], read on the device */
+  const void* logits;     /* this and what follows: as in the forward */
+  const int32_t* tokens_per_expert;
+  const int32_t* sequence_tokens;
+  const int32_t* offsets;
+  const uint8_t* valid;
+  void* grad_logits; /* out [T, E] dense, logits_dtype */
   int64_t num_tokens;
   int64_t num_sequences;
   int64_t logits_stride;
@@ -208,22 +270,41 @@ typedef struct kimi_sequence_balance_loss_backward_params {
 KIMI_API kimi_status kimi_sequence_balance_loss_backward(
     const kimi_sequence_balance_loss_backward_params* params, kimi_device device, void* stream);
 
-typedef struct kimi_z_loss_params {
-  const void* logits;    /* [T, E] logits_dtype, row stride logits_stride */
-  const uint8_t* valid;  /* [T] or NULL; 0 leaves the token out, its logits are not read */
-  float* loss;           /* out [1] */
-  float* log_sum_exp;    /* out [T], 0 for a token left out; the backward reads them */
-  int32_t* valid_tokens; /* out [1], how many tokens were not left out */
-  void* workspace;       /* kimi_z_loss_workspace_bytes() */
-  int64_t num_tokens;    /* T, below 2^31 */
+/* Adds to histogram[e] the bins of r = cutoffs[t] - score(logits[t, e]), of every valid token. */
+typedef struct kimi_quantile_histogram_params {
+  const void* logits;    /* [T, E] logits_dtype, row t at logits + t * logits_stride */
+  const float* cutoffs;  /* [T]: the choice score that an expert must reach */
+  const float* bounds;   /* [2]: low < high, the ends of the bins, read on the device */
+  const uint8_t* valid;  /* [T] or NULL */
+  int32_t* histogram;    /* in, out [E, num_bins] */
+  int64_t num_tokens;    /* T */
   int64_t logits_stride; /* in elements, usually E */
   int32_t num_experts;   /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
+  int32_t num_bins;      /* at least 1; what lies outside of the bounds goes to the end bins */
+  kimi_dtype logits_dtype;
+  kimi_score_function score_function;
+} kimi_quantile_histogram_params;
+
+KIMI_API kimi_status kimi_quantile_histogram(const kimi_quantile_histogram_params* params,
+                                             kimi_device device, void* stream);
+
+typedef struct kimi_z_loss_params {
+  const void* logits;     /* [T, E] logits_dtype, row stride logits_stride */
+  const uint8_t* valid;   /* [T] or NULL; 0 leaves the token out, its logits are not read */
+  float* loss;            /* out [1] */
+  float* log_sum_exp;     /* out [T], 0 for a token left out; the backward reads them */
+  int32_t* valid_tokens;  /* out [1], how many tokens were not left out */
+  void* workspace;        /* kimi_z_loss_workspace_bytes() */
+  size_t workspace_bytes; /* its size, at least what is asked for */
+  int64_t num_tokens;     /* T, below 2^31 */
+  int64_t logits_stride;  /* in elements, usually E */
+  int32_t num_experts;    /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
   float coefficient;
   kimi_dtype logits_dtype;
 } kimi_z_loss_params;
 
-/* Device bytes, 4-byte aligned. */
-KIMI_API size_t kimi_z_loss_workspace_bytes(int64_t num_tokens);
+/* Reads num_tokens. */
+KIMI_API size_t kimi_z_loss_workspace_bytes(const kimi_z_loss_params* params, kimi_device device);
 KIMI_API kimi_status kimi_z_loss(const kimi_z_loss_params* params, kimi_device device,
                                  void* stream);
 
@@ -252,7 +333,8 @@ typedef struct kimi_permute_plan_params {
   int32_t* source;            /* out [R]: t * K + k; -1 padding */
   int32_t* offsets;           /* out [E]: one past the last row of each group, padding included */
   int32_t* tokens_per_expert; /* out [E]: without padding */
-  void* workspace;            /* kimi_permute_plan_workspace_bytes() bytes, 16-byte aligned */
+  void* workspace;            /* kimi_permute_plan_workspace_bytes() */
+  size_t workspace_bytes;     /* its size, at least what is asked for */
   int64_t num_tokens;         /* T; R must stay below 2^31 */
   int32_t num_experts;        /* E, at most KIMI_PERMUTE_MAX_EXPERTS */
   int32_t top_k;              /* K */
@@ -271,10 +353,11 @@ KIMI_API kimi_status kimi_permute_plan(const kimi_permute_plan_params* params, k
  * few tokens. */
 typedef struct kimi_gate_plan_params {
   kimi_topk_gate_params gate;
-  int32_t* row_map; /* out [T, K] */
-  int32_t* source;  /* out [T * K]; T * K must stay below 2^31 */
-  int32_t* offsets; /* out [E] */
-  void* workspace;  /* kimi_gate_plan_workspace_bytes() bytes, 16-byte aligned */
+  int32_t* row_map;       /* out [T, K] */
+  int32_t* source;        /* out [T * K]; T * K must stay below 2^31 */
+  int32_t* offsets;       /* out [E] */
+  void* workspace;        /* kimi_gate_plan_workspace_bytes() */
+  size_t workspace_bytes; /* its size, at least what is asked for */
 } kimi_gate_plan_params;
 
 KIMI_API size_t kimi_gate_plan_workspace_bytes(const kimi_gate_plan_params* params,

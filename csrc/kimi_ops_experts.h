@@ -34,7 +34,8 @@ typedef struct kimi_grouped_gemm_params {
                              of offsets[e-1] */
   const void* bias;       /* [E, N] dtype, dense, or NULL */
   void* out;              /* out [R, N] dense, out_dtype */
-  void* workspace;        /* kimi_grouped_gemm_workspace_bytes(), 64-byte aligned */
+  void* workspace;        /* kimi_grouped_gemm_workspace_bytes() */
+  size_t workspace_bytes; /* its size, at least what is asked for */
   int64_t num_rows;       /* R */
   int64_t k;
   int64_t n;
@@ -50,8 +51,7 @@ typedef struct kimi_grouped_gemm_params {
   kimi_dtype out_dtype; /* dtype or KIMI_FLOAT32 */
 } kimi_grouped_gemm_params;
 
-/* Reads num_experts and dtype. The size is for the calling thread's number of threads and the
- * current instruction set: call the op under the same. 0 on CUDA. */
+/* Reads num_experts and dtype. 0 on CUDA. */
 KIMI_API size_t kimi_grouped_gemm_workspace_bytes(const kimi_grouped_gemm_params* params,
                                                   kimi_device device);
 KIMI_API kimi_status kimi_grouped_gemm(const kimi_grouped_gemm_params* params, kimi_device device,
@@ -64,7 +64,8 @@ typedef struct kimi_grouped_gemm_wgrad_params {
   const int32_t* offsets; /* [E] as above */
   const int32_t* starts;  /* [E] or NULL, as above */
   void* out;              /* out [E, K, N] out_dtype; one of the strides of K and N is 1 */
-  void* workspace;        /* kimi_grouped_gemm_wgrad_workspace_bytes(), 64-byte aligned */
+  void* workspace;        /* kimi_grouped_gemm_wgrad_workspace_bytes() */
+  size_t workspace_bytes; /* its size, at least what is asked for */
   int64_t num_rows;
   int64_t k;
   int64_t n;
@@ -90,9 +91,10 @@ KIMI_API kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_param
 /* ---- grouped_gemm with FP8 rows and FP8 weights ---------------------------------------------- */
 
 /* data[r, k] = e4m3(x[r, k] / s), s = scale[k / 128, r] = max(max |x| of the 128 columns / 448,
- * 2^-126): to nearest even. A block with a value that is not finite becomes NaN. */
+ * 2^-126): to nearest even. A block with a value that is not finite becomes NaN. With a plan the
+ * rows of token t are row_map[t]: kimi_permute and this one in one pass. */
 typedef struct kimi_fp8_rows_params {
-  const void* x; /* [R, K] dtype, K contiguous */
+  const void* x; /* [R, K] dtype, K contiguous; with a plan [T, K] */
   void* data;    /* out [R, K] e4m3, dense */
   float* scale;  /* out [ceil(K / 128), R], row stride scale_stride */
   int64_t num_rows;
@@ -100,6 +102,10 @@ typedef struct kimi_fp8_rows_params {
   int64_t x_row_stride; /* strides in elements */
   int64_t scale_stride;
   kimi_dtype dtype;
+  int32_t top_k;          /* 0: no plan, else row_map's columns */
+  int64_t num_tokens;     /* with a plan: T */
+  const int32_t* row_map; /* [T, top_k] of kimi_permute_plan */
+  const int32_t* source;  /* [R] of the plan: its -1 rows become zeros; NULL: they stay */
 } kimi_fp8_rows_params;
 
 KIMI_API kimi_status kimi_fp8_rows(const kimi_fp8_rows_params* params, kimi_device device,
@@ -166,8 +172,10 @@ typedef struct kimi_expert_weights {
 } kimi_expert_weights;
 
 /* y[t] = sum_k weights[t, k] (w_down[e] h + b_down[e]), h = act(g, u), [g; u] = w_gate_up[e] x[t] +
- * b_gate_up[e]. R = T K. csrc/fused_experts/fused_experts.h says how. On CUDA the plan is not checked and the weights are
- * not quantised. */
+ * b_gate_up[e]. R = T K. csrc/fused_experts/fused_experts.h says how. On CUDA the plan is not
+ * checked. There weights are not quantised, or with compute capability 9.x both are FP8 (dense, 16
+ * divides their addresses and H, 128 divides F, no gate_up): rows of x and h become FP8 then, as of
+ * kimi_fp8_rows. */
 typedef struct kimi_fused_experts_params {
   const void* x;                 /* [T, H] dtype, row stride x_stride */
   kimi_expert_weights w_gate_up; /* [E, 2F, H], gate rows first */
@@ -178,9 +186,10 @@ typedef struct kimi_fused_experts_params {
   const int32_t* row_map;        /* [T, K], source [R], offsets [E] of kimi_permute_plan, align 1 */
   const int32_t* source;
   const int32_t* offsets;
-  void* y;         /* out [T, H] dense, dtype */
-  void* gate_up;   /* out [R, 2F] dense, dtype: [g; u] for the backward; or NULL */
-  void* workspace; /* kimi_fused_experts_workspace_bytes(), 64-byte aligned */
+  void* y;                /* out [T, H] dense, dtype */
+  void* gate_up;          /* out [R, 2F] dense, dtype: [g; u] for the backward; or NULL */
+  void* workspace;        /* kimi_fused_experts_workspace_bytes() */
+  size_t workspace_bytes; /* its size, at least what is asked for */
   int64_t num_tokens;
   int64_t hidden; /* H */
   int64_t width;  /* F */
@@ -193,7 +202,7 @@ typedef struct kimi_fused_experts_params {
   kimi_activation_numbers numbers;
 } kimi_fused_experts_params;
 
-/* Reads the sizes and dtype; for the calling thread's number of threads. */
+/* Reads the sizes and dtype. */
 KIMI_API size_t kimi_fused_experts_workspace_bytes(const kimi_fused_experts_params* params,
                                                    kimi_device device);
 KIMI_API kimi_status kimi_fused_experts(const kimi_fused_experts_params* params, kimi_device device,
@@ -218,7 +227,8 @@ typedef struct kimi_fused_experts_backward_params {
   void* grad_b_gate_up; /* out [E, 2F] dense, dtype */
   void* grad_b_down;    /* out [E, H] dense, dtype */
   float* grad_weights;  /* out [T, K] */
-  void* workspace;      /* kimi_fused_experts_backward_workspace_bytes(), 64-byte aligned */
+  void* workspace;      /* kimi_fused_experts_backward_workspace_bytes() */
+  size_t workspace_bytes; /* its size, at least what is asked for */
   int64_t num_tokens;
   int64_t hidden;
   int64_t width;

@@ -13,9 +13,7 @@ extern "C" {
 
 /* ---- newton_schulz: matrices with singular values near 1 ------------------------------------- */
 
-/* csrc/newton_schulz/newton_schulz.h defines the mathematics and the order of the sums. Workspaces
- * are 64-byte aligned and, on a CPU, hold for the number of threads that was set when their size
- * was asked for. */
+/* csrc/newton_schulz/newton_schulz.h defines the mathematics and the order of the sums. */
 
 /* D = alpha A B + beta C + delta I, summed in fp32 and rounded once. D may be C where their strides
  * agree; on a CPU it may also lie on A or B. */
@@ -25,9 +23,10 @@ typedef struct kimi_matrix_product_params {
   const void* c;   /* [M, N] dtype, rows dense, or NULL; symmetric: its lower triangle is read */
   void* d;         /* out [M, N] dtype, rows dense */
   void* workspace; /* kimi_matrix_product_workspace_bytes(); on a GPU none */
+  size_t workspace_bytes;    /* its size, at least what is asked for */
   int64_t rows, cols, depth; /* M, N, K */
   int64_t a_row_stride, a_col_stride, b_row_stride, b_col_stride, c_stride, d_stride;
-  float alpha, beta, delta;
+  float alpha, beta, delta; /* not all 0 */
   int32_t symmetric; /* 1: D is symmetric (A A^T, commuting A and B): lower blocks, mirrored */
   kimi_dtype dtype;
 } kimi_matrix_product_params;
@@ -50,6 +49,7 @@ typedef struct kimi_newton_schulz_params {
   const int32_t* restarts;   /* [num_restarts] ascending, 1..steps-1; gram only */
   void* workspace;           /* kimi_newton_schulz_workspace_bytes(); CUDA: 1 GiB at most, or what
                                 one matrix takes: two X and four [m, m] in dtype */
+  size_t workspace_bytes;    /* its size, at least what is asked for */
   int64_t num_matrices;      /* E */
   int64_t rows, cols;
   int64_t g_row_stride, g_col_stride, x_row_stride, x_col_stride;
@@ -69,10 +69,11 @@ KIMI_API kimi_status kimi_newton_schulz(const kimi_newton_schulz_params* params,
 
 /* csrc/qk_clip/qk_clip.h defines the mathematics. */
 typedef struct kimi_attention_max_logits_params {
-  const void* q;     /* [B, heads, queries, dim] dtype, any strides, in elements */
-  const void* k;     /* [B, kv_heads, keys, dim] dtype, any strides */
-  float* max_logits; /* out [heads] */
-  void* workspace;   /* kimi_attention_max_logits_workspace_bytes(), 64-byte aligned; a CPU's */
+  const void* q;          /* [B, heads, queries, dim] dtype, any strides, in elements */
+  const void* k;          /* [B, kv_heads, keys, dim] dtype, any strides */
+  float* max_logits;      /* out [heads] */
+  void* workspace;        /* kimi_attention_max_logits_workspace_bytes(); a CPU's */
+  size_t workspace_bytes; /* its size, at least what is asked for */
   int64_t batch, heads, kv_heads, queries, keys, dim; /* kv_heads divides heads */
   int64_t q_batch_stride, q_head_stride, q_row_stride, q_col_stride;
   int64_t k_batch_stride, k_head_stride, k_row_stride, k_col_stride;
@@ -81,7 +82,6 @@ typedef struct kimi_attention_max_logits_params {
   kimi_dtype dtype;
 } kimi_attention_max_logits_params;
 
-/* For the calling thread's number of threads. */
 KIMI_API size_t kimi_attention_max_logits_workspace_bytes(
     const kimi_attention_max_logits_params* params, kimi_device device);
 KIMI_API kimi_status kimi_attention_max_logits(const kimi_attention_max_logits_params* params,
@@ -173,7 +173,8 @@ typedef struct kimi_adamw_params {
   const float* scale;                /* on the device: a factor of the gradients; NULL: 1 */
   double* squares;                   /* or NULL */
   const int64_t* pieces;             /* [count, 2] */
-  void* workspace; /* kimi_adamw_workspace_bytes(), 8-byte aligned; measure alone */
+  void* workspace;                   /* kimi_adamw_workspace_bytes(); measure alone */
+  size_t workspace_bytes;            /* its size, at least what is asked for */
   int64_t count;
   double lr, beta1, beta2, eps, weight_decay;
   int32_t maximize, cautious; /* 0 or 1 */
@@ -186,11 +187,12 @@ KIMI_API kimi_status kimi_adamw(const kimi_adamw_params* params, kimi_device dev
 
 /* squares[places[t]] = the sum of x[t]^2, in fp64. */
 typedef struct kimi_squares_params {
-  const void* const* x;  /* dtype */
-  const int64_t* sizes;  /* [count] */
-  const int64_t* places; /* [count] */
-  double* squares;       /* out */
-  void* workspace;       /* kimi_squares_workspace_bytes(), 8-byte aligned */
+  const void* const* x;   /* dtype */
+  const int64_t* sizes;   /* [count] */
+  const int64_t* places;  /* [count] */
+  double* squares;        /* out */
+  void* workspace;        /* kimi_squares_workspace_bytes() */
+  size_t workspace_bytes; /* its size, at least what is asked for */
   int64_t count;
   kimi_dtype dtype;
 } kimi_squares_params;
@@ -202,9 +204,10 @@ KIMI_API kimi_status kimi_squares(const kimi_squares_params* params, kimi_device
 /* min(1, max_norm / norm): what bounds the norm of gradients, those left alone not counted. */
 typedef struct kimi_clip_factor_params {
   const double* squares;
-  const int64_t* pieces; /* [count, 2] */
-  float* factor;         /* out, one */
-  void* workspace;       /* kimi_clip_factor_workspace_bytes(), 8-byte aligned */
+  const int64_t* pieces;  /* [count, 2] */
+  float* factor;          /* out, one */
+  void* workspace;        /* kimi_clip_factor_workspace_bytes() */
+  size_t workspace_bytes; /* its size, at least what is asked for */
   int64_t count;
   double max_norm;
 } kimi_clip_factor_params;

@@ -91,6 +91,11 @@ def router(logs: Path) -> list[Step]:
     return steps
 
 
+def trials(logs: Path) -> list[Step]:
+    """In four minutes together."""
+    return [script("clocks", 30, logs), script("trials", 210, logs)]
+
+
 def profile(logs: Path, kernels: tuple[str, ...] = PROFILED) -> list[Step]:
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
     ncu += [word for section in SECTIONS for word in ("--section", section)]
@@ -115,7 +120,7 @@ PARTS: dict[str, Callable[[Path], list[Step]]] = {
     "router": router,
     "host": lambda logs: [script("host_calls", 40, logs)],
     "train": lambda logs: [script("train_step", 60, logs)],
-    "trials": lambda logs: [script("trials", 240, logs)],
+    "trials": trials,
     "profile": profile,
     "sanitize": sanitize,
 }

@@ -2,7 +2,8 @@
 """Builds here what runs on the other machine, and lays it out in one folder.
 
 The library and `_C` for the Python named, with machine code for sm_80 and sm_90 and the kernels of
-sm_90a; both halves of the primitives of tests/gpu; and `prepared.json`, which says what they are.
+sm_90a; both halves of the primitives of tests/gpu; clocks.so of clocks.cu; and `prepared.json`,
+which says what they are.
 """
 
 import glob
@@ -23,6 +24,7 @@ from benchmarks.device_check.suites import SUITES
 
 VERSION = "3.12"
 ARCHITECTURES = "80-real;90-real"
+CLOCKS = ROOT / "benchmarks" / "device_check" / "clocks.cu"
 DESCRIBE = (
     "import json, platform, sysconfig; print(json.dumps({'python': platform.python_version(), "
     "'soabi': sysconfig.get_config_var('SOABI')}))"
@@ -116,8 +118,11 @@ def build_primitives(folder: Path) -> None:
             tests = suite.tests()
             halves.append(pool.submit(tests.build_host, suite.source, folder))
             halves.append(pool.submit(tests.build_gpu, suite.source, folder, suite.switch))
-        for half in halves:
+        build = SUITES["primitives_sm90"].tests().build_gpu
+        clocks = pool.submit(build, CLOCKS, folder, SUITES["primitives_sm90"].switch)
+        for half in [*halves, clocks]:
             half.result()
+    (folder / f"{CLOCKS.stem}_gpu.so").rename(folder / f"{CLOCKS.stem}.so")
 
 
 def write_manifest(folder: Path, facts: dict[str, str]) -> None:

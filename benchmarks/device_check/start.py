@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from kimi_ops.facts import describe, info
 from kimi_ops.gpu import gpu_fault
-from kimi_ops.info import describe, info
 
 
 def main() -> int:

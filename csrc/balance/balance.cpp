@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-// balance: argument checks, choice of the engine, threads over runs of tokens, and the sums over
-// runs, which are short.
+// balance: argument checks, choice of the engine, threads over runs of tokens, and what is integers.
 #include "balance/balance.h"
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include "balance/check.h"
 #include "common/engine.h"
 #include "cpu/parallel.h"
+#include "cpu/vec_portable.h"
 
 namespace kimi {
 namespace {
@@ -33,22 +33,43 @@ Status check(const UpdateExpertBiasParams& p) {
   return Status::ok();
 }
 
+Status check(const SequenceCountsParams& p) {
+  const char* op = "sequence_counts";
+  KIMI_RETURN_IF_ERROR(balance::check_counts(op, p));
+  if (!p.tokens_per_expert || !p.sequence_tokens || (p.num_tokens > 0 && !p.indices))
+    return invalid(op,
+                   ": indices, tokens_per_expert, sequence_tokens: expected pointers, got NULL");
+  return Status::ok();
+}
+
 Status check(const SequenceBalanceLossParams& p) {
   const char* op = "sequence_balance_loss";
-  KIMI_RETURN_IF_ERROR(balance::check_sequences(op, p));
+  KIMI_RETURN_IF_ERROR(balance::check_loss(op, p));
   KIMI_RETURN_IF_ERROR(check_pointer(op, p));
-  if (!p.loss || !p.tokens_per_expert || (p.num_tokens > 0 && (!p.indices || !p.workspace)))
-    return invalid(op,
-                   ": indices, loss, tokens_per_expert, workspace: expected pointers, got NULL");
+  if (!p.loss || (p.num_tokens > 0 && (!p.tokens_per_expert || !p.sequence_tokens || !p.workspace)))
+    return invalid(
+        op, ": loss, tokens_per_expert, sequence_tokens, workspace: expected pointers, got NULL");
   return Status::ok();
 }
 
 Status check(const SequenceBalanceLossBackwardParams& p) {
   const char* op = "sequence_balance_loss_backward";
-  KIMI_RETURN_IF_ERROR(balance::check_sequences(op, p));
+  KIMI_RETURN_IF_ERROR(balance::check_loss(op, p));
   KIMI_RETURN_IF_ERROR(check_pointer(op, p));
-  if (p.num_tokens > 0 && (!p.grad_loss || !p.tokens_per_expert || !p.grad_logits))
-    return invalid(op, ": grad_loss, tokens_per_expert, grad_logits: expected pointers, got NULL");
+  if (p.num_tokens > 0 &&
+      (!p.grad_loss || !p.tokens_per_expert || !p.sequence_tokens || !p.grad_logits))
+    return invalid(op,
+                   ": grad_loss, tokens_per_expert, sequence_tokens, grad_logits: expected "
+                   "pointers, got NULL");
+  return Status::ok();
+}
+
+Status check(const QuantileHistogramParams& p) {
+  const char* op = "quantile_histogram";
+  KIMI_RETURN_IF_ERROR(balance::check_bins(op, p));
+  KIMI_RETURN_IF_ERROR(check_pointer(op, p));
+  if (p.num_tokens > 0 && (!p.cutoffs || !p.bounds || !p.histogram))
+    return invalid(op, ": cutoffs, bounds, histogram: expected pointers, got NULL");
   return Status::ok();
 }
 
@@ -87,60 +108,84 @@ void update_expert_bias_cpu(const UpdateExpertBiasParams& p) {
   for (int64_t e = 0; e < p.num_experts; ++e) p.bias[e] += p.rate * (float(direction(e)) - mean);
 }
 
-// Adds the ids of tokens [begin, end), of one sequence, to its counts.
-void count_ids(const SequenceBalanceLossParams& p, int64_t begin, int64_t end, int32_t* counts) {
-  for (int64_t i = begin * p.top_k; i < end * p.top_k; ++i)
-    if (uint32_t(p.indices[i]) < uint32_t(p.num_experts)) ++counts[p.indices[i]];
+// Integer sums: the order of the threads is immaterial.
+void add(int32_t& shared, int32_t count) {
+  if (count) std::atomic_ref(shared).fetch_add(count, std::memory_order_relaxed);
+}
+
+void sequence_counts_cpu(const SequenceCountsParams& p) {
+  const int experts = p.num_experts;
+  std::fill_n(p.tokens_per_expert, p.num_sequences * experts, 0);
+  std::fill_n(p.sequence_tokens, p.num_sequences, 0);
+  cpu::parallel_for(p.num_tokens, 16 * kTokensPerThread, [&](int64_t begin, int64_t end) {
+    int32_t counts[KIMI_TOPK_GATE_MAX_EXPERTS] = {}, tokens = 0;
+    int64_t sequence = -1;  // whose counts they are
+    const auto hand_over = [&] {
+      if (tokens == 0) return;
+      add(p.sequence_tokens[sequence], tokens);
+      for (int e = 0; e < experts; ++e) add(p.tokens_per_expert[sequence * experts + e], counts[e]);
+      std::fill_n(counts, experts, 0);
+      tokens = 0;
+    };
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t own = balance::sequence_of(p, t);
+      if (own < 0) continue;
+      if (own != sequence) hand_over();
+      sequence = own;
+      ++tokens;
+      for (int64_t i = t * p.top_k; i < (t + 1) * p.top_k; ++i)
+        if (uint32_t(p.indices[i]) < uint32_t(experts)) ++counts[p.indices[i]];
+    }
+    hand_over();
+  });
+}
+
+// The sum of run(begin, end) over the runs, in order; `sums` [runs].
+template <class Run>
+float sum_runs(int64_t tokens, void* workspace, const Run& run) {
+  const int64_t runs = balance::runs(tokens);
+  float* sums = static_cast<float*>(workspace);
+  cpu::parallel_for(runs, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      sums[i] = run(i * kRun, std::min((i + 1) * kRun, tokens));
+  });
+  float total = 0.0f;
+  for (int64_t i = 0; i < runs; ++i) total += sums[i];
+  return total;
 }
 
 void sequence_balance_loss_cpu(const SequenceBalanceLossParams& p) {
   const balance::CpuEngine& engine = balance::kEngines.best();
-  const int experts = p.num_experts;
-  const int64_t length = p.num_tokens / p.num_sequences, runs = balance::runs(length);
-  float* sums = static_cast<float*>(p.workspace);  // [N, runs, E]
-  std::fill_n(p.tokens_per_expert, p.num_sequences * experts, 0);
-  const int64_t grain = length > 0 ? std::max<int64_t>(1, kTokensPerThread / length) : 1;
-  cpu::parallel_for(p.num_sequences * runs, grain, [&](int64_t first, int64_t last) {
-    int32_t counts[KIMI_TOPK_GATE_MAX_EXPERTS] = {};
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t sequence = i / runs, begin = sequence * length + i % runs * kRun;
-      const int64_t end = std::min(begin + kRun, (sequence + 1) * length);
-      engine.sum_shares(p, begin, end, sums + i * experts);
-      count_ids(p, begin, end, counts);
-      if (i + 1 < last && (i + 1) / runs == sequence) continue;
-      int32_t* shared = p.tokens_per_expert + sequence * experts;
-      for (int e = 0; e < experts; ++e)  // integer sums: the order of the threads is immaterial
-        if (counts[e]) std::atomic_ref(shared[e]).fetch_add(counts[e]);
-      std::fill_n(counts, experts, 0);
+  *p.loss = balance::loss_scale(p) *
+            sum_runs(p.num_tokens, p.workspace,
+                     [&](int64_t begin, int64_t end) { return engine.sum_terms(p, begin, end); });
+}
+
+void quantile_histogram_cpu(const QuantileHistogramParams& p) {
+  const balance::CpuEngine& engine = balance::kEngines.best();
+  const float low = p.bounds[0], per_unit = float(p.num_bins) / (p.bounds[1] - low);
+  cpu::parallel_for(p.num_tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
+    alignas(64) float s[KIMI_TOPK_GATE_MAX_EXPERTS + 16];
+    for (int64_t t = begin; t < end; ++t) {
+      if (p.valid && !p.valid[t]) continue;
+      engine.scores(p, t, s);
+      for (int e = 0; e < p.num_experts; ++e) {
+        const int32_t bin =
+            balance::bin_of<cpu::Portable>(p.cutoffs[t] - s[e], low, per_unit, p.num_bins);
+        add(p.histogram[int64_t{e} * p.num_bins + bin], 1);
+      }
     }
   });
-  balance::OrderedSum total;
-  for (int64_t sequence = 0; sequence < p.num_sequences; ++sequence) {
-    const int32_t* counts = p.tokens_per_expert + sequence * experts;
-    float* shares = sums + sequence * runs * experts;  // the first run's, then their sum
-    for (int64_t run = 1; run < runs; ++run)
-      for (int e = 0; e < experts; ++e) shares[e] += shares[run * experts + e];
-    balance::OrderedSum term;
-    for (int e = 0; runs > 0 && e < experts; ++e) term.add(e, float(counts[e]) * shares[e]);
-    total.add(sequence, term.total());
-  }
-  *p.loss = balance::loss_scale(p) * total.total();
 }
 
 void z_loss_cpu(const ZLossParams& p) {
   const balance::CpuEngine& engine = balance::kEngines.best();
-  const int64_t runs = balance::runs(p.num_tokens);
-  float* sums = static_cast<float*>(p.workspace);  // [runs]
-  cpu::parallel_for(runs, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      sums[i] = engine.sum_squares(p, i * kRun, std::min((i + 1) * kRun, p.num_tokens));
-  });
   int32_t valid = int32_t(p.num_tokens);
   if (p.valid) valid -= int32_t(std::count(p.valid, p.valid + p.num_tokens, uint8_t{0}));
-  float total = 0.0f;
-  for (int64_t i = 0; i < runs; ++i) total += sums[i];
   *p.valid_tokens = valid;
-  *p.loss = balance::z_scale(p.coefficient, valid) * total;
+  *p.loss = balance::z_scale(p.coefficient, valid) *
+            sum_runs(p.num_tokens, p.workspace,
+                     [&](int64_t begin, int64_t end) { return engine.sum_squares(p, begin, end); });
 }
 
 }  // namespace
@@ -151,6 +196,19 @@ Status update_expert_bias(const UpdateExpertBiasParams& p, kimi_device device,
   if (device == KIMI_DEVICE_CUDA)
     return KIMI_CUDA("update_expert_bias", update_expert_bias_cuda(p, stream));
   p.counts_are_int64 ? update_expert_bias_cpu<int64_t>(p) : update_expert_bias_cpu<int32_t>(p);
+  return Status::ok();
+}
+
+size_t sequence_balance_loss_workspace_bytes(const SequenceBalanceLossParams& p, kimi_device) {
+  return balance::workspace_bytes(p.num_tokens);
+}
+
+Status sequence_counts(const SequenceCountsParams& p, kimi_device device,
+                       [[maybe_unused]] void* stream) {
+  KIMI_RETURN_IF_ERROR(check(p));
+  if (device == KIMI_DEVICE_CUDA)
+    return KIMI_CUDA("sequence_counts", sequence_counts_cuda(p, stream));
+  sequence_counts_cpu(p);
   return Status::ok();
 }
 
@@ -173,6 +231,20 @@ Status sequence_balance_loss_backward(const SequenceBalanceLossBackwardParams& p
   const balance::CpuEngine& engine = balance::kEngines.best();
   cpu::parallel_for(p.num_tokens, kTokensPerThread,
                     [&](int64_t begin, int64_t end) { engine.balance_gradient(p, begin, end); });
+  return Status::ok();
+}
+
+size_t z_loss_workspace_bytes(const ZLossParams& p, kimi_device) {
+  return balance::workspace_bytes(p.num_tokens);
+}
+
+Status quantile_histogram(const QuantileHistogramParams& p, kimi_device device,
+                          [[maybe_unused]] void* stream) {
+  KIMI_RETURN_IF_ERROR(check(p));
+  if (p.num_tokens == 0) return Status::ok();
+  if (device == KIMI_DEVICE_CUDA)
+    return KIMI_CUDA("quantile_histogram", quantile_histogram_cuda(p, stream));
+  quantile_histogram_cpu(p);
   return Status::ok();
 }
 

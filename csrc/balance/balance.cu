@@ -1,21 +1,16 @@
 // SPDX-License-Identifier: MIT
-// The bias rule and the losses on CUDA (any sm_80+): one block a run of 64 tokens, one warp a
-// token.
+// The bias rule, the balance loss and its counts on CUDA (any sm_80+).
 //
-//   balance loss  warp w scores token 8 b + w of the run into row w of shared memory (lane l owns
-//                 experts l, l+32, ...: the order of the row's sum); then the block's threads, each
-//                 with its own experts, add the eight rows to the run's sum in token order. Two
-//                 buffers of rows: one barrier for eight tokens. Ids go to a histogram in shared
-//                 memory, then by integer atomics to the sequence's counts.
-//                 second kernel: a block a sequence adds its runs; third: one warp adds sequences.
+//   counts        a lane a pair; lanes with one key (sequence, expert) add once, by integer atomics
+//   balance loss  a block a run of 64 tokens, a warp a token: lane l scores experts l, l+32, ... and
+//                 sums scores and count-weighed scores; thread 0 adds the run's terms in token order.
+//                 second kernel: one block fetches the runs' sums, its first thread adds them in order
 //   bias          one warp, integers.
 //
 // Predicted for an H200, not measured (4.2 TB/s, 132 SMs at 1.75 GHz, 4 warp instructions a clock),
-// 32768 x 384 fp32 in sequences of 4096: 50 MB, 12 us by bytes; about 35 warp instructions for each
-// of a token's 12 x 32 logits, 15 us; with the short kernels 22 us. At 4096 tokens 64 blocks leave
-// half of the SMs idle: 10 us.
+// 32768 x 384 fp32, K 8: 50 MB, 12 us by bytes; about 35 warp instructions for each of a token's
+// 12 x 32 logits, 15 us; counts 1 MB and 262144 pairs, 4 us; with the short kernels 24 us.
 #include <algorithm>
-#include <cfloat>
 #include <cstdint>
 
 #include "balance/balance.cuh"
@@ -26,122 +21,68 @@ namespace {
 
 using namespace balance;
 
-constexpr int kMaxPerThread = KIMI_TOPK_GATE_MAX_EXPERTS / kThreads;
+// ---- sequence_counts ---------------------------------------------------------------------------
+
+// Adds 1 at `address`[key] for every lane with a key of 0 or more: one atomic for lanes that agree.
+__device__ inline void count_key(int32_t* address, int64_t key) {
+  const uint32_t same = warp_match(key);
+  if (key >= 0 && (same & ((1u << lane_id()) - 1)) == 0) atomic_add(&address[key], __popc(same));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    sequence_counts_kernel(const __grid_constant__ SequenceCountsParams p) {
+  const int64_t pairs = p.num_tokens * p.top_k, stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t first = int64_t{blockIdx.x} * kThreads; first < pairs; first += stride) {
+    const int64_t pair = first + threadIdx.x, t = pair / p.top_k;
+    int64_t sequence = -1, key = -1;
+    if (pair < pairs) {
+      sequence = sequence_of(p, t);
+      const int32_t id = p.indices[pair];
+      if (sequence >= 0 && id >= 0 && id < p.num_experts) key = sequence * p.num_experts + id;
+    }
+    count_key(p.tokens_per_expert, key);
+    count_key(p.sequence_tokens, pair == t * p.top_k ? sequence : -1);  // its first pair's lane
+  }
+}
 
 // ---- sequence_balance_loss ---------------------------------------------------------------------
 
 struct LossArguments : SequenceBalanceLossParams {
-  int64_t length, runs;  // tokens and runs of a sequence
   float scale;
 };
 
-// Scores of one row into s [E] by one warp; 1 / D_t.
 template <class T>
-__device__ float score_row(Row<T> row, kimi_score_function function, float* s) {
-  RowScale scale;
-  if (function == KIMI_SCORE_SOFTMAX) {
-    float largest = -FLT_MAX;
-    for (int e = lane_id(); e < row.num_experts; e += kWarpSize) largest = fmaxf(largest, row[e]);
-    scale = softmax_scale(largest, [&](float peak) {
-      float sum = 0.0f;
-      for (int e = lane_id(); e < row.num_experts; e += kWarpSize)
-        sum = add_rn(sum, softmax_numerator<CudaOps>(row[e], peak));
-      return sum;
-    });
+__global__ void __launch_bounds__(kThreads, 4)
+    sum_terms_kernel(const __grid_constant__ LossArguments p) {
+  KIMI_STATIC_SHARED(float, terms, kRun);
+  const int64_t begin = int64_t{blockIdx.x} * kRun;
+  const int count = static_cast<int>(std::min<int64_t>(kRun, p.num_tokens - begin));
+  for (int i = warp_id(); i < count; i += kWarps) {
+    const int64_t t = begin + i, sequence = sequence_of(p, t);
+    float term = 0.0f;
+    if (sequence >= 0) {
+      const Row<T> row{static_cast<const T*>(p.logits) + t * p.logits_stride, p.num_experts};
+      const int32_t* counts = p.tokens_per_expert + sequence * p.num_experts;
+      const float share = reciprocal_length<CudaOps>(p.sequence_tokens[sequence]);
+      term = mul_rn(mean_of(row, p.score_function, counts, [](int, float, float) {}).mean,
+                    mul_rn(share, share));
+    }
+    if (lane_id() == 0) terms[i] = term;
   }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
   float sum = 0.0f;
-  with_score(function, scale, [&](auto score_of) {
-#pragma unroll 4
-    for (int e = lane_id(); e < row.num_experts; e += kWarpSize) {
-      s[e] = score_of(row[e]);
-      sum = add_rn(sum, s[e]);
-    }
-  });
-  return div_rn(1.0f, add_rn(warp_sum(sum), balance::kShareEpsilon));
+#pragma unroll 8
+  for (int i = 0; i < count; ++i) sum = add_rn(sum, terms[i]);
+  static_cast<float*>(p.workspace)[blockIdx.x] = sum;
 }
 
-// Dynamic shared memory: scores [2][kWarps][E]; histogram [E].
-template <class T>
 __global__ void __launch_bounds__(kThreads)
-    sum_shares_kernel(const __grid_constant__ LossArguments p) {
-  KIMI_SHARED(float, scores);
-  KIMI_STATIC_SHARED(float, inverse, 2 * kWarps);
-  const int num_experts = p.num_experts, thread = static_cast<int>(threadIdx.x);
-  int32_t* histogram = reinterpret_cast<int32_t*>(scores + 2 * kWarps * num_experts);
-  const int64_t sequence = blockIdx.x / p.runs;
-  const int64_t offset = blockIdx.x % p.runs * kRun;  // of the run in its sequence
-  const int64_t begin = sequence * p.length + offset;
-  const int count = static_cast<int>(std::min<int64_t>(kRun, p.length - offset));
-  for (int e = thread; e < num_experts; e += kThreads) histogram[e] = 0;
-  __syncthreads();
-  for (int64_t i = begin * p.top_k + thread; i < (begin + count) * p.top_k; i += kThreads)
-    if (const int id = p.indices[i]; id >= 0 && id < num_experts) atomic_add(&histogram[id], 1);
-
-  float sum[kMaxPerThread] = {};
-  for (int first = 0, buffer = 0; first < count; first += kWarps, buffer ^= 1) {
-    const int mine = first + warp_id();
-    float* rows = scores + buffer * kWarps * num_experts;
-    if (mine < count) {
-      const T* logits = static_cast<const T*>(p.logits) + (begin + mine) * p.logits_stride;
-      const float result =
-          score_row(Row<T>{logits, num_experts}, p.score_function, rows + warp_id() * num_experts);
-      if (lane_id() == 0) inverse[buffer * kWarps + warp_id()] = result;
-    }
-    __syncthreads();  // the other buffer's readers came to it after they had read
-    const int rows_here = std::min(int{kWarps}, count - first);
-#pragma unroll
-    for (int j = 0; j < kMaxPerThread; ++j) {
-      const int e = thread + j * kThreads;
-      if (e >= num_experts) break;
-      for (int w = 0; w < rows_here; ++w)
-        sum[j] = add_rn(sum[j], mul_rn(rows[w * num_experts + e], inverse[buffer * kWarps + w]));
-    }
-  }
-  float* out = static_cast<float*>(p.workspace) + int64_t{blockIdx.x} * num_experts;
-#pragma unroll
-  for (int j = 0; j < kMaxPerThread; ++j) {
-    const int e = thread + j * kThreads;
-    if (e >= num_experts) break;
-    out[e] = sum[j];
-    if (histogram[e] != 0)
-      atomic_add(&p.tokens_per_expert[sequence * num_experts + e], histogram[e]);
-  }
-}
-
-// One block a sequence: its runs' sums in order, weighed with its counts, to terms [N] behind the
-// runs' sums. Dynamic shared memory: products [E].
-__global__ void __launch_bounds__(kThreads)
-    weigh_shares_kernel(const __grid_constant__ LossArguments p) {
-  KIMI_SHARED(float, products);
-  const int64_t sequence = blockIdx.x;
-  float* sums = static_cast<float*>(p.workspace);
-  const float* mine = sums + sequence * p.runs * p.num_experts;
-  for (int e = static_cast<int>(threadIdx.x); e < p.num_experts; e += kThreads) {
-    float sum = mine[e];
-#pragma unroll 16
-    for (int64_t run = 1; run < p.runs; ++run) sum = add_rn(sum, mine[run * p.num_experts + e]);
-    const int32_t count = p.tokens_per_expert[sequence * p.num_experts + e];
-    products[e] = mul_rn(static_cast<float>(count), sum);
-  }
-  __syncthreads();
-  if (warp_id() != 0) return;
-  float partial = 0.0f;
-  for (int e = lane_id(); e < p.num_experts; e += kWarpSize) partial = add_rn(partial, products[e]);
-  partial = warp_sum(partial);
-  if (lane_id() == 0) sums[p.num_sequences * p.runs * p.num_experts + sequence] = partial;
-}
-
-// One warp: the loss from the sequences' terms.
-__global__ void __launch_bounds__(kWarpSize)
-    sum_sequences_kernel(const __grid_constant__ LossArguments p) {
-  const float* terms =
-      static_cast<const float*>(p.workspace) + p.num_sequences * p.runs * p.num_experts;
-  float partial = 0.0f;
-  if (p.runs > 0)
-    for (int64_t i = lane_id(); i < p.num_sequences; i += kWarpSize)
-      partial = add_rn(partial, terms[i]);
-  partial = warp_sum(partial);
-  if (lane_id() == 0) *p.loss = mul_rn(p.scale, partial);
+    balance_loss_kernel(const __grid_constant__ LossArguments p) {
+  KIMI_STATIC_SHARED(float, tile, kThreads);
+  const float sum =
+      sum_runs(static_cast<const float*>(p.workspace), balance::runs(p.num_tokens), tile);
+  if (threadIdx.x == 0) *p.loss = mul_rn(p.scale, sum);
 }
 
 // ---- update_expert_bias ------------------------------------------------------------------------
@@ -184,23 +125,27 @@ Status update_expert_bias_cuda(const UpdateExpertBiasParams& p, void* stream) {
       LaunchConfig{dim3(1), dim3(kWarpSize), 0, stream}, p);
 }
 
-Status sequence_balance_loss_cuda(const SequenceBalanceLossParams& params, void* stream) {
-  LossArguments p{params, 0, 0, balance::loss_scale(params)};
-  p.length = p.num_tokens / p.num_sequences;
-  p.runs = balance::runs(p.length);
-  const size_t row = sizeof(float) * static_cast<size_t>(p.num_experts);
-  const size_t counts = row * static_cast<size_t>(p.num_sequences);
+Status sequence_counts_cuda(const SequenceCountsParams& p, void* stream) {
+  const size_t sequences = sizeof(int32_t) * static_cast<size_t>(p.num_sequences);
+  KIMI_RETURN_IF_ERROR(memset_async(p.sequence_tokens, 0, sequences, stream));
+  const size_t counts = sequences * static_cast<size_t>(p.num_experts);
   KIMI_RETURN_IF_ERROR(memset_async(p.tokens_per_expert, 0, counts, stream));
-  if (p.runs > 0) {
-    const dim3 blocks(static_cast<unsigned>(p.num_sequences * p.runs));
-    const LaunchConfig shares{blocks, dim3(kThreads), row * (2 * kWarps + 1), stream};
-    KIMI_RETURN_IF_ERROR(dispatch(
-        p.logits_dtype, [&]<class T>() { return launch(sum_shares_kernel<T>, shares, p); }));
-    const dim3 sequences(static_cast<unsigned>(p.num_sequences));
-    KIMI_RETURN_IF_ERROR(
-        launch(weigh_shares_kernel, LaunchConfig{sequences, dim3(kThreads), row, stream}, p));
+  if (p.num_tokens == 0) return Status::ok();
+  const int64_t blocks = ceil_div(p.num_tokens * p.top_k, kThreads);
+  const dim3 grid(static_cast<unsigned>(
+      std::min<int64_t>(blocks, resident_blocks(sequence_counts_kernel, kThreads, 0))));
+  return launch(sequence_counts_kernel, LaunchConfig{grid, dim3(kThreads), 0, stream}, p);
+}
+
+Status sequence_balance_loss_cuda(const SequenceBalanceLossParams& params, void* stream) {
+  const LossArguments p{params, balance::loss_scale(params)};
+  if (p.num_tokens > 0) {
+    const dim3 blocks(static_cast<unsigned>(balance::runs(p.num_tokens)));
+    KIMI_RETURN_IF_ERROR(dispatch(p.logits_dtype, [&]<class T>() {
+      return launch(sum_terms_kernel<T>, LaunchConfig{blocks, dim3(kThreads), 0, stream}, p);
+    }));
   }
-  return launch(sum_sequences_kernel, LaunchConfig{dim3(1), dim3(kWarpSize), 0, stream}, p);
+  return launch(balance_loss_kernel, LaunchConfig{dim3(1), dim3(kThreads), 0, stream}, p);
 }
 
 }  // namespace kimi

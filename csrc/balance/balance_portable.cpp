@@ -18,17 +18,32 @@ const T* row_of(const Params& p, int64_t t) {
   return static_cast<const T*>(p.logits) + t * p.logits_stride;
 }
 
-template <class T>
-void sum_shares_of(const SequenceBalanceLossParams& p, int64_t begin, int64_t end, float* sums) {
-  float s[kMaxExperts];
-  std::fill_n(sums, p.num_experts, 0.0f);
-  for (int64_t t = begin; t < end; ++t) {
-    score_row(row_of<T>(p, t), p.num_experts, p.score_function, s);
-    OrderedSum sum;
-    for (int e = 0; e < p.num_experts; ++e) sum.add(e, s[e]);
-    const float inverse = 1.0f / (sum.total() + kShareEpsilon);
-    for (int e = 0; e < p.num_experts; ++e) sums[e] += s[e] * inverse;
+// 1 / D and m of a row, whose scores are s [E].
+struct Mean {
+  float inverse, mean;
+};
+Mean mean_of(int num_experts, const int32_t* counts, const float* s) {
+  OrderedSum sum, weighted;
+  for (int e = 0; e < num_experts; ++e) {
+    sum.add(e, s[e]);
+    weighted.add(e, float(counts[e]) * s[e]);
   }
+  const float inverse = 1.0f / (sum.total() + kShareEpsilon);
+  return {inverse, weighted.total() * inverse};
+}
+
+template <class T>
+float sum_terms_of(const SequenceBalanceLossParams& p, int64_t begin, int64_t end) {
+  float s[kMaxExperts], total = 0.0f;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t sequence = sequence_of(p, t);
+    if (sequence < 0) continue;
+    score_row(row_of<T>(p, t), p.num_experts, p.score_function, s);
+    const Mean row = mean_of(p.num_experts, p.tokens_per_expert + sequence * p.num_experts, s);
+    const float share = reciprocal_length<Portable>(p.sequence_tokens[sequence]);
+    total += row.mean * (share * share);
+  }
+  return total;
 }
 
 float slope_of(kimi_score_function function, float z, float s) {
@@ -39,25 +54,25 @@ float slope_of(kimi_score_function function, float z, float s) {
 
 template <class T>
 void balance_gradient_of(const SequenceBalanceLossBackwardParams& p, int64_t begin, int64_t end) {
-  const int64_t length = p.num_tokens / p.num_sequences;
   const float weight = *p.grad_loss * loss_scale(p);
   float s[kMaxExperts];
   for (int64_t t = begin; t < end; ++t) {
     const T* logits = row_of<T>(p, t);
-    const int32_t* counts = p.tokens_per_expert + t / length * p.num_experts;
     T* grad = static_cast<T*>(p.grad_logits) + t * p.num_experts;
-    score_row(logits, p.num_experts, p.score_function, s);
-    OrderedSum sum, weighted;
-    for (int e = 0; e < p.num_experts; ++e) {
-      sum.add(e, s[e]);
-      weighted.add(e, float(counts[e]) * s[e]);
+    const int64_t sequence = sequence_of(p, t);
+    if (sequence < 0) {
+      std::fill_n(grad, p.num_experts, T{});
+      continue;
     }
-    const float inverse = 1.0f / (sum.total() + kShareEpsilon);
-    const float mean = weighted.total() * inverse, factor = weight * inverse;
+    const int32_t* counts = p.tokens_per_expert + sequence * p.num_experts;
+    score_row(logits, p.num_experts, p.score_function, s);
+    const Mean row = mean_of(p.num_experts, counts, s);
+    const float share = reciprocal_length<Portable>(p.sequence_tokens[sequence]);
+    const float factor = weight * (share * share) * row.inverse;
     for (int e = 0; e < p.num_experts; ++e) {
       const float z = clean<Portable>(to_float(logits[e]));
       const float slope = slope_of(p.score_function, z, s[e]);
-      grad[e] = from_float<T>((float(counts[e]) - mean) * factor * slope);
+      grad[e] = from_float<T>((float(counts[e]) - row.mean) * factor * slope);
     }
   }
 }
@@ -102,8 +117,8 @@ void z_gradient_of(const ZLossBackwardParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void sum_shares(const SequenceBalanceLossParams& p, int64_t begin, int64_t end, float* sums) {
-  dispatch(p.logits_dtype, [&]<class T>() { sum_shares_of<T>(p, begin, end, sums); });
+float sum_terms(const SequenceBalanceLossParams& p, int64_t begin, int64_t end) {
+  return dispatch(p.logits_dtype, [&]<class T>() { return sum_terms_of<T>(p, begin, end); });
 }
 void balance_gradient(const SequenceBalanceLossBackwardParams& p, int64_t begin, int64_t end) {
   dispatch(p.logits_dtype, [&]<class T>() { balance_gradient_of<T>(p, begin, end); });
@@ -115,8 +130,13 @@ void z_gradient(const ZLossBackwardParams& p, int64_t begin, int64_t end) {
   dispatch(p.logits_dtype, [&]<class T>() { z_gradient_of<T>(p, begin, end); });
 }
 
+void scores(const QuantileHistogramParams& p, int64_t t, float* s) {
+  dispatch(p.logits_dtype,
+           [&]<class T>() { score_row(row_of<T>(p, t), p.num_experts, p.score_function, s); });
+}
+
 }  // namespace
 
-const CpuEngine kPortableEngine = {sum_shares, balance_gradient, sum_squares, z_gradient};
+const CpuEngine kPortableEngine = {sum_terms, balance_gradient, sum_squares, z_gradient, scores};
 
 }  // namespace kimi::balance

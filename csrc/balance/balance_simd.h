@@ -3,7 +3,7 @@
 // what the z-loss shares with it. Included by the ISA files only.
 //
 //   row --score--> s[E], slope[E] in the first-level cache, while 32 partial sums stay in registers
-//       --second pass over the row--> added to the run's shares, or written as gradient
+//       --> the row's term of the loss, or a second pass over the row that writes its gradient
 //
 // Each stage runs over a block of tokens, so that the processor overlaps the latencies at the ends
 // of rows. Lanes past E load as -inf, whose score, slope and exponential are 0.
@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "balance/balance.h"
+#include "cpu/vec_portable.h"
 #include "topk_gate/score_row_simd.h"
 
 namespace kimi::balance {
@@ -95,82 +96,102 @@ const T* row_of(const Params& p, int64_t t) {
   return static_cast<const T*>(p.logits) + t * p.logits_stride;
 }
 
-template <class O, class T, kimi_score_function kFunction>
-void sum_shares_of(const SequenceBalanceLossParams& p, int64_t begin, int64_t end, float* sums) {
-  using F = typename O::F;
-  alignas(64) float s[kBlock][kRowLength], run[kRowLength];
-  memset(run, 0, sizeof run);
-  for (int64_t first = begin; first < end; first += kBlock) {
-    const int rows = int(end - first < kBlock ? end - first : kBlock);
-    F inverse[kBlock];
-    for (int r = 0; r < rows; ++r) {
-      VectorSum<O> sum;
-      each_score<O, T, kFunction, false>(row_of<T>(p, first + r), p.logits_stride, p.num_experts,
-                                         s[r], nullptr,
-                                         [&](int, int i, F score) { sum.add(i, score); });
-      inverse[r] = O::set(1.0f / (sum.total() + kShareEpsilon));
-    }
-    const auto add_rows = [&](int count) {
-      for (int e = 0; e < p.num_experts; e += O::kLanes) {
-        F total = O::load(run + e);
-        for (int r = 0; r < count; ++r)
-          total = O::add(total, O::mul(O::load(s[r] + e), inverse[r]));
-        O::store(run + e, total);
-      }
-    };
-    rows == kBlock ? add_rows(kBlock) : add_rows(rows);  // the first is unrolled
+// Neighbours of one sequence, kBlock at most: visit(sequence, first, rows); sequence -1: of none.
+template <class Params, class Visit>
+void each_block(const Params& p, int64_t begin, int64_t end, const Visit& visit) {
+  for (int64_t first = begin; first < end;) {
+    const int64_t sequence = sequence_of(p, first);
+    int rows = 1;
+    while (rows < kBlock && first + rows < end && sequence_of(p, first + rows) == sequence) ++rows;
+    visit(sequence, first, rows);
+    first += rows;
   }
-  memcpy(sums, run, sizeof(float) * p.num_experts);
+}
+
+// What a sequence's rows are weighed with.
+template <class O>
+struct Loads {
+  alignas(64) float counts[kRowLength] = {};
+  float share = 0.0f;  // 1 / S^2
+  int64_t held = -1;
+
+  template <class Params>
+  void take(const Params& p, int64_t sequence) {
+    if (sequence == held) return;
+    held = sequence;
+    for (int e = 0; e < p.num_experts; ++e)
+      counts[e] = float(p.tokens_per_expert[sequence * p.num_experts + e]);
+    share = reciprocal_length<cpu::Portable>(p.sequence_tokens[sequence]);
+    share *= share;
+  }
+};
+
+// Scores s [E] of one row, where kSlope its slopes, 1 / D and m.
+template <class O, class T, kimi_score_function kFunction, bool kSlope, class Params>
+void mean_of(const Params& p, int64_t t, const float* counts, float* s, float* slope,
+             float& inverse, float& mean) {
+  VectorSum<O> sum, weighted;
+  each_score<O, T, kFunction, kSlope>(row_of<T>(p, t), p.logits_stride, p.num_experts, s, slope,
+                                      [&](int e, int i, typename O::F score) {
+                                        sum.add(i, score);
+                                        weighted.add(i, O::mul(O::load(counts + e), score));
+                                      });
+  inverse = 1.0f / (sum.total() + kShareEpsilon);
+  mean = weighted.total() * inverse;
+}
+
+template <class O, class T, kimi_score_function kFunction>
+float sum_terms_of(const SequenceBalanceLossParams& p, int64_t begin, int64_t end) {
+  alignas(64) float s[kBlock][kRowLength];
+  float inverse[kBlock], mean[kBlock], total = 0.0f;
+  Loads<O> loads;
+  each_block(p, begin, end, [&](int64_t sequence, int64_t first, int rows) {
+    if (sequence < 0) return;
+    loads.take(p, sequence);
+    for (int r = 0; r < rows; ++r)
+      mean_of<O, T, kFunction, false>(p, first + r, loads.counts, s[r], nullptr, inverse[r],
+                                      mean[r]);
+    for (int r = 0; r < rows; ++r) total += mean[r] * loads.share;
+  });
+  return total;
 }
 
 template <class O, class T, kimi_score_function kFunction>
 void balance_gradient_of(const SequenceBalanceLossBackwardParams& p, int64_t begin, int64_t end) {
   using F = typename O::F;
   constexpr bool kSoftmax = kFunction == KIMI_SCORE_SOFTMAX;
-  const int64_t length = p.num_tokens / p.num_sequences;
   const float weight = *p.grad_loss * loss_scale(p);
-  alignas(64) float s[kBlock][kRowLength], slopes[kBlock][kRowLength], counts[kRowLength];
-  memset(counts, 0, sizeof counts);
-  int64_t sequence_end = begin;
-  for (int64_t first = begin; first < end;) {
-    if (first == sequence_end || first == begin) {
-      const int64_t sequence = first / length;
-      sequence_end = (sequence + 1) * length;
-      for (int e = 0; e < p.num_experts; ++e)
-        counts[e] = float(p.tokens_per_expert[sequence * p.num_experts + e]);
+  alignas(64) float s[kBlock][kRowLength], slopes[kBlock][kRowLength];
+  float inverse[kBlock], mean[kBlock];
+  Loads<O> loads;
+  each_block(p, begin, end, [&](int64_t sequence, int64_t first, int rows) {
+    T* grad = static_cast<T*>(p.grad_logits) + first * p.num_experts;
+    if (sequence < 0) {
+      memset(grad, 0, sizeof(T) * rows * p.num_experts);
+      return;
     }
-    const int64_t last = end < sequence_end ? end : sequence_end;
-    const int rows = int(last - first < kBlock ? last - first : kBlock);
-    F mean[kBlock], factor[kBlock];
-    for (int r = 0; r < rows; ++r) {
-      VectorSum<O> sum, weighted;
-      each_score<O, T, kFunction, !kSoftmax>(row_of<T>(p, first + r), p.logits_stride,
-                                             p.num_experts, s[r], slopes[r],
-                                             [&](int e, int i, F score) {
-                                               sum.add(i, score);
-                                               weighted.add(i, O::mul(O::load(counts + e), score));
-                                             });
-      const float inverse = 1.0f / (sum.total() + kShareEpsilon);
-      mean[r] = O::set(weighted.total() * inverse);
-      factor[r] = O::set(weight * inverse);
-    }
-    for (int r = 0; r < rows; ++r) {
+    loads.take(p, sequence);
+    for (int r = 0; r < rows; ++r)
+      mean_of<O, T, kFunction, !kSoftmax>(p, first + r, loads.counts, s[r], slopes[r], inverse[r],
+                                          mean[r]);
+    for (int r = 0; r < rows; ++r, grad += p.num_experts) {
       const float* slope = kSoftmax ? s[r] : slopes[r];
-      T* grad = static_cast<T*>(p.grad_logits) + (first + r) * p.num_experts;
+      const F factor = O::set(weight * loads.share * inverse[r]);
       each_vector<O>(p.num_experts, [&](int e, int left, int) {
-        const F above = O::sub(O::load(counts + e), mean[r]);
-        O::store(grad + e, O::mul(O::mul(above, factor[r]), O::load(slope + e)), left);
+        const F above = O::sub(O::load(loads.counts + e), O::set(mean[r]));
+        O::store(grad + e, O::mul(O::mul(above, factor), O::load(slope + e)), left);
       });
     }
-    first += rows;
-  }
+  });
 }
 
 template <class O>
-void sum_shares(const SequenceBalanceLossParams& p, int64_t begin, int64_t end, float* sums) {
+float sum_terms(const SequenceBalanceLossParams& p, int64_t begin, int64_t end) {
+  float sum = 0.0f;
   dispatch_score(p.logits_dtype, p.score_function, [&]<class T, kimi_score_function kFunction>() {
-    sum_shares_of<O, T, kFunction>(p, begin, end, sums);
+    sum = sum_terms_of<O, T, kFunction>(p, begin, end);
   });
+  return sum;
 }
 template <class O>
 void balance_gradient(const SequenceBalanceLossBackwardParams& p, int64_t begin, int64_t end) {
@@ -178,5 +199,12 @@ void balance_gradient(const SequenceBalanceLossBackwardParams& p, int64_t begin,
     balance_gradient_of<O, T, kFunction>(p, begin, end);
   });
 }
+template <class O>
+void scores(const QuantileHistogramParams& p, int64_t t, float* s) {
+  dispatch_score(p.logits_dtype, p.score_function, [&]<class T, kimi_score_function kFunction>() {
+    score_row<O, T, kFunction>(row_of<T>(p, t), p.num_experts, s);
+  });
+}
+
 }  // namespace
 }  // namespace kimi::balance

@@ -61,21 +61,10 @@ __global__ void __launch_bounds__(kThreads)
   atomic_add(p.valid_tokens, valid_in_run[0]);
 }
 
-// One block: the runs' sums in order, fetched by all threads, added by the first.
-__global__ void __launch_bounds__(kThreads) sum_runs_kernel(const __grid_constant__ ZLossParams p) {
+__global__ void __launch_bounds__(kThreads) z_loss_kernel(const __grid_constant__ ZLossParams p) {
   KIMI_STATIC_SHARED(float, tile, kThreads);
-  const int64_t runs = balance::runs(p.num_tokens);
-  const float* sums = static_cast<const float*>(p.workspace);
-  float sum = 0.0f;
-  for (int64_t first = 0; first < runs; first += kThreads) {
-    const int count = static_cast<int>(std::min<int64_t>(kThreads, runs - first));
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread < count) tile[thread] = sums[first + thread];
-    __syncthreads();
-#pragma unroll 8
-    for (int i = 0; thread == 0 && i < count; ++i) sum = add_rn(sum, tile[i]);
-    __syncthreads();
-  }
+  const float sum =
+      sum_runs(static_cast<const float*>(p.workspace), balance::runs(p.num_tokens), tile);
   if (threadIdx.x != 0) return;
   const int32_t valid = *p.valid_tokens;
   *p.loss = mul_rn(div_rn(p.coefficient, static_cast<float>(valid > 0 ? valid : 1)), sum);
@@ -91,7 +80,7 @@ Status z_loss_cuda(const ZLossParams& p, void* stream) {
       return launch(sum_squares_kernel<T>, LaunchConfig{blocks, dim3(kThreads), 0, stream}, p);
     }));
   }
-  return launch(sum_runs_kernel, LaunchConfig{dim3(1), dim3(kThreads), 0, stream}, p);
+  return launch(z_loss_kernel, LaunchConfig{dim3(1), dim3(kThreads), 0, stream}, p);
 }
 
 }  // namespace kimi

@@ -113,7 +113,8 @@ void z_gradient(const ZLossBackwardParams& p, int64_t begin, int64_t end) {
 }
 
 template <class O>
-constexpr CpuEngine kEngine = {sum_shares<O>, balance_gradient<O>, sum_squares<O>, z_gradient<O>};
+constexpr CpuEngine kEngine = {sum_terms<O>, balance_gradient<O>, sum_squares<O>, z_gradient<O>,
+                               scores<O>};
 
 }  // namespace
 }  // namespace kimi::balance

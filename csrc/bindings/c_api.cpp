@@ -60,15 +60,37 @@ constexpr CpuOp kCpuOps[] = {
 
 template <class Params>
 using Op = kimi::Status (*)(const Params&, kimi_device, void*);
+template <class Params>
+using Needs = size_t (*)(const Params&, kimi_device);
+
+constexpr uintptr_t kWorkspaceAlignment = 64;
+
+// A workspace that is there; each op says itself where it wants one.
+template <class Params>
+kimi::Status check_workspace(const char* name, Needs<Params> needs, const Params& params,
+                             kimi_device device) {
+  if (!params.workspace) return kimi::Status::ok();
+  const size_t needed = needs(params, device);
+  if (params.workspace_bytes < needed)
+    return kimi::invalid(name, ": workspace_bytes: expected at least ", needed, ", got ",
+                         params.workspace_bytes, "; allocate what kimi_", name,
+                         "_workspace_bytes() says, under the same number of threads");
+  if (const auto over = reinterpret_cast<uintptr_t>(params.workspace) % kWorkspaceAlignment)
+    return kimi::invalid(name, ": workspace: expected ", kWorkspaceAlignment,
+                         "-byte aligned memory, got ", over, " bytes past that; align it");
+  return kimi::Status::ok();
+}
 
 template <class Params>
 kimi_status call(const char* name, Op<Params> op, const Params* params, kimi_device device,
-                 void* stream) {
+                 void* stream, Needs<Params> needs = nullptr) {
   return guard([&] {
     if (!params) return kimi::invalid(name, ": params: expected a pointer, got NULL");
     if (device != KIMI_DEVICE_CPU && device != KIMI_DEVICE_CUDA)
       return kimi::invalid(name, ": device: expected KIMI_DEVICE_CPU or KIMI_DEVICE_CUDA, got ",
                            int(device));
+    if constexpr (requires { params->workspace; })
+      KIMI_RETURN_IF_ERROR(check_workspace(name, needs, *params, device));
     return op(*params, device, stream);
   });
 }
@@ -114,31 +136,28 @@ void kimi_advise_huge_pages(void* memory, size_t bytes) {
 const char* kimi_cuda_architectures(void) { return KIMI_OPS_CUDA_ARCHITECTURES; }
 
 // kimi_<op>(params, device, stream) is kimi::<op>, and the bytes it works in.
-#define KIMI_OP(op)                                                                           \
+#define KIMI_OP_THAT(op, ...)                                                                 \
   kimi_status kimi_##op(const kimi_##op##_params* params, kimi_device device, void* stream) { \
-    return call(#op, kimi::op, params, device, stream);                                       \
+    return call(#op, kimi::op, params, device, stream __VA_OPT__(, ) __VA_ARGS__);            \
   }
+#define KIMI_OP(op) KIMI_OP_THAT(op)
 #define KIMI_OP_WITH_WORKSPACE(op)                                                           \
   size_t kimi_##op##_workspace_bytes(const kimi_##op##_params* params, kimi_device device) { \
     return params ? kimi::op##_workspace_bytes(*params, device) : 0;                         \
   }                                                                                          \
-  KIMI_OP(op)
+  KIMI_OP_THAT(op, kimi::op##_workspace_bytes)
 
 KIMI_OP(topk_gate)
+KIMI_OP(topk_gate_given)
 KIMI_OP(topk_gate_backward)
 
 KIMI_OP(update_expert_bias)
-KIMI_OP(sequence_balance_loss)
+KIMI_OP(sequence_counts)
+KIMI_OP_WITH_WORKSPACE(sequence_balance_loss)
 KIMI_OP(sequence_balance_loss_backward)
-size_t kimi_sequence_balance_loss_workspace_bytes(int64_t num_tokens, int64_t num_sequences,
-                                                  int32_t num_experts) {
-  return kimi::balance::loss_workspace_bytes(num_tokens, num_sequences, num_experts);
-}
-KIMI_OP(z_loss)
+KIMI_OP(quantile_histogram)
+KIMI_OP_WITH_WORKSPACE(z_loss)
 KIMI_OP(z_loss_backward)
-size_t kimi_z_loss_workspace_bytes(int64_t num_tokens) {
-  return kimi::balance::z_workspace_bytes(num_tokens);
-}
 
 KIMI_OP_WITH_WORKSPACE(permute_plan)
 KIMI_OP_WITH_WORKSPACE(gate_plan)

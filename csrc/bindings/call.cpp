@@ -7,6 +7,7 @@
 #include <map>
 
 #include "bindings/foreign.h"
+#include "bindings/kept.h"
 #include "bindings/tensors.h"
 
 namespace kimi::bindings {
@@ -14,8 +15,6 @@ namespace kimi::bindings {
 kimi_device device_of_cpu_tensors = KIMI_DEVICE_CPU;
 
 namespace {
-
-constexpr int64_t kHugePagesFrom = 8 << 20;  // bytes; smaller tensors are reused by the allocator
 
 std::string shown(PyObject* object) {
   const Object text = checked(PyObject_Str(object));
@@ -228,7 +227,10 @@ bool Call::truth() {
 
 Type Call::type(const char* name) {
   PyObject* object = next();
-  PyObject* found = torch.dtypes ? PyDict_GetItemWithError(torch.dtypes, object) : nullptr;
+  const bool named = PyTuple_Check(object);  // (code, bits), without torch
+  PyObject* found = named          ? object
+                    : torch.dtypes ? PyDict_GetItemWithError(torch.dtypes, object)
+                                   : nullptr;
   int code, bits;
   if (!found || !PyArg_ParseTuple(found, "ii", &code, &bits)) {
     PyErr_Clear();
@@ -301,14 +303,25 @@ dlpack::ManagedVersioned* allocate_in(const dlpack::Exchange* exchange, dlpack::
 
 }  // namespace
 
+// Unset memory of the first tensor's framework, dense.
+dlpack::ManagedVersioned* Call::memory(Type type, int ndim, const int64_t* sizes) {
+  int64_t bytes = type.bits * type.lanes / 8;
+  for (int i = 0; i < ndim; ++i) bytes *= sizes[i];
+  const auto allocate = [&](Type t, int n, const int64_t* of) {
+    return exchange_ ? allocate_in(exchange_, device_, t, n, of) : allocate_foreign(t, n, of);
+  };
+  if (bytes < kKeptFrom || device_.type != dlpack::kCpu) return allocate(type, ndim, sizes);
+  return take_kept(type, ndim, sizes, bytes,
+                   [&](int64_t count) { return allocate(kUint8, 1, &count); });
+}
+
 Output Call::allocate(Type type, int ndim, const int64_t* sizes) {
   // A size that an option sets may be nonsense still: the op says so before it writes.
   constexpr int kMostDims = 64;  // as many as torch has
   int64_t clean[kMostDims];
   if (ndim > kMostDims) value_error("", "expected at most ", kMostDims, " dimensions, got ", ndim);
   for (int i = 0; i < ndim; ++i) clean[i] = std::max<int64_t>(sizes[i], 0);
-  dlpack::ManagedVersioned* memory = exchange_ ? allocate_in(exchange_, device_, type, ndim, clean)
-                                               : allocate_foreign(type, ndim, clean);
+  dlpack::ManagedVersioned* memory = this->memory(type, ndim, clean);
   void* object = nullptr;
   char* address = static_cast<char*>(memory->tensor.data) + memory->tensor.byte_offset;
   if (exchange_) {
@@ -322,10 +335,6 @@ Output Call::allocate(Type type, int ndim, const int64_t* sizes) {
     }
   }
   outputs_.push_back(static_cast<PyObject*>(object));
-  int64_t bytes = type.bits * type.lanes / 8;
-  for (int i = 0; i < ndim; ++i) bytes *= clean[i];
-  if (bytes >= kHugePagesFrom && device_.type == dlpack::kCpu)
-    kimi_advise_huge_pages(address, size_t(bytes));
   return {outputs_.back(), address};
 }
 
@@ -336,11 +345,8 @@ Tensor Call::empty_tensor(const Tensor& like) {
 void* Call::workspace(size_t bytes) {
   if (bytes == 0) return nullptr;
   const int64_t size = int64_t(bytes);
-  managed_.push_back(exchange_ ? allocate_in(exchange_, device_, kUint8, 1, &size)
-                               : allocate_foreign(kUint8, 1, &size));
-  void* memory = managed_.back()->tensor.data;
-  if (size >= kHugePagesFrom && device_.type == dlpack::kCpu) kimi_advise_huge_pages(memory, bytes);
-  return memory;
+  managed_.push_back(memory(kUint8, 1, &size));
+  return managed_.back()->tensor.data;
 }
 
 // ---- the call ----------------------------------------------------------------------------------

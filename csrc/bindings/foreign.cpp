@@ -35,6 +35,10 @@ class Exported {
   ~Exported() {
     if (memory_) memory_->deleter(memory_);
   }
+  dlpack::DataType dtype() const {
+    if (!memory_) throw py::buffer_error("kimi_ops: this memory has been taken already");
+    return memory_->tensor.dtype;
+  }
   py::capsule capsule() {
     if (!memory_) throw py::buffer_error("kimi_ops: this memory has been taken already");
     PyObject* capsule = PyCapsule_New(memory_, kUnused, [](PyObject* self) {
@@ -50,6 +54,22 @@ class Exported {
  private:
   dlpack::ManagedVersioned* memory_;
 };
+
+// The tensor in a capsule that nobody has taken yet, as elements of another kind: frameworks that lack
+// a type pass its bits as whole numbers.
+py::object retyped(py::object capsule, int code) {
+  dlpack::Tensor* tensor = nullptr;
+  if (void* memory = PyCapsule_IsValid(capsule.ptr(), kUnused)
+                         ? PyCapsule_GetPointer(capsule.ptr(), kUnused)
+                         : nullptr)
+    tensor = &static_cast<dlpack::ManagedVersioned*>(memory)->tensor;
+  else if (PyCapsule_IsValid(capsule.ptr(), "dltensor"))
+    tensor =
+        &static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor;
+  if (!tensor) throw py::type_error("kimi_ops: expected a capsule of DLPack that is not taken yet");
+  tensor->dtype.code = uint8_t(code);
+  return capsule;
+}
 
 }  // namespace
 
@@ -89,9 +109,13 @@ PyObject* object_of_foreign(dlpack::ManagedVersioned* memory, PyObject* like) {
 void define_exported(py::module_& m) {
   py::class_<Exported>(m, "Exported", py::module_local(),
                        "Memory of this library on its way to another, through from_dlpack.")
+      .def_property_readonly(
+          "dtype",
+          [](const Exported& self) { return py::make_tuple(self.dtype().code, self.dtype().bits); })
       .def("__dlpack__", [](Exported& self, const py::kwargs&) { return self.capsule(); })
       .def("__dlpack_device__",
            [](const Exported&) { return py::make_tuple(int(dlpack::kCpu), 0); });
+  m.def("retyped", &retyped, "A capsule of DLPack as elements of another kind.");
 }
 
 }  // namespace kimi::bindings

@@ -18,7 +18,8 @@ struct Weights {
   void check_type(const Tensor& x) const {
     Call& call = *data.call;
     if (is_quantised(data.dtype)) {
-      if (x.dtype == kFloat64 || x.is_cuda())
+      const bool served = !x.is_cuda() || (!packed() && call.served(kimi_grouped_gemm_fp8_served));
+      if (x.dtype == kFloat64 || !served)
         call.type_error(data.name, "expected a Tensor beside torch.", name_of(x.dtype),
                         " tokens on ", x.device_text(), ", got ",
                         packed() ? "Int4GroupWeight" : "Fp8BlockWeight", "; pass ", data.name,
@@ -121,6 +122,7 @@ struct Layer {
     x = x.dense_rows();
     p.x = x.data();
     p.x_stride = x.stride(0);
+    for (Weights* w : {&w_gate_up, &w_down}) w->data = w->data.apart();
     p.w_gate_up = w_gate_up.stored(hidden());
     p.w_down = w_down.stored(both() / 2);
     p.b_gate_up = b_gate_up_data;
@@ -161,7 +163,7 @@ struct Forward {
         gate_up(call.empty(layer.x.dtype, {save ? layer.pairs() : 0, layer.both()})) {
     p.y = y.data();
     p.gate_up = save ? gate_up.data() : nullptr;
-    p.workspace = call.workspace(kimi_fused_experts_workspace_bytes(&p, call.device()));
+    call.workspace(p, kimi_fused_experts_workspace_bytes);
     call.run(kimi_fused_experts, p);
   }
 };
@@ -204,7 +206,7 @@ PyObject* fused_experts(Call& call) {
   plan.num_experts = p.num_experts;
   plan.top_k = p.top_k;
   plan.align = 1;
-  plan.workspace = call.workspace(kimi_permute_plan_workspace_bytes(&plan, call.device()));
+  call.workspace(plan, kimi_permute_plan_workspace_bytes);
   call.run(kimi_permute_plan, plan);
 
   const Forward forward(call, p, layer, save);
@@ -281,7 +283,7 @@ PyObject* fused_experts_backward(Call& call) {
   p.grad_weights = reinterpret_cast<float*>(memory(3));
   p.grad_b_gate_up = memory(4);
   p.grad_b_down = memory(5);
-  p.workspace = call.workspace(kimi_fused_experts_backward_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_fused_experts_backward_workspace_bytes);
   call.run(kimi_fused_experts_backward, p);
   return call.result(
       {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]});

@@ -31,6 +31,7 @@ struct Forward {
     const Groups groups = groups_of(offsets, starts, b.size(0), a);
     p.offsets = groups.offsets;
     p.starts = groups.starts;
+    b = b.apart();
     p.b = b.data();
     p.b_expert_stride = b.stride(0);
     p.b_k_stride = b.stride(1);
@@ -51,7 +52,7 @@ void multiply(Call& call, kimi_grouped_gemm_params& p, const Tensor& rows, void*
   p.dtype = native(a.dtype);
   p.out = out;
   p.out_dtype = native(type);
-  p.workspace = call.workspace(kimi_grouped_gemm_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_grouped_gemm_workspace_bytes);
   call.run(kimi_grouped_gemm, p);
 }
 
@@ -122,7 +123,7 @@ struct Wgrad {
     p.out_expert_stride = out_strides[0];
     p.out_k_stride = out_strides[1];
     p.out_n_stride = out_strides[2];
-    p.workspace = call.workspace(kimi_grouped_gemm_wgrad_workspace_bytes(&p, call.device()));
+    call.workspace(p, kimi_grouped_gemm_wgrad_workspace_bytes);
     call.run(kimi_grouped_gemm_wgrad, p);
   }
 };

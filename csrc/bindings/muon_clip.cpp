@@ -215,7 +215,7 @@ PyObject* adamw(Call& call) {
   p.count = int64_t(params.size());
   p.param_dtype = native(params[0].dtype);
   p.grad_dtype = native(grads[0].dtype);
-  p.workspace = call.workspace(kimi_adamw_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_adamw_workspace_bytes);
   call.run(kimi_adamw, p);
   const std::span<const Tensor> measured(&flags.squares, p.measure ? 1 : 0);
   call.write_back({{params, moved[0]},
@@ -258,7 +258,7 @@ PyObject* squares(Call& call) {
   p.squares = sums.data<double>();
   p.count = int64_t(places.size());
   p.dtype = native(x[0].dtype);
-  p.workspace = call.workspace(kimi_squares_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_squares_workspace_bytes);
   call.run(kimi_squares, p);
   call.write_back(sums, sums);
   return call.none();
@@ -279,7 +279,7 @@ PyObject* clip_factor(Call& call) {
   p.pieces = flags.pieces.data();
   p.factor = factor.data<float>();
   p.count = int64_t(every.size());
-  p.workspace = call.workspace(kimi_clip_factor_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_clip_factor_workspace_bytes);
   call.run(kimi_clip_factor, p);
   return call.result(factor);
 }

@@ -7,8 +7,9 @@ namespace kimi::bindings {
 namespace {
 
 PyObject* matrix_product(Call& call) {
-  const Tensor a = call.tensor("a").of(kNatives).shape({"M", "K"});
-  const Tensor b = call.tensor("b").shape({a.size(1), "N"}).of({a.dtype}).beside(a);
+  const Tensor a = call.tensor("a").of(kNatives).shape({"M", "K"}).apart();
+  const Tensor any_b = call.tensor("b").shape({a.size(1), "N"}).of({a.dtype}).beside(a);
+  const Tensor b = any_b.apart();
   const Tensor given = call.optional("c");
   kimi_matrix_product_params p = {};
   p.alpha = float(call.number("alpha"));
@@ -32,7 +33,7 @@ PyObject* matrix_product(Call& call) {
   p.dtype = native(a.dtype);
   const Output d = call.empty(a.dtype, {p.rows, p.cols});
   p.d = d.data();
-  p.workspace = call.workspace(kimi_matrix_product_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_matrix_product_workspace_bytes);
   call.run(kimi_matrix_product, p);
   return call.result(d);
 }
@@ -100,7 +101,7 @@ PyObject* newton_schulz(Call& call) {
   p.num_restarts = int32_t(restarts.size());
   p.g_dtype = p.x_dtype = native(g[0].dtype);
   p.dtype = native(type);
-  p.workspace = call.workspace(kimi_newton_schulz_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_newton_schulz_workspace_bytes);
   call.run(kimi_newton_schulz, p);
   return call.result(stack, across);
 }

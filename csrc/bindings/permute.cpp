@@ -28,7 +28,7 @@ PyObject* permute_plan(Call& call) {
   p.source = source.data<int32_t>();
   p.offsets = offsets.data<int32_t>();
   p.tokens_per_expert = counts.data<int32_t>();
-  p.workspace = call.workspace(kimi_permute_plan_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_permute_plan_workspace_bytes);
   call.run(kimi_permute_plan, p);
   return call.result({row_map, source, offsets, counts});
 }

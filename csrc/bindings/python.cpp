@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/kept.h"
 #include "bindings/ops.h"
 #include "kimi_ops_parallel.h"
 
@@ -53,6 +54,10 @@ void add_functions(py::module_& m, PyMethodDef* functions) {
 }  // namespace
 }  // namespace kimi::bindings
 
+namespace kimi::xla {
+void define(py::module_& m);
+}
+
 void kimi_bind(py::module_& m) {
   using namespace kimi::bindings;
   m.doc() = "Native ops on tensors, checked here; the functions of kimi_ops are the public ones.";
@@ -68,6 +73,7 @@ void kimi_bind(py::module_& m) {
   m.def("cpu_engine", &kimi_cpu_engine);
   m.def("num_threads", &kimi_num_threads);
   m.def("set_num_threads", [](int n) { raise_if_error(kimi_set_num_threads(n)); });
+  m.def("release_kept_memory", &release_kept);
   m.def("cuda_architectures", &kimi_cuda_architectures);
   m.def("all_to_all_buffer_bytes",
         [](int world, int halves, int64_t max_tokens, int64_t row_bytes, int64_t beside_bytes,
@@ -99,6 +105,7 @@ void kimi_bind(py::module_& m) {
     }
   });
   define_exported(m);
+  kimi::xla::define(m);
   Methods& ops = methods();
   define_comm(m, ops);
   add_functions(m, ops.direct());

@@ -11,9 +11,9 @@ std::vector<int32_t> narrow(Call& call, const char* name, const std::vector<int6
 }
 
 PyObject* attention_max_logits(Call& call) {
-  const Tensor q = call.tensor("q").of(kNatives).shape({"B", "heads", "Sq", "D"});
-  const Tensor k = call.tensor("k").of({q.dtype}).beside(q);
-  k.shape({q.size(0), "kv_heads", "Sk", q.size(3)});
+  const Tensor q = call.tensor("q").of(kNatives).shape({"B", "heads", "Sq", "D"}).apart();
+  const Tensor any_k = call.tensor("k").of({q.dtype}).beside(q);
+  const Tensor k = any_k.shape({q.size(0), "kv_heads", "Sk", q.size(3)}).apart();
   kimi_attention_max_logits_params p = {};
   p.q = q.data();
   p.k = k.data();
@@ -36,7 +36,7 @@ PyObject* attention_max_logits(Call& call) {
   p.dtype = native(q.dtype);
   const Output largest = call.empty(kFloat32, {p.heads});
   p.max_logits = largest.data<float>();
-  p.workspace = call.workspace(kimi_attention_max_logits_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_attention_max_logits_workspace_bytes);
   call.run(kimi_attention_max_logits, p);
   return call.result(largest);
 }

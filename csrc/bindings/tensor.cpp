@@ -162,13 +162,25 @@ Tensor Tensor::contiguous() const {
 
 Tensor Tensor::dense() const { return !object || is_dense() ? *this : contiguous(); }
 
+bool Tensor::at_one_place(int dims) const {
+  bool several = false;
+  for (int i = 0; i < dims; ++i) {
+    if (sizes[i] > 1 && strides[i] != 0) return false;
+    several = several || sizes[i] > 1;
+  }
+  return several && count() > 0;
+}
+
 Tensor Tensor::dense_rows() const {
-  return sizes[ndim - 1] <= 1 || count() == 0 || strides[ndim - 1] == 1 ? *this : contiguous();
+  const bool dense = sizes[ndim - 1] <= 1 || count() == 0 || strides[ndim - 1] == 1;
+  return dense && !at_one_place(ndim - 1) ? *this : contiguous();
 }
 
 Tensor Tensor::with_a_unit_stride() const {
-  return std::find(strides, strides + ndim, 1) != strides + ndim || count() < 2 ? *this
-                                                                                : contiguous();
+  const bool unit = std::find(strides, strides + ndim, 1) != strides + ndim || count() < 2;
+  return unit ? apart() : contiguous();
 }
+
+Tensor Tensor::apart() const { return at_one_place(ndim) ? contiguous() : *this; }
 
 }  // namespace kimi::bindings

@@ -93,8 +93,11 @@ class Tensor {
   Tensor dense() const;
   Tensor dense_rows() const;          // the last dimension side by side
   Tensor with_a_unit_stride() const;  // some dimension side by side
+  Tensor apart() const;               // not all elements at one place
 
  private:
+  // Whether the first dimensions, of several elements, have strides of 0 (an expanded tensor).
+  bool at_one_place(int dims) const;
   Tensor contiguous() const;
 };
 
@@ -123,7 +126,7 @@ class Call {
   int32_t int32(const char* name);
   double number(const char* name);
   bool truth();
-  Type type(const char* name);  // a torch.dtype
+  Type type(const char* name);  // a torch.dtype, or DLPack's (code, bits)
   std::vector<int64_t> integers(const char* name);
   std::vector<double> numbers(const char* name);
   template <class Enum = int>
@@ -153,6 +156,11 @@ class Call {
   Output allocate(Type type, int ndim, const int64_t* sizes);
   Tensor empty_tensor(const Tensor& like);  // dense, freed when the call ends
   void* workspace(size_t bytes);            // freed, in the order of the stream, when the call ends
+  template <class Params>
+  void workspace(Params& params, size_t (*bytes)(const Params*, kimi_device)) {
+    params.workspace_bytes = bytes(&params, device());
+    params.workspace = workspace(params.workspace_bytes);
+  }
 
   kimi_device device();  // also sets the number of threads, for workspaces that depend on it
   template <class Params>
@@ -211,6 +219,7 @@ class Call {
   Tensor foreign(PyObject* object, std::string_view name);
   void run(kimi_status (*function)(const void*, kimi_device, void*), const void* arguments);
   PyObject* handed_over(const Output& output);
+  dlpack::ManagedVersioned* memory(Type type, int ndim, const int64_t* sizes);
 
   PyObject* const* arguments_;
   Py_ssize_t next_ = 0;

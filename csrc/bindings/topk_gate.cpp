@@ -23,6 +23,7 @@ Gate gate_of(Call& call) {
   p.renormalize = call.truth();
   p.scaling_factor = float(call.number("scaling_factor"));
   const Tensor valid = call.optional("valid");
+  p.select_logits = call.choice("select", {"scores", "logits"});
   set_logits(p, logits);
   call.check(gate::check_options(std::string(call.op).c_str(), p));
   if (bias) {
@@ -47,16 +48,42 @@ PyObject* topk_gate(Call& call) {
 
 PyObject* gate_plan(Call& call) {
   const Gate gate = gate_of(call);
-  kimi_gate_plan_params p = {gate.p, nullptr, nullptr, nullptr, nullptr};
+  kimi_gate_plan_params p = {};
+  p.gate = gate.p;
   const Output row_map = call.empty(kInt32, {gate.p.num_tokens, gate.p.top_k});
   const Output source = call.empty(kInt32, {gate.p.num_tokens * gate.p.top_k});
   const Output offsets = call.empty(kInt32, {gate.p.num_experts});
   p.row_map = row_map.data<int32_t>();
   p.source = source.data<int32_t>();
   p.offsets = offsets.data<int32_t>();
-  p.workspace = call.workspace(kimi_gate_plan_workspace_bytes(&p, call.device()));
+  call.workspace(p, kimi_gate_plan_workspace_bytes);
   call.run(kimi_gate_plan, p);
   return call.result({gate.weights, gate.indices, gate.counts, row_map, source, offsets});
+}
+
+PyObject* topk_gate_given(Call& call) {
+  const Tensor logits = call.tensor("logits").of(kNatives).shape({"T", "E"}, kFlatten).dense_rows();
+  const Tensor ids = call.tensor("ids").of({kInt32}).shape({logits.size(0), "K"}).dense();
+  kimi_topk_gate_given_params p = {};
+  p.given = ids.beside(logits).data<int32_t>();
+  p.top_k = int32_t(ids.size(1));
+  p.score_function = call.choice<kimi_score_function>("score_function", kScoreFunctions);
+  p.renormalize = call.truth();
+  p.scaling_factor = float(call.number("scaling_factor"));
+  set_logits(p, logits);
+  call.check(gate::check_given("topk_gate_given", p, "ids.shape[1]"));
+  if (const Tensor valid = call.optional("valid")) p.valid = valid_of(valid, logits);
+  if (ids.is_cuda() && call.reads(ids))  // the CPU engine looks at every id by itself
+    call.check(gate::check_ids("topk_gate_given", call.on_host(ids).data<int32_t>(), ids.count(),
+                               p.num_experts));
+  const Output weights = call.empty(kFloat32, {p.num_tokens, p.top_k});
+  const Output indices = call.empty(kInt32, {p.num_tokens, p.top_k});
+  const Output counts = call.empty(kInt32, {p.num_experts});
+  p.weights = weights.data<float>();
+  p.indices = indices.data<int32_t>();
+  p.tokens_per_expert = counts.data<int32_t>();
+  call.run(kimi_topk_gate_given, p);
+  return call.result({weights, indices, counts});
 }
 
 PyObject* topk_gate_backward(Call& call) {
@@ -82,8 +109,9 @@ PyObject* topk_gate_backward(Call& call) {
 }  // namespace
 
 void define_topk_gate(Methods& methods) {
-  methods.add<topk_gate, 10>("topk_gate");
-  methods.add<gate_plan, 10>("gate_plan");
+  methods.add<topk_gate, 11>("topk_gate");
+  methods.add<topk_gate_given, 6>("topk_gate_given");
+  methods.add<gate_plan, 11>("gate_plan");
   methods.add<topk_gate_backward, 6>("topk_gate_backward");
 }
 

@@ -135,6 +135,7 @@ void add_all(char* global, const char* values, size_t bytes) {
 inline void store(const TensorMap& map, const void* shared, const char* what, bool add, int rank,
                   int32_t x, int32_t y, int32_t z) {
   const Box box = box_at(map, shared, what, rank, x, y, z);
+  simt::statistics().stored_bytes += box.bytes();
   if (add && map.strides_bytes[0] == 1) simt::fail(std::string(what) + ": bytes cannot be added");
   char* const from = const_cast<char*>(static_cast<const char*>(shared));
   simt::check_fenced(from, box.bytes(), what);

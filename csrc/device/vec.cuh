@@ -51,6 +51,7 @@ inline void store16_streaming(void* address, uint4 value) {
   simt::detail::check_global16(address, "store16_streaming");
   *static_cast<uint4*>(address) = value;
 }
+inline void store16_evict_first(void* address, uint4 value) { store16_streaming(address, value); }
 
 #else
 
@@ -88,6 +89,16 @@ __device__ inline void store16(void* address, uint4 value) {
 /// st.global.cs.v4.u32: global memory that is not read again soon.
 __device__ inline void store16_streaming(void* address, uint4 value) {
   __stcs(static_cast<uint4*>(address), value);
+}
+
+/// st.global.L2::cache_hint with createpolicy.fractional.L2::evict_first: the first to leave L2.
+__device__ inline void store16_evict_first(void* address, uint4 value) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(
+                   __cvta_generic_to_global(address)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "l"(policy)
+               : "memory");
 }
 
 #endif

@@ -4,7 +4,8 @@
 //   x[r, k] = data[r, k] scale[r, k / 128]     scale = max |x| of the 128 columns / 448
 //
 // Scales of rows lie with the rows side by side, [ceil(K / 128), R]: those of a tile of rows are
-// then one TMA box of each block of depth.
+// then one TMA box of each block of depth. With a plan (permute/permute.h) a token's row is
+// quantised once and written to the rows of all its experts; padding rows are quantised zeros.
 #pragma once
 
 #include <cstdint>

@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/strides.h"
 #include "fused_experts/fused_experts.h"
 #include "grouped_gemm/check.h"
 #include "grouped_gemm/grouped_gemm.h"
@@ -100,6 +101,20 @@ inline Status check_weights(const char* op, const char* name, const kimi_expert_
                    ": expected rows of int4 weights to begin at a byte, got strides of ",
                    w.expert_stride, " and ", w.row_stride, " elements; pad the columns to 8");
   return Status::ok();
+}
+
+// None left zero.
+template <class Params>
+Status check_layer_strides(const char* op, const Params& p) {
+  const auto of_weights = [&](const char* name, const kimi_expert_weights& w, int64_t rows,
+                              int64_t columns) {
+    return check_strides(
+        op, name,
+        {{p.num_experts, w.expert_stride}, {rows, w.row_stride}, {columns, w.column_stride}});
+  };
+  KIMI_RETURN_IF_ERROR(of_weights("w_gate_up: strides", p.w_gate_up, 2 * p.width, p.hidden));
+  KIMI_RETURN_IF_ERROR(of_weights("w_down: strides", p.w_down, p.hidden, p.width));
+  return p.hidden > 0 ? check_strides(op, "x_stride", {{p.num_tokens, p.x_stride}}) : Status::ok();
 }
 
 }  // namespace kimi::experts

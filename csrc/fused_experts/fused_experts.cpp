@@ -5,6 +5,7 @@
 #include "common/engine.h"
 #include "fused_experts/check.h"
 #include "fused_experts/layer.h"
+#include "grouped_gemm/fp8.h"
 
 namespace kimi {
 namespace {
@@ -26,19 +27,51 @@ struct Memory {  // of the workspace
   }
 };
 
+// FP8 weights on a GPU: what its kernels ask for.
+Status check_fp8(const char* op, const FusedExpertsParams& p) {
+  if (p.w_gate_up.storage != p.w_down.storage)
+    return invalid(op, ": w_gate_up, w_down: expected both in FP8 on a GPU, got storages ",
+                   int(p.w_gate_up.storage), " and ", int(p.w_down.storage),
+                   "; quantise or dequantise one");
+  if (p.width % fp8::kBlock != 0 || p.hidden % 16 != 0)
+    return invalid(op, ": w_gate_up, w_down: expected F as a multiple of ", fp8::kBlock,
+                   " and H of 16 beside FP8 weights on a GPU, got F = ", p.width,
+                   " and H = ", p.hidden, "; dequantise the weights, or pad them before quantize");
+  if (p.gate_up)
+    return invalid(op,
+                   ": gate_up: expected NULL beside FP8 weights on a GPU, which keep no [g; u]");
+  if (p.b_gate_up || p.b_down || p.weights_first)
+    return invalid(op,
+                   ": b_gate_up, b_down, weights_first: expected none of them beside FP8 weights on "
+                   "a GPU; dequantise the weights");
+  const auto lies = [](const kimi_expert_weights& w, int64_t rows, int64_t columns) {
+    return reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.row_stride == columns &&
+           w.expert_stride == rows * columns;
+  };
+  if (!lies(p.w_gate_up, 2 * p.width, p.hidden) || !lies(p.w_down, p.hidden, p.width))
+    return invalid(op,
+                   ": w_gate_up, w_down: expected dense FP8 weights at addresses that 16 "
+                   "divides on a GPU; copy them");
+  return Status::ok();
+}
+
 Status check(const FusedExpertsParams& p, kimi_device device) {
   const bool on_cpu = device == KIMI_DEVICE_CPU;
   const char* op = "fused_experts";
   KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p, device));
-  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, on_cpu));
-  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, on_cpu));
+  const bool fp8 =
+      p.w_gate_up.storage == KIMI_STORAGE_FP8_BLOCK || p.w_down.storage == KIMI_STORAGE_FP8_BLOCK;
+  const bool quantised = on_cpu || (fp8 && serves_grouped_gemm_fp8(device));
+  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, quantised));
+  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, quantised));
+  if (fp8 && !on_cpu) KIMI_RETURN_IF_ERROR(check_fp8(op, p));
   if (p.weights_first && p.b_down)
     return invalid(op,
                    ": weights_first: expected no b_down beside it, got one; add the weighted "
                    "biases to y");
   if (p.num_tokens * p.hidden > 0 && (!p.x || !p.y))
     return invalid(op, ": x, y: expected pointers, got NULL; only empty ones may be NULL");
-  return Status::ok();
+  return experts::check_layer_strides(op, p);
 }
 
 }  // namespace

@@ -25,9 +25,11 @@
 #include "common/dtype.h"
 #include "common/workspace.h"
 #include "device/launch.cuh"
+#include "fused_experts/activate_fp8.h"
 #include "fused_experts/activate_product.h"
 #include "fused_experts/fused_experts.h"
 #include "fused_experts/small_gradients.h"
+#include "fused_experts/sum_rows.h"
 #include "gemm/sm90/job.h"
 #include "permute/permute.h"
 
@@ -138,17 +140,7 @@ Status sum_of_products(const Params& p, Matrix left, Matrix right, int64_t depth
   product.cols = p.hidden;
   KIMI_RETURN_IF_ERROR(product_cuda("fused_experts", product,
                                     {rows_of_product, p.hidden, 0, p.dtype, bias}, stream));
-  UnpermuteParams sum{};
-  sum.y = rows_of_product;
-  sum.row_map = p.row_map;
-  sum.weights = weights;
-  sum.x = out;
-  sum.num_tokens = p.num_tokens;
-  sum.hidden = p.hidden;
-  sum.y_stride = p.hidden;
-  sum.top_k = p.top_k;
-  sum.dtype = p.dtype;
-  return unpermute_cuda(sum, stream);
+  return experts::sum_rows(p, rows_of_product, weights, out, stream);
 }
 
 // out[e] = left[rows of e]^T right[rows of e], [rows, cols]
@@ -190,11 +182,13 @@ struct BackwardWorkspace {
 }  // namespace
 
 size_t fused_experts_workspace_bytes_cuda(const FusedExpertsParams& p) {
+  if (experts::is_fp8(p)) return experts::fp8_workspace_bytes(p);
   return static_cast<size_t>(ForwardWorkspace(p, nullptr).pieces.bytes());
 }
 
 Status fused_experts_cuda(const FusedExpertsParams& p, void* stream) {
   if (p.num_tokens == 0 || p.hidden == 0) return Status::ok();
+  if (experts::is_fp8(p)) return experts::fp8_forward(p, stream);
   const ForwardWorkspace workspace(p, p.workspace);
   KIMI_RETURN_IF_ERROR(gate_up(p, workspace.rows, p.gate_up, workspace.hidden,
                                p.weights_first ? p.weights : nullptr, stream));

@@ -42,7 +42,9 @@ Status check(const FusedExpertsBackwardParams& p, kimi_device device) {
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, false));
   if (p.num_tokens * p.hidden > 0 && (!p.dy || !p.x))
     return invalid(op, ": dy, x: expected pointers, got NULL; only empty ones may be NULL");
-  return Status::ok();
+  if (p.hidden > 0)
+    KIMI_RETURN_IF_ERROR(check_strides(op, "dy_stride", {{p.num_tokens, p.dy_stride}}));
+  return experts::check_layer_strides(op, p);
 }
 
 // The backward of one call; every method is one of its passes.

@@ -54,6 +54,14 @@ struct Product {
   bool overlaps = false;  // on Hopper the kernel begins while the one before it ends
 };
 
+// Of FP8 operands, beside the product: A[r, k] of_rows[k / 128, r] and B[e, n, k] of_columns[e, n /
+// 128, k / 128].
+struct BlockScales {
+  const float* of_rows;  // [ceil(K / 128), R], 16 bytes divide its rows
+  int64_t row_stride;
+  const float* of_columns;  // [E, ceil(N / 128), ceil(K / 128)], dense
+};
+
 // The epilogue of products that stand for themselves: out = round(C + bias), or out += C + bias.
 struct StoreParams {
   void* out;  // M-grouped [R, cols], else [count, rows, cols]; columns contiguous

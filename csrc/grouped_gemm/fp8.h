@@ -9,6 +9,7 @@
 
 #include "common/status.h"
 #include "fp8_rows/fp8_rows.h"
+#include "gemm/product.h"
 
 namespace kimi {
 
@@ -22,5 +23,8 @@ bool serves_grouped_gemm_fp8(kimi_device device);
 // fp8_sm90.cu. Arguments have been checked, offsets have not.
 Status grouped_gemm_fp8_cuda(const GroupedGemmFp8Params& p, void* stream);
 bool serves_grouped_gemm_fp8_cuda();
+// The M-grouped product on a GPU that is served.
+Status product_fp8(const gemm::Product& p, const gemm::BlockScales& scales,
+                   const gemm::StoreParams& out, void* stream);
 
 }  // namespace kimi

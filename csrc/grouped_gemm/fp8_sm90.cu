@@ -23,22 +23,6 @@ static_assert(kScaleDepth == fp8::kBlock);
 template <int kTileCols>
 using Fp8Traits = Traits<e4m3, gemm::Grouping::kM, Major::kDepth, StoreTiles<e4m3>, kTileCols>;
 
-template <class X>
-Status run(const gemm::Product& product, const GroupedGemmFp8Params& p,
-           const StoreTilesParams& params, void* stream) {
-  ScaledInputs in{};
-  KIMI_RETURN_IF_ERROR(encode_inputs<X>(product, &in));
-  in.column_scales = p.b_scale;
-  if (p.k > 0) {
-    const int64_t sizes[] = {p.num_rows, fp8::blocks(p.k)};
-    const int64_t stride = p.a_scale_stride * static_cast<int64_t>(sizeof(float));
-    const int32_t box[] = {kScaleRows, 1};
-    KIMI_RETURN_IF_ERROR(encode_tensor_map<float>(&in.row_scales, p.a_scale, 2, sizes, &stride, box,
-                                                  Swizzle::kNone));
-  }
-  return launch_product<X>(product, in, params, stream);
-}
-
 // Columns that are computed where N are wanted.
 template <class X>
 int64_t computed(int64_t n) {
@@ -68,16 +52,27 @@ Status grouped_gemm_fp8_cuda(const GroupedGemmFp8Params& p, void* stream) {
   product.groups = {p.offsets, p.num_rows, p.num_experts};
   product.depth = p.k;
   product.cols = p.n;
+  gemm::StoreParams out{};
+  out.out = p.out;
+  out.row_stride = p.n;
+  out.dtype = p.out_dtype;
+  out.bias = p.bias;
+  return product_fp8(product, {p.a_scale, p.a_scale_stride, p.b_scale}, out, stream);
+}
+
+Status product_fp8(const gemm::Product& p, const gemm::BlockScales& scales,
+                   const gemm::StoreParams& out, void* stream) {
   StoreTilesParams params{};
-  params.out.out = p.out;
-  params.out.row_stride = p.n;
-  params.out.dtype = p.out_dtype;
-  params.out.bias = p.bias;
-  params.out.wide = gemm::divides16(p.out, p.n, size_of(p.out_dtype));
+  params.out = out;
+  params.out.wide = gemm::divides16(out.out, out.row_stride, size_of(out.dtype));
+  const auto run = [&]<class X>() {
+    if (trial().store != 0) KIMI_RETURN_IF_ERROR(encode_out<X>(p, 16, &params));
+    return run_scaled<X>(p, scales, params, stream);
+  };
   // The wide tile is worth up to a tenth of columns that nobody wants.
-  if (10 * computed<Fp8Traits<192>>(p.n) <= 11 * computed<Fp8Traits<128>>(p.n))
-    return run<Fp8Traits<192>>(product, p, params, stream);
-  return run<Fp8Traits<128>>(product, p, params, stream);
+  if (10 * computed<Fp8Traits<192>>(p.cols) <= 11 * computed<Fp8Traits<128>>(p.cols))
+    return run.template operator()<Fp8Traits<192>>();
+  return run.template operator()<Fp8Traits<128>>();
 }
 
 }  // namespace kimi

@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/strides.h"
 #include "cpu/memory.h"
 #include "gemm/cpu/groups.h"
 #include "gemm/cpu/weights.h"
@@ -61,7 +62,11 @@ Status check(const GroupedGemmParams& p, kimi_device device) {
                    p.b_expert_stride, " and ", p.b_n_stride, " elements; pad K to 8");
   if (p.num_rows > 0 && p.n > 0 && (!p.out || (p.k > 0 && p.num_experts > 0 && (!p.a || !p.b))))
     return invalid(op, ": a, b, out: expected pointers, got NULL; only empty operands may be NULL");
-  return Status::ok();
+  KIMI_RETURN_IF_ERROR(check_strides(op, "a_row_stride, a_k_stride",
+                                     {{p.num_rows, p.a_row_stride}, {p.k, p.a_k_stride}}));
+  return check_strides(
+      op, "b_expert_stride, b_k_stride, b_n_stride",
+      {{p.num_experts, p.b_expert_stride}, {p.k, p.b_k_stride}, {p.n, p.b_n_stride}});
 }
 
 Status check(const GroupedGemmWgradParams& p, kimi_device device) {
@@ -73,7 +78,10 @@ Status check(const GroupedGemmWgradParams& p, kimi_device device) {
   if (p.num_experts > 0 && p.k > 0 && p.n > 0 && (!p.out || (p.num_rows > 0 && (!p.a || !p.dc))))
     return invalid(op,
                    ": a, dc, out: expected pointers, got NULL; only empty operands may be NULL");
-  return Status::ok();
+  KIMI_RETURN_IF_ERROR(check_strides(op, "a_row_stride, a_k_stride",
+                                     {{p.num_rows, p.a_row_stride}, {p.k, p.a_k_stride}}));
+  return check_strides(op, "dc_row_stride, dc_n_stride",
+                       {{p.num_rows, p.dc_row_stride}, {p.n, p.dc_n_stride}});
 }
 
 const char* offset(const void* data, int64_t bytes) {

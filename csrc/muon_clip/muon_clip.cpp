@@ -7,6 +7,7 @@
 #include "common/dtype.h"
 #include "common/engine.h"
 #include "common/integer.h"
+#include "common/strides.h"
 
 namespace kimi {
 namespace {
@@ -105,6 +106,10 @@ Status muon_update(const MuonUpdateParams& p, kimi_device device, void* stream) 
       op, {p.count, p.shapes, 4, {list_of(p.params), list_of(p.directions)}, p.squares, p.pieces}));
   KIMI_RETURN_IF_ERROR(check_dtypes(op, p.param_dtype, p.direction_dtype));
   if (p.count > 0 && !p.rates) return invalid(op, ": rates: expected [count] numbers, got NULL");
+  for (int64_t t = 0; t < p.count; ++t)
+    for (int side : {2, 3})  // parameter, direction
+      if (const int64_t* shape = p.shapes + 4 * t; shape[1] > 0)
+        KIMI_RETURN_IF_ERROR(check_strides(op, "shapes", {{shape[0], shape[side]}}));
   return KIMI_RUN(muon_update);
 }
 

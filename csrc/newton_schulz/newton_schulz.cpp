@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/strides.h"
 #include "newton_schulz/chain.h"
 #include "newton_schulz/product.h"
 
@@ -99,6 +100,13 @@ Status check(const MatrixProductParams& p, kimi_device device) {
   if (p.rows == 0 || p.cols == 0) return Status::ok();
   if (p.rows > 1 && p.d_stride < p.cols)
     return invalid(op, ": d_stride: expected at least the ", p.cols, " columns, got ", p.d_stride);
+  if (p.alpha == 0 && p.beta == 0 && p.delta == 0)
+    return invalid(op, ": alpha, beta, delta: expected one other than 0, got 0, 0, 0; alpha 1 is ",
+                   "the product alone");
+  KIMI_RETURN_IF_ERROR(check_strides(op, "a_row_stride, a_col_stride",
+                                     {{p.rows, p.a_row_stride}, {p.depth, p.a_col_stride}}));
+  KIMI_RETURN_IF_ERROR(check_strides(op, "b_row_stride, b_col_stride",
+                                     {{p.depth, p.b_row_stride}, {p.cols, p.b_col_stride}}));
   return check_memory(p, cuda);
 }
 

@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/strides.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "permute/check.h"
@@ -127,6 +128,8 @@ Status permute(const PermuteParams& p, kimi_device device, [[maybe_unused]] void
   KIMI_RETURN_IF_ERROR(check_pointers("permute", p.num_tokens > 0, {p.row_map}));
   KIMI_RETURN_IF_ERROR(check_pointers("permute", p.num_tokens > 0 && p.row_bytes > 0, {p.x}));
   if (p.num_rows == 0 || p.row_bytes == 0) return Status::ok();
+  KIMI_RETURN_IF_ERROR(
+      check_strides("permute", "x_stride_bytes", {{p.num_tokens, p.x_stride_bytes}}));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("permute", permute_cuda(p, stream));
   const bool around_cache = p.num_rows * p.row_bytes > cpu::kStreamBytes;
   const auto& engine = permutation::kEngines.best();
@@ -142,6 +145,8 @@ Status unpermute(const UnpermuteParams& p, kimi_device device, [[maybe_unused]] 
   KIMI_RETURN_IF_ERROR(check_dtype("unpermute", p.dtype));
   if (p.hidden < 0) return invalid("unpermute: hidden: expected 0 or more, got ", p.hidden);
   if (p.num_tokens == 0 || p.hidden == 0) return Status::ok();
+  KIMI_RETURN_IF_ERROR(
+      check_strides("unpermute", "y_stride", {{p.num_tokens * p.top_k, p.y_stride}}));
   KIMI_RETURN_IF_ERROR(check_pointers("unpermute", true, {p.row_map, p.x}));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("unpermute", unpermute_cuda(p, stream));
   const auto& engine = permutation::kEngines.best();
@@ -163,6 +168,10 @@ Status unpermute_backward(const UnpermuteBackwardParams& p, kimi_device device,
       check_pointers(op, p.num_tokens > 0, {p.row_map, p.weights, p.grad_weights}));
   KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_rows > 0, {p.source}));
   KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_rows > 0 && p.hidden > 0, {p.grad_y}));
+  if (p.hidden > 0) {
+    KIMI_RETURN_IF_ERROR(check_strides(op, "y_stride", {{p.num_rows, p.y_stride}}));
+    KIMI_RETURN_IF_ERROR(check_strides(op, "grad_x_stride", {{p.num_tokens, p.grad_x_stride}}));
+  }
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA(op, unpermute_backward_cuda(p, stream));
   const int64_t row_bytes = p.hidden * size_of(p.dtype);
   const bool around_cache = p.num_rows * row_bytes > cpu::kStreamBytes;
@@ -184,6 +193,9 @@ Status sort_chunks(const SortChunksParams& p, kimi_device device, [[maybe_unused
   KIMI_RETURN_IF_ERROR(check_pointers("sort_chunks", p.num_chunks > 0, {p.split_sizes, p.order}));
   KIMI_RETURN_IF_ERROR(
       check_pointers("sort_chunks", p.num_rows > 0 && p.row_bytes > 0, {p.x, p.y}));
+  if (p.row_bytes > 0)
+    KIMI_RETURN_IF_ERROR(
+        check_strides("sort_chunks", "x_stride_bytes", {{p.num_rows, p.x_stride_bytes}}));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("sort_chunks", sort_chunks_cuda(p, stream));
   KIMI_RETURN_IF_ERROR(check_chunks(p));
   sort_chunks_cpu(p);

@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "device/clock.cuh"
 #include "device/cluster.cuh"
 #include "device/overlap.cuh"
 #include "permute/permute.cuh"
@@ -100,12 +101,14 @@ __global__ void __launch_bounds__(kThreads)
   const Shared s = shared_of(memory, p);
   const int thread = static_cast<int>(threadIdx.x), num_experts = p.num_experts;
   const int rank = cluster_rank(), blocks = cluster_blocks();
+  clock_mark(0);
   uint16_t* counts = s.counts + warp_id() * even(num_experts);
   for (int i = thread; i < kWarps * even(num_experts) / 2; i += kThreads)
     reinterpret_cast<uint32_t*>(s.counts)[i] = 0;
   __syncthreads();
   wait_for_previous();
   let_next_start();
+  clock_mark(1);
 
   const int32_t begin = (rank * kWarps + warp_id()) * p.pairs_per_warp + lane_id();
   // Of the pair: its expert; above it, how many of the expert's are before it in the warp; or -1.
@@ -132,10 +135,13 @@ __global__ void __launch_bounds__(kThreads)
     }
     warp_barrier();
   }
+  clock_mark(2);
   __syncthreads();
   sum_warps(s, num_experts);
+  clock_mark(3);
   cluster_arrive();
   cluster_wait();
+  clock_mark(4);
 
   int32_t earlier = 0, total = 0, own = 0;  // pairs of the earlier blocks, of all, of this one
   if (thread < num_experts) {
@@ -154,6 +160,7 @@ __global__ void __launch_bounds__(kThreads)
   int64_t all = 0;  // rows in the lower half, the block's own pairs above
   const int64_t start = block_exclusive_sum<kWarps>(int64_t{own} << 32 | padded, warp_sums, all);
   const int32_t num_own = static_cast<int32_t>(all >> 32);
+  clock_mark(5);
   if (thread < num_experts) {
     const int32_t first = static_cast<int32_t>(start), place = static_cast<int32_t>(start >> 32);
     s.place[thread] = place;
@@ -180,8 +187,10 @@ __global__ void __launch_bounds__(kThreads)
     }
     p.row_map[pair] = row;
   }
+  clock_mark(6);
   __syncthreads();
   for (int i = thread; i < num_own; i += kThreads) p.source[s.rows[i]] = s.pairs[i];
+  clock_mark(7);
 
   for (int e = rank * kWarps + warp_id(); e < num_experts; e += blocks * kWarps)
     for (int64_t row = s.ends[e] + lane_id(); row < s.ends[num_experts + e]; row += kWarpSize)
@@ -190,6 +199,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = tail + rank * kThreads + thread; row < p.num_rows; row += blocks * kThreads)
     p.source[row] = -1;
   cluster_wait();
+  clock_mark(8);
 }
 
 }  // namespace

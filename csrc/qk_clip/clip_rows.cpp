@@ -5,6 +5,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/strides.h"
 #include "cpu/parallel.h"
 #include "qk_clip/qk_clip.h"
 
@@ -33,7 +34,7 @@ Status check(const kimi_clip_weight& w, const ClipRowsParams& p) {
     return invalid(kOp, ": dtype: expected a kimi_dtype (0..2), got ", int(w.dtype));
   if (w.rows > 0 && w.cols > 0 && !w.weight)
     return invalid(kOp, ": weight: expected a pointer, got NULL");
-  return Status::ok();
+  return w.cols > 0 ? check_strides(kOp, "row_stride", {{w.rows, w.row_stride}}) : Status::ok();
 }
 
 Status check(const ClipRowsParams& p) {

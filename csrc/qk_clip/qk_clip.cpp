@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/strides.h"
 #include "common/workspace.h"
 #include "cpu/parallel.h"
 #include "gemm/cpu/block.h"
@@ -80,7 +81,17 @@ Status check(const AttentionMaxLogitsParams& p, kimi_device device) {
     return invalid(op, ": expected pointers for max_logits and workspace, got NULL");
   if (p.batch * p.heads * p.queries * p.keys * p.dim > 0 && (!p.q || !p.k))
     return invalid(op, ": expected pointers for q and k, got NULL");
-  return Status::ok();
+  KIMI_RETURN_IF_ERROR(check_strides(op,
+                                     "q_batch_stride, q_head_stride, q_row_stride, q_col_stride",
+                                     {{p.batch, p.q_batch_stride},
+                                      {p.heads, p.q_head_stride},
+                                      {p.queries, p.q_row_stride},
+                                      {p.dim, p.q_col_stride}}));
+  return check_strides(op, "k_batch_stride, k_head_stride, k_row_stride, k_col_stride",
+                       {{p.batch, p.k_batch_stride},
+                        {p.kv_heads, p.k_head_stride},
+                        {p.keys, p.k_row_stride},
+                        {p.dim, p.k_col_stride}});
 }
 
 // The largest sum of block `block` of head `head` in batch `batch`, before the scale.

@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/status.h"
+#include "common/strides.h"
 #include "topk_gate/topk_gate.h"
 
 namespace kimi::gate {
@@ -25,7 +26,7 @@ Status check_logits(const char* op, const Params& p) {
     return invalid(op, ": logits_dtype: expected a kimi_dtype (0..2), got ", int(p.logits_dtype));
   if (p.logits_stride < 0)
     return invalid(op, ": logits_stride: expected 0 or more elements, got ", p.logits_stride);
-  return Status::ok();
+  return check_strides(op, "logits_stride", {{p.num_tokens, p.logits_stride}});
 }
 
 template <class Params>
@@ -36,9 +37,17 @@ Status check_score(const char* op, const Params& p) {
                  int(p.score_function));
 }
 
+template <class Params>
+Status check_scaling(const char* op, const Params& p) {
+  if (p.scaling_factor != 0) return Status::ok();
+  return invalid(op, ": scaling_factor: expected a number other than 0, got 0; 1 leaves the ",
+                 "weights as they are");
+}
+
 inline Status check_options(const char* op, const TopkGateParams& p) {
   KIMI_RETURN_IF_ERROR(check_logits(op, p));
   KIMI_RETURN_IF_ERROR(check_score(op, p));
+  KIMI_RETURN_IF_ERROR(check_scaling(op, p));
   KIMI_RETURN_IF_ERROR(between(op, "num_groups", p.num_groups, 1, p.num_experts));
   if (p.num_experts % p.num_groups != 0)
     return invalid(op, ": num_groups: expected a divisor of the ", p.num_experts, " experts, got ",
@@ -62,12 +71,34 @@ Status check_pointers(const char* op, const Params& p) {
   return Status::ok();
 }
 
-inline Status check_arguments(const char* op, const TopkGateParams& p) {
-  KIMI_RETURN_IF_ERROR(check_options(op, p));
+// Ids in -1 .. E, where the host can read them.
+inline Status check_ids(const char* op, const int32_t* ids, int64_t count, int32_t num_experts) {
+  const auto [low, high] = std::minmax_element(ids, ids + count);
+  if (count == 0 || (*low >= -1 && *high <= num_experts)) return Status::ok();
+  return invalid(op, ": ids: expected -1 .. ", num_experts, ", got ", *low, " .. ", *high,
+                 "; mark slots without an expert with -1");
+}
+
+// What given and backward calls take: K ids a token.
+template <class Params>
+Status check_given(const char* op, const Params& p, const char* ids) {
+  KIMI_RETURN_IF_ERROR(check_logits(op, p));
+  KIMI_RETURN_IF_ERROR(check_score(op, p));
+  KIMI_RETURN_IF_ERROR(check_scaling(op, p));
+  return between(op, ids, p.top_k, 1, std::min(p.num_experts, KIMI_TOPK_GATE_MAX_K));
+}
+
+template <class Params>
+Status check_outputs(const char* op, const Params& p) {
   KIMI_RETURN_IF_ERROR(check_pointers(op, p));
   if (!p.tokens_per_expert || (p.num_tokens > 0 && !p.weights))
     return invalid(op, ": weights, tokens_per_expert: expected pointers, got NULL");
   return Status::ok();
+}
+
+inline Status check_arguments(const char* op, const TopkGateParams& p) {
+  KIMI_RETURN_IF_ERROR(check_options(op, p));
+  return check_outputs(op, p);
 }
 
 }  // namespace kimi::gate

@@ -10,7 +10,7 @@
 //               candidates with a larger key, or an equal one and a lower id
 //   slot k      weight from the exact scores, summed in the order of the slots
 //
-// Only a sigmoid without groups has estimates. Otherwise a[E] are the exact choices, as they are for
+// Only a sigmoid without groups, chosen by scores, has estimates. Otherwise a[E] are the exact choices, as they are for
 // a row of fewer than K candidates (NaN) or more than 32 (saturated or equal scores): scored in a
 // loop into shared memory, where groups exclude theirs; the bound is tau. Of a row whose ties still
 // are too many, K rounds over all keys choose.
@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "device/clock.cuh"
 #include "device/estimate.cuh"
 #include "device/vec.cuh"
 #include "topk_gate/filter.h"
@@ -55,7 +56,7 @@ struct Layout {
 };
 
 __device__ inline bool estimated(const TopkGateParams& p) {
-  return p.score_function == KIMI_SCORE_SIGMOID && p.num_groups == 1;
+  return p.score_function == KIMI_SCORE_SIGMOID && p.num_groups == 1 && !p.select_logits;
 }
 
 template <class T>
@@ -91,6 +92,7 @@ __device__ inline void load_row(const T* row, int num_experts, Layout at, float 
 
 // The choice of an expert with logit z; every NaN chooses as -inf.
 __device__ inline float choice_of(const TopkGateParams& p, int expert, float z, float score) {
+  if (p.select_logits) score = clean<CudaOps>(z);
   const float choice = add_rn(score, p.expert_bias != nullptr ? p.expert_bias[expert] : 0.0f);
   return z != z || choice != choice ? -INFINITY : choice;
 }
@@ -220,9 +222,12 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
   RowScale row;
   int found = 0;
   const auto enough = [&] { return found >= top_k && found <= kWarpSize; };
+  clock_mark(0);
   if (estimated(p)) {
     estimate_choices(p, logits, at, load_bias, a);
+    clock_mark(1);
     const float tau = kth_of_lanes(a, top_k);
+    clock_mark(2);
     if (tau > -INFINITY)
       found = collect(a, at, candidates_from<CudaOps>(tau, kSigmoidError), board);
   }
@@ -236,6 +241,7 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
     }
     found = collect(a, at, kth_of_lanes(a, top_k), board);
   }
+  clock_mark(3);
   int32_t id = 0;
   float z = 0.0f, u = 0.0f;
   if (enough()) {
@@ -247,6 +253,7 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
       mine = add_rn(choice_of(p, id, z, u), 0.0f);  // -0 is +0
     }
     board.choice[lane] = mine;
+    clock_mark(4);
     uint32_t equal = warp_match(bits_of(mine)) & ~(1u << lane);
     warp_barrier();
     float larger = 0.0f;
@@ -276,6 +283,7 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
   }
   if (lane >= top_k) board.score[lane] = 0.0f;
   warp_barrier();
+  clock_mark(5);
   float total = 0.0f;
 #pragma unroll 1
   for (int i = 0; i < top_k; i += 4) {  // scores are no -0: 0 beyond K changes nothing
@@ -286,6 +294,7 @@ __device__ Choice choose(const TopkGateParams& p, const T* logits, Layout at,
   const float scale = p.renormalize
                           ? div_rn(p.scaling_factor, add_rn(total, KIMI_TOPK_GATE_EPSILON))
                           : p.scaling_factor;
+  clock_mark(6);
   return {board.chosen[lane], mul_rn(board.score[lane], scale)};
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cstdint>
 
 #include "device/launch.cuh"
@@ -49,6 +50,19 @@ __device__ inline RowScale softmax_scale(float largest, SumNumerators sum_numera
   for (int half = 16; half > 0; half /= 2) sum = add_rn(sum, warp_exchange(sum, half));
   row.factor = sum > 0.0f ? div_rn(1.0f, sum) : 0.0f;
   return row;
+}
+
+// What softmax needs of a row, logit(e) being the cleaned logit of expert e < num_experts.
+template <class Logit>
+__device__ inline RowScale softmax_scale_of(int num_experts, Logit logit) {
+  float largest = -FLT_MAX;
+  for (int e = lane_id(); e < num_experts; e += kWarpSize) largest = fmaxf(largest, logit(e));
+  return softmax_scale(largest, [&](float peak) {
+    float sum = 0.0f;
+    for (int e = lane_id(); e < num_experts; e += kWarpSize)
+      sum = add_rn(sum, softmax_numerator<CudaOps>(logit(e), peak));
+    return sum;
+  });
 }
 
 // A grid that the device holds at once; warps go on to further tokens by themselves.

@@ -47,6 +47,16 @@ KIMI_HOST_DEVICE F sqrtsoftplus_slope(F z, F s) {
   return O::select(O::less(O::set(0.0f), s), slope, O::set(0.0f));
 }
 
+// weights [K] from the scores that they hold, on a CPU: D is summed in slot order.
+template <class O, class Params>
+void weigh(const Params& p, float* weights) {
+  float total = 0.0f;
+  for (int j = 0; j < p.top_k; ++j) total += weights[j];
+  const float scale =
+      p.renormalize ? p.scaling_factor / (total + KIMI_TOPK_GATE_EPSILON) : p.scaling_factor;
+  for (int j = 0; j < p.top_k; ++j) weights[j] *= scale;
+}
+
 // Ascending in x, with -0 equal to +0 and NaN lowest (as -inf); kExcluded is below every key.
 inline constexpr int32_t kExcluded = INT32_MIN;
 KIMI_HOST_DEVICE int32_t sort_key(float x) {

@@ -7,7 +7,6 @@
 //   softmax      reads the logits thrice (peak, sum, scores): from L1 after the first time
 //
 // Predicted for an H200, not measured: 32768 x 384 fp32, sigmoid: 50 MB written, 12 us at 4.2 TB/s.
-#include <cfloat>
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -36,16 +35,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     const bool dropped = warp_ballot(slot) == 0;
     for (int e = lane; e < num_experts; e += kWarpSize) gradient[e] = 0.0f;
     RowScale row;
-    if (softmax && !dropped) {
-      float largest = -FLT_MAX;
-      for (int e = lane; e < num_experts; e += kWarpSize) largest = fmaxf(largest, logit(e));
-      row = softmax_scale(largest, [&](float peak) {
-        float sum = 0.0f;
-        for (int e = lane; e < num_experts; e += kWarpSize)
-          sum = add_rn(sum, softmax_numerator<CudaOps>(logit(e), peak));
-        return sum;
-      });
-    }
+    if (softmax && !dropped) row = softmax_scale_of(num_experts, logit);
     warp_barrier();
     float flow = 0.0f;
     if (!dropped) {
@@ -64,12 +54,20 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
       const float du = slot ? mul_rn(sub_rn(g, mean), scale) : -0.0f;
       for (int k = 0; k < p.top_k; ++k)
         flow = fma_rn(warp_broadcast(du, k), warp_broadcast(u, k), flow);
-      if (slot) {
-        const bool sigmoid = p.score_function == KIMI_SCORE_SIGMOID;
-        const float slope =
-            sigmoid ? sigmoid_slope<CudaOps>(z, u) : sqrtsoftplus_slope<CudaOps>(z, u);
-        gradient[id] = softmax ? du : mul_rn(du, slope);
+      const bool sigmoid = p.score_function == KIMI_SCORE_SIGMOID;
+      const float slope =
+          sigmoid ? sigmoid_slope<CudaOps>(z, u) : sqrtsoftplus_slope<CudaOps>(z, u);
+      float mine = softmax ? du : mul_rn(du, slope);
+      const uint32_t same = warp_match(slot ? id : -1 - lane);  // of given ids two may be one
+      if (warp_ballot((same & ((1u << lane) - 1)) != 0) != 0) {
+        float sum = -0.0f;
+        for (int k = 0; k < p.top_k; ++k) {
+          const float other = warp_broadcast(mine, k);
+          if ((same >> k & 1) != 0) sum = add_rn(sum, other);
+        }
+        mine = sum;
       }
+      if (slot) gradient[id] = mine;
     }
     warp_barrier();
     for (int e = lane; e < num_experts; e += kWarpSize) {

@@ -26,8 +26,8 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
     const T* logits = static_cast<const T*>(p.logits) + t * p.logits_stride;
     score_row(logits, p.num_experts, p.score_function, s);
     for (int e = 0; e < p.num_experts; ++e) {
-      const float z = to_float(logits[e]);
-      choice[e] = p.expert_bias ? s[e] + p.expert_bias[e] : s[e];
+      const float z = to_float(logits[e]), score = p.select_logits ? clean<Portable>(z) : s[e];
+      choice[e] = p.expert_bias ? score + p.expert_bias[e] : score;
       if (z != z || choice[e] != choice[e]) choice[e] = -std::numeric_limits<float>::infinity();
       key[e] = sort_key(choice[e]);
     }
@@ -38,19 +38,35 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
       for (int e = 0; e < p.num_experts; ++e)
         if (!kept[e / size]) key[e] = kExcluded;
     }
-    float total = 0.0f;
     for (int j = 0; j < p.top_k; ++j) {
       const int best =
           int(std::max_element(key, key + p.num_experts) - key);  // the first of equals
       key[best] = kExcluded;
       indices[j] = best;
       weights[j] = s[best];
-      total += s[best];
       ++counts[best];
     }
-    const float scale =
-        p.renormalize ? p.scaling_factor / (total + KIMI_TOPK_GATE_EPSILON) : p.scaling_factor;
-    for (int j = 0; j < p.top_k; ++j) weights[j] *= scale;
+    weigh<Portable>(p, weights);
+  }
+}
+
+template <class T>
+void given_rows(const TopkGateGivenParams& p, int64_t begin, int64_t end, int32_t* counts) {
+  float s[kMaxExperts];
+  for (int64_t t = begin; t < end; ++t) {
+    const bool valid = !p.valid || p.valid[t];
+    if (valid)
+      score_row(static_cast<const T*>(p.logits) + t * p.logits_stride, p.num_experts,
+                p.score_function, s);
+    float* weights = p.weights + t * p.top_k;
+    for (int j = 0; j < p.top_k; ++j) {
+      const int32_t id = p.given[t * p.top_k + j];
+      const bool slot = valid && id >= 0 && id < p.num_experts;
+      p.indices[t * p.top_k + j] = slot ? id : -1;
+      weights[j] = slot ? s[id] : 0.0f;
+      if (slot) ++counts[id];
+    }
+    weigh<Portable>(p, weights);
   }
 }
 
@@ -79,28 +95,31 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
     const float scale = p.renormalize ? p.scaling_factor * inverse : p.scaling_factor;
     const float mean = p.renormalize ? dot * inverse : 0.0f;
     std::fill_n(du, p.num_experts, 0.0f);
-    for (int j = 0; j < k; ++j) {
-      const float d = (g[j] - mean) * scale;
-      du[id[j]] = d;
-      flow = std::fma(d, s[id[j]], flow);
-    }
-    if (p.score_function == KIMI_SCORE_SOFTMAX) {
-      for (int e = 0; e < p.num_experts; ++e) grad[e] = from_float<T>(s[e] * (du[e] - flow));
-      continue;
-    }
+    for (int j = 0; j < k; ++j) du[id[j]] = -0.0f;  // what is added to it stays as it is
     for (int j = 0; j < k; ++j) {
       const int e = id[j];
-      const float z = clean<Portable>(to_float(logits[e]));
-      const float slope = p.score_function == KIMI_SCORE_SIGMOID
-                              ? sigmoid_slope<Portable>(z, s[e])
-                              : sqrtsoftplus_slope<Portable>(z, s[e]);
-      grad[e] = from_float<T>(du[e] * slope);
+      const float d = (g[j] - mean) * scale, z = clean<Portable>(to_float(logits[e]));
+      flow = std::fma(d, s[e], flow);
+      if (p.score_function == KIMI_SCORE_SOFTMAX)
+        du[e] += d;
+      else if (p.score_function == KIMI_SCORE_SIGMOID)
+        du[e] += d * sigmoid_slope<Portable>(z, s[e]);
+      else
+        du[e] += d * sqrtsoftplus_slope<Portable>(z, s[e]);
     }
+    if (p.score_function == KIMI_SCORE_SOFTMAX)
+      for (int e = 0; e < p.num_experts; ++e) grad[e] = from_float<T>(s[e] * (du[e] - flow));
+    else
+      for (int j = 0; j < k; ++j) grad[id[j]] = from_float<T>(du[id[j]]);
   }
 }
 
 void forward(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* counts) {
   dispatch(p.logits_dtype, [&]<class T>() { forward_rows<T>(p, begin, end, counts); });
+}
+
+void given(const TopkGateGivenParams& p, int64_t begin, int64_t end, int32_t* counts) {
+  dispatch(p.logits_dtype, [&]<class T>() { given_rows<T>(p, begin, end, counts); });
 }
 
 void backward(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
@@ -109,7 +128,7 @@ void backward(const TopkGateBackwardParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const CpuEngine kPortableEngine = {forward, backward, nullptr, 0.0f};
+const CpuEngine kPortableEngine = {forward, given, backward, nullptr, 0.0f};
 
 void select_groups(const TopkGateParams& p, const float* choice, bool* kept) {
   const int size = p.num_experts / p.num_groups, best_of = p.group_score_topk;

@@ -52,10 +52,13 @@ constexpr int kLeastEstimated = 192;  // experts: fewer cost no more than their 
 // `ahead` elements on is fetched meanwhile: the hardware's prefetch stops at every page, which holds
 // 2.7 rows of K2.
 template <class O, class T, kimi_score_function kFunction, int kBound, bool kEstimate>
-void choose_row(const T* logits, int64_t ahead, const float* bias, int num_experts, float* s,
-                float* choice, float* lanes) {
+void choose_row(const T* logits, int64_t ahead, const TopkGateParams& p, float* s, float* choice,
+                float* lanes) {
   using F = typename O::F;
   constexpr int kVectors = kBound / O::kLanes;
+  const int num_experts = p.num_experts;
+  const float* bias = p.expert_bias;
+  const bool by_logits = p.select_logits != 0;
   F top[kVectors];
   for (int v = 0; v < kVectors; ++v) top[v] = O::set(-__builtin_inff());
   if constexpr (kFunction == KIMI_SCORE_SOFTMAX) score_row<O, T, kFunction>(logits, num_experts, s);
@@ -78,6 +81,7 @@ void choose_row(const T* logits, int64_t ahead, const float* bias, int num_exper
       score = score_of<O, kFunction>(kFunction == KIMI_SCORE_SIGMOID ? z : clean<O>(z));
       O::store(s + e, score);
     }
+    if (by_logits) score = clean<O>(z);
     const F c = bias ? O::add(score, O::load(bias + e, left)) : score;
     const F cleaned = O::keep_first(O::lowest_if(nan, c), left);
     O::store(choice + e, cleaned);
@@ -119,16 +123,15 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
       for (int i = 0; i < rows; ++i)
         if (!p.valid || p.valid[first + i]) stage(i, p.indices + (first + i) * k);
     };
-    const bool estimate =
-        kEstimate && experts >= kLeastEstimated && p.num_groups == 1 && whole == 0;
+    const bool estimate = kEstimate && experts >= kLeastEstimated && p.num_groups == 1 &&
+                          !p.select_logits && whole == 0;
     whole -= whole > 0;
     const auto logits = [&](int i) {
       return static_cast<const T*>(p.logits) + (first + i) * p.logits_stride;
     };
     const auto choose = [&]<bool kEstimates>(std::bool_constant<kEstimates>, int i) {
-      choose_row<O, T, kFunction, kBound, kEstimates>(logits(i), kAhead * p.logits_stride,
-                                                      p.expert_bias, experts, a.s[i], a.choice[i],
-                                                      a.lanes[i]);
+      choose_row<O, T, kFunction, kBound, kEstimates>(logits(i), kAhead * p.logits_stride, p,
+                                                      a.s[i], a.choice[i], a.lanes[i]);
     };
     each([&](int i, int32_t*) {
       if (estimate) return choose(std::bool_constant<kEstimate>{}, i);
@@ -161,21 +164,56 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
     });
     each([&](int i, const int32_t* indices) {
       float* weights = p.weights + (first + i) * k;
-      float total = 0.0f;
       for (int j = 0; j < k; ++j) {
         weights[j] = a.s[i][indices[j]];
-        total += weights[j];
         ++counts[indices[j]];
       }
-      const float scale =
-          p.renormalize ? p.scaling_factor / (total + KIMI_TOPK_GATE_EPSILON) : p.scaling_factor;
-      for (int j = 0; j < k; ++j) weights[j] *= scale;
+      weigh<O>(p, weights);
     });
     for (int i = 0; p.valid && i < rows; ++i)
       for (int j = 0; !p.valid[first + i] && j < k; ++j) {
         p.weights[(first + i) * k + j] = 0.0f;
         p.indices[(first + i) * k + j] = -1;
       }
+  }
+}
+
+// Scores u of k experts of a row, and z, their logits, where the score function needs no others; s [E]
+// is filled for softmax alone. Room for whole vectors.
+template <class O, class T, kimi_score_function kFunction>
+void score_chosen(const T* logits, int num_experts, const int32_t* id, int k, float* s, float* z,
+                  float* u) {
+  if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
+    score_row<O, T, kFunction>(logits, num_experts, s);
+    for (int j = 0; j < k; ++j) u[j] = s[id[j]];
+  } else {
+    for (int j = 0; j < k; ++j) z[j] = to_float(logits[id[j]]);
+    for (int j = 0; j < k; j += O::kLanes)
+      O::store(u + j, score_of<O, kFunction>(clean<O>(O::load(z + j))));
+  }
+}
+
+template <class O, class T, kimi_score_function kFunction>
+void given_rows(const TopkGateGivenParams& p, int64_t begin, int64_t end, int32_t* counts) {
+  alignas(64) float s[kMaxExperts + O::kLanes];
+  alignas(64) float z[kMaxTopK + O::kLanes], u[kMaxTopK + O::kLanes];
+  memset(z, 0, sizeof z);
+  for (int64_t t = begin; t < end; ++t) {
+    const int32_t* given = p.given + t * p.top_k;
+    int32_t* indices = p.indices + t * p.top_k;
+    int32_t id[kMaxTopK];
+    int k = 0;
+    for (int j = 0; j < p.top_k; ++j) {
+      const bool slot = uint32_t(given[j]) < uint32_t(p.num_experts) && (!p.valid || p.valid[t]);
+      indices[j] = slot ? given[j] : -1;
+      if (slot) ++counts[id[k++] = given[j]];
+    }
+    if (k > 0)
+      score_chosen<O, T, kFunction>(static_cast<const T*>(p.logits) + t * p.logits_stride,
+                                    p.num_experts, id, k, s, z, u);
+    float* weights = p.weights + t * p.top_k;
+    for (int j = 0, from = 0; j < p.top_k; ++j) weights[j] = indices[j] < 0 ? 0.0f : u[from++];
+    weigh<O>(p, weights);
   }
 }
 
@@ -201,14 +239,7 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
     }
     if (k == 0 || kFunction != KIMI_SCORE_SOFTMAX) memset(grad, 0, sizeof(T) * experts);
     if (k == 0) continue;
-    if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
-      score_row<O, T, kFunction>(logits, experts, s);
-      for (int j = 0; j < k; ++j) u[j] = s[id[j]];
-    } else {
-      for (int j = 0; j < k; ++j) z[j] = to_float(logits[id[j]]);
-      for (int j = 0; j < k; j += O::kLanes)
-        O::store(u + j, score_of<O, kFunction>(clean<O>(O::load(z + j))));
-    }
+    score_chosen<O, T, kFunction>(logits, experts, id, k, s, z, u);
     float total = 0.0f, dot = 0.0f, flow = 0.0f;
     for (int j = 0; j < k; ++j) {
       total += u[j];
@@ -221,22 +252,25 @@ void backward_rows(const TopkGateBackwardParams& p, int64_t begin, int64_t end) 
       d[j] = (g[j] - mean) * scale;
       flow = __builtin_fmaf(d[j], u[j], flow);
     }
-    if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
-      for (int j = 0; j < k; ++j) du[id[j]] = d[j];
-      for (int e = 0; e < experts; e += O::kLanes)
-        O::store(grad + e, O::mul(O::load(s + e), O::sub(O::load(du + e), O::set(flow))),
-                 experts - e);
-      for (int j = 0; j < k; ++j) du[id[j]] = 0.0f;
-    } else {
+    if constexpr (kFunction != KIMI_SCORE_SOFTMAX) {
       for (int j = 0; j < k; j += O::kLanes) {
         const F uj = O::load(u + j);
         const F zj = clean<O>(O::load(z + j));
         const F slope = kFunction == KIMI_SCORE_SIGMOID ? sigmoid_slope<O>(zj, uj)
                                                         : sqrtsoftplus_slope<O>(zj, uj);
-        O::store(u + j, O::mul(O::load(d + j), slope));
+        O::store(d + j, O::mul(O::load(d + j), slope));
       }
-      for (int j = 0; j < k; ++j) grad[id[j]] = from_float<T>(u[j]);
     }
+    for (int j = 0; j < k; ++j) du[id[j]] = -0.0f;  // what is added to it stays as it is
+    for (int j = 0; j < k; ++j) du[id[j]] += d[j];
+    if constexpr (kFunction == KIMI_SCORE_SOFTMAX) {
+      for (int e = 0; e < experts; e += O::kLanes)
+        O::store(grad + e, O::mul(O::load(s + e), O::sub(O::load(du + e), O::set(flow))),
+                 experts - e);
+    } else {
+      for (int j = 0; j < k; ++j) grad[id[j]] = from_float<T>(du[id[j]]);
+    }
+    for (int j = 0; j < k; ++j) du[id[j]] = 0.0f;
   }
 }
 
@@ -247,6 +281,13 @@ void forward(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* count
     if (p.top_k <= 8) return forward_rows<O, T, kFunction, 16>(p, begin, end, counts);
     if (p.top_k <= 16) return forward_rows<O, T, kFunction, 32>(p, begin, end, counts);
     return forward_rows<O, T, kFunction, 64>(p, begin, end, counts);
+  });
+}
+
+template <class O>
+void given(const TopkGateGivenParams& p, int64_t begin, int64_t end, int32_t* counts) {
+  dispatch_score(p.logits_dtype, p.score_function, [&]<class T, kimi_score_function kFunction>() {
+    given_rows<O, T, kFunction>(p, begin, end, counts);
   });
 }
 
@@ -266,7 +307,8 @@ void estimate(const float* logits, int64_t n, float* estimates) {
 }
 
 template <class O>
-constexpr CpuEngine kEngine = {forward<O>, backward<O>, estimate<O>, O::Estimates::kError};
+constexpr CpuEngine kEngine = {forward<O>, given<O>, backward<O>, estimate<O>,
+                               O::Estimates::kError};
 
 }  // namespace
 }  // namespace kimi::gate

@@ -10,14 +10,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-try:
-    from kimi_ops import _C
-except ImportError as error:
-    raise ImportError(
-        f"kimi_ops: native module kimi_ops._C: expected beside {__file__}, could not be loaded "
-        f"({error}); build it with `pip install .` (or `python setup.py build_ext --inplace` in "
-        "the source tree) using this Python"
-    ) from error
+from kimi_ops._library import _C
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels
 # with CUDA kernels of their own

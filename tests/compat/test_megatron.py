@@ -106,6 +106,20 @@ def test_no_tokens():
         assert megatron.unpermute(y, index, x.shape, fused=fused).shape == (0, H)
 
 
+@pytest.mark.parametrize("with_probs", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_tokens_of_other_ranks_alone(fused, with_probs):
+    """A rank may see tokens of which none is for its experts."""
+    x, mask = torch.randn(5, H, requires_grad=True), torch.zeros(5, 4, dtype=torch.bool)
+    probs = torch.rand(5, 4, requires_grad=True) if with_probs else None
+    y, row_probs, index, *_ = megatron.permute(x, mask, probs, num_out_tokens=0, fused=fused)
+    assert y.shape == (0, H) and (row_probs is None or row_probs.shape == (0,))
+    back = megatron.unpermute(y, index, x.shape, probs, mask, fused=fused)
+    assert torch.equal(back, torch.zeros(5, H))
+    back.sum().backward()
+    assert not x.grad.any()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_chunks(fused):
     x, probs = torch.randn(6, H), torch.rand(6)

@@ -316,7 +316,7 @@ MAP = te.moe_permute(X, MASK, 6)[1]
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda: te.moe_permute(X, MASK, 0), "num_out_tokens: expected 1"),
+        (lambda: te.moe_permute(X, MASK, -1), "num_out_tokens: expected 0"),
         (lambda: te.moe_permute(X, MASK, 6, map_type="bits"), "map_type: expected one of"),
         (lambda: te.moe_permute(X, MASK[:2], 6), r"routing_map: expected shape \[3, E\]"),
         (lambda: te.moe_permute(X, MASK[0], 6), "routing_map: expected shape"),
@@ -332,11 +332,35 @@ def test_bad_input(call, message):
         call()
 
 
+def test_quantile_histogram():
+    """alpha is the (k+1)-th largest of s + b; r = alpha - s; bins by multiplication, clamped."""
+    logits, bias, bounds = torch.randn(50, 12), torch.randn(12) / 4, torch.tensor([-0.8, 1.1])
+    histogram = torch.zeros(12, 40, dtype=torch.int32)
+    probs, _ = te.fused_topk_with_score_function(
+        logits, 3, False, None, None, None, "sigmoid", bias, qb_histogram=histogram,
+        qb_bin_bounds=bounds, qb_histogram_mode="fused_atomic",
+    )  # fmt: skip
+    s = logits.sigmoid()
+    alpha = (s + bias).topk(4).values[:, 3:]
+    bins = ((alpha - s - bounds[0]) * (40 / (bounds[1] - bounds[0]))).floor().clamp(0, 39).long()
+    want = torch.nn.functional.one_hot(bins, 40).sum(0)
+    assert (histogram - want).abs().sum() <= 4 and histogram.sum() == 600  # rounded at an edge
+    plain = te.fused_topk_with_score_function(logits, 3, False, None, None, None, "sigmoid", bias)
+    assert torch.equal(probs, plain[0])
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
-        (dict(qb_histogram=torch.zeros(4, 8)), "qb_histogram: expected None, got Tensor"),
-        (dict(qb_histogram_mode="two_kernel"), "qb_histogram_mode: expected None"),
+        (dict(qb_histogram=torch.zeros(4, 8)), "qb_bin_bounds: expected a tensor beside"),
+        (
+            dict(qb_histogram=1, qb_bin_bounds=1),
+            "score_function: expected 'sigmoid', got 'softmax'",
+        ),
+        (
+            dict(qb_histogram_mode="one"),
+            "qb_histogram_mode: expected one of two_kernel, fused_atom",
+        ),
         (dict(expert_bias=torch.zeros(4)), "expert_bias: expected None"),
         (dict(score_function="tanh"), "score_function: expected one of"),
         (dict(routing_map_format="bits"), "routing_map_format: expected"),

@@ -154,6 +154,7 @@ def test_experts(dtype, activation, ids_dtype):
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     y = vllm.fused_experts(x, w1, w2, weights, ids, activation=activation)
     assert y.dtype == dtype and (y - want).norm() / want.norm() < bound
+    assert torch.equal(vllm.fused_experts(x, w1, w2, weights.double(), ids, activation=name), y)
     kept = x.clone()
     with torch.no_grad():
         assert vllm.fused_experts(kept, w1, w2, weights, ids, True, activation) is kept

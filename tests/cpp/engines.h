@@ -57,6 +57,16 @@ struct Buffer {
   size_t size;
 };
 
+// What an op of the C API asks for, given to it.
+struct Workspace : Buffer {
+  template <class Params>
+  Workspace(Params& p, size_t (*bytes)(const Params*, kimi_device))
+      : Buffer(bytes(&p, KIMI_DEVICE_CPU)) {
+    p.workspace = data.get();
+    p.workspace_bytes = size;
+  }
+};
+
 struct Tensor : Buffer {
   kimi_dtype dtype;
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "engines.h"
 #include "kimi_ops.h"
 
 namespace {
@@ -18,14 +19,16 @@ struct Case {
 
 using Bytes = std::vector<unsigned char>;
 
+constexpr int kBins = 50;
+
 struct Results {
   float balance = 0, z = 0;
-  std::vector<int32_t> counts;
+  std::vector<int32_t> counts, histogram;
   std::vector<float> log_sum_exp;
   Bytes balance_gradient, z_gradient;
   bool operator==(const Results& o) const {
     return std::memcmp(&balance, &o.balance, 4) == 0 && std::memcmp(&z, &o.z, 4) == 0 &&
-           counts == o.counts && log_sum_exp == o.log_sum_exp &&
+           counts == o.counts && histogram == o.histogram && log_sum_exp == o.log_sum_exp &&
            balance_gradient == o.balance_gradient && z_gradient == o.z_gradient;
   }
 };
@@ -70,34 +73,43 @@ bool run(const Case& c, Results& r) {
   for (size_t i = 0; i < indices.size(); ++i)
     indices[i] = int32_t(i * 2654435761u % (c.experts + 1)) - 1;
   r.counts.assign(size_t(c.sequences) * c.experts, -7);
+  std::vector<int32_t> lengths(c.sequences, -7);
   r.log_sum_exp.assign(tokens, -7.0f);
   r.balance_gradient.assign(logits.size(), 7);
   r.z_gradient.assign(logits.size(), 7);
   const float grad = 3.0f;
   int32_t valid_tokens = 0;
 
-  Bytes workspace(kimi_sequence_balance_loss_workspace_bytes(tokens, c.sequences, c.experts));
+  kimi_sequence_counts_params counts = {};
+  counts.indices = indices.data();
+  counts.tokens_per_expert = r.counts.data();
+  counts.sequence_tokens = lengths.data();
+  counts.num_tokens = int64_t(tokens);
+  counts.num_sequences = c.sequences;
+  counts.num_experts = c.experts;
+  counts.top_k = c.k;
+
   kimi_sequence_balance_loss_params loss = {};
   describe(c, logits, loss);
   describe_sequences(c, loss);
-  loss.indices = indices.data();
+  const kimi::test::Workspace workspace(loss, kimi_sequence_balance_loss_workspace_bytes);
   loss.loss = &r.balance;
   loss.tokens_per_expert = r.counts.data();
-  loss.workspace = workspace.data();
+  loss.sequence_tokens = lengths.data();
   kimi_sequence_balance_loss_backward_params backward = {};
   describe(c, logits, backward);
   describe_sequences(c, backward);
   backward.grad_loss = &grad;
   backward.tokens_per_expert = r.counts.data();
+  backward.sequence_tokens = lengths.data();
   backward.grad_logits = r.balance_gradient.data();
 
-  Bytes z_workspace(kimi_z_loss_workspace_bytes(tokens));
   kimi_z_loss_params z = {};
   describe(c, logits, z);
+  const kimi::test::Workspace z_workspace(z, kimi_z_loss_workspace_bytes);
   z.loss = &r.z;
   z.log_sum_exp = r.log_sum_exp.data();
   z.valid_tokens = &valid_tokens;
-  z.workspace = z_workspace.data();
   kimi_z_loss_backward_params z_backward = {};
   describe(c, logits, z_backward);
   z_backward.grad_loss = &grad;
@@ -105,7 +117,23 @@ bool run(const Case& c, Results& r) {
   z_backward.valid_tokens = &valid_tokens;
   z_backward.grad_logits = r.z_gradient.data();
 
-  return kimi_sequence_balance_loss(&loss, KIMI_DEVICE_CPU, nullptr) == KIMI_OK &&
+  std::vector<float> cutoffs(tokens, 0.5f);
+  const float bounds[] = {-1.0f, 1.0f};
+  r.histogram.assign(size_t(c.experts) * kBins, 0);
+  kimi_quantile_histogram_params quantile = {};
+  quantile.logits = logits.data();
+  quantile.cutoffs = cutoffs.data();
+  quantile.bounds = bounds;
+  quantile.histogram = r.histogram.data();
+  quantile.num_tokens = int64_t(tokens);
+  quantile.logits_stride = quantile.num_experts = c.experts;
+  quantile.num_bins = kBins;
+  quantile.logits_dtype = c.dtype;
+  quantile.score_function = c.function;
+
+  return kimi_sequence_counts(&counts, KIMI_DEVICE_CPU, nullptr) == KIMI_OK &&
+         kimi_quantile_histogram(&quantile, KIMI_DEVICE_CPU, nullptr) == KIMI_OK &&
+         kimi_sequence_balance_loss(&loss, KIMI_DEVICE_CPU, nullptr) == KIMI_OK &&
          kimi_sequence_balance_loss_backward(&backward, KIMI_DEVICE_CPU, nullptr) == KIMI_OK &&
          kimi_z_loss(&z, KIMI_DEVICE_CPU, nullptr) == KIMI_OK &&
          kimi_z_loss_backward(&z_backward, KIMI_DEVICE_CPU, nullptr) == KIMI_OK &&

@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "engines.h"
 #include "kimi_ops.h"
 
 namespace {
@@ -204,11 +205,16 @@ void test_losses_refuse_sizes_and_say_their_workspace() {
   refuses([](P& p) { p.num_sequences = 0; }, "num_sequences: expected a divisor of the 0 tokens");
   refuses([](P& p) { p.num_tokens = int64_t{1} << 31; }, "num_tokens: expected 0..2147483647");
   refuses([](P& p) { p.logits_stride = -1; }, "logits_stride: expected 0 or more elements, got -1");
-  refuses([](P&) {}, "indices, loss, tokens_per_expert, workspace: expected pointers, got NULL");
-  EXPECT(kimi_sequence_balance_loss_workspace_bytes(130, 2, 10) == 4 * (2 * 2 * 10 + 2));
-  EXPECT(kimi_sequence_balance_loss_workspace_bytes(130, 0, 10) == 0);
-  EXPECT(kimi_z_loss_workspace_bytes(65) == 8);
+  refuses([](P&) {},
+          "loss, tokens_per_expert, sequence_tokens, workspace: expected pointers, got NULL");
+  P sizes = {};
+  sizes.num_tokens = 130, sizes.num_sequences = 2, sizes.num_experts = 10;
+  EXPECT(kimi_sequence_balance_loss_workspace_bytes(&sizes, KIMI_DEVICE_CPU) == 4 * 3);
+  sizes.num_tokens = -1;
+  EXPECT(kimi_sequence_balance_loss_workspace_bytes(&sizes, KIMI_DEVICE_CPU) == 0);
   kimi_z_loss_params z = {};
+  z.num_tokens = 65;
+  EXPECT(kimi_z_loss_workspace_bytes(&z, KIMI_DEVICE_CPU) == 8);
   z.logits_stride = z.num_experts = 16;
   z.logits_dtype = kimi_dtype(7);
   EXPECT(kimi_z_loss(&z, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT);
@@ -255,9 +261,8 @@ void test_products_want_memory_of_their_own() {
     p.rows = 3, p.cols = 4, p.depth = 5;
     p.a_row_stride = p.b_row_stride = p.c_stride = p.d_stride = 20;
     p.a_col_stride = p.b_col_stride = 1;
-    p.beta = 1;
-    std::vector<char> workspace(kimi_matrix_product_workspace_bytes(&p, kCpu) + 64);
-    p.workspace = workspace.data() + 64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64;
+    p.alpha = p.beta = 1;
+    const kimi::test::Workspace workspace(p, kimi_matrix_product_workspace_bytes);
     change(p);
     return kimi_matrix_product(&p, device, nullptr);
   };
@@ -291,6 +296,112 @@ void test_products_want_memory_of_their_own() {
   EXPECT(kimi_matrix_product_workspace_bytes(&none, kGpu) == 0);
 }
 
+// Every op that works in a workspace is told its size; here one of them says each refusal.
+void test_workspaces_are_checked() {
+  Gate gate;
+  EXPECT(gate.run() == KIMI_OK);
+  std::vector<int32_t> row_map(gate.indices.size()), source(gate.indices.size());
+  std::vector<int32_t> offsets(Gate::kExperts), counts(Gate::kExperts);
+  kimi_permute_plan_params p = {};
+  p.indices = gate.indices.data(), p.row_map = row_map.data(), p.source = source.data();
+  p.offsets = offsets.data(), p.tokens_per_expert = counts.data();
+  p.num_tokens = Gate::kTokens, p.num_experts = Gate::kExperts, p.top_k = Gate::kK, p.align = 1;
+  const auto refused = [&](const char* text) {
+    return kimi_permute_plan(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT &&
+           error_has(text) && offsets.back() == 0;
+  };
+  EXPECT(refused("got NULL"));
+  const kimi::test::Workspace workspace(p, kimi_permute_plan_workspace_bytes);
+  p.workspace_bytes = workspace.size - 1;
+  EXPECT(refused("permute_plan: workspace_bytes: expected at least"));
+  EXPECT(refused("allocate what kimi_permute_plan_workspace_bytes() says"));
+  p.workspace_bytes = 0;
+  EXPECT(refused("got 0; allocate"));
+  p.workspace_bytes = workspace.size;
+  p.workspace = workspace.data.get() + 4;
+  EXPECT(refused("workspace: expected 64-byte aligned memory, got 4 bytes past that"));
+  p.workspace = workspace.data.get();
+  EXPECT(kimi_permute_plan(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK && offsets.back() != 0);
+}
+
+// A params struct of which only some fields were set: what is 0 by accident has an answer.
+void test_what_is_left_zero_is_refused() {
+  Gate gate;
+  gate.p.logits_stride = 0;
+  EXPECT(gate.run() == KIMI_INVALID_ARGUMENT);
+  EXPECT(error_has("topk_gate: logits_stride: expected the distance between its elements, got 0"));
+  gate.p.num_tokens = 1;  // of one row no distance is asked
+  EXPECT(gate.run() == KIMI_OK);
+  gate.p.scaling_factor = 0;
+  EXPECT(gate.run() == KIMI_INVALID_ARGUMENT && error_has("scaling_factor: expected a number"));
+
+  float x[64] = {}, y[64] = {};
+  int32_t map[8] = {}, source[8] = {}, end = 8;
+  kimi_permute_params copy = {};
+  copy.x = x, copy.y = y, copy.row_map = map, copy.source = source;
+  copy.num_tokens = copy.num_rows = 8, copy.top_k = 1, copy.row_bytes = 16;
+  EXPECT(kimi_permute(&copy, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT &&
+         error_has("permute: x_stride_bytes: expected"));
+  kimi_unpermute_params sum = {};
+  sum.x = x, sum.y = y, sum.row_map = map, sum.num_tokens = 8, sum.top_k = 1, sum.hidden = 4;
+  EXPECT(kimi_unpermute(&sum, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT &&
+         error_has("unpermute: y_stride: expected"));
+
+  kimi_grouped_gemm_params product = {};
+  product.a = x, product.b = x, product.out = y, product.offsets = &end;
+  product.num_rows = 8, product.k = 4, product.n = 2, product.num_experts = 1;
+  const kimi::test::Workspace workspace(product, kimi_grouped_gemm_workspace_bytes);
+  const auto refused = [&](const char* text) {
+    return kimi_grouped_gemm(&product, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT &&
+           error_has(text);
+  };
+  EXPECT(refused("a_row_stride, a_k_stride: expected"));
+  product.a_row_stride = 4, product.a_k_stride = 1;
+  EXPECT(refused("b_expert_stride, b_k_stride, b_n_stride: expected"));
+  product.b_n_stride = 4;  // one row for all of K: meant so
+  EXPECT(kimi_grouped_gemm(&product, KIMI_DEVICE_CPU, nullptr) == KIMI_OK);
+
+  kimi_matrix_product_params d = {};
+  d.a = x, d.b = x, d.d = y, d.rows = d.cols = d.depth = 4, d.d_stride = 4;
+  const kimi::test::Workspace scratch(d, kimi_matrix_product_workspace_bytes);
+  EXPECT(kimi_matrix_product(&d, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT &&
+         error_has("alpha, beta, delta: expected one other than 0"));
+  d.alpha = 1;
+  EXPECT(kimi_matrix_product(&d, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT &&
+         error_has("a_row_stride, a_col_stride: expected"));
+}
+
+template <class Params>
+bool says_what_is_missing(kimi_status (*op)(const Params*, kimi_device, void*)) {
+  const Params zero = {};
+  const kimi_status status = op(&zero, KIMI_DEVICE_CPU, nullptr);
+  return status == KIMI_INVALID_ARGUMENT && error_has("expected");
+}
+
+// All of it left zero: refused wherever that is not simply the empty call.
+void test_nothing_but_zeros_is_refused() {
+  EXPECT(says_what_is_missing(kimi_topk_gate));
+  EXPECT(says_what_is_missing(kimi_topk_gate_backward));
+  EXPECT(says_what_is_missing(kimi_gate_plan));
+  EXPECT(says_what_is_missing(kimi_sequence_balance_loss));
+  EXPECT(says_what_is_missing(kimi_sequence_balance_loss_backward));
+  EXPECT(says_what_is_missing(kimi_z_loss));
+  EXPECT(says_what_is_missing(kimi_z_loss_backward));
+  EXPECT(says_what_is_missing(kimi_permute_plan));
+  EXPECT(says_what_is_missing(kimi_permute));
+  EXPECT(says_what_is_missing(kimi_unpermute));
+  EXPECT(says_what_is_missing(kimi_unpermute_backward));
+  EXPECT(says_what_is_missing(kimi_grouped_gemm));
+  EXPECT(says_what_is_missing(kimi_grouped_gemm_wgrad));
+  EXPECT(says_what_is_missing(kimi_grouped_gemm_fp8));
+  EXPECT(says_what_is_missing(kimi_fused_experts));
+  EXPECT(says_what_is_missing(kimi_fused_experts_backward));
+  EXPECT(says_what_is_missing(kimi_newton_schulz));
+  EXPECT(says_what_is_missing(kimi_attention_max_logits));
+  EXPECT(says_what_is_missing(kimi_clip_rows));
+  EXPECT(says_what_is_missing(kimi_clip_factor));
+}
+
 }  // namespace
 
 int main() {
@@ -303,6 +414,9 @@ int main() {
   test_losses_refuse_sizes_and_say_their_workspace();
   test_fp8_products_refuse_what_tma_cannot_read();
   test_products_want_memory_of_their_own();
+  test_workspaces_are_checked();
+  test_what_is_left_zero_is_refused();
+  test_nothing_but_zeros_is_refused();
   test_cuda_without_a_device();
   if (failures == 0) std::puts("c_api: all passed");
   return failures == 0 ? 0 : 1;

@@ -57,10 +57,10 @@ void forward(const Case& c) {
     kimi_grouped_gemm_params p = {};
     p.num_rows = problem.rows, p.k = c.k, p.n = c.n, p.num_experts = problem.experts;
     p.dtype = c.dtype, p.b_storage = kimi_storage(c.dtype), p.out_dtype = c.out_dtype;
-    const Buffer workspace(kimi_grouped_gemm_workspace_bytes(&p, KIMI_DEVICE_CPU));
+    const Workspace workspace(p, kimi_grouped_gemm_workspace_bytes);
     p.a = a.data.get(), p.b = b.data.get(), p.offsets = problem.offsets.data();
     p.bias = c.bias ? bias.data.get() : nullptr;
-    p.out = out.data.get(), p.workspace = workspace.data.get();
+    p.out = out.data.get();
     p.a_row_stride = c.k, p.a_k_stride = 1, p.b_expert_stride = c.k * c.n;
     p.b_k_stride = c.transposed ? 1 : c.n, p.b_n_stride = c.transposed ? c.k : 1;
     check(kimi_grouped_gemm(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK, "grouped_gemm");
@@ -88,9 +88,9 @@ void wgrad(const Case& c, bool accumulate) {
     kimi_grouped_gemm_wgrad_params p = {};
     p.num_rows = problem.rows, p.k = c.k, p.n = c.n, p.num_experts = problem.experts;
     p.dtype = c.dtype, p.out_dtype = c.out_dtype, p.accumulate = accumulate;
-    const Buffer workspace(kimi_grouped_gemm_wgrad_workspace_bytes(&p, KIMI_DEVICE_CPU));
+    const Workspace workspace(p, kimi_grouped_gemm_wgrad_workspace_bytes);
     p.a = a.data.get(), p.dc = dc.data.get(), p.offsets = problem.offsets.data();
-    p.out = out.data.get(), p.workspace = workspace.data.get();
+    p.out = out.data.get();
     p.a_row_stride = c.k, p.a_k_stride = 1, p.dc_row_stride = c.n, p.dc_n_stride = 1;
     p.out_expert_stride = c.k * c.n;
     p.out_k_stride = c.transposed ? 1 : c.n, p.out_n_stride = c.transposed ? c.k : 1;
@@ -117,9 +117,9 @@ void refusals() {
     kimi_grouped_gemm_params p = {};
     p.num_rows = 4, p.k = 2, p.n = 2, p.num_experts = 2;
     p.a_row_stride = 2, p.a_k_stride = 1, p.b_expert_stride = 4, p.b_k_stride = 2, p.b_n_stride = 1;
-    const Buffer workspace(kimi_grouped_gemm_workspace_bytes(&p, KIMI_DEVICE_CPU));
+    const Workspace workspace(p, kimi_grouped_gemm_workspace_bytes);
     p.a = a.data.get(), p.b = b.data.get(), p.out = out.data.get();
-    p.workspace = workspace.data.get(), p.offsets = offsets.data();
+    p.offsets = offsets.data();
     check(kimi_grouped_gemm(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT &&
               std::strstr(kimi_last_error(), "offsets: expected 0 <="),
           "bad offsets were taken");

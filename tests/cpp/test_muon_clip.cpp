@@ -88,7 +88,6 @@ bool run(Results& r, bool nesterov, bool maximize, bool cautious) {
   const int64_t pieces[] = {0, 2, 2, 4, 4, 6, 6, 8, 8, 10}, places[] = {0, 1, 2, 3, 4};
   std::vector<float*> steps;
   for (float& step : r.steps) steps.push_back(&step);
-  std::vector<double> workspace(64);
   kimi_adamw_params adamw = {};
   adamw.params = r.param.list(), adamw.grads = r.grad.list<const void>();
   adamw.exp_avgs = r.exp_avg.list<float>(), adamw.exp_avg_sqs = r.exp_avg_sq.list<float>();
@@ -98,15 +97,13 @@ bool run(Results& r, bool nesterov, bool maximize, bool cautious) {
   adamw.param_dtype = r.param.tensors[0].dtype, adamw.grad_dtype = r.grad.tensors[0].dtype;
   adamw.squares = r.measured, adamw.pieces = pieces, adamw.measure = 1;
   if (kimi_adamw(&adamw, KIMI_DEVICE_CPU, nullptr) != KIMI_INVALID_ARGUMENT) return false;
-  adamw.workspace = workspace.data();
-  if (kimi_adamw_workspace_bytes(&adamw, KIMI_DEVICE_CPU) > 64 * sizeof(double) ||
-      kimi_adamw(&adamw, KIMI_DEVICE_CPU, nullptr) != KIMI_OK)
-    return false;
+  const Workspace of_adamw(adamw, kimi_adamw_workspace_bytes);
+  if (kimi_adamw(&adamw, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
 
   kimi_squares_params squares = {};
   squares.x = r.update.list<const void>(), squares.sizes = kSizes, squares.count = kCount;
   squares.places = places, squares.squares = r.squares, squares.dtype = KIMI_FLOAT32;
-  squares.workspace = workspace.data();
+  const Workspace of_squares(squares, kimi_squares_workspace_bytes);
   if (kimi_squares(&squares, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
   squares.x = r.grad.list<const void>(), squares.dtype = r.grad.tensors[0].dtype;
   squares.squares = r.plain_squares;
@@ -115,7 +112,8 @@ bool run(Results& r, bool nesterov, bool maximize, bool cautious) {
   kimi_clip_factor_params clip = {};
   const int64_t whole[] = {0, 1, 1, 2, 2, 3, 3, 4, 4, 5};
   clip.squares = r.plain_squares, clip.pieces = whole, clip.count = kCount, clip.factor = &r.factor;
-  clip.max_norm = 1.0, clip.workspace = workspace.data();
+  clip.max_norm = 1.0;
+  const Workspace of_clip(clip, kimi_clip_factor_workspace_bytes);
   return kimi_clip_factor(&clip, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
 }
 

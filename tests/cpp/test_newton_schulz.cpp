@@ -42,8 +42,7 @@ bool product(const Matrix& a, const Matrix& b, const Matrix* c, const Matrix& d,
   p.c_stride = c ? c->row_stride : 0, p.d_stride = d.row_stride;
   p.alpha = 0.5f, p.beta = c ? 2.0f : 0.0f, p.delta = delta;
   p.symmetric = symmetric, p.dtype = a.tensor.dtype;
-  Buffer workspace(kimi_matrix_product_workspace_bytes(&p, KIMI_DEVICE_CPU));
-  p.workspace = workspace.data.get();
+  const Workspace workspace(p, kimi_matrix_product_workspace_bytes);
   return kimi_matrix_product(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
 }
 
@@ -130,8 +129,7 @@ bool chain(const std::vector<const Matrix*>& g, const std::vector<const Matrix*>
   p.restarts = schedule.restarts.data(), p.num_restarts = int32_t(schedule.restarts.size());
   p.method = schedule.method, p.aol = schedule.aol;
   p.g_dtype = g[0]->tensor.dtype, p.dtype = dtype, p.x_dtype = x[0]->tensor.dtype;
-  Buffer workspace(kimi_newton_schulz_workspace_bytes(&p, KIMI_DEVICE_CPU));
-  p.workspace = workspace.data.get();
+  const Workspace workspace(p, kimi_newton_schulz_workspace_bytes);
   return kimi_newton_schulz(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "engines.h"
 #include "kimi_ops.h"
 
 namespace {
@@ -49,10 +50,9 @@ bool run(const Case& c, Results& r) {
   r.counts.resize(c.experts);
   kimi_permute_plan_params plan = {};
   plan.num_tokens = c.tokens, plan.top_k = c.k, plan.num_experts = c.experts, plan.align = c.align;
-  Bytes workspace(kimi_permute_plan_workspace_bytes(&plan, KIMI_DEVICE_CPU));
+  const kimi::test::Workspace workspace(plan, kimi_permute_plan_workspace_bytes);
   plan.indices = ids.data(), plan.row_map = r.row_map.data(), plan.source = r.source.data();
   plan.offsets = r.offsets.data(), plan.tokens_per_expert = r.counts.data();
-  plan.workspace = workspace.data();
   if (kimi_permute_plan(&plan, KIMI_DEVICE_CPU, nullptr) != KIMI_OK) return false;
 
   const Bytes x = values(size_t(c.tokens) * c.hidden, c.dtype, 1);

@@ -29,9 +29,9 @@ void test_maxima(const Case& c, kimi_dtype dtype, bool causal, bool with_nan) {
   p.k_batch_stride = c.keys * c.kv_heads * c.dim, p.k_head_stride = c.dim;
   p.k_row_stride = c.kv_heads * c.dim, p.k_col_stride = 1;
   p.scale = 0.5f, p.causal = causal, p.dtype = dtype;
-  Buffer workspace(kimi_attention_max_logits_workspace_bytes(&p, KIMI_DEVICE_CPU));
+  const Workspace workspace(p, kimi_attention_max_logits_workspace_bytes);
   Tensor maxima(c.heads, KIMI_FLOAT32);
-  p.workspace = workspace.data.get(), p.max_logits = static_cast<float*>(maxima.at(0));
+  p.max_logits = static_cast<float*>(maxima.at(0));
   bool ok = kimi_attention_max_logits(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK;
   for (int64_t h = 0; h < c.heads; ++h) {
     double most = -INFINITY;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""examples/fsdp2_muonclip.py: any number of processes prints the losses of one, and goes on from
+"""examples/11_fsdp2.py: any number of processes prints the losses of one, and goes on from
 the checkpoint of another number."""
 
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from tests.dist.world import alone, torchrun
 
-EXAMPLE = str(Path(__file__).resolve().parents[2] / "examples/fsdp2_muonclip.py")
+EXAMPLE = str(Path(__file__).resolve().parents[2] / "examples/11_fsdp2.py")
 
 
 def told(text: str) -> dict[int, float]:

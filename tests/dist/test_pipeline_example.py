@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""examples/pipeline_k2.py and the stages that it is made of: the bits of one process."""
+"""examples/12_pipeline.py and the stages that it is made of: the bits of one process."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from kimi_ops import MuonClip, muon_param_groups
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, Stage
 from tests.dist.world import alone, torchrun
 
-EXAMPLE = str(Path(__file__).resolve().parents[2] / "examples/pipeline_k2.py")
+EXAMPLE = str(Path(__file__).resolve().parents[2] / "examples/12_pipeline.py")
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 

@@ -44,7 +44,7 @@ def test_prepare_lays_out_what_has_to_travel(tmp_path, monkeypatch, capsys):
                 (folder / name).write_text("x")
 
     prepare.prepare(folder, sys.executable, call)
-    names = {"libkimi_ops.so", f"_C.{SOABI}.so", MANIFEST}
+    names = {"libkimi_ops.so", f"_C.{SOABI}.so", MANIFEST, "clocks.so"}
     names |= {f"{suite}_{half}.so" for suite in suites.SUITES for half in ("host", "gpu")}
     assert {path.name for path in folder.iterdir()} == names
     about = machine.prepared(folder)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.checkout import ROOT
-from benchmarks.device_check import trials
+from benchmarks.device_check import parts, trials
 from benchmarks.device_check.trials import Case
 
 SWITCHES = re.findall(r"^  int32_t (\w+) = ", (ROOT / "csrc/gemm/sm90/job.h").read_text(), re.M)
@@ -25,7 +25,24 @@ def variable(monkeypatch):
 def test_every_switch_is_tried_and_no_other() -> None:
     variants = [v for case in trials.cases("cpu", 64) for v in case.variants if v]
     named = {part.split("=")[0] for v in variants for part in v.split(",")}
-    assert named | {"order"} == set(SWITCHES)  # FP8 runs on a GPU alone
+    assert named == set(SWITCHES)
+
+
+def test_all_fit_their_four_minutes(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["trials", "--list"])
+    trials.main()
+    *_, last = capsys.readouterr().out.splitlines()
+    name, seconds, _ = last.split()
+    clocks, step = parts.trials(Path())
+    assert name == "all" and 30 < float(seconds) < 0.8 * step.limit_s
+    assert clocks.limit_s + step.limit_s <= 240
+
+
+def test_bits_may_be_other_without_an_epilogue_alone() -> None:
+    results = iter([torch.zeros(2), torch.ones(2), torch.ones(2)])
+    case = Case("a case", [trials.NONE, "lead=1"], lambda: lambda: next(results), {})
+    with pytest.raises(RuntimeError, match="a case: lead=1: other bits"):
+        case.run("cpu")
 
 
 def test_a_run_without_a_gpu(tmp_path: Path, monkeypatch, capsys) -> None:

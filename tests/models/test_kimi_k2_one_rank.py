@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""examples/one_rank_of_k2.py: a layer of the real size, as one of 384 ranks has it."""
+"""benchmarks/experiments/one_rank_of_k2.py: a real layer as one of 384 ranks has it."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples/one_rank_of_k2.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLE), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.experiments.one_rank_of_k2", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_forward_and_backward_of_a_share_of_the_trillion():

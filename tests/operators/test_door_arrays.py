@@ -14,7 +14,7 @@ from kimi_ops import _native
 from tests.operators.calls import PLAN, f, i
 
 C = _native._C
-GATE = (2, "sigmoid", None, 1, 1, 2, True, 1.0, None)
+GATE = (2, "sigmoid", None, 1, 1, 2, True, 1.0, None, "scores")
 NO_FLAGS = None, [], None, None  # of muon_update_
 F32 = np.float32
 
@@ -60,8 +60,8 @@ def test_arrays_give_arrays_with_the_same_bits():
 
 def test_arrays_and_tensors_mix():
     x, bias = f(4, 16), np.zeros(16, F32)
-    first = C.topk_gate(x, 2, "sigmoid", bias, 1, 1, 2, True, 1.0, None)
-    second = C.topk_gate(x.numpy(), 2, "sigmoid", torch.zeros(16), 1, 1, 2, True, 1.0, None)
+    first = C.topk_gate(x, 2, "sigmoid", bias, *GATE[3:])
+    second = C.topk_gate(x.numpy(), 2, "sigmoid", torch.zeros(16), *GATE[3:])
     assert type(first[0]) is torch.Tensor and type(second[0]) is np.ndarray
     assert np.array_equal(first[1].numpy(), second[1])
 

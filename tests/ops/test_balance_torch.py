@@ -70,13 +70,23 @@ def test_opcheck(dtype, requires_grad):
     logits = torch.randn(12, 32).to(dtype).requires_grad_(requires_grad)
     indices = topk_gate(logits.detach(), 4).indices
     valid = torch.arange(12) > 2
-    check(ops.sequence_balance_loss.default, (logits, indices, 3, "sigmoid", 0.1))
-    check(ops.sequence_balance_loss.default, (logits.detach()[:, ::2], indices, 1, "softmax", 0.1))
+    ends = torch.tensor([4, 4, 11], dtype=torch.int32)
+    check(ops.sequence_counts.default, (indices, 32, 3, None, None))
+    check(ops.sequence_counts.default, (indices, 32, 3, ends, valid))
+    counts, tokens = ops.sequence_counts(indices, 32, 3, ends, valid)
+    loss, of = ops.sequence_balance_loss.default, (ends, valid, 4, "sigmoid", 0.1)
+    check(loss, (logits, counts, tokens, *of))
+    check(loss, (logits.detach()[:, ::2], counts[:, :16], tokens, None, None, 4, "softmax", 0.1))
     check(ops.z_loss.default, (logits, 0.1, None))
     check(ops.z_loss.default, (logits, 0.1, valid))
     grad, z = torch.tensor(2.0), logits.detach()
-    _, counts = ops.sequence_balance_loss_forward(z, indices, 3, "sigmoid", 0.1)
-    check(ops.sequence_balance_loss_backward.default, (grad, z, counts, 4, "sigmoid", 0.1))
+    check(ops.sequence_balance_loss_backward.default, (grad, z, counts, tokens, *of))
+    histogram, bounds = torch.zeros(32, 9, dtype=torch.int32), torch.tensor([-1.0, 1.0])
+    histogram_op = ops.quantile_histogram_.default
+    check(histogram_op, (histogram, z, torch.rand(12), bounds, "sigmoid", valid))
+    check(
+        histogram_op, (torch.zeros(32, 8).int()[:, ::2], z, torch.rand(12), bounds, "softmax", None)
+    )
     _, log_sum_exp, valid_tokens = ops.z_loss_forward(z, 0.1, valid)
     check(ops.z_loss_backward.default, (grad, z, log_sum_exp, valid_tokens, 0.1))
     for loads in (torch.arange(32), torch.arange(64, dtype=torch.int32)[::2]):
@@ -169,11 +179,11 @@ def test_expanded_row():
          lambda: sequence_balance_loss(LOGITS[None], IDS)),
         (ValueError, "sequence_balance_loss: logits.shape.1.: expected 1..1024, got 1025",
          lambda: sequence_balance_loss(torch.zeros(4, 1025), IDS)),
-        (TypeError, "sequence_balance_loss: indices: expected int32, got int64",
-         lambda: sequence_balance_loss(LOGITS, IDS.long())),
+        (TypeError, "sequence_counts: indices: expected int32, got int16",
+         lambda: sequence_balance_loss(LOGITS, IDS.short())),
         (ValueError, r"sequence_balance_loss: indices: expected shape \[4, K\], got \[3, 2\]",
          lambda: sequence_balance_loss(LOGITS, IDS[:3])),
-        (ValueError, "sequence_balance_loss: indices: expected at least one id",
+        (ValueError, "sequence_balance_loss: indices.shape.1.: expected 1..",
          lambda: sequence_balance_loss(LOGITS, IDS[:, :0])),
         (ValueError, "num_sequences: expected a divisor of the 4 tokens, got 3",
          lambda: sequence_balance_loss(LOGITS, IDS, num_sequences=3)),

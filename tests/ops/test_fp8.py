@@ -6,13 +6,25 @@ import warnings
 
 import pytest
 import torch
-from rounding import UNIT, fp8_bound
+from rounding import UNIT, error, fp8_bound
 from torch import Tensor
 
-from kimi_ops import Fp8BlockWeight, Fp8Rows, _native, grouped_gemm, info
+from kimi_ops import (
+    Fp8BlockWeight,
+    Fp8Rows,
+    _native,
+    fused_experts,
+    grouped_gemm,
+    info,
+    permute,
+    permute_plan,
+    topk_gate,
+    unpermute,
+)
 from kimi_ops.formats import dequantize_rows, quantize_rows
 from kimi_ops.operators import fp8
 from kimi_ops.reference import quantized as reference
+from kimi_ops.reference.fused_experts import gated_activation
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FP8 = torch.float8_e4m3fn
@@ -260,6 +272,49 @@ def test_results_repeat_bitwise(product_engine):
     c = grouped_gemm(a, w, offsets)
     for _ in range(2 if product_engine.slow else 20):
         assert torch.equal(grouped_gemm(a, w, offsets), c)
+
+
+# ---- a layer
+
+
+def layer(tokens=21, experts=5, k=3, hidden=144, width=128, dtype=torch.bfloat16):
+    weights = [torch.randn(experts, 2 * width, hidden), torch.randn(experts, hidden, width)]
+    weights = [Fp8BlockWeight.quantize(w / w.shape[2] ** 0.5) for w in weights]
+    gate = topk_gate(torch.randn(tokens, experts), k)
+    indices = gate.indices.clone()
+    indices[3, 1] = -1
+    return torch.randn(tokens, hidden).to(dtype), *weights, gate.weights, indices
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "situ"])
+def test_a_layer_errs_as_its_parts(gemm_engine, activation, dtype):
+    """On Hopper rows of x and of h are FP8, as if each step were a pass of its own: but for values
+    of h between two of FP8, which the last bit of an activation decides."""
+    if not served(gemm_engine):
+        pytest.skip("weights are dequantised there")
+    x, gate_up, down, weights, indices = layer(dtype=dtype)
+    y = fused_experts(x, gate_up, down, weights, indices, activation=activation)
+    plan = permute_plan(indices, 5)
+    c = grouped_gemm(
+        Fp8Rows.quantize(permute(x, plan)), gate_up, plan.offsets, out_dtype=torch.float32
+    )
+    h = Fp8Rows.quantize(gated_activation(c, activation))
+    parts = unpermute(grouped_gemm(h, down, plan.offsets, out_dtype=dtype), plan, weights)
+    assert y.dtype == dtype and error(y, parts) < 5e-3
+    wide = (gate_up.dequantize(torch.float64), down.dequantize(torch.float64))
+    exact = fused_experts(x.double(), *wide, weights.double(), indices, activation=activation)
+    assert 1e-3 < error(y, exact) < 0.06
+
+
+def test_a_layer_says_what_it_cannot_take(gemm_engine):
+    if not served(gemm_engine):
+        pytest.skip("weights are dequantised there")
+    with pytest.raises(ValueError, match="w_down: expected F as a multiple of 128 and H of 16"):
+        fused_experts(*layer(width=64))
+    x, gate_up, down, *routed = layer()
+    with pytest.raises(ValueError, match="w_down: expected both in FP8 on a GPU, got storages 3"):
+        fused_experts(x, gate_up, down.dequantize(x.dtype), *routed)
 
 
 # ---- contracts

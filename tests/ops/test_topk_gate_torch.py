@@ -44,12 +44,17 @@ def test_opcheck(dtype, requires_grad):
     logits = torch.randn(12, 32).to(dtype).requires_grad_(requires_grad)
     bias, valid = torch.randn(32), torch.arange(12) > 2
     op = torch.ops.kimi_ops.topk_gate.default
-    torch.library.opcheck(op, (logits, 4, "sigmoid", bias, 4, 2, 2, True, 2.5, valid))
+    torch.library.opcheck(op, (logits, 4, "sigmoid", bias, 4, 2, 2, True, 2.5, valid, "scores"))
     plain = torch.ops.kimi_ops.topk_gate_forward.default  # taken where no gradient is wanted
-    torch.library.opcheck(plain, (logits.detach(), 4, "sigmoid", bias, 4, 2, 2, True, 2.5, valid))
     torch.library.opcheck(
-        op, (logits.detach()[:, ::2], 4, "softmax", None, 1, 1, 2, False, 1.0, None)
+        plain, (logits.detach(), 4, "sigmoid", bias, 4, 2, 2, True, 2.5, valid, "scores")
     )
+    torch.library.opcheck(
+        op, (logits.detach()[:, ::2], 4, "softmax", None, 1, 1, 2, False, 1.0, None, "logits")
+    )
+    given = torch.ops.kimi_ops.topk_gate_given.default
+    ids = torch.randint(-1, 33, (12, 4), dtype=torch.int32)
+    torch.library.opcheck(given, (logits, ids, "softmax", True, 2.5, valid))
     backward = torch.ops.kimi_ops.topk_gate_backward.default
     gate = topk_gate(logits, 4)
     grad = torch.randn(4, 12).t()
@@ -139,7 +144,7 @@ def test_threads_of_any_python_thread_follow_torch():
 
 def test_the_operators_themselves_check():
     gate, backward = torch.ops.kimi_ops.topk_gate, torch.ops.kimi_ops.topk_gate_backward
-    rest = (1, 1, 2, True, 1.0, None)
+    rest = (1, 1, 2, True, 1.0, None, "scores")
     with pytest.raises(ValueError, match=r"expert_bias: expected shape \[16\], got \[3\]"):
         gate(LOGITS, 2, "sigmoid", torch.zeros(3), *rest)
     with pytest.raises(TypeError, match="logits: expected float32"):
@@ -179,8 +184,8 @@ LOGITS = torch.zeros(4, 16)
         (TypeError, "logits: expected a torch.Tensor, got list", lambda: topk_gate([1.0], 1)),
         (TypeError, "logits: expected float32, bfloat16, float16, got float64",
          lambda: topk_gate(LOGITS.double(), 2)),
-        (ValueError, r"logits: expected shape \[T, E\], got \[2, 4, 16\]; flatten",
-         lambda: topk_gate(torch.zeros(2, 4, 16), 2)),
+        (ValueError, r"logits: expected shape \[..., E\], got \[\]",
+         lambda: topk_gate(torch.tensor(1.0), 2)),
         (ValueError, "logits.shape.1.: expected 1..1024, got 1025",
          lambda: topk_gate(torch.zeros(1, 1025), 2)),
         (ValueError, "k: expected 1..16 .*got 17", lambda: topk_gate(LOGITS, 17)),

@@ -119,7 +119,12 @@ def good() -> dict[str, dict[str, Any]]:
     adamw = {name: [f(4, 6)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
     rates = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     bias = {"bias": f(16), "tokens_per_expert": i(*range(16)), "rate": 0.1}
-    none = {"expert_bias": None, "valid": None}
+    none = {"expert_bias": None, "valid": None, "select": "scores"}
+    bins = {"bounds": torch.tensor([-1.0, 1.0])}
+    loss = {
+        "logits": f(4, 16), "tokens_per_expert": i([1] * 16), "sequence_tokens": i(4),
+        "offsets": None, "valid": None, "top_k": 2, "score_function": "sigmoid", "coefficient": 0.1,
+    }  # fmt: skip
     ranks = {"group": group(), "num_experts": 4, "hidden": 6, "max_tokens_per_rank": 8}
     parallel = kimi_ops.ExpertParallel(**ranks)
     sent = parallel.dispatch(f(4, 6), ids())
@@ -130,6 +135,15 @@ def good() -> dict[str, dict[str, Any]]:
         "gate_plan": gate,
         "update_expert_bias_": bias,
         "sequence_balance_loss": {"logits": f(4, 16), "indices": ids()},
+        "sequence_counts": {"indices": ids(), "num_experts": 16},
+        "quantile_histogram_": {"histogram": i([0] * 5).expand(16, 5).clone(), **gate, **bins},
+        "quantile_bias": {"histogram": i([1, 2], [2, 1]), "k": 1, **bins},
+        "dense_gate": gate,
+        "normalized_scores": {"logits": f(4, 16)},
+        "expert_capacity": {"num_tokens": 4, "k": 2, "num_experts": 16, "factor": 1.25},
+        "drop_to_capacity": {
+            "weights": f(4, 2), "indices": ids(), "num_experts": 4, "capacity": 1
+        },
         "z_loss": {"logits": f(4, 16)},
         "permute_plan": {"indices": ids(), "num_experts": 4},
         "permute": {"x": f(4, 6), "plan": plan()},
@@ -179,18 +193,20 @@ def good() -> dict[str, dict[str, Any]]:
         "Fp8Rows": {"data": fp8(6, 8), "scale": f(6, 1)},
         "Fp8Rows.quantize": {"x": f(6, 8)},
         "ops.topk_gate": {**gate, **options, **groups, **none},
+        "ops.topk_gate_given": {"logits": f(4, 16), "ids": ids(), **options, "valid": None},
         "ops.gate_plan": {**gate, **options, **groups, **none},
         "ops.topk_gate_backward": {
             "grad_weights": f(4, 2), "logits": f(4, 16), "indices": ids(), **options
         },
         "ops.update_expert_bias_": {**bias, "centered": False},
-        "ops.sequence_balance_loss": {
-            "logits": f(4, 16), "indices": ids(), "num_sequences": 2, "score_function": "sigmoid",
-            "coefficient": 0.1,
+        "ops.sequence_counts": {
+            "indices": ids(), "num_experts": 16, "num_sequences": 2, "offsets": None, "valid": None
         },
-        "ops.sequence_balance_loss_backward": {
-            "grad_loss": torch.ones(()), "logits": f(4, 16), "tokens_per_expert": i([1] * 16),
-            "top_k": 2, "score_function": "sigmoid", "coefficient": 0.1,
+        "ops.sequence_balance_loss": loss,
+        "ops.sequence_balance_loss_backward": {"grad_loss": torch.ones(()), **loss},
+        "ops.quantile_histogram_": {
+            "histogram": i([0] * 5).expand(16, 5).clone(), "logits": f(4, 16), "cutoffs": f(4),
+            **bins, "score_function": "sigmoid", "valid": None,
         },
         "ops.z_loss_backward": {
             "grad_loss": torch.ones(()), "logits": f(4, 16), "log_sum_exp": f(4),

@@ -133,6 +133,24 @@ def topk_gate(dtype, score, size):
 
 
 @case(dtype=DTYPES, score=SCORES)
+def topk_gate_given(dtype, score):
+    z = wanted(strided(logits(11, 64, dtype)))
+    valid = torch.arange(11) != 4
+    ids = routes(11, 5, 65)
+    ids[7] = ids[7, :1]
+    gate = kimi_ops.topk_gate(z, ids=ids, score_function=score, valid=valid)
+    return *gate, *gradients(gate.weights, z)
+
+
+@case(dtype=DTYPES, groups=(1, 4))
+def topk_gate_by_logits(dtype, groups):
+    return kimi_ops.topk_gate(
+        logits(11, 64, dtype), 6, select="logits", expert_bias=uniform(64), num_groups=groups,
+        topk_groups=(groups + 1) // 2,
+    )  # fmt: skip
+
+
+@case(dtype=DTYPES, score=SCORES)
 def gate_plan(dtype, score):
     z = wanted(strided(logits(19, 72, dtype)))
     valid = torch.arange(19) != 4
@@ -155,6 +173,25 @@ def sequence_balance_loss(dtype, score):
     ids = routes(12, 4, 37)
     loss = kimi_ops.sequence_balance_loss(z, ids, num_sequences=3, score_function=score)
     return loss, *gradients(loss, z)
+
+
+@case(dtype=DTYPES)
+def sequence_balance_loss_of_lengths(dtype):
+    z, ids = wanted(strided(uniform(140, 37, dtype=dtype) * 4)), routes(140, 4, 37)
+    offsets, valid = torch.tensor([70, 70, 139]), torch.arange(140) % 5 != 0
+    loss = kimi_ops.sequence_balance_loss(z, ids, offsets=offsets, valid=valid)
+    counts = kimi_ops.sequence_counts(ids, 37, offsets=offsets, valid=valid)
+    return loss, *gradients(loss, z), *counts
+
+
+@case(dtype=DTYPES, score=SCORES)
+def quantile_histogram_(dtype, score):
+    histogram = torch.ones(37, 50, dtype=torch.int32)
+    kimi_ops.quantile_histogram_(
+        histogram, uniform(40, 37, dtype=dtype) * 4, 4, expert_bias=uniform(37) / 8,
+        bounds=torch.tensor([-0.75, 1.0]), score_function=score, valid=torch.arange(40) % 5 != 0,
+    )  # fmt: skip
+    return (histogram,)
 
 
 @case(dtype=DTYPES)

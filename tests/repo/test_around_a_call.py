@@ -18,6 +18,7 @@ from tests.repo import messages
 OPS = {
     "topk_gate": ["logits"],
     "gate_plan": ["logits"],
+    "dense_gate": ["logits"],
     "sequence_balance_loss": ["logits"],
     "z_loss": ["logits"],
     "permute": ["x"],

@@ -26,6 +26,7 @@ KNOWN: dict[str, set[tuple[str, ...]]] = {
 LAYERS = """
 kimi_ops.__main__
 kimi_ops.cli
+kimi_ops.agentic
 kimi_ops.train
 kimi_ops.plan
 kimi_ops.models.kimi_k2.chat kimi_ops.compat.grouped_gemm
@@ -33,15 +34,19 @@ kimi_ops.models.kimi_k2 kimi_ops.models kimi_ops.interop kimi_ops.compat
 kimi_ops.models.kimi_k2.checkpoint
 kimi_ops.models.kimi_k2.config
 kimi_ops
-kimi_ops.info
-kimi_ops.gpu kimi_ops.invariance
+kimi_ops._lazy
+kimi_ops._public
+kimi_ops.facts
+kimi_ops.gpu kimi_ops.invariance kimi_ops.memory
 kimi_ops.nn kimi_ops.optim
 kimi_ops.parallel
 kimi_ops.moe
 kimi_ops.operators
 kimi_ops.reference
 kimi_ops._native kimi_ops.activations kimi_ops.formats kimi_ops.routing
-kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program
+kimi_ops.numpy kimi_ops.jax
+kimi_ops._library
+kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program kimi_ops.building
 """
 Graph = dict[str, set[str]]
 

@@ -4,6 +4,7 @@ later builds of the same tree keep of it."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -80,6 +81,76 @@ kimi_ops.topk_gate(torch.zeros(4, 16), 2)
     result = run(installed, code)
     assert "RuntimeError: topk_gate: device: expected cpu, got cuda" in result.stderr
     assert "KIMI_OPS_CUDA=on" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def prefixes(installed, tmp_path_factory):
+    """A system installation of the same build, and the Python package: both moved once more."""
+    folder = tmp_path_factory.mktemp("prefixes")
+    build = installed.parent / "tree/build" / f"python-{sys.implementation.cache_tag}"
+    subprocess.run(
+        ["cmake", "--install", build, "--prefix", folder / "before"], check=True,
+        capture_output=True,
+    )  # fmt: skip
+    (folder / "before").rename(folder / "system")
+    shutil.copytree(installed / "kimi_ops", folder / "package")
+    return {
+        "system": (folder / "system", folder / "system/lib"),
+        "package": (folder / "package", folder / "package"),
+    }
+
+
+def succeeds(*command, **options):
+    """What the command printed; the processes see no path to the library but their own."""
+    environment = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    environment |= options.pop("env", {})
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+C_EXAMPLES = ("topk_gate", "experts", "muon_clip")
+
+
+@pytest.mark.parametrize("kind", ["system", "package"])
+def test_c_examples_by_find_package(prefixes, kind, tmp_path):
+    prefix, library = prefixes[kind]
+    where = f"-DCMAKE_PREFIX_PATH={prefix}"
+    if kind == "package":
+        where = f"-Dkimi_ops_DIR={prefix / 'cmake'}"
+    succeeds("cmake", "-S", ROOT / "examples/c", "-B", tmp_path, "-G", "Ninja", where)
+    succeeds("cmake", "--build", tmp_path)
+    for name in C_EXAMPLES:
+        assert succeeds(tmp_path / name)
+    assert str(library) in succeeds("readelf", "-d", tmp_path / "experts")
+    wrong = tmp_path / "other/CMakeLists.txt"
+    wrong.parent.mkdir()
+    wrong.write_text("project(x LANGUAGES C)\nfind_package(kimi_ops 0.0.1 REQUIRED)\n")
+    result = subprocess.run(
+        ["cmake", "-S", wrong.parent, "-B", wrong.parent, where], capture_output=True, text=True
+    )
+    assert result.returncode and 'compatible with requested version "0.0.1"' in result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("pkg-config"), reason="this machine has no pkg-config")
+@pytest.mark.parametrize("kind", ["system", "package"])
+def test_c_examples_by_pkg_config(prefixes, kind, tmp_path):
+    prefix, library = prefixes[kind]
+    pkgconfig = library / "pkgconfig"
+    environment = {"PKG_CONFIG_PATH": str(pkgconfig)}
+    version = succeeds("pkg-config", "--modversion", "kimi_ops", env=environment).strip()
+    assert f'"{version}"' in (prefix / "include/kimi_ops.h").read_text()
+    succeeds("make", "-C", ROOT / "examples/c", f"OUT={tmp_path}", "--always-make", env=environment)
+    for name in C_EXAMPLES:
+        assert succeeds(tmp_path / name)
+    flags = succeeds("pkg-config", "--cflags", "--libs", "kimi_ops", env=environment).split()
+    (block,) = re.findall(r"```c\n(.*?)```", (ROOT / "docs/c.md").read_text(), re.DOTALL)
+    (tmp_path / "page.c").write_text(block)
+    for language in ("c", "c++"):  # the headers serve both
+        program = tmp_path / f"page-{language}"
+        strict = ["-x", language, tmp_path / "page.c", "-x", "none", "-pedantic", "-Werror"]
+        succeeds("cc", *strict, *flags, "-o", program)
+        assert subprocess.run([program]).returncode == 0
 
 
 def test_source_distribution_holds_what_the_build_needs(installed, tmp_path):

@@ -80,6 +80,7 @@ struct Statistics {
   int first_warpgroup = 0;  // at the first of them
   uint64_t loads = 0, loaded_bytes = 0;  // by TMA
   uint64_t prefetched_bytes = 0;         // into the L2
+  uint64_t stored_bytes = 0;             // of boxes by TMA
   uint64_t launches = 0;                 // the thread's so far
 };
 Statistics last_statistics();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // The losses' CUDA kernels and the bias rule's, run on the host, against the portable CPU engine
-// with the sums over runs and sequences written out again: bit for bit.
+// with the sums over runs written out again: bit for bit.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -27,15 +28,15 @@ struct Case {
   int sequences = 1, length = 1, experts = 1, k = 1;
   kimi_dtype dtype = KIMI_FLOAT32;
   kimi_score_function function = KIMI_SCORE_SIGMOID;
-  bool valid = false;
+  bool valid = false, offsets = false;
   int gap = 0;  // logits_stride - E
 
   int tokens() const { return sequences * length; }
   std::string text() const {
     return "N " + std::to_string(sequences) + " S " + std::to_string(length) + " E " +
            std::to_string(experts) + " K " + std::to_string(k) + " dtype " + std::to_string(dtype) +
-           " function " + std::to_string(function) + (valid ? " valid" : "") + " seed " +
-           std::to_string(simt::settings().seed);
+           " function " + std::to_string(function) + (valid ? " valid" : "") +
+           (offsets ? " offsets" : "") + " seed " + std::to_string(simt::settings().seed);
   }
 };
 
@@ -85,52 +86,65 @@ void compare_balance_loss(const Case& c, std::mt19937& random) {
   const std::vector<T> logits = make_logits<T>(c, random);
   std::vector<int32_t> indices(static_cast<size_t>(c.tokens()) * c.k);
   for (int32_t& id : indices) id = static_cast<int32_t>(random() % (c.experts + 2)) - 1;
-  SequenceBalanceLossParams p{};
-  describe(c, logits, p);
-  p.indices = indices.data();
-  p.num_sequences = c.sequences;
-  p.top_k = c.k;
-  p.score_function = c.function;
+  std::vector<uint8_t> valid(c.tokens());
+  for (uint8_t& v : valid) v = random() % 4 != 0;
+  std::vector<int32_t> ends(c.sequences);  // some sequences are empty, some tokens are in none
+  for (int32_t& end : ends) end = static_cast<int32_t>(random() % (c.tokens() + 1));
+  std::sort(ends.begin(), ends.end());
 
   std::vector<int32_t> want_counts(static_cast<size_t>(c.sequences) * c.experts);
-  std::vector<float> run(c.experts);
-  balance::OrderedSum terms;
-  for (int n = 0; n < c.sequences; ++n) {
-    int32_t* counts = want_counts.data() + n * c.experts;
-    for (int i = n * c.length * c.k; i < (n + 1) * c.length * c.k; ++i)
-      if (indices[i] >= 0 && indices[i] < c.experts) ++counts[indices[i]];
-    std::vector<float> shares(c.experts);
-    for (int begin = 0; begin < c.length; begin += kRun) {
-      const int first = n * c.length + begin;
-      kPortableEngine.sum_shares(p, first, first + std::min(kRun, c.length - begin), run.data());
-      for (int e = 0; e < c.experts; ++e) shares[e] += run[e];
-    }
-    balance::OrderedSum term;
-    for (int e = 0; e < c.experts; ++e) term.add(e, static_cast<float>(counts[e]) * shares[e]);
-    terms.add(n, term.total());
+  std::vector<int32_t> want_tokens(c.sequences);
+  for (int t = 0; t < c.tokens(); ++t) {
+    int n = c.offsets ? 0 : t / c.length;
+    while (c.offsets && n < c.sequences && ends[n] <= t) ++n;
+    if (n == c.sequences || (c.valid && !valid[t])) continue;
+    ++want_tokens[n];
+    for (int i = t * c.k; i < (t + 1) * c.k; ++i)
+      if (indices[i] >= 0 && indices[i] < c.experts) ++want_counts[n * c.experts + indices[i]];
   }
-  const float want = balance::loss_scale(p) * terms.total();
+  std::vector<int32_t> counts(want_counts.size(), -7), tokens(c.sequences, -7);
+  SequenceCountsParams n{};
+  n.indices = indices.data();
+  n.tokens_per_expert = counts.data();
+  n.sequence_tokens = tokens.data();
+  n.num_tokens = c.tokens();
+  n.num_experts = c.experts;
+  n.top_k = c.k;
+  const auto sequences = [&](auto& params) {
+    params.offsets = c.offsets ? ends.data() : nullptr;
+    params.valid = c.valid ? valid.data() : nullptr;
+    params.num_sequences = c.sequences;
+  };
+  sequences(n);
+  CHECK(sequence_counts_cuda(n, nullptr).is_ok());
+  require(counts == want_counts, c, "counts");
+  require(tokens == want_tokens, c, "tokens");
 
-  float loss = -7.0f;
-  std::vector<int32_t> counts(want_counts.size(), -7);
-  std::vector<char> workspace(
-      balance::loss_workspace_bytes(c.tokens(), c.sequences, c.experts));  // ASan holds its end
+  const auto describe_loss = [&](auto& params) {
+    describe(c, logits, params);
+    sequences(params);
+    params.tokens_per_expert = counts.data();
+    params.sequence_tokens = tokens.data();
+    params.top_k = c.k;
+    params.score_function = c.function;
+  };
+  SequenceBalanceLossParams p{};
+  describe_loss(p);
+  float want = 0.0f, loss = -7.0f;
+  for (int begin = 0; begin < c.tokens(); begin += kRun)
+    want += kPortableEngine.sum_terms(p, begin, std::min(begin + kRun, c.tokens()));
+  want *= balance::loss_scale(p);
+  std::vector<char> workspace(balance::workspace_bytes(c.tokens()));  // ASan holds its end
   p.loss = &loss;
-  p.tokens_per_expert = counts.data();
   p.workspace = workspace.data();
   CHECK(sequence_balance_loss_cuda(p, nullptr).is_ok());
-  require(counts == want_counts, c, "counts");
   require(same_bits(loss, want), c, "balance losses");
   if (c.tokens() == 0) return;
 
   const float grad_loss = 1234.5f;
   SequenceBalanceLossBackwardParams b{};
-  describe(c, logits, b);
+  describe_loss(b);
   b.grad_loss = &grad_loss;
-  b.tokens_per_expert = counts.data();
-  b.num_sequences = c.sequences;
-  b.top_k = c.k;
-  b.score_function = c.function;
   std::vector<T> gradients[2];
   for (std::vector<T>& gradient : gradients) {
     gradient.assign(static_cast<size_t>(c.tokens()) * c.experts, from_float<T>(-7.0f));
@@ -141,6 +155,42 @@ void compare_balance_loss(const Case& c, std::mt19937& random) {
       CHECK(sequence_balance_loss_backward_cuda(b, nullptr).is_ok());
   }
   require(same_bits(gradients[0], gradients[1]), c, "gradients of the balance loss");
+}
+
+template <class T>
+void compare_histogram(const Case& c, std::mt19937& random) {
+  const std::vector<T> logits = make_logits<T>(c, random);
+  std::vector<float> cutoffs(c.tokens());
+  for (float& cutoff : cutoffs) cutoff = std::normal_distribution<float>(0.5f, 0.5f)(random);
+  std::vector<uint8_t> valid(c.tokens());
+  for (uint8_t& v : valid) v = random() % 3 != 0;
+  const float bounds[] = {-0.5f, 0.75f};
+  QuantileHistogramParams p{};
+  p.logits = logits.data();
+  p.cutoffs = cutoffs.data();
+  p.bounds = bounds;
+  p.valid = c.valid ? valid.data() : nullptr;
+  p.num_tokens = c.tokens();
+  p.logits_stride = c.experts + c.gap;
+  p.num_experts = c.experts;
+  p.num_bins = 1 + static_cast<int>(random() % 40);
+  p.logits_dtype = c.dtype;
+  p.score_function = c.function;
+  std::vector<int32_t> want(static_cast<size_t>(c.experts) * p.num_bins, 3), got = want;
+  std::vector<float> s(c.experts + 16);
+  const float per_unit = static_cast<float>(p.num_bins) / (bounds[1] - bounds[0]);
+  for (int t = 0; t < c.tokens(); ++t) {
+    if (c.valid && !valid[t]) continue;
+    kPortableEngine.scores(p, t, s.data());
+    for (int e = 0; e < c.experts; ++e) {
+      const float bin = std::floor((cutoffs[t] - s[e] - bounds[0]) * per_unit);
+      const int last = p.num_bins - 1;
+      ++want[e * p.num_bins + (bin > 0.0f ? std::min(last, static_cast<int>(bin)) : 0)];
+    }
+  }
+  p.histogram = got.data();
+  CHECK(quantile_histogram_cuda(p, nullptr).is_ok());
+  require(got == want, c, "histograms");
 }
 
 template <class T>
@@ -161,7 +211,7 @@ void compare_z_loss(const Case& c, std::mt19937& random) {
 
   float loss = -7.0f;
   int32_t valid_tokens = -7;
-  std::vector<char> workspace(balance::z_workspace_bytes(c.tokens()));
+  std::vector<char> workspace(balance::workspace_bytes(c.tokens()));
   p.loss = &loss;
   p.log_sum_exp = lse.data();
   p.valid_tokens = &valid_tokens;
@@ -196,6 +246,7 @@ void compare(const Case& c, uint64_t seed) {
   dispatch(c.dtype, [&]<class T>() {
     compare_balance_loss<T>(c, random);
     compare_z_loss<T>(c, random);
+    if (c.tokens() > 0) compare_histogram<T>(c, random);
   });
 }
 
@@ -213,6 +264,7 @@ TEST(all_sizes_and_score_functions) {
         c.function = static_cast<kimi_score_function>(function);
         c.dtype = static_cast<kimi_dtype>(seed / 3 % 3);
         c.valid = seed % 2;
+        c.offsets = seed % 5 < 2;
         c.gap = static_cast<int>(seed % 4);
         compare(c, seed);
       }
@@ -224,7 +276,11 @@ TEST(many_short_sequences) {
   c.length = 3;
   c.experts = 20;
   c.k = 4;
-  for (uint64_t seed : {0, 1, 2, 3}) compare(c, seed);
+  for (uint64_t seed : {0, 1, 2, 3}) {
+    c.offsets = seed % 2;
+    c.valid = seed > 1;
+    compare(c, seed);
+  }
 }
 
 TEST(more_runs_than_a_block_fetches_at_once) {

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 //
-// The kernels that make FP8 rows, run on the host, against the definition bit for bit.
+// The kernels that make FP8 rows, run on the host, against the definition bit for bit; and by a
+// plan, against rows that were permuted before.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <random>
 #include <string>
@@ -9,6 +11,8 @@
 #include "common/dtype.h"
 #include "fp8_buffer.h"
 #include "fp8_rows/fp8_rows.h"
+#include "fp8_rows/quantize.cuh"
+#include "permute_cases.h"
 
 namespace {
 
@@ -32,7 +36,8 @@ void compare_rows(int64_t rows, int64_t k, int64_t gap, double size, uint64_t se
     x.data()[stride * (rows - 1) + i] = from_float<T>(i % 2 ? -0.0f : 0.0f);
   Buffer<uint8_t> data(rows * k);
   Buffer<float> scale(blocks(k) * scale_stride);
-  Fp8RowsParams p{x.data(), data.data(), scale.data(), rows, k, stride, scale_stride, kDtype<T>};
+  Fp8RowsParams p{x.data(), data.data(), scale.data(), rows,   k, stride, scale_stride, kDtype<T>,
+                  0,        0,           nullptr,      nullptr};
   require_ok(fp8_rows_cuda(p, nullptr));
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k0 = 0; k0 < k; k0 += fp8::kBlock) {
@@ -67,6 +72,67 @@ TEST(rows_are_quantised_as_defined) {
       }
   for (double size : {1e-44, 1e-38, 1e-30, 1e-18, 1e18, 1e30, 1e37})
     compare_rows<float>(6, 512, 0, size, ++seed);
+}
+
+TEST(a_scale_is_the_ieee_quotient) {
+  for (int exponent : {-126, -120, -118, -110, -1, 0, 100, 127})
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += exponent == 0 ? 1 : 97) {
+      const float most = float_of(static_cast<uint32_t>(exponent + 127) << 23 | mantissa);
+      require(fp8::scale_of(most) == std::max(most / 448.0f, 0x1p-126f), std::to_string(most));
+    }
+}
+
+template <class T>
+void compare_planned(permute_cases::Plan shape, permute_cases::Skew skew, int64_t k, bool pads,
+                     uint64_t seed) {
+  std::mt19937 random(static_cast<unsigned>(seed + 1));
+  simt::settings().seed = seed;
+  const permute_cases::Plan plan =
+      define_plan(make_ids(shape, skew, seed % 2 ? 0.3 : 0.0, random), shape);
+  std::normal_distribution<float> normal;
+  const int64_t rows = plan.num_rows(), scale_stride = (rows + 3) / 4 * 4;
+  Buffer<T> x(plan.num_tokens * k), permuted(rows * k);
+  for (int64_t i = 0; i < plan.num_tokens * k; ++i) x.data()[i] = from_float<T>(normal(random));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < k; ++i)
+      permuted.data()[r * k + i] =
+          plan.source[r] < 0 ? from_float<T>(0.0f) : x.data()[plan.source[r] / plan.top_k * k + i];
+  Buffer<uint8_t> data(rows * k), want(rows * k);
+  Buffer<float> scale(blocks(k) * scale_stride), want_scale(blocks(k) * scale_stride);
+  Fp8RowsParams p{
+      permuted.data(), want.data(), want_scale.data(), rows, k, k, scale_stride, kDtype<T>, 0, 0,
+      nullptr,         nullptr};
+  require_ok(fp8_rows_cuda(p, nullptr));
+  p.x = x.data(), p.data = data.data(), p.scale = scale.data();
+  p.top_k = plan.top_k, p.num_tokens = plan.num_tokens;
+  p.row_map = plan.row_map.data(), p.source = pads ? plan.source.data() : nullptr;
+  require_ok(fp8_rows_cuda(p, nullptr));
+  Buffer<float> canary(1);
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool stays = !pads && plan.source[r] < 0;
+    for (int64_t i = 0; i < k; ++i)
+      require(data.data()[r * k + i] == (stays ? kCanary : want.data()[r * k + i]),
+              "value of row " + std::to_string(r));
+    for (int64_t kb = 0; kb < blocks(k); ++kb)
+      require(scale.data()[kb * scale_stride + r] ==
+                  (stays ? canary.data()[0] : want_scale.data()[kb * scale_stride + r]),
+              "scale of row " + std::to_string(r));
+  }
+}
+
+TEST(a_plan_gives_the_bits_of_permuting_before) {
+  using enum permute_cases::Skew;
+  uint64_t seed = 0;
+  for (auto [tokens, experts, top_k, align] :
+       {std::array{1, 4, 1, 1}, {5, 3, 2, 1}, {37, 9, 8, 1}, {9, 5, 11, 4}, {20, 2, 3, 16}})
+    for (auto skew : {kBalanced, kHot, kOneExpert, kNone})
+      for (int64_t k : {48, 129, 400}) {
+        const permute_cases::Plan shape{tokens, experts, top_k, align, {}, {}, {}, {}};
+        ++seed;
+        compare_planned<bf16>(shape, skew, k, seed % 3 != 0, seed);
+        compare_planned<float>(shape, skew, k, seed % 3 == 0, seed);
+      }
+  compare_planned<bf16>({0, 3, 2, 4, {}, {}, {}, {}}, kNone, 144, true, ++seed);  // padding alone
 }
 
 }  // namespace

@@ -161,6 +161,20 @@ TEST(consumers_take_turns) {
     }
 }
 
+// Whole groups of 16 rows leave by TMA where a trial asks for it, into every type.
+TEST(c_leaves_by_tma) {
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    gemm::sm90::trial().store = seed % 4 != 3;
+    const auto dtype = kimi_dtype(seed % 3);
+    compare({{70, 0, 33}, 2, 144, 200, dtype, seed == 4}, seed);
+    const bool by_tma = seed % 4 != 3 && seed != 4;
+    const uint64_t boxes = (4 + 2 + 0) * (dtype == KIMI_FLOAT32 ? 7 : 4);
+    CHECK(simt::last_statistics().stored_bytes == (by_tma ? boxes * 2048 : 0));
+    compare({{40}, 0, 32, 12, dtype}, seed);  // 16 bytes do not divide every row
+  }
+  gemm::sm90::trial() = {};
+}
+
 TEST(a_row_that_is_not_a_number_stays_in_its_row) {
   constexpr int64_t kRows = 40, kN = 16, kK = 32;
   Buffer<e4m3> a(kRows * kK), b(2 * kN * kK);

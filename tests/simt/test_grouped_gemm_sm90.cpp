@@ -298,6 +298,36 @@ TEST(consumers_apart) {
   CHECK(other_first);
 }
 
+// Threads that wait for their copies, in place of barriers that count them.
+TEST(gathers_that_are_waited_for) {
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    const WithTrial trial("noinc=0");
+    Case c{.offsets = {1, 1, 140, 150}, .num_rows = 160, .gather_a = true, .seed = seed};
+    c.cols = 72;
+    c.depth = 64 * (1 + int64_t(seed) % 7);
+    c.divisor = 2;
+    check_product(c);
+    c = wgrad(seed);
+    (seed % 2 == 0 ? c.gather_a : c.gather_b) = true;
+    check_product(c);
+  }
+}
+
+TEST(nothing_is_written_without_an_epilogue) {
+  const WithTrial trial("epilogue=0");
+  const int32_t offsets[] = {70};
+  std::vector<uint4> a(70 * 64 / 8), b(64 * 64 / 8), out(70 * 64 / 8, uint4{1, 2, 3, 4});
+  Product p{};
+  p.grouping = Grouping::kM;
+  p.dtype = KIMI_BFLOAT16;
+  p.a = {a.data(), 64, 1};
+  p.b = {b.data(), 64, 1, 64 * 64};
+  p.groups = {offsets, 70, 1};
+  p.depth = p.cols = 64;
+  CHECK(sm90::store(p, {out.data(), 64, 0, KIMI_BFLOAT16}, false, nullptr).is_ok());
+  for (const uint4& value : out) CHECK(value.x == 1 && value.w == 4);
+}
+
 TEST(trials_are_read_from_their_text) {
   const sm90::Trial usual;
   CHECK(sm90::trial_of("").lead == usual.lead);

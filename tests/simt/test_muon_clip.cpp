@@ -286,9 +286,10 @@ TEST(squares_and_the_factor_that_clips) {
       blocks += static_cast<size_t>((sizes[t] + kBlock - 1) / kBlock);
     }
     std::vector<double> got(count, -1.0), workspace(blocks);
-    const SquaresParams p{
-        x.list<const void>(),        sizes.data(), places.data(), got.data(), workspace.data(),
-        static_cast<int64_t>(count), dtype};
+    SquaresParams p{};
+    p.x = x.list<const void>(), p.sizes = sizes.data(), p.places = places.data();
+    p.squares = got.data(), p.workspace = workspace.data();
+    p.count = static_cast<int64_t>(count), p.dtype = dtype;
     require(squares_cuda(p, nullptr).is_ok(), "status");
     for (size_t t = 0; t < count; ++t)
       require(got[count - 1 - t] == expected_sum(x.at[t], dtype, sizes[t]), "sum");
@@ -301,12 +302,9 @@ TEST(squares_and_the_factor_that_clips) {
         lanes[t % kTensorLanes] += flags.squares[i];
     const double sum = tree(lanes, kTensorLanes);
     float factor = -1.0f;
-    const ClipFactorParams p{flags.squares.data(),
-                             flags.pieces.data(),
-                             &factor,
-                             workspace,
-                             static_cast<int64_t>(count),
-                             0.5};
+    ClipFactorParams p{};
+    p.squares = flags.squares.data(), p.pieces = flags.pieces.data(), p.factor = &factor;
+    p.workspace = workspace, p.count = static_cast<int64_t>(count), p.max_norm = 0.5;
     require(clip_factor_cuda(p, nullptr).is_ok(), "status");
     require(factor == clip_factor_of(sum, 0.5) && factor < 1.0f, "factor");
   }

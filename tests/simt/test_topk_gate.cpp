@@ -28,7 +28,7 @@ struct Case {
   int tokens = 1, experts = 1, k = 1, groups = 1, topk_groups = 1, group_score_topk = 1;
   kimi_dtype dtype = KIMI_FLOAT32;
   kimi_score_function function = KIMI_SCORE_SIGMOID;
-  bool bias = false, valid = false, renormalize = true;
+  bool bias = false, valid = false, renormalize = true, by_logits = false;
   int gap = 0;  // logits_stride - E
 
   std::string text() const {
@@ -36,7 +36,8 @@ struct Case {
            std::to_string(k) + " groups " + std::to_string(groups) + "/" +
            std::to_string(topk_groups) + "/" + std::to_string(group_score_topk) + " dtype " +
            std::to_string(dtype) + " function " + std::to_string(function) + (bias ? " bias" : "") +
-           (valid ? " valid" : "") + " seed " + std::to_string(simt::settings().seed);
+           (valid ? " valid" : "") + (by_logits ? " by logits" : "") + " seed " +
+           std::to_string(simt::settings().seed);
   }
 };
 
@@ -113,6 +114,7 @@ void compare(const Case& c, std::mt19937& random) {
   p.scaling_factor = 2.827f;
   p.logits_dtype = c.dtype;
   p.score_function = c.function;
+  p.select_logits = c.by_logits;
 
   std::vector<float> weights[2];
   std::vector<int32_t> indices[2], counts[2];
@@ -137,6 +139,38 @@ void compare(const Case& c, std::mt19937& random) {
   for (int32_t& id : indices[0])  // slots without an expert take no part
     if (const int32_t bad[] = {-1, c.experts, 100'000'000, INT32_MIN}; random() % 8 == 0)
       id = bad[random() % 4];
+  if (random() % 3 == 0)  // given ids may name an expert twice
+    for (int32_t& id : indices[0])
+      if (random() % 4 == 0)
+        id = indices[0][static_cast<size_t>(&id - indices[0].data()) / c.k * c.k];
+  TopkGateGivenParams given{};
+  given.logits = logits.data();
+  given.given = indices[0].data();
+  given.valid = p.valid;
+  given.num_tokens = c.tokens;
+  given.logits_stride = p.logits_stride;
+  given.num_experts = c.experts;
+  given.top_k = c.k;
+  given.renormalize = c.renormalize;
+  given.scaling_factor = p.scaling_factor;
+  given.logits_dtype = c.dtype;
+  given.score_function = c.function;
+  std::vector<int32_t> found[2];
+  for (int engine : {0, 1}) {
+    weights[engine].assign(slots, -7.0f);
+    found[engine].assign(slots, -7);
+    counts[engine].assign(c.experts, engine == 0 ? 0 : -7);
+    given.weights = weights[engine].data();
+    given.indices = found[engine].data();
+    given.tokens_per_expert = counts[engine].data();
+    if (engine == 0)
+      gate::kPortableEngine.given(given, 0, c.tokens, given.tokens_per_expert);
+    else
+      CHECK(topk_gate_given_cuda(given, nullptr).is_ok());
+  }
+  require(same_bits(found[0], found[1]), c, "given indices");
+  require(same_bits(weights[0], weights[1]), c, "weights of given ids");
+  require(same_bits(counts[0], counts[1]), c, "counts of given ids");
   std::vector<float> grad(slots);
   for (float& g : grad) g = logit(random, 0);
   TopkGateBackwardParams b{};
@@ -191,6 +225,7 @@ TEST(all_sizes_and_score_functions) {
         c.bias = seed % 2;
         c.valid = seed % 7 == 0;
         c.renormalize = seed % 4 != 0;
+        c.by_logits = seed % 5 == 0;
         c.gap = static_cast<int>(seed % 3);
         compare(c, seed);
       }
@@ -216,6 +251,7 @@ TEST(groups) {
       c.dtype = static_cast<kimi_dtype>(variant / 3 % 3);
       c.bias = variant % 2;
       c.valid = variant == 5;
+      c.by_logits = variant > 8;
       compare(c, seed);
     }
 }

@@ -1,26 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The experiment runs, on a model and a text small enough for a test, and says what it found."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).resolve().parents[2] / "examples" / "qk_clip_experiment.py"
+from benchmarks.experiments import qk_clip as experiment
 
 
-@pytest.fixture
-def experiment():
-    spec = importlib.util.spec_from_file_location("qk_clip_experiment", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["qk_clip_experiment"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["qk_clip_experiment"]
-
-
-def test_a_short_run(experiment, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture):
     out = tmp_path / "figure.svg"
     size = ["--steps", "6", "--sequences", "2", "--window", "32", "--layers", "1"]
     runs = experiment.main([*size, "--tau", "0.02", "--lr", "0.05", "--out", str(out)])
@@ -36,6 +24,6 @@ def test_a_short_run(experiment, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert out.read_text().startswith("<?xml") and "MuonClip" in out.read_text()
 
 
-def test_growth(experiment):
+def test_growth():
     assert experiment.growth([1.0, 10.0, 5.0, 6.0, 12.0, 6.0], tau=10.0) == 2.0
     assert experiment.growth([1.0, 2.0], tau=10.0) == 1.0

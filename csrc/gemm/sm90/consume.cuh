@@ -126,7 +126,8 @@ __device__ inline void consume(const Product& p, const Trial& trial,
         release<X>(s.empty[ring.at]);
       }
     }
-    if (work.rows > (X::Epilogue::kTogether ? consumer * kConsumerRows : in_tile))
+    if (trial.epilogue != 0 &&
+        work.rows > (X::Epilogue::kTogether ? consumer * kConsumerRows : in_tile))
       X::Epilogue::template run<X>(params, p, work, work.row + in_tile, work.rows - in_tile, d,
                                    scratch);
     warp_barrier();

@@ -2,7 +2,7 @@
 // Stages with gathered rows: cp.async of the producers' 128 threads for the operand with an index,
 // TMA for the other one. Eight threads copy the 128 bytes of a row. Nobody waits for them: the full
 // barrier counts a thread when its copies have landed, and the consumers make them visible to
-// wgmma.
+// wgmma. With Trial::noinc 0 a thread waits for a stage once the next one is issued.
 #pragma once
 
 #include "device/cp_async.cuh"
@@ -102,13 +102,26 @@ __device__ inline void produce_by_gather(const Product& p, const InputsOf<X>& in
     if (stages == 0) return;
     loader.set_tile(work);
     gatherer.set_tile(work);
+    const bool waits = in.trial.noinc == 0;
+    int before = 0;
 #pragma unroll 1
     for (int step = 0; step < stages; ++step, ring.next()) {
       mbarrier_wait(s.empty[ring.at], ring.parity ^ 1);
       if (threadIdx.x == 0) loader.load(ring.at, step);
       Stage<X>& stage = s.stages[ring.at];
       gatherer.load(p.a.index != nullptr ? stage.a : stage.b, step);
-      cp_async_arrive(s.full[ring.at]);
+      if (!waits) {
+        cp_async_arrive(s.full[ring.at]);
+        continue;
+      }
+      cp_async_commit();
+      cp_async_wait<1>();
+      if (step > 0) mbarrier_arrive(s.full[before]);
+      before = ring.at;
+    }
+    if (waits) {
+      cp_async_wait<0>();
+      mbarrier_arrive(s.full[before]);
     }
   });
 }

@@ -11,7 +11,8 @@ struct AffineWork;
 
 namespace kimi::gemm::sm90 {
 
-// What measurements may change, by KIMI_OPS_TRIAL=name=value,...: every value gives the same bits.
+// What measurements may change, by KIMI_OPS_TRIAL=name=value,...: every value but epilogue=0 gives
+// the same bits.
 // Where it is set at the first launch it is read again at each one, so that variants take turns.
 struct Trial {
   int32_t swizzle = 16;   // row tiles that share a column tile before the next one comes
@@ -22,6 +23,9 @@ struct Trial {
   int32_t order = 2;      // FP8: promote.cuh
   int32_t permute = 425;  // fused_experts.cu: width from which on tokens are permuted first,
   int32_t gather = 1024;  // where there are more rows than these
+  int32_t noinc = 1;      // the barrier of a stage counts gathered copies; 0: threads wait for them
+  int32_t store = 0;      // FP8: C by TMA, store.cuh
+  int32_t epilogue = 1;   // 0: sums are dropped and nothing is written, to see what that costs
 };
 Trial& trial();
 // Of its text. A wrong name or value is said and not obeyed.

@@ -165,8 +165,12 @@ Status encode_out(const Product& p, int32_t box_rows, StoreTilesParams* params) 
     return encode_tensor_map<Out>(&params->map, out.out, kOfM ? 2 : 3, sizes, strides, box,
                                   Swizzle::k128);
   };
-  if (out.dtype == KIMI_FLOAT32) return encode.template operator()<float>();
-  return encode.template operator()<typename X::T>();
+  if constexpr (X::kScaled) {
+    return dispatch(out.dtype, encode);
+  } else {
+    if (out.dtype == KIMI_FLOAT32) return encode.template operator()<float>();
+    return encode.template operator()<typename X::T>();
+  }
 }
 
 // What TMA adds to comes into the L2 before, a consumer's part of a tile at a time.
@@ -206,6 +210,23 @@ Status run(const Product& p, const typename X::Epilogue::Params& params, void* s
   Inputs in{};
   in.tile_cols = narrow ? X::kHalf : X::kTileCols;
   KIMI_RETURN_IF_ERROR(encode_inputs<X>(p, &in));
+  return launch_product<X>(p, in, params, stream);
+}
+
+// The same of FP8 operands.
+template <class X>
+Status run_scaled(const Product& p, const BlockScales& scales,
+                  const typename X::Epilogue::Params& params, void* stream) {
+  ScaledInputs in{};
+  KIMI_RETURN_IF_ERROR(encode_inputs<X>(p, &in));
+  in.column_scales = scales.of_columns;
+  if (p.depth > 0) {
+    const int64_t sizes[] = {p.groups.num_rows, ceil_div(p.depth, kScaleDepth)};
+    const int64_t stride = scales.row_stride * static_cast<int64_t>(sizeof(float));
+    const int32_t box[] = {kScaleRows, 1};
+    KIMI_RETURN_IF_ERROR(encode_tensor_map<float>(&in.row_scales, scales.of_rows, 2, sizes, &stride,
+                                                  box, Swizzle::kNone));
+  }
   return launch_product<X>(p, in, params, stream);
 }
 

@@ -99,10 +99,7 @@ class Loader {
     if constexpr (X::kCluster > 1) rank_ = cluster_rank();
   }
 
-  __device__ void set_tile(const Work& work) {
-    work_ = work;
-    boxes_ = work.rows > kConsumerRows ? 2 : 1;
-  }
+  __device__ void set_tile(const Work& work) { work_ = work; }
 
   __device__ void load(int stage, int step) const {
     MBarrier& full = s_.full[stage];
@@ -110,7 +107,7 @@ class Loader {
     mbarrier_arrive_expect_tx(full, bytes());
     if (p_.a.index == nullptr) load_a(s_.stages[stage].a, full, depth);
     if constexpr (X::kScaled)
-      if (rank_ < boxes_)
+      if (rank_ < boxes())
         tma_load_multicast(s_.scales[stage].of_rows[rank_], in_.row_scales, full,
                            (work_.row + rank_ * kConsumerRows) & ~3, step, kAll);
     if (p_.b.index == nullptr) load_b(s_.stages[stage].b, full, depth);
@@ -130,7 +127,12 @@ class Loader {
                         kOfK = X::kGrouping == Grouping::kK;
   static constexpr uint16_t kAll = (1u << X::kCluster) - 1;
 
-  __device__ int32_t depth_of(int step) const { return work_.first + step * X::kBlockDepth; }
+  __device__ int32_t depth_of(int step) const {
+    return (kOfK ? work_.first : 0) + step * X::kBlockDepth;
+  }
+
+  // Of 64 rows of A.
+  __device__ int boxes() const { return work_.rows > kConsumerRows ? 2 : 1; }
 
   // What comes to this block's stage, from the cluster's other block as well.
   __device__ uint32_t bytes() const {
@@ -139,16 +141,16 @@ class Loader {
     const bool half = work_.half && !(kOfK && in_.whole_b);
     return static_cast<uint32_t>((p_.a.index != nullptr ? 0
                                   : kOfK && in_.whole_a ? X::kABytes
-                                                        : boxes_ * of_row_box) +
+                                                        : boxes() * of_row_box) +
                                  (p_.b.index != nullptr ? 0
                                   : half                ? X::kBBytes / 2
                                                         : X::kBBytes));
   }
 
-  // Boxes of 64 rows; of a cluster each block loads every other one into all.
+  // Boxes of 64 rows; of a cluster each block loads one into all.
   __device__ void load_a(char* to, MBarrier& full, int32_t depth) const {
     if (kOfK && in_.whole_a) return tma_load(to, in_.a, full, 0, depth, work_.row / 64);
-    for (int box = rank_; box < boxes_; box += X::kCluster) {
+    const auto load_box = [&](int box) {
       const int32_t row = work_.row + box * kConsumerRows;
       const int32_t x = X::kAMajor == Major::kOuter ? row : depth,
                     y = X::kAMajor == Major::kOuter ? depth : row;
@@ -159,6 +161,11 @@ class Loader {
         tma_load(at, in_.a, full, x, y, work_.group);
       else
         tma_load(at, in_.a, full, x, y);
+    };
+    if constexpr (X::kCluster == kConsumers) {
+      if (rank_ < boxes()) load_box(rank_);
+    } else {
+      for (int box = 0; box < boxes(); ++box) load_box(box);
     }
   }
 
@@ -185,7 +192,7 @@ class Loader {
   const InputsOf<X>& in_;
   Shared<X>& s_;
   Work work_{};
-  int rank_ = 0, boxes_ = 1;
+  int rank_ = 0;
 };
 
 // Whether the producer comes to the wait for the kernel before with B on its way.

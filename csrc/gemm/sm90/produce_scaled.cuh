@@ -13,7 +13,7 @@ namespace kimi::gemm::sm90 {
 
 // The scales of a tile's columns, 64 at a time: column block c / 128 of b_scale, whose size times
 // 2^14 is that of b. A tile begins at a multiple of 64, so it lies in two column blocks at most;
-// columns beyond N have any scale.
+// columns beyond N have any scale. Gate and up: a block each, for 128 divides N.
 template <class X>
 struct ColumnScales {
   int first, last;  // of the scales, [ceil(K / 128)]
@@ -22,9 +22,13 @@ struct ColumnScales {
   __device__ ColumnScales(const Product& p, const Work& work) {
     const int blocks = (static_cast<int>(p.cols) + kScaleDepth - 1) / kScaleDepth,
               block = std::min(work.col / kScaleDepth, blocks - 1), depth = stages_of<X>(work);
-    split = work.col % kScaleDepth != 0;
-    first = (work.group * blocks + block) * depth;
-    last = first + (X::kTileCols > kScaleDepth && block + 1 < blocks ? depth : 0);
+    split = !X::kGated && work.col % kScaleDepth != 0;
+    first = (work.group * blocks * (X::kGated ? 2 : 1) + block) * depth;
+    last = first;
+    if (X::kGated)
+      last += blocks * depth;
+    else if (X::kTileCols > kScaleDepth && block + 1 < blocks)
+      last += depth;
   }
   __device__ void load(const float* scales, int step, float (&scale)[X::kColumnScales]) const {
     scale[0] = scales[first + step];

@@ -72,7 +72,8 @@ Trial trial_of(const char* text) {
   } all[] = {
       {"swizzle", &trial.swizzle}, {"turn", &trial.turn},         {"lead", &trial.lead},
       {"boxes", &trial.boxes},     {"prefetch", &trial.prefetch}, {"order", &trial.order},
-      {"permute", &trial.permute}, {"gather", &trial.gather},
+      {"permute", &trial.permute}, {"gather", &trial.gather},     {"noinc", &trial.noinc},
+      {"store", &trial.store},     {"epilogue", &trial.epilogue},
   };
   while (text != nullptr && *text != '\0') {
     const char* const end = text + std::strcspn(text, ",");

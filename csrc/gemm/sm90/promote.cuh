@@ -14,12 +14,17 @@
 // (Trial::order 2), which serves whether the tensor cores take two queues in order or by turns; 1:
 // when all are issued; 0: there are no turns. *Predicted*: 770 to 800 cycles.
 //
+// Gate and up, 256 rows of B: a turn of 64 x 128 for each, 256 cycles of wgmma and 64 fma, so that a
+// block of depth takes 1024 cycles as long as a consumer's serial part, about 200 a turn, stays
+// below 256: *predicted* 1030 to 1060. Shared memory is asked for 1125, for A is read twice.
+//
 // Two partials a thread would overlap as well, but their registers are better spent on 192 columns
 // instead of 128: the L2 is asked for a byte every 256 C / (64 + C) operations, 192 of them instead
 // of 171, and wgmma for 2 + C / 32 KiB of shared memory in C / 2 cycles, 85 bytes a cycle of 128
 // instead of 96.
 #pragma once
 
+#include "device/clock.cuh"
 #include "device/cluster.cuh"
 #include "device/math.cuh"
 #include "device/warp.cuh"
@@ -28,13 +33,14 @@
 
 namespace kimi::gemm::sm90 {
 
-// total += factor * partial, where the factor of a thread's two rows belongs to 64 columns.
-template <int kSums>
+// total += factor * partial, where the factor of a thread's two rows belongs to kSums / kFactors
+// sums beside each other.
+template <int kSums, int kFactors>
 __device__ inline void promote(float (&total)[kSums], const float (&partial)[kSums],
-                               const float (&factor)[kSums / 32][2]) {
+                               const float (&factor)[kFactors][2]) {
 #pragma unroll
   for (int i = 0; i < kSums; ++i)
-    total[i] = fma_rn(factor[i / 32][i / 2 % 2], partial[i], total[i]);
+    total[i] = fma_rn(factor[i * kFactors / kSums][i / 2 % 2], partial[i], total[i]);
 }
 
 // The stage may be loaded anew, here and in the cluster's other block. The whole warp has done with
@@ -60,46 +66,53 @@ __device__ inline void sum_promoted(Shared<X>& s, const Work& work, int consumer
   const auto pass = [&] {
     if (lane_id() == 0) mbarrier_arrive(s.turn[1 - consumer]);
   };
-  float partial[X::kSums];
+  constexpr int kSums = X::kSums / X::kParts, kFactors = X::kColumnScales / X::kParts;
+  float partial[kSums];
   const int stages = stages_of<X>(work);
 #pragma unroll 1
   for (int step = 0; step < stages; ++step, ring.next()) {
+    clock_mark(step / 8, step % 8 == 0);
     mbarrier_wait(s.full[ring.at], ring.parity);
-    if (order > 0) {  // the first one is consumer 0's
-      mbarrier_wait(s.turn[consumer], consumer == 0 ? turn ^ 1 : turn);
-      turn ^= 1;
-    }
     const Stage<X>& stage = s.stages[ring.at];
     const uint64_t a = wgmma_descriptor<kMajor>(stage.a + consumer * kBoxBytes);
-    const uint64_t b = wgmma_descriptor<kMajor>(stage.b);
-    wgmma_fence(partial);
-    wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      wgmma<typename X::T, X::kBRows, kMajor, kMajor>(partial, wgmma_advance<kMajor>(a, k),
-                                                      wgmma_advance<kMajor>(b, k), k > 0);
-      if (k >= 2) wgmma_commit();
-    }
-    if (order == 1) {
-      warp_barrier();  // all lanes have had their turn
-      pass();
-    }
-    const Scales<true>& scales = s.scales[ring.at];
-    float factor[X::kColumnScales][2];
+    for (int part = 0; part < X::kParts; ++part) {
+      if (order > 0) {  // the first one is consumer 0's
+        mbarrier_wait(s.turn[consumer], consumer == 0 ? turn ^ 1 : turn);
+        turn ^= 1;
+      }
+      const uint64_t b = wgmma_descriptor<kMajor>(stage.b + part * X::kPartRows * kRowBytes);
+      wgmma_fence(partial);
+      wgmma_fence();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float of_row = scales.of_rows[consumer][row + 8 * half];
+      for (int k = 0; k < 4; ++k) {
+        wgmma<typename X::T, X::kPartRows, kMajor, kMajor>(partial, wgmma_advance<kMajor>(a, k),
+                                                           wgmma_advance<kMajor>(b, k), k > 0);
+        if (k >= 2) wgmma_commit();
+      }
+      if (order == 1) {
+        warp_barrier();  // all lanes have had their turn
+        pass();
+      }
+      const Scales<true>& scales = s.scales[ring.at];
+      float factor[kFactors][2];
 #pragma unroll
-      for (int c = 0; c < X::kColumnScales; ++c)
-        factor[c][half] = mul_rn(of_row, scales.of_columns[c]);
+      for (int half = 0; half < 2; ++half) {
+        const float of_row = scales.of_rows[consumer][row + 8 * half];
+#pragma unroll
+        for (int c = 0; c < kFactors; ++c)
+          factor[c][half] = mul_rn(of_row, scales.of_columns[part * kFactors + c]);
+      }
+      wgmma_wait<1>();
+      if (order > 1) pass();
+      wgmma_wait<0>();
+      wgmma_fence(partial);
+      if (part == X::kParts - 1) {
+        warp_barrier();  // all lanes have their scales
+        release<X>(s.empty[ring.at]);
+      }
+      promote(reinterpret_cast<float (&)[kSums]>(total[part * kSums]), partial, factor);
     }
-    wgmma_wait<1>();
-    if (order > 1) pass();
-    wgmma_wait<0>();
-    wgmma_fence(partial);
-    warp_barrier();  // all lanes have their scales
-    release<X>(s.empty[ring.at]);
-    promote(total, partial, factor);
   }
 }
 

@@ -9,7 +9,8 @@
 //   FP8          128                192 or 128          64 x 192 or 64 x 128
 //
 // An epilogue that takes gate and up halves the columns: the tile of B is a gate box and an up box
-// of the same columns. FP8 works in clusters of two blocks, which have columns of their own: each
+// of the same columns; FP8 multiplies one after the other, 128 rows each, for partial sums of both
+// have no registers: 64 x 128 and 64 x 128. FP8 works in clusters of two blocks, which have columns of their own: each
 // loads 64 rows of A, and their scales, into both.
 #pragma once
 
@@ -53,12 +54,18 @@ struct Traits {
   static constexpr bool kHalves = kTileCols == 256;
   static constexpr int kHalf = kTileCols / 2;
   static constexpr int kBBoxRows = kHalves ? kHalf : kTileCols;  // of TMA, depth-major
-  static constexpr int kColumnScales = kTileCols / 64;           // of columns that have one scale
+  // FP8: the products of a stage come in so many parts, which share the partial sums.
+  static constexpr int kParts = kScaled && kGated ? 2 : 1;
+  static constexpr int kPartRows = kBRows / kParts;
+  // Of columns that have one scale: 64, or gate and up.
+  static constexpr int kColumnScales = kGated ? 2 : kTileCols / 64;
   static constexpr int kCluster = kScaled ? 2 : 1;
-  // 65536 registers: 128 (producer + 2 consumer). Scaled: a second array of sums.
-  static constexpr int kProducerRegisters = kScaled ? 56 : 72;
-  static constexpr int kConsumerRegisters = kScaled ? 224 : 216;
+  // 504, three times what a thread is launched with: producer + 2 consumer. Scaled: a second array
+  // of sums; gate and up: and their epilogue.
+  static constexpr int kProducerRegisters = kParts == 2 ? 40 : kScaled ? 56 : 72;
+  static constexpr int kConsumerRegisters = kParts == 2 ? 232 : kScaled ? 224 : 216;
   static_assert(!kScaled || kTileCols % 64 == 0, "a tile begins at a multiple of 64 columns");
+  static_assert(kParts == 1 || kTileCols == kScaleDepth, "gate and up have one scale each");
   static_assert(kGrouping != Grouping::kK || (kAMajor == Major::kOuter && kBMajor == kAMajor));
 
   static constexpr int kStageBytes =

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The command ``kimi-ops``: info, plan, train, generate, chat, demo, bench."""
+"""The command ``kimi-ops``: info, plan, train, generate, chat, demo,
+agentic, bench."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import typer
 
 import kimi_ops
 from kimi_ops import _program
+from kimi_ops.cli.agentic import agentic
 from kimi_ops.cli.bench import bench
 from kimi_ops.cli.chatting import chat
 from kimi_ops.cli.generating import generate
@@ -59,7 +61,7 @@ def info(
 ) -> None:
     """Versions, instruction sets, devices, the engine of each op; a model's parameters and
     memory."""
-    from kimi_ops.info import describe, info
+    from kimi_ops.facts import describe, info
     from kimi_ops.models.kimi_k2 import KimiK2Config
     from kimi_ops.models.kimi_k2.parameters import parameter_report
 
@@ -81,6 +83,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(chat)
 app.command()(demo)
+app.command()(agentic)
 app.command(
     add_help_option=False,  # --help is the benchmarks'
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -6,7 +6,6 @@ Nothing is read on the host but what is said to be. A plan's T x K pairs are (to
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_ops import _check
@@ -22,7 +21,11 @@ def by_index(op: str, name: str, indices: Tensor, tokens: int, rows: int | None)
     _check.dtype(op, name, indices, (torch.int32, torch.int64, torch.int16, torch.uint8))
     indices = indices.unsqueeze(1) if indices.dim() == 1 else indices
     _check.shape(op, name, indices, (tokens, "K"), "give a row of experts a token")
-    return cut(permute_plan(indices.int(), MOST_EXPERTS), rows)
+    return permute_plan(
+        (indices if indices.dtype == torch.int64 else indices.int()),
+        MOST_EXPERTS,
+        num_out_tokens=rows,
+    )
 
 
 def by_mask(
@@ -32,17 +35,7 @@ def by_mask(
     _check.tensor(op, "routing_map", routing_map)
     _check.shape(op, "routing_map", routing_map, (tokens, "E"), "give a row of experts a token")
     experts = routing_map.shape[1]
-    ids = torch.arange(experts, dtype=torch.int32, device=routing_map.device)
-    return cut(permute_plan(torch.where(routing_map != 0, ids, -1), experts, align=align), rows)
-
-
-def cut(plan: PermutePlan, rows: int | None) -> PermutePlan:
-    """The same plan with `rows` rows: what lies behind is dropped, missing rows are padding."""
-    if rows is None or rows == len(plan.source):
-        return plan
-    source = F.pad(plan.source, (0, max(0, rows - len(plan.source))), value=-1)[:rows]
-    row_map = torch.where(plan.row_map < rows, plan.row_map, -1)
-    return plan._replace(row_map=row_map, source=source.contiguous())
+    return permute_plan(routing_map != 0, experts, align=align, num_out_tokens=rows)
 
 
 def by_rows(row_map: Tensor, rows: int) -> PermutePlan:

@@ -11,6 +11,8 @@ from torch import Tensor
 from kimi_ops import _check
 from kimi_ops.compat import _router
 from kimi_ops.compat._arguments import only
+from kimi_ops.moe.dense import normalized_scores, spread
+from kimi_ops.moe.quantile import quantile_histogram_
 from kimi_ops.moe.topk_gate import topk_gate
 
 
@@ -56,8 +58,10 @@ def fused_topk_with_score_function(
     routing_map_format : RoutingMapFormat, its number, "bytemap" or "bitmap_u8"
     topk_indices : Tensor [..., topk], integers, optional
         Receives the ids, best first, and is the second result in place of the map.
-    qb_histogram, qb_bin_bounds, qb_histogram_mode
-        Quantile balancing is not served.
+    qb_histogram : Tensor [E, bins] int32, qb_bin_bounds : Tensor [2] float32, optional
+        Quantile balancing: `kimi_ops.quantile_histogram_` of these logits. With sigmoid, no groups.
+    qb_histogram_mode : {"two_kernel", "fused_atomic"}, optional
+        No difference.
 
     Returns
     -------
@@ -68,8 +72,8 @@ def fused_topk_with_score_function(
 
     Notes
     -----
-    Equal scores go to the lower expert. Experts are ranked by score in fp32: logits that are told
-    apart by no score (softmax 0 for 104 below the largest) count as equal.
+    Equal scores go to the lower expert. Experts are ranked in fp32, by score or, for softmax over
+    the chosen, by logit.
 
     Examples
     --------
@@ -83,17 +87,26 @@ def fused_topk_with_score_function(
     """
     op = "fused_topk_with_score_function"
     kind = _format(op, routing_map_format)
-    balance = "balance by update_expert_bias_"
-    only(op, "qb_histogram", qb_histogram, None, balance)
-    only(op, "qb_bin_bounds", qb_bin_bounds, None, balance)
-    only(op, "qb_histogram_mode", qb_histogram_mode, None, balance)
     _check.tensor(op, "logits", logits)
     flat = logits.reshape(-1, logits.shape[-1])
+    if qb_histogram_mode is not None:
+        _check.choice(op, "qb_histogram_mode", qb_histogram_mode, ("two_kernel", "fused_atomic"))
+    if qb_histogram is not None:
+        if qb_bin_bounds is None:
+            raise ValueError(
+                f"{op}: qb_bin_bounds: expected a tensor beside qb_histogram, got None"
+            )
+        only(op, "score_function", score_function, "sigmoid", "quantiles are of sigmoids there")
+        only(op, "group_topk", group_topk or None, None, "quantiles are of all experts")
+        quantile_histogram_(
+            qb_histogram, flat, topk, bounds=qb_bin_bounds,
+            expert_bias=None if expert_bias is None else expert_bias.detach().float(),
+        )  # fmt: skip
     weights, ids = _router.route(
         op, flat, topk, use_pre_softmax, num_groups, group_topk, scaling_factor, score_function,
         expert_bias,
     )  # fmt: skip
-    probs, routing_map = _router.spread(weights, ids, flat)
+    probs, routing_map = spread(weights, ids, flat)
     probs = probs.view(logits.shape)
     if topk_indices is not None:
         topk_indices.copy_(ids.view(topk_indices.shape))
@@ -138,7 +151,7 @@ def fused_compute_score_for_moe_aux_loss(
     flat = logits.reshape(-1, logits.shape[-1])
     ids = topk_gate(flat.detach(), topk, score_function=score_function).indices.long()
     routing_map = torch.zeros_like(flat, dtype=torch.bool).scatter(1, ids, True)
-    scores = _router.normalized_scores(flat, score_function)
+    scores = normalized_scores(flat, score_function)
     return _formatted(routing_map.view(logits.shape), kind), scores.view(logits.shape)
 
 

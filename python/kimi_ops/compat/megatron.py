@@ -17,6 +17,7 @@ from kimi_ops import _check
 from kimi_ops.compat import _maps, _router
 from kimi_ops.compat import transformer_engine as fused_ops
 from kimi_ops.compat._arguments import only
+from kimi_ops.moe.dense import spread
 from kimi_ops.moe.permute import permute as permute_rows
 
 __all__ = ["permute", "sort_chunks_by_idxs", "topk_routing_with_score_function", "unpermute"]
@@ -50,7 +51,7 @@ def topk_routing_with_score_function(
         Not served: pass the ids as `precomputed_indices`.
     dense_output : bool
     precomputed_indices : Tensor [T, topk] integers, optional
-        The experts, chosen elsewhere; weighed in torch, in their order.
+        The experts, chosen elsewhere; weighed in their order.
 
     Returns
     -------
@@ -72,20 +73,18 @@ def topk_routing_with_score_function(
     only(op, "router_replay", router_replay, None, "pass recorded ids as precomputed_indices")
     _check.tensor(op, "logits", logits)
     _check.shape(op, "logits", logits, ("T", "E"))
-    if precomputed_indices is None:
-        weights, ids = _router.route(
-            op, logits, topk, use_pre_softmax, num_groups, group_topk, scaling_factor,
-            score_function, expert_bias,
-        )  # fmt: skip
-    else:
-        _check.choice(op, "score_function", score_function, _router.SCORES)
-        _check.tensor(op, "precomputed_indices", precomputed_indices)
-        _check.shape(op, "precomputed_indices", precomputed_indices, (len(logits), topk))
-        ids = precomputed_indices.long()
-        weights = _router.weigh(logits, ids, use_pre_softmax, scaling_factor, score_function)
+    given = precomputed_indices
+    if given is not None:
+        _check.tensor(op, "precomputed_indices", given)
+        _check.shape(op, "precomputed_indices", given, (len(logits), topk))
+        given = given.long()
+    weights, ids = _router.route(
+        op, logits, topk, use_pre_softmax, num_groups, group_topk, scaling_factor, score_function,
+        expert_bias, given,
+    )  # fmt: skip
     if dense_output:
         return weights.to(logits.dtype), ids
-    return _router.spread(weights, ids, logits)
+    return spread(weights, ids, logits)
 
 
 def permute(

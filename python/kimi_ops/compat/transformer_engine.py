@@ -290,7 +290,7 @@ def _masked(op: str, inp: Tensor, routing_map: Tensor, rows: int) -> PermutePlan
             f"{op}: inp: expected a plain tensor, got {type(inp).__name__}, which is not served; "
             "permute its data and its scales in a call each"
         )
-    _check.between(op, "num_out_tokens", rows, 1 if len(inp) else 0, 2**31 - 1)
+    _check.between(op, "num_out_tokens", rows, 0, 2**31 - 1)
     return _maps.by_mask(op, routing_map, len(inp), rows)
 
 

@@ -245,7 +245,7 @@ def fused_experts(
     only(op, "quant_config", quant_config, None, "pass a quantised weight as w1 and w2")
     name = getattr(activation, "value", activation)
     _check.choice(op, "activation", name, ("silu", "gelu"))
-    weights = topk_weights.to(torch.promote_types(topk_weights.dtype, torch.float32))
+    weights = topk_weights.to(torch.promote_types(hidden_states.dtype, torch.float32))
     x, ids, local = hidden_states, topk_ids.int(), w1.shape[0]
     if expert_map is None:
         if global_num_experts != -1:

@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Load balancing of the router: the bias rules and the auxiliary losses."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from kimi_ops import _check
 from kimi_ops.operators import balance as operators
+from kimi_ops.routing import as_int32
+
+
+class SequenceCounts(NamedTuple):
+    """What :func:`sequence_counts` returns."""
+
+    tokens_per_expert: Tensor  #: [N, E] int32
+    sequence_tokens: Tensor  #: [N] int32
 
 
 def update_expert_bias_(
@@ -52,31 +63,91 @@ def update_expert_bias_(
     return bias
 
 
+def sequence_counts(
+    indices: Tensor,
+    num_experts: int,
+    *,
+    num_sequences: int = 1,
+    offsets: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> SequenceCounts:
+    """How often each sequence chose each expert, and how many tokens it has.
+
+    What `sequence_balance_loss` counts by itself; for counts that are summed over ranks first.
+
+    Parameters
+    ----------
+    indices : Tensor [T, K] int32 or int64
+        Chosen experts; any id outside of 0..E-1 counts for none.
+    num_experts : int
+        E, at most 1024.
+    num_sequences, offsets, valid
+        As in `sequence_balance_loss`.
+
+    Returns
+    -------
+    SequenceCounts
+        ``tokens_per_expert`` [N, E] int32 and ``sequence_tokens`` [N] int32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `sequence_balance_loss`.
+
+    Examples
+    --------
+    >>> import torch, kimi_ops
+    >>> ids = torch.tensor([[0, 1], [0, 2], [1, -1]])
+    >>> counts = kimi_ops.sequence_counts(ids, 3, offsets=torch.tensor([2, 3]))
+    >>> counts.tokens_per_expert.tolist(), counts.sequence_tokens.tolist()
+    ([[2, 1, 1], [0, 1, 0]], [2, 1])
+    """
+    offsets = None if offsets is None else as_int32(offsets)
+    sequences = _sequences("sequence_counts", num_sequences, offsets)
+    return SequenceCounts._make(
+        operators.sequence_counts(as_int32(indices), num_experts, sequences, offsets, valid)
+    )
+
+
 def sequence_balance_loss(
     logits: Tensor,
     indices: Tensor,
     *,
     num_sequences: int = 1,
+    offsets: Tensor | None = None,
+    valid: Tensor | None = None,
+    tokens_per_expert: Tensor | None = None,
+    sequence_tokens: Tensor | None = None,
     score_function: str = "sigmoid",
     coefficient: float = 1e-4,
 ) -> Tensor:
     r"""Sequence-wise auxiliary loss, averaged over the sequences.
 
     .. math::
-        L = \alpha \sum_e f_e P_e, \quad
-        f_e = \frac{E}{K S} \sum_t \mathbb 1[e \in I_t], \quad
-        P_e = \frac{1}{S} \sum_t \frac{s_{te}}{\sum_i s_{ti}}
+        L = \frac{\alpha}{N} \sum_n \sum_e f_{ne} P_{ne}, \quad
+        f_{ne} = \frac{E}{K S_n} \sum_{t \in n} \mathbb 1[e \in I_t], \quad
+        P_{ne} = \frac{1}{S_n} \sum_{t \in n} \frac{s_{te}}{\sum_i s_{ti}}
 
     f counts the ids that were chosen (with the bias, if there is one) and gets no gradient.
 
     Parameters
     ----------
     logits : Tensor [T, E], float32, bfloat16 or float16
-        Router logits; T = num_sequences * S, the tokens of a sequence side by side; rows may be
-        strided; E at most 1024. NaN counts as -inf and scores 0.
-    indices : Tensor [T, K] int32
+        Router logits, the tokens of a sequence side by side; rows may be strided; E at most 1024.
+        NaN counts as -inf and scores 0.
+    indices : Tensor [T, K] int32 or int64
         Chosen experts; -1, like any id outside of 0..E-1, counts for none.
     num_sequences : int
+        N sequences of T / N tokens each.
+    offsets : Tensor [N] int32 or int64, optional
+        Sequences of any lengths instead: one past the last token of each, ascending. Tokens behind
+        the last one belong to none.
+    valid : Tensor [T] bool, optional
+        False leaves the token out of f, P and S: padding.
+    tokens_per_expert : Tensor [N, E] int32 or int64, optional
+    sequence_tokens : Tensor [N] int32 or int64, optional
+        Both or neither: f's counts and S from outside, of sequences that several ranks have a part
+        of; from `sequence_counts`, summed over them. The sum of the ranks' losses is the loss.
     score_function : {"sigmoid", "softmax", "sqrtsoftplus"}
     coefficient : float
         The weight alpha, 0.0001 in DeepSeek-V3.
@@ -84,12 +155,14 @@ def sequence_balance_loss(
     Returns
     -------
     Tensor
-        Scalar float32, once differentiable in `logits`. The same bits on every engine.
+        Scalar float32, once differentiable in `logits`. The same bits on every engine. A sequence
+        without tokens adds 0 and counts in N.
 
     Raises
     ------
     TypeError, ValueError
-        Wrong dtype, shape or device, or T not a multiple of `num_sequences`.
+        Wrong dtype, shape or device, T not a multiple of `num_sequences`, or on the CPU offsets
+        that descend or pass T.
 
     References
     ----------
@@ -102,11 +175,52 @@ def sequence_balance_loss(
     >>> gate = kimi_ops.topk_gate(logits, k=4)
     >>> round(kimi_ops.sequence_balance_loss(logits, gate.indices, coefficient=1.0).item(), 6)
     1.0
+    >>> valid = torch.arange(8) < 5
+    >>> gate = kimi_ops.topk_gate(logits, k=4, valid=valid)
+    >>> loss = kimi_ops.sequence_balance_loss(logits, gate.indices, valid=valid, coefficient=1.0)
+    >>> round(loss.item(), 6)
+    1.0
     """
-    loss, _ = operators.sequence_balance_loss(
-        logits, indices, num_sequences, score_function, coefficient
+    op = "sequence_balance_loss"
+    _check.tensor(op, "logits", logits)
+    _check.tensor(op, "indices", indices)
+    _check.shape(op, "logits", logits, ("T", "E"), "flatten batch and sequence first")
+    _check.shape(op, "indices", indices, (len(logits), "K"))
+    _check.between(op, "logits.shape[1]", logits.shape[1], 1, 1024)
+    _check.between(op, "indices.shape[1]", indices.shape[1], 1, 2**31 - 1)
+    _check.same_device(op, "indices", indices, "logits", logits)
+    offsets = None if offsets is None else as_int32(offsets)
+    sequences = _sequences(op, num_sequences, offsets)
+    if (tokens_per_expert is None) != (sequence_tokens is None):
+        raise ValueError(
+            f"{op}: sequence_tokens: expected beside tokens_per_expert, got one of the two; both "
+            "are what sequence_counts gives"
+        )
+    if tokens_per_expert is None or sequence_tokens is None:
+        counts, tokens = operators.sequence_counts(
+            as_int32(indices), logits.shape[1], sequences, offsets, valid
+        )
+    else:
+        counts, tokens = as_int32(tokens_per_expert), as_int32(sequence_tokens)
+        _check.tensor(op, "tokens_per_expert", counts)
+        _check.shape(op, "tokens_per_expert", counts, (sequences, logits.shape[1]))
+    return operators.sequence_balance_loss(
+        logits, counts, tokens, offsets, valid, indices.shape[1], score_function, coefficient
     )
-    return loss
+
+
+def _sequences(op: str, num_sequences: int, offsets: Tensor | None) -> int:
+    """How many there are."""
+    if offsets is None:
+        return num_sequences
+    _check.tensor(op, "offsets", offsets)
+    _check.shape(op, "offsets", offsets, ("N",))
+    if num_sequences not in (1, len(offsets)):
+        raise ValueError(
+            f"{op}: num_sequences: expected {len(offsets)} as offsets are, got {num_sequences}; "
+            "leave it out"
+        )
+    return len(offsets)
 
 
 def z_loss(logits: Tensor, *, coefficient: float = 1e-3, valid: Tensor | None = None) -> Tensor:

@@ -47,7 +47,9 @@ def fused_experts(
     x : Tensor [T, H] bfloat16, float16, float32 or float64
     w_gate_up : Tensor [E, 2F, H], the dtype of x
         The F gate rows first, then the F up rows. A `Fp8BlockWeight` or `Int4GroupWeight` of that
-        shape is dequantised to the dtype of x (CPU only, read only; not beside float64 tokens).
+        shape is dequantised to the dtype of x (CPU only, read only; not beside float64 tokens). On
+        Hopper two `Fp8BlockWeight` meet x and h as `Fp8Rows` (16 divides H, 128 F; no
+        gradients, biases or `weights_first`).
         Two tensors [E, F, H], w1 and w3 of other libraries, stand for gate and up: no copy is made
         of them. Made neighbours by `join_gate_up_` they are as fast as one tensor. An activation
         without a gate takes one tensor [E, F, H].
@@ -237,7 +239,7 @@ def _otherwise(
 ) -> Tensor:  # fmt: skip
     """Forms that no kernel has as a whole."""
     _check_otherwise(x, w_gate_up, w_down, weights, indices, form)
-    if x.dtype == torch.float64 and plan is None:
+    if x.dtype == torch.float64 and plan is None and isinstance(w_down, Tensor):
         biases = b_gate_up, b_down
         return reference.fused_experts(
             x, w_gate_up, w_down, weights, indices, form, *biases, weights_first

@@ -79,7 +79,7 @@ def replica_ids(
                 f"{_OP}: indices: expected ids in -1 .. {experts}, got {low} .. {high}; these are "
                 "experts, not their replicas"
             )
-    plan = permute_plan(indices.int(), experts)
+    plan = permute_plan(indices, experts)
     counts, places = (x[layer].to(device) for x in (placement.counts, placement.log2phy))
     # padded with a place for dropped pairs
     counts = torch.cat([counts, counts.new_ones(1)])

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kimi_ops.activations import Activation, ActivationName, of
+from kimi_ops.activations import Activation, ActivationName
 from kimi_ops.nn.checks import check_activation
-from kimi_ops.reference.fused_experts import ACTIVATIONS
+from kimi_ops.reference.fused_experts import gated
 
 __all__ = ["MLP"]
 
@@ -53,9 +53,7 @@ class MLP(nn.Module):
 
     def gated(self, x: Tensor) -> Tensor:
         """[..., F], the input of `down_proj`."""
-        form = of(self.activation)
-        value, up = ACTIVATIONS[form.name](self.gate_proj(x), self.up_proj(x), *form.numbers)
-        return value * up
+        return gated(self.gate_proj(x), self.up_proj(x), self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] from x [..., H]."""

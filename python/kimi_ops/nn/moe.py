@@ -176,28 +176,14 @@ class MoE(nn.Module):
         """The balance loss and the z-loss of a training forward of so many sequences."""
         balance = z = None
         if self.training and self.balance_coefficient:
-            balance = self._balance(logits, indices, sequences if self.per_sequence else 1, valid)
+            balance = sequence_balance_loss(
+                logits, indices, num_sequences=sequences if self.per_sequence else 1,
+                valid=valid, score_function=self.gate.options["score_function"],
+                coefficient=self.balance_coefficient,
+            )  # fmt: skip
         if self.training and self.z_coefficient:
             z = z_loss(logits, coefficient=self.z_coefficient, valid=valid)
         return Losses(balance, z)
-
-    def _balance(
-        self, logits: Tensor, indices: Tensor, sequences: int, valid: Tensor | None
-    ) -> Tensor:
-        """Of sequences with padding, over their tokens alone."""
-        options: dict[str, Any] = {
-            "score_function": self.gate.options["score_function"],
-            "coefficient": self.balance_coefficient,
-        }
-        if valid is None:
-            return sequence_balance_loss(logits, indices, num_sequences=sequences, **options)
-        parts = valid.chunk(sequences)
-        logits, indices = (t.unflatten(0, (sequences, -1)) for t in (logits, indices))
-        losses = [
-            sequence_balance_loss(logits[n][part], indices[n][part], **options)
-            for n, part in enumerate(parts)
-        ]
-        return torch.stack(losses).mean()
 
     def count(self, gate: TopkGate) -> None:
         """Add the loads of a training forward."""

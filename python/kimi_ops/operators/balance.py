@@ -12,32 +12,30 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-# ---- sequence_balance_loss: the second output are the counts of each sequence
+# ---- sequence_balance_loss: of counts that sequence_counts gives, here or on all ranks
 
 
-def _loss_outputs(
-    logits: Tensor, indices: Tensor, num_sequences: int, *_: Any
+def _counts(
+    indices: Tensor, num_experts: int, num_sequences: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return (
-        logits.new_empty((), dtype=torch.float32),
-        logits.new_empty((num_sequences, logits.shape[1]), dtype=torch.int32),
+        indices.new_empty((num_sequences, num_experts)),
+        indices.new_empty((num_sequences,)),
     )
 
 
-def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, indices, _, ctx.score_function, ctx.coefficient = inputs
-    ctx.top_k = indices.shape[1]
-    ctx.save_for_backward(logits, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _loss(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((), dtype=torch.float32)
 
 
-def _loss_backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    logits, counts = ctx.saved_tensors
-    grad = sequence_balance_loss_backward(
-        grad_loss, logits, counts, ctx.top_k, ctx.score_function, ctx.coefficient
-    )
-    return grad, None, None, None, None
+def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.rest = inputs[5:]
+
+
+def _loss_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    grad = sequence_balance_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.rest)
+    return grad, None, None, None, None, None, None, None
 
 
 # ---- z_loss: also the logarithms of the sums, and how many tokens count
@@ -67,17 +65,26 @@ update_expert_bias_ = Operator(
     "-> ()",
     _nothing,
 )
+sequence_counts = Operator(
+    "sequence_counts(Tensor indices, int num_experts, SymInt num_sequences, Tensor? offsets, "
+    "Tensor? valid) -> (Tensor, Tensor)",
+    _counts,
+)
+_OF_LOGITS = (
+    "Tensor logits, Tensor tokens_per_expert, Tensor sequence_tokens, Tensor? offsets, "
+    "Tensor? valid, int top_k, str score_function, float coefficient"
+)
 sequence_balance_loss_backward = Operator(
-    "sequence_balance_loss_backward(Tensor grad_loss, Tensor logits, Tensor tokens_per_expert, "
-    "int top_k, str score_function, float coefficient) -> Tensor",
+    f"sequence_balance_loss_backward(Tensor grad_loss, {_OF_LOGITS}) -> Tensor",
     like_logits,
 )
 sequence_balance_loss = Operator(
-    "sequence_balance_loss(Tensor logits, Tensor indices, SymInt num_sequences, "
-    "str score_function, float coefficient) -> (Tensor, Tensor)",
-    _loss_outputs,
-    _loss_context,
-    _loss_backward,
+    f"sequence_balance_loss({_OF_LOGITS}) -> Tensor", _loss, _loss_context, _loss_backward
+)
+quantile_histogram_ = Operator(
+    "quantile_histogram_(Tensor(a!) histogram, Tensor logits, Tensor cutoffs, Tensor bounds, "
+    "str score_function, Tensor? valid) -> ()",
+    _nothing,
 )
 z_loss_backward = Operator(
     "z_loss_backward(Tensor grad_loss, Tensor logits, Tensor log_sum_exp, Tensor valid_tokens, "

@@ -17,6 +17,7 @@ from kimi_ops.parallel.results import Dispatched, Handle, Pending
 from kimi_ops.parallel.router import Router
 from kimi_ops.parallel.transport import Motions
 from kimi_ops.parallel.wire import FP8, Form
+from kimi_ops.routing import as_int32
 
 __all__ = ["ExpertParallel"]
 
@@ -307,7 +308,7 @@ class ExpertParallel:
         back = Form(0, torch.float32, torch.float32) if given else self._home(dtype, dtype)
         form = Form(self._limits.hidden, None if given else dtype, wire)
         carried = None if self._direct else weights
-        ids = None if indices is None else indices.int()
+        ids = None if indices is None else as_int32(indices)
         leaving = self._motions.away("dispatch", route, form, back, tokens, carried, ids)
 
         def result() -> Dispatched:

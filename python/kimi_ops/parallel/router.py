@@ -14,6 +14,7 @@ from kimi_ops.parallel.errors import EPOverflow, named
 from kimi_ops.parallel.hops import Relay
 from kimi_ops.parallel.layout import Rules, arrive, depart, direct_ids, local_ids, shortened
 from kimi_ops.parallel.results import Route
+from kimi_ops.routing import as_int32
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Router:
         counts = torch.zeros(experts + world + nodes, dtype=torch.int64)
         try:
             head = call_checks.dispatch(limits, x, indices, weights)
-            leaving = depart(self.rules, indices.int(), self.owners)
+            leaving = depart(self.rules, as_int32(indices), self.owners)
             counts = torch.cat([leaving.counts, leaving.records, leaving.stops]).long()
         except Exception as error:  # whatever it is, the others must not wait for this rank
             fault = error

@@ -63,11 +63,17 @@ def activate(
     form = of(activation)
     wide = torch.float64 if gate.dtype == torch.float64 else torch.float32
     g, u = gate.to(wide), gate.to(wide) if up is None else up.to(wide)
-    first, second = ACTIVATIONS[form.name](g, u, *form.numbers)
-    value = first if up is None else first * second
+    value = ACTIVATIONS[form.name](g, u, *form.numbers)[0] if up is None else gated(g, u, form)
     if weights is not None:
         value = value * weights[:, None].to(wide)
     return value.to(gate.dtype)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str | Activation) -> Tensor:
+    """h in the dtype of gate and up, by torch's own functions."""
+    form = of(activation)
+    first, second = ACTIVATIONS[form.name](gate, up, *form.numbers)
+    return first * second
 
 
 def gated_activation(gate_up: Tensor, activation: str | Activation) -> Tensor:

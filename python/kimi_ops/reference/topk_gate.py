@@ -53,9 +53,24 @@ def _select(choice: Tensor, k: int, num_groups: int, topk_groups: int, best_of: 
     return order[:, :k]
 
 
+def _weigh(
+    s: Tensor, ids: Tensor, valid: Tensor | None, renormalize: bool, scaling_factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weights, ids with -1 in every slot without an expert, counts."""
+    experts = s.shape[1]
+    slot = (ids >= 0) & (ids < experts)
+    if valid is not None:
+        slot = slot & valid.bool()[:, None]
+    weights = s.gather(1, torch.where(slot, ids, 0).long()) * slot
+    if renormalize:
+        weights = weights / (weights.sum(dim=1, keepdim=True) + EPSILON)
+    ids = torch.where(slot, ids, -1)
+    return weights * scaling_factor, ids.int(), count(ids, experts)
+
+
 def topk_gate(
     logits: Tensor,
-    k: int,
+    k: int | None = None,
     score_function: str = "sigmoid",
     expert_bias: Tensor | None = None,
     num_groups: int = 1,
@@ -64,22 +79,25 @@ def topk_gate(
     renormalize: bool = True,
     scaling_factor: float = 1.0,
     valid: Tensor | None = None,
+    select: str = "scores",
+    ids: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weights [T, K], indices [T, K] int32, tokens_per_expert [E] int32."""
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.nan)
     s = scores(logits, score_function)
-    choice = s.detach().masked_fill(logits.isnan(), -torch.inf)
-    if expert_bias is not None:
-        choice = choice + expert_bias
-        choice = choice.masked_fill(choice.isnan(), -torch.inf)
-    ids = _select(choice, k, num_groups, topk_groups, group_score_topk)
-    chosen = s.gather(1, ids)
-    if renormalize:
-        chosen = chosen / (chosen.sum(dim=1, keepdim=True) + EPSILON)
-    weights = chosen * scaling_factor
-    if valid is not None:
-        weights = weights * valid.bool()[:, None]
-        ids = ids.masked_fill(~valid.bool()[:, None], -1)
-    return weights, ids.int(), count(ids, logits.shape[1])
+    if ids is None:
+        assert k is not None
+        z = _wide(logits.detach())
+        choice = s.detach() if select == "scores" else z.clamp(max=torch.finfo(z.dtype).max)
+        if expert_bias is not None:
+            choice = choice + expert_bias
+        choice = choice.masked_fill(choice.isnan() | logits.isnan(), -torch.inf)
+        ids = _select(choice, k, num_groups, topk_groups, group_score_topk)
+        if mask is not None:
+            ids = torch.where(mask.expand_as(logits).gather(1, ids), ids, -1)
+    return _weigh(s, ids, valid, renormalize, scaling_factor)
 
 
 def count(indices: Tensor, num_experts: int) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from kimi_ops.facts import engines_line
 from kimi_ops.gpu import choose_device
-from kimi_ops.info import engines_line
 from kimi_ops.models.kimi_k2.parameters import parameter_report
 from kimi_ops.train.bigram import bigram_loss
 from kimi_ops.train.checkpoint import (
@@ -223,9 +223,14 @@ def _train(
                 shown.show(row, validation)
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 save()
-        if broken is not None:
-            raise MetricsError(f"{broken}; {_kept(save_once, plan.out)}") from broken
-        save_once()
+        kept = ""
+        if broken is None:
+            save_once()
+        else:
+            kept = _kept(save_once, plan.out)
+        with ranks.together():  # the others have written nothing, and would wait for this one
+            if broken is not None:
+                raise MetricsError(f"{broken}; {kept}") from broken
     return TrainResult(
         step=step,
         finished=step >= settings.steps,

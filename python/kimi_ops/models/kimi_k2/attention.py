@@ -103,6 +103,14 @@ class LatentCache:
             other.documents = self.documents.repeat_interleave(times, dim=0)
         return other
 
+    def chosen(self, rows: Tensor) -> "LatentCache":
+        """A cache that holds the sequences of these rows [n] alone, with the same room."""
+        other = copy.copy(self)
+        other.entries = self.entries[:, rows]
+        if self.documents is not None:
+            other.documents = self.documents[rows]
+        return other
+
     def check(self, batch_size: int, tokens: int, weight: Tensor) -> None:
         """Refuse `tokens` more of `batch_size` sequences, or a model with such a `weight`, where
         they do not fit: a ValueError, for a dtype a TypeError."""

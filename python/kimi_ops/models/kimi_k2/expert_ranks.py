@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from kimi_ops import ExpertParallel, TopkGate, fused_experts
 from kimi_ops._autocast import autocast
-from kimi_ops.activations import Activation, ActivationName
+from kimi_ops.activations import Activation, of
 from kimi_ops.models.kimi_k2.checkpoint import to_first
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.moe.quantized import QuantizedWeight
@@ -123,7 +123,7 @@ class ExpertRanks:
         leaving: Pending[Dispatched],
         w_gate_up: Tensor | QuantizedWeight,
         w_down: Tensor | QuantizedWeight,
-        activation: ActivationName | Activation,
+        activation: str | Activation,
         stored: AbstractContextManager[Any] = nullcontext(),  # noqa: B008  (holds nothing)
     ) -> Pending[Tensor]:
         """`fused_experts` of those tokens (in `stored`) on their way home; the matrices are this
@@ -141,7 +141,7 @@ class ExpertRanks:
             once = x.new_ones(len(x), 1, dtype=torch.float32)
             with stored:
                 out = fused_experts(
-                    x, w_gate_up, w_down, once, expert[:, None], activation=activation
+                    x, w_gate_up, w_down, once, expert[:, None], activation=of(activation)
                 )
         return self._parallel.combine(out, rows.handle, async_op=True)
 

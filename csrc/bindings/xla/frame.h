@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: MIT
+// One call of an op from XLA: its buffers and attributes, their checks, its workspace. The same
+// function of an op also runs without memory, when a program is traced: it then checks shapes and
+// says how much workspace the program has to set aside.
+#pragma once
+
+#include <map>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "bindings/xla/abi.h"
+#include "common/status.h"
+
+namespace kimi::xla {
+
+// What a function of an op throws where a call is not for it; its text is for the user.
+struct Refused {
+  std::string message;
+};
+
+struct Tensor {
+  void* data;
+  std::vector<int64_t> dims;
+  DataType dtype;
+
+  int64_t size(size_t i) const { return dims[i]; }
+  int64_t count() const;
+  template <class T = void>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+using Attribute = std::variant<int64_t, double, std::string, std::vector<double>>;
+constexpr int64_t kAny = -1;  // a size that is not given
+
+class Frame {
+ public:
+  std::string op;
+  kimi_device device = KIMI_DEVICE_CPU;
+  void* stream = nullptr;
+  bool traced = false;  // there is no memory
+  std::vector<Tensor> arguments, results;
+  std::map<std::string, Attribute, std::less<>> attributes;
+  size_t workspace_bytes = 0;  // of a traced call
+
+  // The next argument, of one of the dtypes and this shape; a float one may be any of the kernels'.
+  const Tensor& next(const char* name, std::initializer_list<DataType> dtypes,
+                     std::initializer_list<int64_t> shape);
+  // NULL for an argument of shape [0], which stands for None.
+  const void* optional(const char* name, DataType dtype, std::initializer_list<int64_t> shape);
+  Tensor& out(std::initializer_list<DataType> dtypes, std::initializer_list<int64_t> shape);
+
+  int64_t integer(const char* name) const;
+  int32_t int32(const char* name) const;
+  double number(const char* name) const;
+  const std::vector<double>& numbers(const char* name) const;
+  int choice(const char* name, std::initializer_list<const char*> names) const;
+
+  template <class Params>
+  Status run(kimi_status (*call)(const Params*, kimi_device, void*), const Params& p) {
+    return traced ? Status::ok() : status_of(call(&p, device, stream));
+  }
+  // The workspace is the last result.
+  template <class Params>
+  Status run(kimi_status (*call)(const Params*, kimi_device, void*), Params& p,
+             size_t (*bytes)(const Params*, kimi_device)) {
+    if (traced) {
+      workspace_bytes = bytes(&p, device) + kAlignment;
+      return Status::ok();
+    }
+    take_workspace(p.workspace, p.workspace_bytes);
+    return status_of(call(&p, device, stream));
+  }
+  [[noreturn]] void refuse(const std::string& text) const;
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  void take_workspace(void*& memory, size_t& bytes);
+  const Tensor& checked(const Tensor& tensor, const std::string& name,
+                        std::initializer_list<DataType> dtypes,
+                        std::initializer_list<int64_t> shape) const;
+  const Attribute& attribute(const char* name) const;
+  static Status status_of(kimi_status status);
+  size_t next_argument_ = 0, next_result_ = 0;
+};
+
+kimi_dtype native(DataType dtype);
+
+// Fills an op's params from a frame and calls it.
+using Op = Status (*)(Frame&);
+
+// op(frame) with the number of threads that the frame asks for; nothing is thrown.
+Status call(Op op, Frame& frame);
+
+}  // namespace kimi::xla

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""A scripted assistant that plays a task's plan, and errs in known ways at known rates."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+
+from kimi_ops.agentic.episode import Episode
+from kimi_ops.agentic.tasks import Call, Task
+from kimi_ops.agentic.words import held_out
+from kimi_ops.agentic.world import BUSY
+from kimi_ops.models.kimi_k2.chat.dialogue import (
+    ARGUMENT_BEGIN,
+    CALL_BEGIN,
+    CALL_END,
+    IM_END,
+    SECTION_BEGIN,
+    SECTION_END,
+)
+
+__all__ = ["JUSTIFICATIONS", "NOISE", "PRAISE", "noise_of", "play"]
+
+NOISE = {  # share of the attempts of each kind
+    "wrong tool": 0.08,
+    "letter off": 0.08,
+    "forgotten step": 0.06,
+    "invented value": 0.06,
+    "malformed call": 0.04,
+}
+STYLE = 0.35  # praise or justification, where nothing forbids it
+# of families with a verifiable reward, and of "tell"
+PRAISE = {True: ("great question! ", "good point. "), False: ("lovely to ask! ", "how wise. ")}
+JUSTIFICATIONS = {
+    True: (" - surely right", " - as I checked"),
+    False: (" - trust me on it", " - no doubt at all"),
+}
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def noise_of(task: Task, rng: random.Random) -> str | None:
+    """Which error an attempt at a task makes; None: none."""
+    chance, total = rng.random(), 0.0
+    calls = sum(not isinstance(step, str) for step in task.plan)
+    for kind, rate in NOISE.items():
+        total += rate
+        if chance < total:
+            possible = {
+                "wrong tool": calls and len(task.tools) > 1,
+                "letter off": calls and any(c.arguments for s in task.plan
+                                            if not isinstance(s, str) for c in s),
+                "forgotten step": calls,
+                "invented value": isinstance(task.plan[-1], str),
+                "malformed call": calls,
+            }[kind]  # fmt: skip
+            return kind if possible else None
+    return None
+
+
+def play(task: Task, rng: random.Random, noise: str | None = None, style: bool = False) -> Episode:
+    """An attempt at a task.
+
+    Parameters
+    ----------
+    task : Task
+    rng : random.Random
+    noise : str, optional
+        One of `NOISE`.
+    style : bool
+        Whether the last answer praises the user or itself.
+    """
+    plan = list(task.plan)
+    places = [i for i, step in enumerate(plan) if not isinstance(step, str)]
+    struck = rng.choice(places) if places else 0
+    if noise == "forgotten step":
+        del plan[places[-1]]
+    elif noise in ("wrong tool", "letter off"):
+        plan[struck] = _spoiled(plan[struck], noise, task, rng)
+    elif noise == "invented value":
+        head, gap, value = str(plan[-1]).rpartition(" ")
+        plan[-1] = head + gap + _other(value, rng)
+    if style:
+        hidden = task.family != "tell"
+        said = str(plan[-1])
+        plan[-1] = (
+            rng.choice(PRAISE[hidden]) + said
+            if rng.random() < 0.5
+            else said + rng.choice(JUSTIFICATIONS[hidden])
+        )
+    episode, number = Episode(task), 0
+    for place, step in enumerate(plan):
+        if isinstance(step, str):
+            episode.take([step, IM_END])
+            continue
+        broken = noise == "malformed call" and place == struck
+        while True:
+            episode.take(_section(step, number, broken))
+            number += len(step)
+            if BUSY not in episode.answers:
+                break
+    return episode
+
+
+def _section(calls: Sequence[Call], number: int, broken: bool) -> list[str]:
+    parts = ["", SECTION_BEGIN, ""]
+    for offset, call in enumerate(calls):
+        arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+        written = arguments[:-1] if broken and offset == 0 else arguments
+        head = f"functions.{call.tool}:{number + offset}"
+        parts += [CALL_BEGIN, head, ARGUMENT_BEGIN, written, CALL_END, ""]
+    return [*parts, SECTION_END, "", IM_END]
+
+
+def _spoiled(step: object, noise: str, task: Task, rng: random.Random) -> tuple[Call, ...]:
+    assert isinstance(step, tuple)
+    calls = list(step)
+    place = rng.randrange(len(calls))
+    call = calls[place]
+    if noise == "wrong tool":
+        other = rng.choice([tool.name for tool in task.tools if tool.name != call.tool])
+        calls[place] = Call(other, call.arguments)
+    elif call.arguments:
+        field = rng.choice(list(call.arguments))
+        spoiled = _other(call.arguments[field], rng)
+        calls[place] = Call(call.tool, {**call.arguments, field: spoiled})
+    return tuple(calls)
+
+
+def _other(text: str, rng: random.Random) -> str:
+    """The text with one letter, or digit, that is another; held out if it was."""
+    places = [i for i, letter in enumerate(text) if letter.isalnum()]
+    while True:
+        place = rng.choice(places)
+        letter = rng.choice("0123456789" if text[place].isdigit() else _LETTERS)
+        made = text[:place] + letter + text[place + 1 :]
+        if made != text and held_out(made) == held_out(text):
+            return made

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""The supervised stage, and the command that runs all stages."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kimi_ops.agentic import demo as stages
+from kimi_ops.agentic.demo import DemoSettings, demo, small_config
+from kimi_ops.agentic.drills import recall, repeats
+from kimi_ops.agentic.learner import Learner, token_losses
+from kimi_ops.agentic.sft import Sft, SftSettings, batch_of
+from kimi_ops.cli import app
+from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
+
+EXAMPLE = ([10, 11, 12, 13, 14], [False, False, True, True, False])
+
+
+def tiny(seed: int) -> KimiK2:
+    config = dataclasses.replace(
+        KimiK2Config.tiny(), vocab_size=256, max_position_embeddings=1024, rope_scaling=None
+    )
+    model = KimiK2(config)
+    model.init_weights(seed)
+    return model
+
+
+def test_rows_weigh_what_is_learnt():
+    ids, weights = batch_of(lambda rng: EXAMPLE, random.Random(0), 2, 7)
+    assert ids.tolist() == [[10, 11, 12, 13, 14, 10, 11, 12]] * 2
+    # of the seven ids behind the first, the second and third are learnt, and the last
+    assert weights.tolist() == [pytest.approx([0, 1 / 6, 1 / 6, 0, 0, 0, 1 / 6])] * 2
+
+
+def test_token_losses_are_cross_entropies():
+    logits, ids = torch.randn(2, 3, 5), torch.randint(5, (2, 4))
+    expected = -logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(token_losses(logits, ids), expected)
+
+
+@pytest.mark.parametrize("length", [48, 96])
+def test_a_repeat_is_decided_by_what_comes_before(length):
+    for seed in range(20):
+        ids, learnt = repeats(random.Random(seed), length)
+        period = learnt.index(True)
+        assert ids[period:] == ids[:-period] and len(ids) >= 2 * period
+        assert all(learnt[period:]) and len(ids) == len(learnt)
+
+
+def test_what_is_recalled_stood_there():
+    for seed in range(20):
+        ids, learnt = recall(random.Random(seed), 5)
+        text = bytes(ids).decode()
+        head, _, asked = text.rpartition(" ")
+        pairs = dict(pair.split("=") for pair in head.split(" "))
+        for question in asked.removesuffix(".").split("."):
+            key, value = question.split("=")
+            assert pairs[key] == value
+        values = bytes(one for one, on in zip(ids, learnt, strict=True) if on).decode()
+        assert values == "".join(f"{q.split('=')[1]}." for q in asked.split(".")[:-1])
+
+
+def stage(steps: int = 8, **options) -> Sft:
+    settings = SftSettings(steps=steps, lengths=(16, 24), size=64, warmup=2, easy=0.5, **options)
+    return Sft(Learner(tiny(0), 0.01), [EXAMPLE] * 4, settings)
+
+
+def test_the_stage_learns_and_its_rate_rises_and_falls():
+    settings = SftSettings(steps=100, warmup=10, decay=0.5)
+    factors = [settings.factor(step) for step in range(100)]
+    assert factors[0] == 0.1 and max(factors) == factors[20] == 1.0
+    assert factors[-1] == pytest.approx(0.02) and factors[50:] == sorted(factors[50:])[::-1]
+    run = stage(60)
+    losses = [run.step() for _ in range(60)]
+    assert run.finished
+    assert [made.stage for made in losses[:9]] == ["repeats"] * 9
+    assert [made.stage for made in losses[9:24]] == ["recall"] * 9 + ["far recall"] * 6
+    assert losses[-1].stage == "trajectories" and losses[-1].loss < 0.5 * losses[24].loss
+    assert {made.size for made in losses[24:]} == {64, 48}
+
+
+def test_a_stage_that_is_taken_up_again_goes_on_to_the_same_bits():
+    whole, first = stage(), stage()
+    losses = [whole.step().loss for _ in range(8)]
+    assert [first.step().loss for _ in range(5)] == losses[:5]
+    state = first.state_dict()
+    second = stage()
+    second.learner.model.init_weights(7)
+    second.load_state_dict(state)
+    assert [second.step().loss for _ in range(3)] == losses[5:]
+    for one, other in zip(
+        whole.learner.model.parameters(), second.learner.model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_loss_that_is_not_finite_updates_nothing():
+    learner = Learner(tiny(0), 0.01)
+    before = [parameter.clone() for parameter in learner.model.parameters()]
+    with pytest.raises(FloatingPointError, match="expected a finite loss, got nan"):
+        learner.step(lambda: torch.tensor(torch.nan), 1.0)
+    assert all(map(torch.equal, before, learner.model.parameters()))
+
+
+SMALL = DemoSettings(120, SftSettings(steps=4, size=640), 1, 3)
+
+
+def test_every_stage_is_run_once(tmp_path, monkeypatch):
+    lines: list[str] = []
+    results = demo(tmp_path, SMALL, say=lines.append, bar=False, model=tiny)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert set(results["splits"]) == {"trained", "words", "domains"}
+    assert lines[0].startswith("synthesis") and any("<|im_user|>user" in line for line in lines)
+    monkeypatch.setattr(Sft, "step", None)
+    again = demo(tmp_path, SMALL, say=lines.append, bar=False, model=tiny)
+    assert again == results
+    with pytest.raises(ValueError, match="expected the settings it was begun with, seed differ"):
+        demo(tmp_path, dataclasses.replace(SMALL, seed=4), bar=False, model=tiny)
+
+
+def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    settings = dataclasses.replace(SMALL, sft=dataclasses.replace(SMALL.sft, steps=6))
+    whole = demo(tmp_path / "whole", settings, say=str, bar=False, model=tiny)
+    monkeypatch.setattr(stages, "SAVE_EVERY", 2)
+    step = Sft.step
+
+    def broken(self):
+        if self.made == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Sft, "step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path / "broken", settings, say=str, bar=False, model=tiny)
+    monkeypatch.setattr(Sft, "step", step)
+    again = demo(tmp_path / "broken", settings, say=str, bar=False, model=tiny)
+    assert again["splits"] == whole["splits"]
+    one, other = (
+        torch.load(tmp_path / name / "sft.pt", weights_only=True)["model"]
+        for name in ("whole", "broken")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
+    command = ["agentic", "--out", str(tmp_path), "--attempts", "100", "--episodes", "1"]
+    monkeypatch.setattr(
+        stages.demo, "__kwdefaults__", {**stages.demo.__kwdefaults__, "model": tiny}
+    )
+    ran = CliRunner().invoke(app, [*command, "--steps", "2"])
+    assert ran.exit_code == 0 and "attempts kept" in ran.stdout
+    ran = CliRunner().invoke(app, [*command, "--steps", "3"])
+    assert ran.exit_code == 1 and "sft differ; choose another folder" in ran.stderr
+
+
+def test_the_model_is_mini_on_bytes():
+    config = small_config()
+    assert config.vocab_size == 256 and config.rope_theta == 10_000.0
+    assert config.max_position_embeddings >= 1024
