@@ -204,14 +204,14 @@ Status adamw_cuda(const AdamwParams& p, void* stream) {
     std::vector<int64_t> places(static_cast<size_t>(p.count));
     for (int64_t t = 0; t < p.count; ++t) places[static_cast<size_t>(t)] = p.pieces[2 * t];
     SquaresParams measured{};
-    measured.grads = p.grads;
+    measured.x = p.grads;
     measured.sizes = p.sizes;
     measured.places = places.data();
     measured.squares = p.squares;
     measured.workspace = p.workspace;
     measured.workspace_bytes = p.workspace_bytes;
     measured.count = p.count;
-    measured.grad_dtype = p.grad_dtype;
+    measured.dtype = p.grad_dtype;
     KIMI_RETURN_IF_ERROR(sum_squares(measured, true, stream));
   }
   AdamwTable table{p, {}, 0};

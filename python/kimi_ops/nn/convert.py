@@ -16,7 +16,6 @@ from kimi_ops.reference.fused_experts import activate
 __all__ = ["Stacked", "stacked"]
 
 _OP = "from_experts"
-_ACTIVATIONS = get_args(ActivationName)
 _NAMES = (
     ("gate_proj", "up_proj", "down_proj"),
     ("w1", "w3", "w2"),
