@@ -162,12 +162,13 @@ void pack_group(const Operand& x, int64_t row, int64_t rows, int64_t depth, int6
   if (along_rows(x)) {
     int64_t source[16];
     const char* from[16];
-    bool whole = rows == 16 && S == C::kStorage;  // nothing to convert and no row of zeros
+    bool whole = rows == lanes && S == C::kStorage;  // nothing to convert and no row of zeros
     for (int64_t r = 0; r < 16; ++r) {
       source[r] = r < rows ? gathered(x.row_index, x.index_divisor, row + r) : -1;
-      whole = whole && source[r] >= 0;
-      from[r] =
-          static_cast<const char*>(x.data) + (source[r] * x.row_stride + depth) * (4 / C::kPair);
+      whole = whole && (source[r] >= 0 || r >= lanes);
+      // beyond the lanes any row does: nothing of it is stored
+      const int64_t at = r < lanes ? source[r] : source[0];
+      from[r] = static_cast<const char*>(x.data) + (at * x.row_stride + depth) * (4 / C::kPair);
     }
     int64_t d = 0;
     for (; whole && d + C::kSpan <= count; d += C::kSpan) {
