@@ -164,15 +164,16 @@ void sequence_balance_loss_cpu(const SequenceBalanceLossParams& p) {
 void quantile_histogram_cpu(const QuantileHistogramParams& p) {
   const balance::CpuEngine& engine = balance::kEngines.best();
   const float low = p.bounds[0], per_unit = float(p.num_bins) / (p.bounds[1] - low);
-  cpu::parallel_for(p.num_tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
+  // A thread counts for its own experts: it scores whole rows again, which costs less than atomics.
+  cpu::parallel_for(p.num_experts, 32, [&](int64_t first, int64_t last) {
     alignas(64) float s[KIMI_TOPK_GATE_MAX_EXPERTS + 16];
-    for (int64_t t = begin; t < end; ++t) {
+    for (int64_t t = 0; t < p.num_tokens; ++t) {
       if (p.valid && !p.valid[t]) continue;
       engine.scores(p, t, s);
-      for (int e = 0; e < p.num_experts; ++e) {
-        const int32_t bin =
-            balance::bin_of<cpu::Portable>(p.cutoffs[t] - s[e], low, per_unit, p.num_bins);
-        add(p.histogram[int64_t{e} * p.num_bins + bin], 1);
+      for (int64_t e = first; e < last; ++e) {
+        const float r = p.cutoffs[t] - s[e];
+        ++p.histogram[e * p.num_bins +
+                      balance::bin_of<cpu::Portable>(r, low, per_unit, p.num_bins)];
       }
     }
   });
