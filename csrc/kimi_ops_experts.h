@@ -22,14 +22,16 @@ typedef KIMI_ENUM(kimi_storage){
     KIMI_STORAGE_INT4_GROUP = 4 /* nibble - 8 (low nibble first) times bf16 [E, N, ceil(K / 32)] */
 } kimi_storage;
 
-/* out[r] = a[r] b[e] + bias[e] for offsets[e-1] <= r < offsets[e]; rows from offsets[E-1] on are
- * zero. csrc/grouped_gemm/grouped_gemm.h says how. On CUDA offsets are not checked (bad ones give
+/* out[r] (+)= a[r] b[e] + bias[e] for offsets[e-1] <= r < offsets[e]; other rows are zero (left
+ * alone). csrc/grouped_gemm/grouped_gemm.h says how. On CUDA offsets are not checked (bad ones give
  * wrong rows) and b is not quantised. */
 typedef struct kimi_grouped_gemm_params {
   const void* a;          /* [R, K] dtype, any strides */
   const void* b;          /* [E, K, N] b_storage, any strides; the dtype of a, or quantised */
   const void* b_scale;    /* of quantised b, dense; else NULL */
   const int32_t* offsets; /* [E] inclusive end rows, 0 <= offsets[0] <= ... <= R: checked */
+  const int32_t* starts;  /* [E] first rows, offsets[e-1] <= starts[e] <= offsets[e]; NULL: those
+                             of offsets[e-1] */
   const void* bias;       /* [E, N] dtype, dense, or NULL */
   void* out;              /* out [R, N] dense, out_dtype */
   void* workspace;        /* kimi_grouped_gemm_workspace_bytes(), 64-byte aligned */
@@ -41,7 +43,8 @@ typedef struct kimi_grouped_gemm_params {
   int64_t b_expert_stride;
   int64_t b_k_stride;
   int64_t b_n_stride;
-  int32_t num_experts; /* E */
+  int32_t num_experts; /* E, 0 or more */
+  int32_t accumulate;  /* 0 or 1: add to out */
   kimi_dtype dtype;
   kimi_storage b_storage;
   kimi_dtype out_dtype; /* dtype or KIMI_FLOAT32 */
@@ -59,6 +62,7 @@ typedef struct kimi_grouped_gemm_wgrad_params {
   const void* a;          /* [R, K] dtype, any strides */
   const void* dc;         /* [R, N] dtype, any strides */
   const int32_t* offsets; /* [E] as above */
+  const int32_t* starts;  /* [E] or NULL, as above */
   void* out;              /* out [E, K, N] out_dtype; one of the strides of K and N is 1 */
   void* workspace;        /* kimi_grouped_gemm_wgrad_workspace_bytes(), 64-byte aligned */
   int64_t num_rows;
@@ -136,10 +140,25 @@ KIMI_API int32_t kimi_grouped_gemm_fp8_served(kimi_device device);
 /* ---- fused_experts: the routed experts of one layer ------------------------------------------ */
 
 typedef KIMI_ENUM(kimi_activation){
-    KIMI_ACTIVATION_SILU = 0, /* g sigmoid(g) u */
-    KIMI_ACTIVATION_GELU = 1, /* g Phi(g) u */
-    KIMI_ACTIVATION_SITU = 2  /* 4 tanh(g / 4) sigmoid(g) * 25 tanh(u / 25) */
+    KIMI_ACTIVATION_SILU = 0,      /* g sigmoid(g) u */
+    KIMI_ACTIVATION_GELU = 1,      /* g Phi(g) u */
+    KIMI_ACTIVATION_SITU = 2,      /* B tanh(g / B) sigmoid(g) * C tanh(u / C) */
+    KIMI_ACTIVATION_GELU_TANH = 3, /* g sigmoid(2 sqrt(2 / pi) (g + 0.044715 g^3)) u */
+    KIMI_ACTIVATION_RELU2 = 4,     /* max(g, 0)^2 u */
+    KIMI_ACTIVATION_SWIGLU = 5     /* min(c sigmoid(alpha c), A) (v + shift), c = min(g, L), v = u
+                                      within -M .. M */
 } kimi_activation;
+
+/* The letters of an activation; those that it does not have are not read. */
+typedef struct kimi_activation_numbers {
+  float gate_bound; /* SITU: B, above 0 */
+  float up_bound;   /* SITU: C, above 0; INFINITY: u as it is */
+  float alpha;      /* SWIGLU */
+  float shift;
+  float gate_limit; /* SWIGLU: L, above 0; INFINITY: none, as for the next two */
+  float silu_limit; /* A */
+  float up_limit;   /* M */
+} kimi_activation_numbers;
 
 /* A stack of experts' matrices, stored as [E, rows, columns]. */
 typedef struct kimi_expert_weights {
@@ -151,14 +170,17 @@ typedef struct kimi_expert_weights {
   kimi_storage storage; /* the dtype of the tokens, or quantised */
 } kimi_expert_weights;
 
-/* y[t] = sum_k weights[t, k] w_down[e] (act(g) u), [g; u] = w_gate_up[e] x[t]. R = T K.
- * csrc/fused_experts/fused_experts.h says how. On CUDA the plan is not checked. There weights are not
- * quantised, or with compute capability 9.x both are FP8 (dense, 16 divides their addresses and H,
- * 128 divides F, no gate_up): rows of x and h become FP8 then, as of kimi_fp8_rows. */
+/* y[t] = sum_k weights[t, k] (w_down[e] h + b_down[e]), h = act(g, u), [g; u] = w_gate_up[e] x[t] +
+ * b_gate_up[e]. R = T K. csrc/fused_experts/fused_experts.h says how. On CUDA the plan is not
+ * checked. There weights are not quantised, or with compute capability 9.x both are FP8 (dense, 16
+ * divides their addresses and H, 128 divides F; no gate_up, biases, weights_first): rows of x and h
+ * become FP8 then, as of kimi_fp8_rows. */
 typedef struct kimi_fused_experts_params {
   const void* x;                 /* [T, H] dtype, row stride x_stride */
   kimi_expert_weights w_gate_up; /* [E, 2F, H], gate rows first */
   kimi_expert_weights w_down;    /* [E, H, F] */
+  const void* b_gate_up;         /* [E, 2F] dtype, dense, or NULL */
+  const void* b_down;            /* [E, H] dtype, dense, or NULL */
   const float* weights;          /* [T, K] */
   const int32_t* row_map;        /* [T, K], source [R], offsets [E] of kimi_permute_plan, align 1 */
   const int32_t* source;
@@ -172,8 +194,10 @@ typedef struct kimi_fused_experts_params {
   int64_t x_stride;
   int32_t num_experts;
   int32_t top_k;
+  int32_t weights_first; /* 0 or 1: weights multiply h, before it is rounded; without b_down only */
   kimi_dtype dtype;
   kimi_activation activation;
+  kimi_activation_numbers numbers;
 } kimi_fused_experts_params;
 
 /* Reads the sizes, dtype and the storage of w_gate_up; for the calling thread's number of threads. */
@@ -188,6 +212,8 @@ typedef struct kimi_fused_experts_backward_params {
   const void* x;  /* [T, H] dtype, row stride x_stride */
   kimi_expert_weights w_gate_up;
   kimi_expert_weights w_down;
+  const void* b_gate_up;
+  const void* b_down;
   const float* weights;
   const int32_t* row_map;
   const int32_t* source;
@@ -196,6 +222,8 @@ typedef struct kimi_fused_experts_backward_params {
   void* dx;             /* out [T, H] dense, dtype */
   void* grad_w_gate_up; /* out [E, 2F, H] dense, dtype */
   void* grad_w_down;    /* out [E, H, F] dense, dtype */
+  void* grad_b_gate_up; /* out [E, 2F] dense, dtype */
+  void* grad_b_down;    /* out [E, H] dense, dtype */
   float* grad_weights;  /* out [T, K] */
   void* workspace;      /* kimi_fused_experts_backward_workspace_bytes(), 64-byte aligned */
   int64_t num_tokens;
@@ -207,6 +235,7 @@ typedef struct kimi_fused_experts_backward_params {
   int32_t top_k;
   kimi_dtype dtype;
   kimi_activation activation;
+  kimi_activation_numbers numbers;
 } kimi_fused_experts_backward_params;
 
 /* Reads the sizes, dtype and whether gate_up is NULL. */

@@ -20,37 +20,56 @@ inline void refuse_number(const Tensor& x) {
     x.call->value_error(x.name, "expected rows, got a single number; pass the shape of the docs");
 }
 
-// Inclusive end rows of the groups of `rows`; experts < 0: any number of them. int64 ones become
-// int32: on a CPU they have been checked, elsewhere they stay too large where they do not fit.
-inline const int32_t* offsets_of(const Tensor& offsets, int64_t experts, const Tensor& rows) {
+// Bounds of groups as int32: int64 ones on a CPU have been checked, elsewhere they stay too large
+// where they do not fit.
+inline const int32_t* narrowed(const Tensor& bounds) {
+  Call& call = *bounds.call;
+  if (bounds.dtype == kInt32) return bounds.dense().data<int32_t>();
+  if (!bounds.is_cuda()) {
+    const Tensor dense = bounds.dense();
+    const int64_t* rows = dense.data<int64_t>();
+    return call.keep(std::vector<int32_t>(rows, rows + bounds.size(0)));
+  }
+  const Object clamped = checked(PyObject_CallMethod(bounds.object, "clamp", "ii", -1, INT32_MAX));
+  return call.keep(checked(PyObject_CallMethod(clamped.get(), "int", nullptr)), bounds.name)
+      .dense()
+      .data<int32_t>();
+}
+
+struct Groups {
+  const int32_t *offsets, *starts;
+};
+
+// Inclusive end rows of the groups of `rows`, and their first rows where those are given;
+// experts < 0: any number of them.
+inline Groups groups_of(const Tensor& offsets, const Tensor& starts, int64_t experts,
+                        const Tensor& rows) {
   Call& call = *offsets.call;
   refuse_number(offsets);
   offsets.of({kInt32, kInt64});
-  if (offsets.ndim != 1 || offsets.size(0) < 1 || (experts >= 0 && offsets.size(0) != experts)) {
-    const std::string wanted = experts < 0 ? "E >= 1" : "E=" + std::to_string(experts);
+  if (offsets.ndim != 1 || (experts >= 0 && offsets.size(0) != experts)) {
+    const std::string wanted = experts < 0 ? "E" : "E=" + std::to_string(experts);
     call.value_error("offsets", "expected shape [", wanted, "], got ", offsets.shape_text(),
                      "; pass one end row for each expert");
   }
   offsets.beside(rows);
+  if (starts) starts.of({offsets.dtype}).shape({offsets.size(0)}).beside(rows);
   const bool wide = offsets.dtype == kInt64,
              kernel_reads = !rows.is_cuda() && is_native(rows.dtype);
   if (call.reads(offsets) && (wide || !kernel_reads)) {
-    const Tensor ends = call.on_host(offsets).dense();
+    const Tensor ends = call.on_host(offsets).dense(),
+                 firsts = starts ? call.on_host(starts).dense() : starts;
     const std::string op(call.op);
-    if (wide)
-      call.check(check_offsets(op.c_str(), ends.data<int64_t>(), ends.size(0), rows.size(0)));
-    else
-      call.check(check_offsets(op.c_str(), ends.data<int32_t>(), ends.size(0), rows.size(0)));
+    const auto check = [&]<class Int>(const Int* bounds) {
+      call.check(check_offsets(op.c_str(), bounds, ends.size(0), rows.size(0),
+                               starts ? firsts.template data<Int>() : nullptr));
+    };
+    wide ? check(ends.data<int64_t>()) : check(ends.data<int32_t>());
   }
-  if (!wide) return offsets.dense().data<int32_t>();
-  if (!offsets.is_cuda()) {
-    const int64_t* ends = offsets.dense().data<int64_t>();
-    return call.keep(std::vector<int32_t>(ends, ends + offsets.size(0)));
-  }
-  const Object clamped = checked(PyObject_CallMethod(offsets.object, "clamp", "ii", -1, INT32_MAX));
-  return call.keep(checked(PyObject_CallMethod(clamped.get(), "int", nullptr)), offsets.name)
-      .dense()
-      .data<int32_t>();
+  return {narrowed(offsets), starts ? narrowed(starts) : nullptr};
+}
+inline const int32_t* offsets_of(const Tensor& offsets, int64_t experts, const Tensor& rows) {
+  return groups_of(offsets, {}, experts, rows).offsets;
 }
 
 // The dtype of a result beside operands of `type`: the same, or the sums in float32.

@@ -48,14 +48,35 @@ struct Weights {
   }
 };
 
-constexpr std::initializer_list<const char*> kActivations = {"silu", "gelu", "situ"};
+// In the order of kimi_activation.
+constexpr std::initializer_list<const char*> kActivations = {"silu",      "gelu",  "situ",
+                                                             "gelu_tanh", "relu2", "swiglu"};
+
+// A name and the numbers that it has, in the order of kimi_activation_numbers.
+template <class Params>
+void set_activation(Call& call, Params& p) {
+  p.activation = call.choice<kimi_activation>("activation", kActivations);
+  const std::vector<double> given = call.numbers("activation");
+  kimi_activation_numbers& n = p.numbers;
+  const std::vector<float*> wanted =
+      p.activation == KIMI_ACTIVATION_SITU ? std::vector{&n.gate_bound, &n.up_bound}
+      : p.activation == KIMI_ACTIVATION_SWIGLU
+          ? std::vector{&n.alpha, &n.shift, &n.gate_limit, &n.silu_limit, &n.up_limit}
+          : std::vector<float*>{};
+  if (given.size() != wanted.size())
+    call.value_error("activation", "expected ", wanted.size(), " numbers of ",
+                     kActivations.begin()[p.activation], ", got ", given.size(),
+                     "; kimi_ops.activations makes them");
+  for (size_t i = 0; i < wanted.size(); ++i) *wanted[i] = float(given[i]);
+}
 
 // What forward and backward take alike.
 struct Layer {
   Call& call;
   Tensor x;
-  Weights w_gate_up, w_down;
-  Tensor weights;
+  Weights w_gate_up = {}, w_down = {};
+  Tensor weights = {}, b_gate_up = {}, b_down = {};
+  const void *b_gate_up_data = nullptr, *b_down_data = nullptr;
 
   int64_t tokens() const { return x.size(0); }
   int64_t hidden() const { return x.size(1); }
@@ -92,6 +113,8 @@ struct Layer {
       call.value_error(name_of_ids, "expected shape [T=", tokens(), ", K >= 1], got ",
                        ids.shape_text());
     weights.shape_like(ids);
+    b_gate_up_data = bias_of(b_gate_up, x.dtype, experts(), both(), x);
+    b_down_data = bias_of(b_down, x.dtype, experts(), hidden(), x);
   }
 
   template <class Params>
@@ -101,6 +124,8 @@ struct Layer {
     p.x_stride = x.stride(0);
     p.w_gate_up = w_gate_up.stored(hidden());
     p.w_down = w_down.stored(both() / 2);
+    p.b_gate_up = b_gate_up_data;
+    p.b_down = b_down_data;
     p.weights = weights.dense().data<float>();
     p.num_tokens = tokens();
     p.hidden = hidden();
@@ -142,10 +167,10 @@ struct Forward {
   }
 };
 
-// (x, w_gate_up, w_down, weights, indices, scales or None, activation, save) -> y, gate_up and the
-// plan that it made: row_map, source, offsets.
+// (x, w_gate_up, w_down, weights, indices, scales or None, biases or None, activation and its
+// numbers, weights_first, save) -> y, gate_up and the plan that it made: row_map, source, offsets.
 PyObject* fused_experts(Call& call) {
-  Layer layer{call, call.tensor("x"), {}, {}, {}};
+  Layer layer{call, call.tensor("x")};
   layer.w_gate_up.data = call.tensor("w_gate_up");
   layer.w_down.data = call.tensor("w_down");
   layer.weights = call.tensor("weights");
@@ -153,14 +178,17 @@ PyObject* fused_experts(Call& call) {
   layer.w_gate_up.scale = call.optional("w_gate_up scale");
   layer.w_down.scale = call.optional("w_down scale");
   kimi_fused_experts_params p = {};
-  p.activation = call.choice<kimi_activation>("activation", kActivations);
+  layer.b_gate_up = call.optional("b_gate_up");
+  layer.b_down = call.optional("b_down");
+  set_activation(call, p);
+  p.weights_first = call.truth();
   const bool save = call.truth();
   layer.check(given, "indices");
   const Tensor indices = given.dense();
   if (call.reads(indices)) {
     const Tensor ids = call.on_host(indices);
     call.check(permutation::check_ids("fused_experts", ids.data<int32_t>(), ids.count(),
-                                      int32_t(layer.experts() - 1)));
+                                      int32_t(layer.experts())));
   }
   if (!is_native(layer.x.dtype)) return call.not_implemented();
   layer.set(p);
@@ -186,7 +214,7 @@ PyObject* fused_experts(Call& call) {
 
 // The same with the plan of the ids beside it: torch.ops.kimi_ops.fused_experts.
 PyObject* fused_experts_planned(Call& call) {
-  Layer layer{call, call.tensor("x"), {}, {}, {}};
+  Layer layer{call, call.tensor("x")};
   layer.w_gate_up.data = call.tensor("w_gate_up");
   layer.w_down.data = call.tensor("w_down");
   layer.weights = call.tensor("weights");
@@ -194,7 +222,10 @@ PyObject* fused_experts_planned(Call& call) {
   layer.w_gate_up.scale = call.optional("w_gate_up scale");
   layer.w_down.scale = call.optional("w_down scale");
   kimi_fused_experts_params p = {};
-  p.activation = call.choice<kimi_activation>("activation", kActivations);
+  layer.b_gate_up = call.optional("b_gate_up");
+  layer.b_down = call.optional("b_down");
+  set_activation(call, p);
+  p.weights_first = call.truth();
   const bool save = call.truth();
   layer.x.of(kNatives);
   layer.check(plan.row_map, "row_map");
@@ -206,14 +237,16 @@ PyObject* fused_experts_planned(Call& call) {
 
 PyObject* fused_experts_backward(Call& call) {
   const Tensor dy = call.tensor("dy");
-  Layer layer{call, call.tensor("x"), {}, {}, {}};
+  Layer layer{call, call.tensor("x")};
   layer.w_gate_up.data = call.tensor("w_gate_up");
   layer.w_down.data = call.tensor("w_down");
   layer.weights = call.tensor("weights");
   Plan plan(call);
   const Tensor gate_up = call.optional("gate_up");
+  layer.b_gate_up = call.optional("b_gate_up");
+  layer.b_down = call.optional("b_down");
   kimi_fused_experts_backward_params p = {};
-  p.activation = call.choice<kimi_activation>("activation", kActivations);
+  set_activation(call, p);
   const std::vector<int64_t> wanted = call.integers("wanted");
   layer.x.of(kNatives);
   const Weights* matrices[] = {&layer.w_gate_up, &layer.w_down};
@@ -224,35 +257,43 @@ PyObject* fused_experts_backward(Call& call) {
     gate_up.of({layer.x.dtype}).shape({layer.pairs(), layer.both()}).beside(layer.x);
     p.gate_up = gate_up.dense().data();
   }
-  if (wanted.size() != 4)
-    call.value_error("wanted", "expected 4 truth values, got ", wanted.size(),
-                     "; pass one for each of x, w_gate_up, w_down, weights");
+  constexpr int kInputs = 6;
+  const Tensor* inputs[kInputs] = {&layer.x,       &layer.w_gate_up.data, &layer.w_down.data,
+                                   &layer.weights, &layer.b_gate_up,      &layer.b_down};
+  bool possible = wanted.size() == kInputs;
+  for (int i = 0; possible && i < kInputs; ++i) possible = !wanted[i] || *inputs[i];
+  if (!possible)
+    call.value_error("wanted", "expected 6 truth values, got ", wanted.size(),
+                     " or one for a missing bias; pass one for each of x, w_gate_up, w_down, "
+                     "weights, b_gate_up, b_down");
   layer.set(p);
   plan.set(p, layer);
   const Tensor dense_dy = dy.dense_rows();
   p.dy = dense_dy.data();
   p.dy_stride = dense_dy.stride(0);
-  const Tensor* inputs[] = {&layer.x, &layer.w_gate_up.data, &layer.w_down.data, &layer.weights};
   std::vector<Output> gradients;
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < kInputs; ++i)
     gradients.push_back(wanted[i] ? call.empty_like(*inputs[i])
-                                  : call.empty(inputs[i]->dtype, {0}));
+                                  : call.empty(i == 3 ? kFloat32 : layer.x.dtype, {0}));
   const auto memory = [&](int i) { return wanted[i] ? gradients[i].address : nullptr; };
   p.dx = memory(0);
   p.grad_w_gate_up = memory(1);
   p.grad_w_down = memory(2);
   p.grad_weights = reinterpret_cast<float*>(memory(3));
+  p.grad_b_gate_up = memory(4);
+  p.grad_b_down = memory(5);
   p.workspace = call.workspace(kimi_fused_experts_backward_workspace_bytes(&p, call.device()));
   call.run(kimi_fused_experts_backward, p);
-  return call.result({gradients[0], gradients[1], gradients[2], gradients[3]});
+  return call.result(
+      {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]});
 }
 
 }  // namespace
 
 void define_fused_experts(Methods& methods) {
-  methods.add<fused_experts, 9>("fused_experts");
-  methods.add<fused_experts_planned, 11>("fused_experts_planned", "fused_experts");
-  methods.add<fused_experts_backward, 11>("fused_experts_backward");
+  methods.add<fused_experts, 13>("fused_experts");
+  methods.add<fused_experts_planned, 15>("fused_experts_planned", "fused_experts");
+  methods.add<fused_experts_backward, 14>("fused_experts_backward");
 }
 
 }  // namespace kimi::bindings

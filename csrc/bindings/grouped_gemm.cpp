@@ -22,12 +22,15 @@ struct Forward {
   Tensor a, b;
   kimi_grouped_gemm_params p = {};
 
-  Forward(const Tensor& a_, const Tensor& b_, const Tensor& offsets) : a(a_), b(b_) {
+  Forward(const Tensor& a_, const Tensor& b_, const Tensor& offsets, const Tensor& starts)
+      : a(a_), b(b_) {
     check_pair(a, b, a.ndim == 2 && b.ndim == 3, "[R, K] and [E, K, N]");
     if (b.size(1) != a.size(1))
       b.call->value_error("b", "expected shape [E, K=", a.size(1), ", N], got ", b.shape_text(),
                           "; for weights [E, N, K] pass w.transpose(1, 2)");
-    p.offsets = offsets_of(offsets, b.size(0), a);
+    const Groups groups = groups_of(offsets, starts, b.size(0), a);
+    p.offsets = groups.offsets;
+    p.starts = groups.starts;
     p.b = b.data();
     p.b_expert_stride = b.stride(0);
     p.b_k_stride = b.stride(1);
@@ -56,7 +59,7 @@ PyObject* grouped_gemm(Call& call) {
   const Tensor a = call.tensor("a"), b = call.tensor("b"), offsets = call.tensor("offsets");
   const Tensor bias = call.optional("bias");
   const Type type = call.type("out_dtype");
-  Forward forward(a, b, offsets);
+  Forward forward(a, b, offsets, call.optional("starts"));
   check_result_type(call, "out_dtype", type, a.dtype);
   forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2), a);
   if (!is_native(a.dtype)) return call.not_implemented();
@@ -68,13 +71,16 @@ PyObject* grouped_gemm(Call& call) {
 PyObject* grouped_gemm_out(Call& call) {
   const Tensor a = call.tensor("a"), b = call.tensor("b"), offsets = call.tensor("offsets");
   const Tensor bias = call.optional("bias"), out = call.tensor("out");
-  Forward forward(a, b, offsets);
+  const bool accumulate = call.truth();
+  const Tensor starts = call.optional("starts");
+  Forward forward(a, b, offsets, starts);
+  forward.p.accumulate = accumulate;
   check_result_type(call, "out", out.dtype, a.dtype);
   forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2), a);
   check_out(out, {a.size(0), b.size(2)}, a);
-  out.writable({&a, &b, &offsets, &bias});
+  out.writable({&a, &b, &offsets, &bias, &starts});
   if (!is_native(a.dtype)) return call.not_implemented();
-  const Tensor dense = out.is_dense() ? out : call.empty_tensor(out);
+  const Tensor dense = out.is_dense() || accumulate ? out.dense() : call.empty_tensor(out);
   multiply(call, forward.p, a, dense.data(), out.dtype);
   call.write_back(out, dense);
   return call.none();
@@ -86,12 +92,15 @@ struct Wgrad {
   Tensor a, dc;
   kimi_grouped_gemm_wgrad_params p = {};
 
-  Wgrad(const Tensor& a_, const Tensor& dc_, const Tensor& offsets) : a(a_), dc(dc_) {
+  Wgrad(const Tensor& a_, const Tensor& dc_, const Tensor& offsets, const Tensor& starts)
+      : a(a_), dc(dc_) {
     check_pair(a, dc, a.ndim == 2 && dc.ndim == 2, "[R, K] and [R, N]");
     if (a.size(0) != dc.size(0))
       a.call->value_error("dc", "expected ", a.size(0), " rows, got ", dc.size(0),
                           "; pass the gradient of a's rows");
-    p.offsets = offsets_of(offsets, -1, a);
+    const Groups groups = groups_of(offsets, starts, -1, a);
+    p.offsets = groups.offsets;
+    p.starts = groups.starts;
     p.num_experts = int32_t(offsets.size(0));
     p.k = a.size(1);
     p.n = dc.size(1);
@@ -121,7 +130,7 @@ struct Wgrad {
 PyObject* grouped_gemm_wgrad(Call& call) {
   const Tensor a = call.tensor("a"), dc = call.tensor("dc"), offsets = call.tensor("offsets");
   const Type type = call.type("out_dtype");
-  Wgrad wgrad(a, dc, offsets);
+  Wgrad wgrad(a, dc, offsets, call.optional("starts"));
   check_result_type(call, "out_dtype", type, a.dtype);
   if (!is_native(a.dtype)) return call.not_implemented();
   const int64_t k = a.size(1), n = dc.size(1), strides[] = {k * n, n, 1};
@@ -133,11 +142,13 @@ PyObject* grouped_gemm_wgrad(Call& call) {
 PyObject* grouped_gemm_wgrad_out(Call& call) {
   const Tensor a = call.tensor("a"), dc = call.tensor("dc"), offsets = call.tensor("offsets");
   const Tensor out = call.tensor("out");
-  Wgrad wgrad(a, dc, offsets);
-  wgrad.p.accumulate = call.truth();
+  const bool accumulate = call.truth();
+  const Tensor starts = call.optional("starts");
+  Wgrad wgrad(a, dc, offsets, starts);
+  wgrad.p.accumulate = accumulate;
   check_result_type(call, "out", out.dtype, a.dtype);
   check_out(out, {offsets.size(0), a.size(1), dc.size(1)}, a);
-  out.writable({&a, &dc, &offsets});
+  out.writable({&a, &dc, &offsets, &starts});
   if (!is_native(a.dtype)) return call.not_implemented();
   Tensor target = out;
   if (out.stride(1) != 1 && out.stride(2) != 1 && out.size(1) > 1 && out.size(2) > 1)
@@ -190,10 +201,10 @@ PyObject* quantized_gemm(Call& call) {
 }  // namespace
 
 void define_grouped_gemm(Methods& methods) {
-  methods.add<grouped_gemm, 5>("grouped_gemm");
-  methods.add<grouped_gemm_out, 5>("grouped_gemm_out", "grouped_gemm");
-  methods.add<grouped_gemm_wgrad, 4>("grouped_gemm_wgrad");
-  methods.add<grouped_gemm_wgrad_out, 5>("grouped_gemm_wgrad_out", "grouped_gemm_wgrad");
+  methods.add<grouped_gemm, 6>("grouped_gemm");
+  methods.add<grouped_gemm_out, 7>("grouped_gemm_out", "grouped_gemm");
+  methods.add<grouped_gemm_wgrad, 5>("grouped_gemm_wgrad");
+  methods.add<grouped_gemm_wgrad_out, 6>("grouped_gemm_wgrad_out", "grouped_gemm_wgrad");
   methods.add<quantized_gemm, 6>("quantized_gemm", "grouped_gemm");
 }
 

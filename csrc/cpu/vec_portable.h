@@ -18,7 +18,6 @@ struct Portable : OneFloat {
   static F div(F a, F b) { return a / b; }
   static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
   static F sqrt(F a) { return __builtin_sqrtf(a); }
-  static Mask either(Mask a, Mask b) { return a || b; }
   static unsigned bits(Mask m) { return m; }
   static float reduce_max(F a) { return a; }
 

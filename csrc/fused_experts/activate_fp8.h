@@ -12,7 +12,7 @@ namespace kimi::experts {
 
 // h = a(g) u in e4m3, each 128 columns with a scale: the rows that fp8_rows would make of h in fp32.
 struct ActivateFp8Params {
-  kimi_activation activation;
+  Activation activation;
   void* data;    // [R, F]
   float* scale;  // [F / 128, R], row stride scale_stride
   int64_t scale_stride;

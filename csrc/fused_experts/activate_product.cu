@@ -21,7 +21,8 @@ Status activate_product(const gemm::Product& p, ActivateParams params, Pass pass
   const int64_t size = size_of(p.dtype);
   params.wide = gemm::divides16(params.gate_up, p.cols, size) &&
                 gemm::divides16(params.grad_gate_up, p.cols, size) &&
-                gemm::divides16(params.hidden, p.cols, size);
+                gemm::divides16(params.hidden, p.cols, size) &&
+                gemm::divides16(params.bias, params.bias ? p.cols : 0, size);
   bool hopper = false;
   KIMI_RETURN_IF_ERROR(gemm::is_hopper("fused_experts", &hopper));
   if (hopper && serves_sm90(p, pass))

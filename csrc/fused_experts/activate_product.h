@@ -13,14 +13,15 @@ enum class Pass { kForward, kBackward };
 
 // Dense, in the product's dtype. Rows from offsets[E-1] on are not written.
 struct ActivateParams {
-  kimi_activation activation;
+  Activation activation;
   void* gate_up;                 // [R, 2F]; forward: out or nullptr; backward: in
   void* hidden;                  // [R, F] out; forward: or nullptr
   void* grad_gate_up = nullptr;  // backward: [R, 2F] out
   const int32_t* source;         // [R] pair of a row: weights[source[r]]
-  const float* weights;
-  float* partial = nullptr;  // backward: [R, ceil(F / kPartial)] out
-  bool wide = false;         // 16 bytes divide every address; activate_product says
+  const float* weights;          // forward: h is multiplied by them; or nullptr
+  const void* bias = nullptr;    // forward: [E, 2F] or nullptr
+  float* partial = nullptr;      // backward: [R, ceil(F / kPartial)] out
+  bool wide = false;             // 16 bytes divide every address; activate_product says
 };
 
 // Forward: cols is F and B has 2 F rows, gate first. Groups, rows and columns may be 0.

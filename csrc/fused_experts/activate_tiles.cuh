@@ -4,9 +4,10 @@
 //
 //   sums --[g, u as they are]--> g := a(g) u --> stmatrix, rounded --> 2 KiB, swizzled --> TMA
 //
-// SiLU alone: the code of 64 values, written out, is long enough once. The other activations, rows
-// where a group ends and outputs that TMA cannot write take the way of sm_80's kernels,
-// fused_experts/epilogue.cuh, whose arithmetic is the same: a row has the same bits on both.
+// SiLU alone: the code of 64 values, written out, is long enough once. The other activations, biases,
+// weights that come first, rows where a group ends and outputs that TMA cannot write take the way of
+// sm_80's kernels, fused_experts/epilogue.cuh, whose arithmetic is the same: a row has the same bits
+// on both.
 //
 // Cost: about 30 instructions for each of 64 values a thread and tile, as there; the way through a
 // scratch of fp32, 16 bytes a value written and read, is saved.
@@ -73,7 +74,9 @@ class ActivateTiles {
       if (params.activate.hidden == nullptr) return;
 #pragma unroll
       for (int i = kBox * kBoxCols / 2; i < (kBox + 1) * kBoxCols / 2; ++i)
-        d[i] = gated<ActivationOps, KIMI_ACTIVATION_SILU, false>(d[i], d[kUp + i]).value;
+        d[i] = gated<ActivationOps, KIMI_ACTIVATION_SILU, false>(d[i], d[kUp + i],
+                                                                 params.activate.activation)
+                   .value;
       send.template operator()<kBox>([&](char* box) { tma_store(params.hidden, box, col, row); });
     };
     [&]<int... kBox>(std::integer_sequence<int, kBox...>) {
@@ -90,7 +93,8 @@ template <class T>
 Status run_activate(const gemm::Product& p, const ActivateParams& activate, void* stream) {
   using namespace gemm::sm90;
   ActivateTilesParams params{activate, {}, {}, false};
-  params.by_tma = activate.activation == KIMI_ACTIVATION_SILU && activate.wide;
+  params.by_tma = activate.activation.kind == KIMI_ACTIVATION_SILU && activate.wide &&
+                  activate.bias == nullptr && activate.weights == nullptr;
   if (params.by_tma) {
     const int64_t row = p.cols * int64_t{sizeof(T)}, sizes[] = {p.cols, 2, p.groups.num_rows},
                   strides[] = {row, 2 * row}, flat[] = {p.cols, p.groups.num_rows};

@@ -2,6 +2,7 @@
 // Argument checks that forward and backward share.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "common/dtype.h"
@@ -19,6 +20,36 @@ bool sizes_are_good(const Params& p) {
 }
 
 template <class Params>
+Status check_activation(const char* op, const Params& p) {
+  const kimi_activation_numbers& n = p.numbers;
+  const auto above_zero = [&](const char* name, float x, bool may_be_infinite) {
+    if (x > 0 && (may_be_infinite || x < INFINITY)) return Status::ok();
+    return invalid(op, ": activation: expected ", name, " above 0",
+                   may_be_infinite ? ", infinity for none" : " and finite", ", got ", x,
+                   "; set the numbers of this activation");
+  };
+  switch (p.activation) {
+    case KIMI_ACTIVATION_SILU:
+    case KIMI_ACTIVATION_GELU:
+    case KIMI_ACTIVATION_GELU_TANH:
+    case KIMI_ACTIVATION_RELU2:
+      return Status::ok();
+    case KIMI_ACTIVATION_SITU:
+      KIMI_RETURN_IF_ERROR(above_zero("gate_bound", n.gate_bound, false));
+      return above_zero("up_bound", n.up_bound, true);
+    case KIMI_ACTIVATION_SWIGLU:
+      KIMI_RETURN_IF_ERROR(above_zero("gate_limit", n.gate_limit, true));
+      KIMI_RETURN_IF_ERROR(above_zero("silu_limit", n.silu_limit, true));
+      KIMI_RETURN_IF_ERROR(above_zero("up_limit", n.up_limit, true));
+      if (std::isfinite(n.alpha) && std::isfinite(n.shift)) return Status::ok();
+      return invalid(op, ": activation: expected a finite alpha and shift, got ", n.alpha, " and ",
+                     n.shift, "; set the numbers of this activation");
+  }
+  return invalid(op, ": activation: expected a kimi_activation (0..5), got ", int(p.activation),
+                 "; choose one of these");
+}
+
+template <class Params>
 Status check_sizes(const char* op, const Params& p, kimi_device device) {
   if (!sizes_are_good(p))
     return invalid(op,
@@ -26,9 +57,7 @@ Status check_sizes(const char* op, const Params& p, kimi_device device) {
                    "below 2^31 and a kimi_dtype (0..2), got ",
                    p.num_tokens, ", ", p.hidden, ", ", p.width, ", ", p.num_experts, ", ", p.top_k,
                    ", ", int(p.dtype), "; split the tokens or convert them");
-  if (p.activation < KIMI_ACTIVATION_SILU || p.activation > KIMI_ACTIVATION_SITU)
-    return invalid(op, ": activation: expected a kimi_activation (0..2), got ", int(p.activation),
-                   "; choose one of these");
+  KIMI_RETURN_IF_ERROR(check_activation(op, p));
   if (!p.offsets || !p.workspace || (p.num_tokens > 0 && (!p.source || !p.row_map || !p.weights)))
     return invalid(
         op,

@@ -32,12 +32,18 @@ __device__ void with_activation(kimi_activation activation, const Visitor& visit
       return visit.template operator()<KIMI_ACTIVATION_GELU>();
     case KIMI_ACTIVATION_SITU:
       return visit.template operator()<KIMI_ACTIVATION_SITU>();
+    case KIMI_ACTIVATION_GELU_TANH:
+      return visit.template operator()<KIMI_ACTIVATION_GELU_TANH>();
+    case KIMI_ACTIVATION_RELU2:
+      return visit.template operator()<KIMI_ACTIVATION_RELU2>();
+    case KIMI_ACTIVATION_SWIGLU:
+      return visit.template operator()<KIMI_ACTIVATION_SWIGLU>();
     default:
       return visit.template operator()<KIMI_ACTIVATION_SILU>();
   }
 }
 
-// [g; u] = C, two columns F apart: h = a(g) u.
+// [g; u] = C + bias, two columns F apart: h = a(g, u), times its weight where weights come first.
 template <class T>
 struct Activate {
   using Params = ActivateParams;
@@ -45,8 +51,13 @@ struct Activate {
   static constexpr int kRun = 8;
 
   __device__ static void write(const Params& a, const gemm::Product& p, const gemm::Place& at,
-                               float (&g)[8], const float (&u)[8], int count) {
+                               float (&g)[8], float (&u)[8], int count) {
     if (count == 0) return;
+    if (a.bias != nullptr) {
+      const T* bias = static_cast<const T*>(a.bias) + at.group * 2 * p.cols + at.col;
+      add(bias, g, count, a.wide);
+      add(bias + p.cols, u, count, a.wide);
+    }
     if (a.gate_up != nullptr) {
       T* saved = static_cast<T*>(a.gate_up) + at.row * 2 * p.cols + at.col;
       store8(saved, g, count, a.wide);
@@ -54,11 +65,25 @@ struct Activate {
     }
     if (a.hidden == nullptr) return;
     float h[8];
-    with_activation(a.activation, [&]<kimi_activation kActivation>() {
+    with_activation(a.activation.kind, [&]<kimi_activation kActivation>() {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) h[i] = gated<ActivationOps, kActivation, false>(g[i], u[i]).value;
+      for (int i = 0; i < 8; ++i)
+        h[i] = gated<ActivationOps, kActivation, false>(g[i], u[i], a.activation).value;
     });
+    if (a.weights != nullptr) {
+      const float weight = a.weights[a.source[at.row]];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) h[i] = mul_rn(weight, h[i]);
+    }
     store8(static_cast<T*>(a.hidden) + at.row * p.cols + at.col, h, count, a.wide);
+  }
+
+ private:
+  __device__ static void add(const T* bias, float (&sums)[8], int count, bool wide) {
+    float of_columns[8];
+    load8(bias, of_columns, count, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i] = add_rn(sums[i], of_columns[i]);
   }
 };
 
@@ -78,10 +103,10 @@ struct ActivateBackward {
       load8(saved, g, count, a.wide);
       load8(saved + p.cols, u, count, a.wide);
       weight = a.weights[a.source[at.row]];
-      with_activation(a.activation, [&]<kimi_activation kActivation>() {
+      with_activation(a.activation.kind, [&]<kimi_activation kActivation>() {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const auto y = gated<ActivationOps, kActivation, true>(g[i], u[i]);
+          const auto y = gated<ActivationOps, kActivation, true>(g[i], u[i], a.activation);
           if (i < count) dot = fma_rn(c[i], y.value, dot);
           h[i] = mul_rn(weight, y.value);
           const float dh = mul_rn(weight, c[i]);

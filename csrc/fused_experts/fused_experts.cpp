@@ -37,6 +37,10 @@ Status check_fp8(const char* op, const FusedExpertsParams& p) {
     return invalid(op, ": w_gate_up, w_down: expected F as a multiple of ", fp8::kBlock,
                    " and H of 16 beside FP8 weights on a GPU, got F = ", p.width,
                    " and H = ", p.hidden, "; dequantise the weights, or pad them before quantize");
+  if (p.b_gate_up || p.b_down || p.weights_first)
+    return invalid(op,
+                   ": b_gate_up, b_down, weights_first: expected none beside FP8 weights on a "
+                   "GPU; dequantise the weights");
   if (p.gate_up)
     return invalid(op,
                    ": gate_up: expected NULL beside FP8 weights on a GPU, which keep no [g; u]");
@@ -61,6 +65,10 @@ Status check(const FusedExpertsParams& p, kimi_device device) {
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, quantised));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, quantised));
   if (fp8 && !on_cpu) KIMI_RETURN_IF_ERROR(check_fp8(op, p));
+  if (p.weights_first && p.b_down)
+    return invalid(op,
+                   ": weights_first: expected no b_down beside it, got one; add the weighted "
+                   "biases to y");
   if (p.num_tokens * p.hidden > 0 && (!p.x || !p.y))
     return invalid(op, ": x, y: expected pointers, got NULL; only empty ones may be NULL");
   return Status::ok();
@@ -85,7 +93,8 @@ Status fused_experts(const FusedExpertsParams& p, kimi_device device,
   const Memory memory(p, p.workspace);
   const cpu::BlockEngine& blocks = cpu::block_engine(p.dtype);
   const grouped::Workspace workspace(blocks, memory.groups, p.num_experts);
-  experts::compute_gate_up(p, blocks, workspace, p.gate_up, memory.hidden);
+  experts::compute_gate_up(p, blocks, workspace, p.gate_up, memory.hidden,
+                           p.weights_first ? p.weights : nullptr);
   const auto down = [&](int32_t e) {
     grouped::Group g = experts::rows_of(p.offsets, e);
     g.p = {memory.hidden, p.width, 1, cpu::Storage(p.dtype)};
@@ -93,7 +102,8 @@ Status fused_experts(const FusedExpertsParams& p, kimi_device device,
     g.depth = p.width;
     return g;
   };
-  experts::sum_of_products(p, blocks, workspace, down, p.weights, p.y, memory.sums);
+  experts::sum_of_products(p, blocks, workspace, down, p.weights_first ? nullptr : p.weights,
+                           p.b_down, p.y, memory.sums);
   return Status::ok();
 }
 

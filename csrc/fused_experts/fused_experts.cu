@@ -4,6 +4,7 @@
 //   forward   x --gather or permute--> [g; u] --act--> h [R, F] --w_down--> rows [R, H] --unpermute--> y
 //   backward  dy --gather--> c --dact--> d[g; u] [R, 2F], weight times h [R, F], partial <c, h>
 //             dw_down, dw_gate_up: products over the rows of a group, dy and x gathered by row
+//             db_gate_up, db_down: sums of the rows of a group, a thread a column, not tuned
 //             d[g; u] --w_gate_up--> rows [R, H] --unpermute--> dx
 //
 // A second activation never exists in memory. Rows are in the dtype of x: a token's K rows are
@@ -27,6 +28,7 @@
 #include "fused_experts/activate_fp8.h"
 #include "fused_experts/activate_product.h"
 #include "fused_experts/fused_experts.h"
+#include "fused_experts/small_gradients.h"
 #include "fused_experts/sum_rows.h"
 #include "gemm/sm90/job.h"
 #include "permute/permute.h"
@@ -40,7 +42,6 @@ using gemm::Grouping;
 using gemm::Matrix;
 using gemm::Product;
 
-constexpr int kThreads = 256;
 constexpr int64_t kAlign = 256;  // of the pieces of a workspace
 
 int64_t partials(int64_t width) { return ceil_div(width, experts::kPartial); }
@@ -57,13 +58,13 @@ Product product_of(const Params& p, Grouping grouping, const Matrix& a, const Ma
   return product;
 }
 template <class Params>
-ActivateParams activate_of(const Params& p, void* gate_up, void* hidden) {
+ActivateParams activate_of(const Params& p, void* gate_up, void* hidden, const float* weights) {
   ActivateParams activate{};
-  activate.activation = p.activation;
+  activate.activation = experts::Activation::of(p);
   activate.gate_up = gate_up;
   activate.hidden = hidden;
   activate.source = p.source;
-  activate.weights = p.weights;
+  activate.weights = weights;
   return activate;
 }
 
@@ -111,30 +112,34 @@ Status expert_rows(const Params& p, const void* x, int64_t stride, void* room, M
   return permute_cuda(permute, stream);
 }
 
-// [g; u] of the tokens, and h: both, or one of them. `room`: of expert_rows.
+// [g; u] of the tokens, and h, times `weights` unless those are nullptr: both, or one of them.
+// `room`: of expert_rows.
 template <class Params>
-Status gate_up(const Params& p, void* room, void* saved, void* hidden, void* stream) {
+Status gate_up(const Params& p, void* room, void* saved, void* hidden, const float* weights,
+               void* stream) {
   Matrix x;
   KIMI_RETURN_IF_ERROR(expert_rows(p, p.x, p.x_stride, room, &x, stream));
   Product product = product_of(p, Grouping::kM, x, weights_of(p.w_gate_up));
   product.groups.older = x.data == room;  // the kernel before has written these rows alone
   product.depth = p.hidden;
   product.cols = p.width;
-  return activate_product(product, activate_of(p, saved, hidden), Pass::kForward, stream);
+  ActivateParams activate = activate_of(p, saved, hidden, weights);
+  activate.bias = p.b_gate_up;
+  return activate_product(product, activate, Pass::kForward, stream);
 }
 
-// out[t] = sum_k weights[t, k] A[row] B[e]^T, or without weights, through rows [R, H]. `after_a`:
-// the last kernel launched writes A and nothing else that is read here.
+// out[t] = sum_k weights[t, k] (A[row] B[e]^T + bias[e]), or without weights or bias, through rows
+// [R, H]. `after_a`: the last kernel launched writes A and nothing else that is read here.
 template <class Params>
 Status sum_of_products(const Params& p, Matrix left, Matrix right, int64_t depth,
-                       const float* weights, void* rows_of_product, void* out, bool after_a,
-                       void* stream) {
+                       const float* weights, const void* bias, void* rows_of_product, void* out,
+                       bool after_a, void* stream) {
   Product product = product_of(p, Grouping::kM, left, right);
   product.groups.older = after_a;
   product.depth = depth;
   product.cols = p.hidden;
-  KIMI_RETURN_IF_ERROR(
-      product_cuda("fused_experts", product, {rows_of_product, p.hidden, 0, p.dtype}, stream));
+  KIMI_RETURN_IF_ERROR(product_cuda("fused_experts", product,
+                                    {rows_of_product, p.hidden, 0, p.dtype, bias}, stream));
   return experts::sum_rows(p, rows_of_product, weights, out, stream);
 }
 
@@ -145,19 +150,6 @@ Status outer_products(const FusedExpertsBackwardParams& p, Matrix left, int64_t 
   product.rows = rows;
   product.cols = cols;
   return product_cuda("fused_experts", product, {out, cols, rows * cols, p.dtype}, stream);
-}
-
-// grad_weights[pair] = sum of its row's partial sums in ascending order; a thread a pair.
-__global__ void __launch_bounds__(kThreads)
-    grad_weights_kernel(const float* partial, const int32_t* row_map, float* grad_weights,
-                        int64_t num_pairs, int64_t num_partials) {
-  const int64_t pair = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (pair >= num_pairs) return;
-  const int64_t row = row_map[pair];
-  float sum = 0.0f;
-  if (row >= 0)
-    for (int64_t i = 0; i < num_partials; ++i) sum += partial[row * num_partials + i];
-  grad_weights[pair] = sum;
 }
 
 struct ForwardWorkspace {
@@ -198,9 +190,11 @@ Status fused_experts_cuda(const FusedExpertsParams& p, void* stream) {
   if (p.num_tokens == 0 || p.hidden == 0) return Status::ok();
   if (experts::is_fp8(p)) return experts::fp8_forward(p, stream);
   const ForwardWorkspace workspace(p, p.workspace);
-  KIMI_RETURN_IF_ERROR(gate_up(p, workspace.rows, p.gate_up, workspace.hidden, stream));
+  KIMI_RETURN_IF_ERROR(gate_up(p, workspace.rows, p.gate_up, workspace.hidden,
+                               p.weights_first ? p.weights : nullptr, stream));
   return sum_of_products(p, rows(workspace.hidden, p.width), weights_of(p.w_down), p.width,
-                         p.weights, workspace.rows, p.y, p.num_tokens * p.width > 0, stream);
+                         p.weights_first ? nullptr : p.weights, p.b_down, workspace.rows, p.y,
+                         p.num_tokens * p.width > 0, stream);
 }
 
 size_t fused_experts_backward_workspace_bytes_cuda(const FusedExpertsBackwardParams& p) {
@@ -211,7 +205,7 @@ Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* st
   const BackwardWorkspace workspace(p, p.workspace);
   const void* saved = p.gate_up;
   if (!saved) {
-    KIMI_RETURN_IF_ERROR(gate_up(p, workspace.rows, workspace.gate_up, nullptr, stream));
+    KIMI_RETURN_IF_ERROR(gate_up(p, workspace.rows, workspace.gate_up, nullptr, nullptr, stream));
     saved = workspace.gate_up;
   }
   Matrix dy, x;
@@ -220,16 +214,17 @@ Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* st
   product.groups.older = dy.data == workspace.rows;
   product.depth = p.hidden;
   product.cols = p.width;
-  ActivateParams activate = activate_of(p, const_cast<void*>(saved), workspace.hidden);
+  ActivateParams activate = activate_of(p, const_cast<void*>(saved), workspace.hidden, p.weights);
   activate.grad_gate_up = workspace.grad_gate_up;
   activate.partial = workspace.partial;
   KIMI_RETURN_IF_ERROR(activate_product(product, activate, Pass::kBackward, stream));
-  if (const int64_t pairs = p.num_tokens * p.top_k; p.grad_weights && pairs > 0) {
-    const dim3 blocks(static_cast<unsigned>((pairs + kThreads - 1) / kThreads));
-    KIMI_RETURN_IF_ERROR(launch(grad_weights_kernel, LaunchConfig{blocks, kThreads, 0, stream},
-                                workspace.partial, p.row_map, p.grad_weights, pairs,
-                                partials(p.width)));
-  }
+  if (p.grad_weights)
+    KIMI_RETURN_IF_ERROR(experts::grad_weights_cuda(p, workspace.partial, stream));
+  if (p.grad_b_gate_up)
+    KIMI_RETURN_IF_ERROR(
+        experts::row_sums_cuda(p, workspace.grad_gate_up, 2 * p.width, p.grad_b_gate_up, stream));
+  if (p.grad_b_down)
+    KIMI_RETURN_IF_ERROR(experts::weighted_token_sums_cuda(p, p.grad_b_down, stream));
   if (p.grad_w_down)
     KIMI_RETURN_IF_ERROR(outer_products(p, as_depth(dy), p.hidden,
                                         columns(workspace.hidden, p.width), p.width, p.grad_w_down,
@@ -242,7 +237,7 @@ Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* st
   }
   if (!p.dx || p.num_tokens == 0 || p.hidden == 0) return Status::ok();
   return sum_of_products(p, rows(workspace.grad_gate_up, 2 * p.width), transposed(p.w_gate_up),
-                         2 * p.width, nullptr, workspace.rows, p.dx, false, stream);
+                         2 * p.width, nullptr, nullptr, workspace.rows, p.dx, false, stream);
 }
 
 }  // namespace kimi

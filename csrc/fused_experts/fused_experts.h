@@ -3,15 +3,16 @@
 //
 //   rows     row r of expert e stands for pair (t, k): source[r] = t*K + k, row_map[t,k] = r, in
 //            the order of permute_plan with align 1; offsets[e] is one past the last row of e
-//   forward  [g; u] = w_gate_up[e] x[t]     h = a(g) u     y[t] = sum_k weights[t,k] w_down[e] h
-//   backward c = w_down[e]^T dy[t]          dweights[t,k] = <c, h>
-//            dg = weights[t,k] c u a'(g)    du = weights[t,k] c a(g)
+//   forward  [g; u] = w_gate_up[e] x[t] + b_gate_up[e]     h = a(g, u)
+//            y[t] = sum_k weights[t,k] (w_down[e] h + b_down[e])
+//   backward c = w_down[e]^T dy[t]          dweights[t,k] = <c, h> + <b_down[e], dy[t]>
+//            [dg; du] = weights[t,k] c a'(g, u)
 //            dx[t] = sum_k w_gate_up[e]^T [dg; du]
-//            dw_gate_up[e] = sum_r [dg; du] x[t]^T
-//            dw_down[e] = sum_r dy[t] (weights[t,k] h)^T
+//            dw_gate_up[e] = sum_r [dg; du] x[t]^T           db_gate_up[e] = sum_r [dg; du]
+//            dw_down[e] = sum_r dy[t] (weights[t,k] h)^T     db_down[e] = sum_r weights[t,k] dy[t]
 //
-//   silu  a(g) u = g sigmoid(g) u            gelu  g Phi(g) u, Phi by erfc to 1.2e-7
-//   situ  4 tanh(g / 4) sigmoid(g) * 25 tanh(u / 25)
+// The activations a are those of kimi_activation; Phi of gelu by erfc to 1.2e-7. Weights that come
+// first multiply h, not the outputs: the backward is the same.
 //
 // x [T, H] is gathered while it is packed and [g; u] goes through the activation while it is in the
 // cache: neither gathered rows nor a second activation exist in memory. The weighted sum runs over
@@ -50,24 +51,40 @@ Status fused_experts_backward_cuda(const FusedExpertsBackwardParams& p, void* st
 
 namespace experts {
 
-constexpr float kSituGate = 4.0f, kSituUp = 25.0f;
+// An activation with what kernels need of its numbers.
+struct Activation {
+  kimi_activation kind;
+  kimi_activation_numbers numbers;
+  float gate_factor, up_factor;  // situ: 1 / bound, 0 for none
+
+  template <class Params>
+  static Activation of(const Params& p) {
+    const bool situ = p.activation == KIMI_ACTIVATION_SITU;
+    return {p.activation, p.numbers, situ ? 1.0f / p.numbers.gate_bound : 0.0f,
+            situ ? 1.0f / p.numbers.up_bound : 0.0f};
+  }
+};
+
 constexpr int64_t kPartial = 32;  // columns of one partial sum of <c, h>
 
 // Sums [g; u] of `rows` rows and `cols` columns, g at c, u at c + part_stride.
 struct ActivateArguments {
   const float* c;
   int64_t stride, part_stride, rows, cols;
-  kimi_activation activation;
+  Activation activation;
   kimi_dtype dtype;
-  void* gate_up;  // out [rows, 2F] dtype or nullptr: g here, u `width` elements further
-  void* hidden;   // out [rows, F] dtype or nullptr
-  int64_t width;  // F
+  void* gate_up;          // out [rows, 2F] dtype or nullptr: g here, u `width` elements further
+  void* hidden;           // out [rows, F] dtype or nullptr
+  int64_t width;          // F
+  const void* bias;       // dtype or nullptr: that of g, that of u `width` elements further
+  const int32_t* source;  // [rows]
+  const float* weights;   // by source: h is multiplied by them; or nullptr
 };
 // Sums c of `rows` rows and `cols` columns, with the [g; u] that belong to them.
 struct ActivateBackwardArguments {
   const float* c;
   int64_t stride, rows, cols;
-  kimi_activation activation;
+  Activation activation;
   kimi_dtype dtype;
   const void* gate_up;    // [rows, 2F] dtype
   const int32_t* source;  // [rows]

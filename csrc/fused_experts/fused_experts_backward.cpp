@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // fused_experts backward: argument checks; on the CPU five products (six where [g; u] is computed
-// again).
+// again), and sums of rows where biases want gradients.
 #include "cpu/memory.h"
 #include "fused_experts/check.h"
 #include "fused_experts/layer.h"
@@ -57,17 +57,24 @@ class Backward {
         workspace_(blocks_, memory_.groups, p.num_experts) {}
 
   void run() {
-    if (!p_.gate_up) experts::compute_gate_up(p_, blocks_, workspace_, memory_.gate_up, nullptr);
+    if (!p_.gate_up)
+      experts::compute_gate_up(p_, blocks_, workspace_, memory_.gate_up, nullptr, nullptr);
     compute_grad_gate_up();
     if (p_.grad_weights) compute_grad_weights();
     if (p_.grad_w_down) compute_grad_w_down();
     if (p_.grad_w_gate_up) compute_grad_w_gate_up();
+    if (p_.grad_b_down)
+      sum_rows(p_.dy, p_.dy_stride, p_.hidden, p_.source, p_.weights, p_.grad_b_down);
+    if (p_.grad_b_gate_up)
+      sum_rows(memory_.grad_gate_up, 2 * p_.width, 2 * p_.width, nullptr, nullptr,
+               p_.grad_b_gate_up);
     if (p_.dx) compute_dx();
   }
 
  private:
   void compute_grad_gate_up() {
     const char* gate_up = p_.gate_up ? static_cast<const char*>(p_.gate_up) : memory_.gate_up;
+    const experts::Activation activation = experts::Activation::of(p_);
     const auto group = [&](int32_t e) {
       grouped::Group g = experts::rows_of(p_.offsets, e);
       g.p = tokens(p_.dy, p_.dy_stride);
@@ -79,7 +86,7 @@ class Backward {
     grouped::run_groups(blocks_, workspace_, p_.num_experts, group, [&](const grouped::Block& b) {
       const int64_t row = group(b.group).p_row + b.row, at = row * 2 * p_.width + b.col;
       experts::kEngines.best().activate_backward(
-          {b.c, b.stride, b.rows, b.cols, p_.activation, p_.dtype, gate_up + at * bytes_,
+          {b.c, b.stride, b.rows, b.cols, activation, p_.dtype, gate_up + at * bytes_,
            p_.source + row, p_.weights, memory_.grad_gate_up + at * bytes_,
            memory_.hidden + (row * p_.width + b.col) * bytes_,
            memory_.partial + row * partials(p_) + b.col / experts::kPartial, p_.width});
@@ -91,10 +98,54 @@ class Backward {
     cpu::parallel_for(rows_, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
         float sum = 0.0f;
-        if (const int64_t row = p_.row_map[pair]; row >= 0)
+        if (const int64_t row = p_.row_map[pair]; row >= 0) {
           for (int64_t i = 0; i < count; ++i) sum += memory_.partial[row * count + i];
+          if (p_.b_down) sum += bias_dot(pair / p_.top_k, row);
+        }
         p_.grad_weights[pair] = sum;
       }
+    });
+  }
+
+  // <b_down[e], dy[token]> for the expert e of a row: kLanes sums side by side.
+  float bias_dot(int64_t token, int64_t row) const {
+    const int64_t e = std::upper_bound(p_.offsets, p_.offsets + p_.num_experts, row) - p_.offsets;
+    float sum = 0.0f;
+    dispatch(p_.dtype, [&]<class T>() {
+      constexpr int kLanes = 16;
+      const T* dy = static_cast<const T*>(p_.dy) + token * p_.dy_stride;
+      const T* bias = static_cast<const T*>(p_.b_down) + e * p_.hidden;
+      float sums[kLanes] = {};
+      int64_t i = 0;
+      for (; i + kLanes <= p_.hidden; i += kLanes)
+        for (int l = 0; l < kLanes; ++l) sums[l] += to_float(dy[i + l]) * to_float(bias[i + l]);
+      for (; i < p_.hidden; ++i) sums[0] += to_float(dy[i]) * to_float(bias[i]);
+      for (float lane : sums) sum += lane;
+    });
+    return sum;
+  }
+
+  // out[e] = sum of the rows of e of x [.., cols]: of tokens `source` says which, each times its
+  // weight. kCols columns are a task.
+  void sum_rows(const void* x, int64_t stride, int64_t cols, const int32_t* source,
+                const float* weights, void* out) {
+    constexpr int64_t kCols = 512;
+    const int64_t in_expert = ceil_div(cols, kCols);
+    cpu::parallel_tasks(p_.num_experts * in_expert, cpu::num_threads(), [&](int64_t task, int) {
+      dispatch(p_.dtype, [&]<class T>() {
+        const int64_t e = task / in_expert, col = task % in_expert * kCols;
+        const int64_t n = std::min(kCols, cols - col);
+        const grouped::Group group = experts::rows_of(p_.offsets, int32_t(e));
+        float sums[kCols] = {};
+        for (int64_t row = group.p_row; row < group.p_row + group.rows; ++row) {
+          const T* from =
+              static_cast<const T*>(x) + (source ? source[row] / p_.top_k : row) * stride + col;
+          const float weight = weights ? weights[source[row]] : 1.0f;
+          for (int64_t i = 0; i < n; ++i) sums[i] += weight * to_float(from[i]);
+        }
+        T* to = static_cast<T*>(out) + e * cols + col;
+        for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(sums[i]);
+      });
     });
   }
 
@@ -140,7 +191,7 @@ class Backward {
       g.depth = 2 * p_.width;
       return g;
     };
-    experts::sum_of_products(p_, blocks_, workspace_, group, nullptr, p_.dx, memory_.sums);
+    experts::sum_of_products(p_, blocks_, workspace_, group, nullptr, nullptr, p_.dx, memory_.sums);
   }
 
   cpu::Operand tokens(const void* x, int64_t stride) const {

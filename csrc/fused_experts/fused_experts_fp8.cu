@@ -75,7 +75,7 @@ Status fp8_forward(const FusedExpertsParams& p, void* stream) {
   KIMI_RETURN_IF_ERROR(activate_fp8(
       product_of(p, memory.rows, p.w_gate_up, p.hidden, p.width),
       {memory.row_scale, memory.scale_stride, static_cast<const float*>(p.w_gate_up.scale)},
-      {p.activation, memory.hidden, memory.h_scale, memory.scale_stride}, stream));
+      {Activation::of(p), memory.hidden, memory.h_scale, memory.scale_stride}, stream));
   gemm::StoreParams out{};
   out.out = memory.rows;
   out.row_stride = p.hidden;

@@ -10,7 +10,7 @@ using cpu::Portable;
 
 // Of partial sums in columns, product and addition rounded one by one.
 void activate_backward_of_columns(const ActivateBackwardArguments& s) {
-  dispatch_activation(s.dtype, s.activation, [&]<class T, kimi_activation kActivation>() {
+  dispatch_activation(s.dtype, s.activation.kind, [&]<class T, kimi_activation kActivation>() {
     const int64_t partials = ceil_div(s.width, kPartial);
     for (int64_t i = 0; i < s.rows; ++i) {
       const float weight = s.weights[s.source[i]];
@@ -19,8 +19,8 @@ void activate_backward_of_columns(const ActivateBackwardArguments& s) {
         const T* gate_up = static_cast<const T*>(s.gate_up) + i * 2 * s.width + j;
         T* grad = static_cast<T*>(s.grad_gate_up) + i * 2 * s.width + j;
         const float dh = s.c[i * s.stride + j];
-        const auto h =
-            gated<Portable, kActivation, true>(to_float(gate_up[0]), to_float(gate_up[s.width]));
+        const auto h = gated<Portable, kActivation, true>(to_float(gate_up[0]),
+                                                          to_float(gate_up[s.width]), s.activation);
         sum += dh * h.value;
         grad[0] = from_float<T>(dh * weight * h.slope_gate);
         grad[s.width] = from_float<T>(dh * weight * h.slope_up);

@@ -18,20 +18,29 @@ int lanes(int64_t left, int v) {
 
 template <class O>
 void activate(const ActivateArguments& s) {
-  dispatch_activation(s.dtype, s.activation, [&]<class T, kimi_activation kActivation>() {
+  dispatch_activation(s.dtype, s.activation.kind, [&]<class T, kimi_activation kActivation>() {
+    const T* bias = static_cast<const T*>(s.bias);
     for (int64_t i = 0; i < s.rows; ++i) {
       const float* gate = s.c + i * s.stride;
       const float* up = gate + s.part_stride;
       T* saved = s.gate_up ? static_cast<T*>(s.gate_up) + i * 2 * s.width : nullptr;
       T* hidden = s.hidden ? static_cast<T*>(s.hidden) + i * s.width : nullptr;
+      const auto weight = O::set(s.weights ? s.weights[s.source[i]] : 1.0f);
       for (int64_t j = 0; j < s.cols; j += O::kLanes) {
         const int left = s.cols - j < O::kLanes ? int(s.cols - j) : O::kLanes;
-        const auto g = O::load(gate + j, left), u = O::load(up + j, left);
+        auto g = O::load(gate + j, left), u = O::load(up + j, left);
+        if (bias) {
+          g = O::add(g, O::load(bias + j, left));
+          u = O::add(u, O::load(bias + s.width + j, left));
+        }
         if (saved) {
           O::store(saved + j, g, left);
           O::store(saved + s.width + j, u, left);
         }
-        if (hidden) O::store(hidden + j, gated<O, kActivation, false>(g, u).value, left);
+        if (!hidden) continue;
+        auto h = gated<O, kActivation, false>(g, u, s.activation).value;
+        if (s.weights) h = O::mul(weight, h);
+        O::store(hidden + j, h, left);
       }
     }
   });
@@ -39,7 +48,7 @@ void activate(const ActivateArguments& s) {
 
 template <class O>
 void activate_backward(const ActivateBackwardArguments& s) {
-  dispatch_activation(s.dtype, s.activation, [&]<class T, kimi_activation kActivation>() {
+  dispatch_activation(s.dtype, s.activation.kind, [&]<class T, kimi_activation kActivation>() {
     using F = typename O::F;
     const int64_t partials = ceil_div(s.width, kPartial);
     for (int64_t i = 0; i < s.rows; ++i) {
@@ -54,7 +63,7 @@ void activate_backward(const ActivateBackwardArguments& s) {
           const int left = s.cols - j < O::kLanes ? int(s.cols - j) : O::kLanes;
           const F g = O::load(gate_up + j, left), u = O::load(gate_up + s.width + j, left);
           const F dh = O::load(c + j, left), scaled = O::mul(dh, weight);
-          const auto h = gated<O, kActivation, true>(g, u);
+          const auto h = gated<O, kActivation, true>(g, u, s.activation);
           // Lanes past the end are zeros: g = u = 0 gives h = 0.
           sum = O::fma(dh, h.value, sum);
           O::store(grad + j, O::mul(scaled, h.slope_gate), left);

@@ -50,31 +50,36 @@ grouped::Group gate_up_of(const Params& p, int32_t e) {
   return g;
 }
 
-// [g; u] of all rows to gate_up [R, 2F] and a(g) u to hidden [R, F]; either may be nullptr.
+// [g; u] of all rows to gate_up [R, 2F] and a(g, u), times `weights` unless those are nullptr, to
+// hidden [R, F]; either may be nullptr.
 template <class Params>
 void compute_gate_up(const Params& p, const cpu::BlockEngine& blocks,
-                     const grouped::Workspace& workspace, void* gate_up, void* hidden) {
+                     const grouped::Workspace& workspace, void* gate_up, void* hidden,
+                     const float* weights) {
   const CpuEngine& engine = kEngines.best();
   const int64_t bytes = size_of(p.dtype);
   const auto group = [&](int32_t e) { return gate_up_of(p, e); };
-  const auto at = [&](void* x, int64_t i) {
-    return x ? static_cast<char*>(x) + i * bytes : nullptr;
+  const auto at = [&]<class Void>(Void* x, int64_t i) {
+    using Char = std::conditional_t<std::is_const_v<Void>, const char, char>;
+    return x ? static_cast<Char*>(x) + i * bytes : nullptr;
   };
+  const Activation activation = Activation::of(p);
   grouped::run_groups(blocks, workspace, p.num_experts, group, [&](const grouped::Block& b) {
     const int64_t row = group(b.group).p_row + b.row;
-    engine.activate({b.c, b.stride, b.part_stride, b.rows, b.cols, p.activation, p.dtype,
+    engine.activate({b.c, b.stride, b.part_stride, b.rows, b.cols, activation, p.dtype,
                      at(gate_up, row * 2 * p.width + b.col), at(hidden, row * p.width + b.col),
-                     p.width});
+                     p.width, at(p.b_gate_up, b.group * 2 * p.width + b.col), p.source + row,
+                     weights});
   });
 }
 
-// x[t] = sum_k weights[t,k] P[row] S[e]^T for rows P [R, depth], or without weights: products of
-// some columns into `buffer`, then their sum, columns after columns. group(e) gives the group with
-// all columns.
+// x[t] = sum_k weights[t,k] (P[row] S[e]^T + bias[e]) for rows P [R, depth], or without weights, or
+// bias [E, H]: products of some columns into `buffer`, then their sum, columns after columns.
+// group(e) gives the group with all columns.
 template <class Params, class GroupOf>
 void sum_of_products(const Params& p, const cpu::BlockEngine& blocks,
                      const grouped::Workspace& workspace, const GroupOf& group,
-                     const float* weights, void* x, float* buffer) {
+                     const float* weights, const void* bias, void* x, float* buffer) {
   const int64_t columns = sum_columns(p.num_tokens * p.top_k, p.hidden);
   const grouped::CpuEngine& store = grouped::kEngines.best();
   const CpuEngine& engine = kEngines.best();
@@ -96,7 +101,9 @@ void sum_of_products(const Params& p, const cpu::BlockEngine& blocks,
     };
     grouped::run_groups(blocks, workspace, p.num_experts, part, [&](const grouped::Block& b) {
       const int64_t row = part(b.group).p_row + b.row;
-      store.store({b.c, b.stride, b.rows, b.cols, nullptr, KIMI_FLOAT32,
+      const int64_t bias_at = (b.group * p.hidden + sum.col + b.col) * size_of(p.dtype);
+      store.store({b.c, b.stride, b.rows, b.cols,
+                   bias ? static_cast<const char*>(bias) + bias_at : nullptr, p.dtype,
                    buffer + row * sum.cols + b.col, sum.cols, KIMI_FLOAT32, false, false});
     });
     const int64_t grain = std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(sum.cols, 1));

@@ -133,7 +133,7 @@ struct Store {
 
   __device__ static void write(const Params& s, const Product& p, const Place& at, float (&v)[8],
                                int count) {
-    if (count == 0) return;
+    if (count == 0 || (s.accumulate && at.group >= p.groups.count)) return;
     if (s.dtype == kDtype<T>)
       write_as<T>(s, p, at, v, count);
     else

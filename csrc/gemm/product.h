@@ -37,6 +37,9 @@ struct Groups {
   // Offsets and B are older than the kernel before this one on the stream, which does not write
   // them: they may be read before it has ended (device/overlap.cuh).
   bool older = false;
+  // [count] first rows, where groups do not follow each other; else nullptr. M-grouped: only with an
+  // epilogue that writes zeros, between the groups too.
+  const int32_t* starts = nullptr;
 };
 
 struct Product {
@@ -59,13 +62,13 @@ struct BlockScales {
   const float* of_columns;  // [E, ceil(N / 128), ceil(K / 128)], dense
 };
 
-// The epilogue of products that stand for themselves: out = round(C + bias), or out += C.
+// The epilogue of products that stand for themselves: out = round(C + bias), or out += C + bias.
 struct StoreParams {
   void* out;  // M-grouped [R, cols], else [count, rows, cols]; columns contiguous
   int64_t row_stride, group_stride;
   kimi_dtype dtype;            // that of the product, or fp32; any for FP8
   const void* bias = nullptr;  // [count, cols], of the product's dtype (FP8: of out's)
-  bool accumulate = false;     // K-grouped: a group without depth is left alone
+  bool accumulate = false;     // zero rows, and groups without depth, are left alone
   bool wide = false;           // 16 bytes divide every address; product_cuda says
 };
 
@@ -100,13 +103,16 @@ inline int64_t most_tiles(const Product& p, int64_t tile_rows, int64_t tile_cols
     return row_tiles * ceil_div(p.cols, tile_cols) * p.groups.count;
   }
   const int64_t rows = p.groups.num_rows;
-  const int64_t ragged = rows / tile_rows + p.groups.count + 1;  // the zero rows are a group too
+  // The zero rows are groups too: those at the end, and those before each group.
+  const int64_t groups = int64_t{p.groups.count} * (p.groups.starts != nullptr ? 2 : 1) + 1;
+  const int64_t ragged = rows / tile_rows + groups;
   return (rows < ragged ? rows : ragged) * ceil_div(p.cols, tile_cols);
 }
 
 inline bool is_empty(const Product& p) {
   const int64_t rows = p.grouping == Grouping::kM ? p.groups.num_rows : p.rows;
-  return rows == 0 || p.cols == 0 || p.groups.count == 0;
+  // M-grouped without groups: all rows are zero.
+  return rows == 0 || p.cols == 0 || (p.groups.count == 0 && p.grouping != Grouping::kM);
 }
 
 // Whether the current device runs the Hopper kernels; an error where it runs none. Errors, here and

@@ -6,7 +6,8 @@
 //   group             e0     e1        e2
 //
 // M-grouped: a group has ceil(rows / kTileRows) x column tiles, which begin at its own first row;
-// the rows after the last group are one more group, of depth 0, where the epilogue zeroes them.
+// the rows after the last group are one more group, of depth 0, where the epilogue zeroes them. So
+// are the rows before each group where groups have starts: they lie in the list between the groups.
 // Within a group `swizzle` row tiles share a column tile before the next one comes, so that blocks
 // that run together read few distinct tiles of A and of B. Each group begins one row tile and one
 // column tile later than the one before, and each column tile one row tile: tiles that are not full
@@ -86,7 +87,7 @@ class RowSchedule {
       : groups_(groups),
         order_(order),
         col_tiles_(col_tiles),
-        windowed_(groups.count + (zero_rows ? 1 : 0)) {
+        windowed_((groups.starts != nullptr ? 2 : 1) * groups.count + (zero_rows ? 1 : 0)) {
     load_window(from.window, from.before);
   }
   __device__ Place place() const {
@@ -105,7 +106,7 @@ class RowSchedule {
     const int lane = __ffs(static_cast<int>(warp_ballot(index < before_))) - 1;
     const uint32_t row_tiles = warp_broadcast(tiles_, lane);
     const uint32_t local = index - (warp_broadcast(before_, lane) - row_tiles * col_tiles_);
-    tile.group = window_ + lane;
+    tile.group = group(window_ + lane);
     tile.end = warp_broadcast(end_, lane);
     place_in_group(order_, local, row_tiles, col_tiles_, tile);
     tile.begin = int64_t{warp_broadcast(begin_, lane)} + int64_t{tile.row_tile} * kTileRows;
@@ -118,15 +119,33 @@ class RowSchedule {
     if (e < 0) return 0;
     const int32_t rows = static_cast<int32_t>(groups_.num_rows);
     if (e >= groups_.count) return rows;
-    const int32_t end = groups_.older ? load_older(groups_.offsets + e) : groups_.offsets[e];
-    return end < 0 ? 0 : end > rows ? rows : end;
+    return inside(groups_.offsets + e, rows);
+  }
+  __device__ int32_t start(int32_t e) const {
+    const int32_t rows = static_cast<int32_t>(groups_.num_rows);
+    return e >= groups_.count ? rows : inside(groups_.starts + e, rows);
+  }
+  __device__ int32_t inside(const int32_t* bound, int32_t rows) const {
+    const int32_t row = groups_.older ? load_older(bound) : *bound;
+    return row < 0 ? 0 : row > rows ? rows : row;
+  }
+  // That of an entry of the list: with starts the odd ones are groups, the even ones zero rows.
+  __device__ int32_t group(int32_t entry) const {
+    if (groups_.starts == nullptr) return entry;
+    return entry % 2 != 0 ? entry / 2 : groups_.count;
   }
   __device__ void load_window(int32_t first, uint32_t tiles_before) {
     window_ = first;
     const int32_t e = first + lane_id();
     const bool exists = e < windowed_;
-    begin_ = exists ? offset(e - 1) : 0;
-    end_ = exists ? offset(e) : 0;
+    if (groups_.starts == nullptr) {
+      begin_ = exists ? offset(e - 1) : 0;
+      end_ = exists ? offset(e) : 0;
+    } else {
+      const bool of_group = e % 2 != 0;
+      begin_ = !exists ? 0 : of_group ? start(e / 2) : offset(e / 2 - 1);
+      end_ = !exists ? 0 : of_group ? offset(e / 2) : start(e / 2);
+    }
     const uint32_t rows = end_ > begin_ ? static_cast<uint32_t>(end_ - begin_) : 0;
     tiles_ = (rows + kTileRows - 1) / kTileRows;
     before_ = tiles_ * col_tiles_;
@@ -177,7 +196,10 @@ class MatrixSchedule {
     tile.begin = 0;
     tile.end = p_.depth;
     if (groups.offsets == nullptr) return true;
-    const int64_t begin = group > 0 ? groups.offsets[group - 1] : 0, end = groups.offsets[group];
+    const int64_t begin = groups.starts != nullptr ? groups.starts[group]
+                          : group > 0              ? groups.offsets[group - 1]
+                                                   : 0;
+    const int64_t end = groups.offsets[group];
     tile.begin = begin < 0 ? 0 : begin;
     tile.end = end > groups.num_rows ? groups.num_rows : end;
     if (tile.end < tile.begin) tile.end = tile.begin;

@@ -20,8 +20,8 @@ Status check_common(const char* op, const Params& p, kimi_device device) {
   if (p.num_rows < 0 || p.k < 0 || p.n < 0)
     return invalid(op, ": R, K, N: expected 0 or more, got ", p.num_rows, ", ", p.k, ", ", p.n,
                    "; pass the sizes of a and b");
-  if (p.num_experts < 1)
-    return invalid(op, ": num_experts: expected 1 or more, got ", p.num_experts,
+  if (p.num_experts < 0)
+    return invalid(op, ": num_experts: expected 0 or more, got ", p.num_experts,
                    "; pass the number of offsets");
   if (!is_dtype(p.dtype))
     return invalid(op, ": dtype: expected a kimi_dtype (0..2), got ", int(p.dtype),
@@ -29,7 +29,7 @@ Status check_common(const char* op, const Params& p, kimi_device device) {
   if (p.out_dtype != p.dtype && p.out_dtype != KIMI_FLOAT32)
     return invalid(op, ": out_dtype: expected the dtype of a or KIMI_FLOAT32, got ",
                    int(p.out_dtype), "; choose one of these");
-  if (!p.offsets || (device == KIMI_DEVICE_CPU && !p.workspace))
+  if ((!p.offsets && p.num_experts > 0) || (device == KIMI_DEVICE_CPU && !p.workspace))
     return invalid(op,
                    ": offsets, workspace: expected pointers, got NULL; allocate what "
                    "kimi_grouped_gemm_workspace_bytes() says");
@@ -37,7 +37,7 @@ Status check_common(const char* op, const Params& p, kimi_device device) {
     return invalid(op, ": R: expected below 2^31 rows, got ", p.num_rows, "; split the rows");
   // Offsets on a GPU are not read here: no operation waits for the device.
   if (device == KIMI_DEVICE_CUDA) return Status::ok();
-  return check_offsets(op, p.offsets, p.num_experts, p.num_rows);
+  return check_offsets(op, p.offsets, p.num_experts, p.num_rows, p.starts);
 }
 
 Status check(const GroupedGemmParams& p, kimi_device device) {
@@ -59,7 +59,7 @@ Status check(const GroupedGemmParams& p, kimi_device device) {
   if (p.b_storage == KIMI_STORAGE_INT4_GROUP && (p.b_n_stride % 2 || p.b_expert_stride % 2))
     return invalid(op, ": b: expected rows of int4 weights to begin at a byte, got strides of ",
                    p.b_expert_stride, " and ", p.b_n_stride, " elements; pad K to 8");
-  if (p.num_rows > 0 && p.n > 0 && (!p.out || (p.k > 0 && (!p.a || !p.b))))
+  if (p.num_rows > 0 && p.n > 0 && (!p.out || (p.k > 0 && p.num_experts > 0 && (!p.a || !p.b))))
     return invalid(op, ": a, b, out: expected pointers, got NULL; only empty operands may be NULL");
   return Status::ok();
 }
@@ -70,7 +70,7 @@ Status check(const GroupedGemmWgradParams& p, kimi_device device) {
   if (p.out_n_stride != 1 && p.out_k_stride != 1 && p.n != 1 && p.k != 1)
     return invalid(op, ": out: expected contiguous N or K, got strides of ", p.out_k_stride,
                    " and ", p.out_n_stride, "; pass a dense tensor and copy");
-  if (p.k > 0 && p.n > 0 && (!p.out || (p.num_rows > 0 && (!p.a || !p.dc))))
+  if (p.num_experts > 0 && p.k > 0 && p.n > 0 && (!p.out || (p.num_rows > 0 && (!p.a || !p.dc))))
     return invalid(op,
                    ": a, dc, out: expected pointers, got NULL; only empty operands may be NULL");
   return Status::ok();
@@ -80,12 +80,17 @@ const char* offset(const void* data, int64_t bytes) {
   return static_cast<const char*>(data) + bytes;
 }
 
+template <class Params>
+int64_t first_row(const Params& p, int32_t e) {
+  return p.starts ? p.starts[e] : e ? p.offsets[e - 1] : 0;
+}
+
 // Group e of a forward: its rows of a by the columns of its matrix.
 struct Forward {
   const GroupedGemmParams& p;
 
   grouped::Group operator()(int32_t e) const {
-    const int64_t begin = e ? p.offsets[e - 1] : 0;
+    const int64_t begin = first_row(p, e);
     grouped::Group g;
     g.rows = p.offsets[e] - begin;
     g.cols = p.n;
@@ -105,7 +110,7 @@ struct Wgrad {
   bool n_contiguous;
 
   grouped::Group operator()(int32_t e) const {
-    const int64_t begin = e ? p.offsets[e - 1] : 0;
+    const int64_t begin = first_row(p, e);
     grouped::Group g;
     g.depth = p.offsets[e] - begin;
     g.p_depth = begin;
@@ -129,10 +134,18 @@ void zero_rows(void* out, int64_t begin, int64_t end, int64_t row_bytes) {
   });
 }
 
+// Between groups and after the last one.
+void zero_other_rows(const GroupedGemmParams& p, int64_t row_bytes) {
+  int64_t end = 0;
+  for (int32_t e = 0; e < p.num_experts; end = p.offsets[e++])
+    if (p.starts) zero_rows(p.out, end, p.starts[e], row_bytes);
+  zero_rows(p.out, end, p.num_rows, row_bytes);
+}
+
 }  // namespace
 
 size_t grouped_gemm_workspace_bytes(const GroupedGemmParams& p, kimi_device device) {
-  if (device == KIMI_DEVICE_CUDA || p.num_experts < 1 || p.k < 0 || !is_dtype(p.dtype)) return 0;
+  if (device == KIMI_DEVICE_CUDA || p.num_experts < 0 || p.k < 0 || !is_dtype(p.dtype)) return 0;
   return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts);
 }
 
@@ -144,20 +157,20 @@ Status grouped_gemm(const GroupedGemmParams& p, kimi_device device, [[maybe_unus
   const grouped::Workspace workspace(engine, p.workspace, p.num_experts);
   const Forward group{p};
   const int64_t out_bytes = size_of(p.out_dtype), bias_bytes = size_of(p.dtype);
-  const bool around_cache = p.num_rows * p.n * out_bytes > cpu::kStreamBytes;
-  zero_rows(p.out, p.offsets[p.num_experts - 1], p.num_rows, p.n * out_bytes);
+  const bool around_cache = !p.accumulate && p.num_rows * p.n * out_bytes > cpu::kStreamBytes;
+  if (!p.accumulate) zero_other_rows(p, p.n * out_bytes);
   grouped::run_groups(engine, workspace, p.num_experts, group, [&](const grouped::Block& b) {
     const int64_t row = group(b.group).p_row + b.row;
     const int64_t bias_at = (b.group * p.n + b.col) * bias_bytes;
     output.store({b.c, b.stride, b.rows, b.cols, p.bias ? offset(p.bias, bias_at) : nullptr,
                   p.dtype, static_cast<char*>(p.out) + (row * p.n + b.col) * out_bytes, p.n,
-                  p.out_dtype, false, around_cache});
+                  p.out_dtype, bool(p.accumulate), around_cache});
   });
   return Status::ok();
 }
 
 size_t grouped_gemm_wgrad_workspace_bytes(const GroupedGemmWgradParams& p, kimi_device device) {
-  if (device == KIMI_DEVICE_CUDA || p.num_experts < 1 || !is_dtype(p.dtype)) return 0;
+  if (device == KIMI_DEVICE_CUDA || p.num_experts < 0 || !is_dtype(p.dtype)) return 0;
   return grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts);
 }
 

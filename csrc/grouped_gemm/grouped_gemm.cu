@@ -12,7 +12,7 @@ Status grouped_gemm_cuda(const GroupedGemmParams& p, void* stream) {
   product.dtype = p.dtype;
   product.a = {p.a, p.a_row_stride, p.k == 1 ? 1 : p.a_k_stride};
   product.b = {p.b, p.b_n_stride, p.k == 1 ? 1 : p.b_k_stride, p.b_expert_stride};
-  product.groups = {p.offsets, p.num_rows, p.num_experts};
+  product.groups = {p.offsets, p.num_rows, p.num_experts, false, p.starts};
   product.depth = p.k;
   product.cols = p.n;
   gemm::StoreParams out{};
@@ -20,6 +20,7 @@ Status grouped_gemm_cuda(const GroupedGemmParams& p, void* stream) {
   out.row_stride = p.n;
   out.dtype = p.out_dtype;
   out.bias = p.bias;
+  out.accumulate = p.accumulate != 0;
   return gemm::product_cuda("grouped_gemm", product, out, stream);
 }
 
@@ -33,7 +34,7 @@ Status grouped_gemm_wgrad_cuda(const GroupedGemmWgradParams& p, void* stream) {
   product.dtype = p.dtype;
   product.a = n_contiguous ? a : dc;
   product.b = n_contiguous ? dc : a;
-  product.groups = {p.offsets, p.num_rows, p.num_experts};
+  product.groups = {p.offsets, p.num_rows, p.num_experts, false, p.starts};
   product.rows = n_contiguous ? p.k : p.n;
   product.cols = n_contiguous ? p.n : p.k;
   gemm::StoreParams out{};

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 // grouped_gemm: one matrix product for each expert's rows, and the gradient in the matrices.
 //
-//   forward  out[r] = a[r] b[e] + bias[e]      offsets[e-1] <= r < offsets[e], zero rows after the
+//   forward  out[r] (+)= a[r] b[e] + bias[e]   offsets[e-1] <= r < offsets[e], zero rows after the
 //            last group. dgrad is the same with b's strides of K and N exchanged.
 //   wgrad    out[e] (+)= a[rows of e]^T dc[rows of e]
+//
+// With starts group e begins at starts[e], and rows between groups are as those after the last one.
 //
 // Sums are fp32: products of bf16 pairs where the processor has them, else of operands converted to
 // fp32; rounded once to the dtype of out. The sum over depth is taken in blocks (gemm/cpu/block.h), in

@@ -22,6 +22,7 @@ struct OneFloat {
   static KIMI_HOST_DEVICE Mask is_nan(F a) { return a != a; }
   static KIMI_HOST_DEVICE Mask less(F a, F b) { return a < b; }
   static KIMI_HOST_DEVICE Mask at_least(F a, F b) { return a >= b; }
+  static KIMI_HOST_DEVICE Mask either(Mask a, Mask b) { return a || b; }
   static KIMI_HOST_DEVICE F select(Mask m, F a, F b) { return m ? a : b; }
   static KIMI_HOST_DEVICE F scale_by_exponent_or_zero(Mask keep, F p, F shifted) {
     return keep ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.0f;

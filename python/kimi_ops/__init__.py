@@ -13,7 +13,7 @@ from kimi_ops.invariance import is_batch_invariant, set_batch_invariant
 from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
 from kimi_ops.moe.eplb import ExpertPlacement, eplb
 from kimi_ops.moe.expert_loads import ExpertLoads
-from kimi_ops.moe.fused_experts import fused_experts
+from kimi_ops.moe.fused_experts import fused_experts, join_gate_up_
 from kimi_ops.moe.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from kimi_ops.moe.permute import (
     PermutePlan,
@@ -57,6 +57,7 @@ __all__ = [
     "grouped_gemm_wgrad",
     "info",
     "is_batch_invariant",
+    "join_gate_up_",
     "move_experts",
     "muon_param_groups",
     "newton_schulz",

@@ -55,6 +55,12 @@ double activation(kimi_activation kind, double g, double u) {
   if (kind == KIMI_ACTIVATION_GELU) return g * 0.5 * std::erfc(-g / std::sqrt(2.0)) * u;
   const double s = 1 / (1 + std::exp(-g));
   if (kind == KIMI_ACTIVATION_SILU) return g * s * u;
+  if (kind == KIMI_ACTIVATION_RELU2) return g > 0 ? g * g * u : 0;
+  if (kind == KIMI_ACTIVATION_GELU_TANH)
+    return 0.5 * g * (1 + std::tanh(std::sqrt(2 / std::acos(-1)) * (g + 0.044715 * g * g * g))) * u;
+  if (kind == KIMI_ACTIVATION_SWIGLU)  // limits of 0.5
+    return std::fmin(std::fmin(g, 0.5) / (1 + std::exp(-2 * std::fmin(g, 0.5))), 0.25) *
+           (std::fmax(-0.5, std::fmin(0.5, u)) + 1);
   return 4 * std::tanh(g / 4) * s * 25 * std::tanh(u / 25);
 }
 
@@ -101,7 +107,8 @@ struct Results {
 template <class Params>
 void fill(Params& p, const Case& c, const Layer& l) {
   p.num_tokens = c.tokens, p.hidden = c.hidden, p.width = c.width, p.num_experts = c.experts;
-  p.top_k = c.top_k, p.dtype = c.dtype, p.activation = c.activation;
+  p.numbers = {4, 25, 2, 1, 0.5f, 0.25f, 0.5f}, p.top_k = c.top_k, p.dtype = c.dtype,
+  p.activation = c.activation;
   p.x = l.x.data.get(), p.x_stride = c.hidden;
   p.w_gate_up = l.matrices(l.w_gate_up, 2 * c.width, c.hidden);
   p.w_down = l.matrices(l.w_down, c.hidden, c.width);
@@ -177,6 +184,9 @@ int main() {
     test({9, 7, 3, 4, 2, dtype, KIMI_ACTIVATION_GELU, false});
     test({1, 33, 65, 3, 2, dtype, KIMI_ACTIVATION_SITU, true});
     test({40, 17, 50, 1, 1, dtype, KIMI_ACTIVATION_SILU, false});
+    test({9, 16, 20, 3, 2, dtype, KIMI_ACTIVATION_GELU_TANH, true});
+    test({9, 16, 20, 3, 2, dtype, KIMI_ACTIVATION_RELU2, false});
+    test({9, 16, 20, 3, 2, dtype, KIMI_ACTIVATION_SWIGLU, true});
   }
   return report("test_fused_experts");
 }

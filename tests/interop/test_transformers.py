@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_ops import MuonClip, muon_param_groups
+from kimi_ops.activations import of, situ, swiglu
 from kimi_ops.interop import transformers as interop
 
 transformers = pytest.importorskip("transformers")
@@ -116,21 +117,28 @@ def test_plain_gated_experts_are_one_op(monkeypatch):
     real = interop.fused_experts
     monkeypatch.setattr(interop, "fused_experts", lambda *a, **k: calls.append(k) or real(*a, **k))
     fused = {}
-    for name in ("deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "aria"):
+    for name in (
+        "deepseek_v3", "qwen3_moe", "mixtral", "deepseek_v4", "glm5_next", "hy_v4", "hy_v4_vl",
+        "minimax_m3_vl", "inkling2", "inkling2_loop", "gpt_oss", "nemotron_h", "aria",
+    ):  # fmt: skip
         place = next(place for place in decorated() if place.startswith(f"{name}:"))
         experts = made(place)
         calls.clear()
         x = torch.randn(TOKENS, experts.down_proj.shape[2 if experts.is_transposed else 1])
         outcome(experts, interop.NAME, x, *route(experts.num_experts))
         fused[name] = [call["activation"] for call in calls]
+    limited = [swiglu(1.5)]
     assert fused == {
-        "deepseek_v3": ["silu"], "qwen3_moe": ["silu"], "mixtral": ["silu"], "gpt_oss": [],
-        "nemotron_h": [], "aria": [],
+        "deepseek_v3": [of("silu")], "qwen3_moe": [of("silu")], "mixtral": [of("silu")],
+        "deepseek_v4": limited, "glm5_next": limited, "hy_v4": limited, "hy_v4_vl": limited,
+        "minimax_m3_vl": [swiglu(1.5, alpha=1.5, shift=1.0)],
+        "inkling2": [situ(16.0, 16.0)], "inkling2_loop": [situ(16.0, 16.0)],
+        "gpt_oss": [], "nemotron_h": [], "aria": [],
     }  # fmt: skip
     experts = made("mixtral:MixtralExperts")
-    for act, expected in ((nn.GELU(), "gelu"), (nn.GELU("tanh"), None), (nn.ReLU(), None)):
+    for act, name in ((nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"), (nn.ReLU(), None)):
         experts.act_fn = act
-        assert interop._fused_activation(experts) == expected, act
+        assert interop._fused_activation(experts) == (name and of(name)), act
 
 
 @pytest.mark.parametrize("place", ["mixtral:MixtralExperts", "gpt_oss:GptOssExperts"])
@@ -222,6 +230,15 @@ def test_bfloat16_weights_and_autocast():
     assert experts(x, ids, weights).dtype == torch.float32  # a norm in fp32 in front
     for got in (cast, half.float()):
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+
+
+def test_float64_models_are_served_as_they_are():
+    experts = made("mixtral:MixtralExperts").double()
+    ids, weights = route(EXPERTS)
+    x = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
+    want = outcome(experts, "eager", x, ids, weights)[0]
+    got = outcome(experts, interop.NAME, x, ids, weights)[0]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_float64_models_are_served_as_they_are():

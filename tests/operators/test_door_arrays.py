@@ -52,7 +52,7 @@ def test_arrays_give_arrays_with_the_same_bits():
         assert type(ours) is np.ndarray and ours.flags.writeable
         assert ours.ctypes.data % 64 == 0 and np.array_equal(ours, theirs.numpy())
     out = np.full((6, 5), 9, F32)
-    assert C.grouped_gemm_out(*product(), None, out) is None and (out == 8).all()
+    assert C.grouped_gemm_out(*product(), None, out, False, None) is None and (out == 8).all()
     arrays = [np.ones((2, 3), F32)], [np.zeros((2, 3), F32)]
     update = C.muon_momentum_(*arrays, 0.5, False, False, None, [])
     assert type(update) is np.ndarray and (update == update[0]).all() and update[0] > 0
@@ -96,7 +96,7 @@ def test_outputs_that_may_not_be_written_are_left_alone():
     out = np.zeros((6, 5), F32)
     out.flags.writeable = False
     with pytest.raises(ValueError, match=r"^grouped_gemm: out: .*read-only one; copy it"):
-        C.grouped_gemm_out(*product(), None, out)
+        C.grouped_gemm_out(*product(), None, out, False, None)
     assert not out.any()
 
 
@@ -123,12 +123,12 @@ def test_empty_arrays_are_taken():
 
 def test_ends_of_64_bits_in_an_array():
     a, b, ends = product()
-    assert (C.grouped_gemm(a, b, ends.astype(np.int64), None, torch.float32) == 8).all()
+    assert (C.grouped_gemm(a, b, ends.astype(np.int64), None, torch.float32, None) == 8).all()
 
 
 def test_a_strided_output_array_is_refused_with_the_cure():
     with pytest.raises(ValueError, match="grouped_gemm: out: .*contiguous"):
-        C.grouped_gemm_out(*product(), None, np.zeros((6, 5), F32)[:, ::-1])
+        C.grouped_gemm_out(*product(), None, np.zeros((6, 5), F32)[:, ::-1], False, None)
 
 
 def test_an_output_that_runs_backwards_over_its_input():
@@ -136,7 +136,7 @@ def test_an_output_that_runs_backwards_over_its_input():
     with pytest.raises(ValueError, match="expected memory of its own"):
         C.grouped_gemm_wgrad_out(
             memory[0], np.ones((8, 5), F32), np.array([2, 8], np.int32),
-            memory[::-1, :5], False,
+            memory[::-1, :5], False, None,
         )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def test_names_and_dtypes():
             kimi_ops.topk_gate(f(4, 16), 2, score_function=wrong)
     for wrong in ("float32", 1, None, np.float32):
         with pytest.raises(TypeError, match="^grouped_gemm: out_dtype: expected a dtype"):
-            C.grouped_gemm(*product(), None, wrong)
+            C.grouped_gemm(*product(), None, wrong, None)
     with pytest.raises(TypeError, match=r"^z_loss: expected 3 arguments, got 1"):
         C.z_loss(f(4, 16))
     with pytest.raises(TypeError, match="no keyword arguments"):
@@ -214,7 +214,7 @@ def test_names_and_dtypes():
     "call",
     [
         lambda: kimi_ops.z_loss(f(4, 16), coefficient=10**400),
-        lambda: C.grouped_gemm(*product(), None, []),
+        lambda: C.grouped_gemm(*product(), None, [], None),
         lambda: C.squares_(f(1).double(), 3, [0, 1], [1]),
         lambda: C.muon_update_([f(2, 2)], [f(2, 2)], ["x"], 0.1, False, *NO_FLAGS),
         lambda: C.newton_schulz([f(4, 4)], [1.0, 1.0, 1.0], [1.5], 0, torch.float32, 1e-7, False),

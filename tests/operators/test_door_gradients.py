@@ -159,9 +159,9 @@ def test_checks_of_values_do_not_hang_on_the_environment_on_a_cpu(monkeypatch):
         with pytest.raises(ValueError, match=r"^permute_plan: indices"):
             kimi_ops.permute_plan(i([9]), 4)
         with pytest.raises(ValueError, match=r"^grouped_gemm: offsets"):
-            grouped_gemm.grouped_gemm(f(6, 8), f(2, 8, 5), i(5, 4), None, torch.float32)
+            grouped_gemm.grouped_gemm(f(6, 8), f(2, 8, 5), i(5, 4), None, torch.float32, None)
         with pytest.raises(ValueError, match=r"^fused_experts: indices"):
-            kimi_ops.fused_experts(*CALLS["fused_experts"][1]()[:4], i([4, 0]).expand(4, 2))
+            kimi_ops.fused_experts(*CALLS["fused_experts"][1]()[:4], i([5, 0]).expand(4, 2))
 
 
 def test_engines_take_the_same_way(engine):

@@ -218,7 +218,7 @@ def test_memory_of_the_backward():
 
 
 BAD_CALLS = [
-    ({"activation": "relu"}, ValueError, "activation: expected one of silu, gelu, situ"),
+    ({"activation": "relu"}, ValueError, "activation: expected one of silu, gelu, situ, gelu_tanh"),
     ({"x": lambda t: t.int()}, TypeError, "x: expected bfloat16, float16, float32, float64"),
     ({"x": lambda t: t[None]}, ValueError, r"x: expected shape \[T, H\]"),
     ({"w_gate_up": lambda t: t.half()}, TypeError, "w_gate_up: expected torch.float32"),
@@ -226,12 +226,12 @@ BAD_CALLS = [
     ({"w_gate_up": lambda t: t[..., :5]}, ValueError, r"w_gate_up: expected shape \[E, 2F, H=6\]"),
     ({"w_down": lambda t: t[:, :, :4]}, ValueError, r"w_down: expected shape \[3, 6, 5\]"),
     ({"w_down": lambda t: t[:2]}, ValueError, r"w_down: expected shape \[3, 6, 5\]"),
-    ({"weights": lambda t: t.bfloat16()}, TypeError, "weights: expected torch.float32"),
+    ({"weights": lambda t: t.double()}, TypeError, "weights: expected torch.float32"),
     ({"weights": lambda t: t[:, :1]}, ValueError, r"weights: expected shape \[4, 2\]"),
-    ({"indices": lambda t: t.long()}, TypeError, "indices: expected torch.int32"),
+    ({"indices": lambda t: t.short()}, TypeError, "indices: expected torch.int32"),
     ({"indices": lambda t: t[:3]}, ValueError, r"indices: expected shape \[T=4, K >= 1\]"),
-    ({"indices": lambda t: t + 3}, ValueError, r"indices: expected ids in -1 \.\. 2"),
-    ({"indices": lambda t: t - 2}, ValueError, r"indices: expected ids in -1 \.\. 2"),
+    ({"indices": lambda t: t + 4}, ValueError, r"indices: expected ids in -1 \.\. 3"),
+    ({"indices": lambda t: t - 2}, ValueError, r"indices: expected ids in -1 \.\. 3"),
     ({"w_down": lambda t: t.to("meta")}, ValueError, "w_down: expected on cpu as x, got meta"),
 ]
 

@@ -249,7 +249,7 @@ BAD_CALLS = [
     ({"offsets": OFFSETS.to("meta")}, ValueError, "offsets: expected on cpu as a, got meta"),
     ({"a": A.int()}, TypeError, "a: expected bfloat16, float16, float32, float64, got int32"),
     ({"a": A[0]}, ValueError, r"a, b: expected shapes \[R, K\] and \[E, K, N\]"),
-    ({"b": B[0]}, ValueError, r"a, b: expected shapes \[R, K\] and \[E, K, N\]"),
+    ({"b": B[None]}, ValueError, r"a, b: expected shapes \[R, K\] and \[E, K, N\]"),
     ({"b": B.bfloat16()}, TypeError, "b: expected float32, got bfloat16"),
     (
         {"b": B.transpose(1, 2)},

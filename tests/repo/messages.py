@@ -202,10 +202,14 @@ def good() -> dict[str, dict[str, Any]]:
         "ops.unpermute": {"y": f(8, 6), **maps, "weights": None},
         "ops.unpermute_backward": {"grad_x": f(4, 6), "y": f(8, 6), **maps, "weights": f(4, 2)},
         "ops.sort_chunks": {**chunks, "inverse": False},
-        "ops.grouped_gemm": {**product, **floats},
-        "ops.grouped_gemm_out": {**product, "bias": None, "out": f(6, 5)},
-        "ops.grouped_gemm_wgrad": {**outer, "dtype": torch.float32},
-        "ops.grouped_gemm_wgrad_out": {**outer, "out": f(2, 8, 5), "accumulate": False},
+        "ops.grouped_gemm": {**product, **floats, "starts": None},
+        "ops.grouped_gemm_out": {
+            **product, "bias": None, "out": f(6, 5), "accumulate": False, "starts": None
+        },
+        "ops.grouped_gemm_wgrad": {**outer, "dtype": torch.float32, "starts": None},
+        "ops.grouped_gemm_wgrad_out": {
+            **outer, "out": f(2, 8, 5), "accumulate": False, "starts": None
+        },
         "ops.quantized_gemm": {
             "a": f(6, 8), "data": fp8(2, 5, 8), "scale": f(2, 1, 1), "offsets": offsets, **floats
         },
@@ -213,10 +217,12 @@ def good() -> dict[str, dict[str, Any]]:
         "ops.grouped_gemm_fp8": {**scaled, "offsets": offsets, **floats},
         "ops.grouped_gemm_fp8_out": {**scaled, "offsets": offsets, "bias": None, "out": f(6, 5)},
         "ops.fused_experts": {
-            **routed, "gate_up_scale": None, "down_scale": None, "activation": "silu", "save": False
+            **routed, "gate_up_scale": None, "down_scale": None, "b_gate_up": None, "b_down": None,
+            "activation": "silu", "numbers": [], "weights_first": False, "save": False,
         },
         "ops.fused_experts_backward": {
-            "dy": f(4, 8), **routed, "gate_up": None, "activation": "silu", "wanted": [True] * 4
+            "dy": f(4, 8), **routed, "gate_up": None, "b_gate_up": None, "b_down": None,
+            "activation": "silu", "numbers": [], "wanted": [True] * 4 + [False] * 2,
         },
         "ops.matrix_product": {
             "a": f(4, 6), "b": f(6, 4), "c": None, "alpha": 1.0, "beta": 0.0, "symmetric": False

@@ -40,7 +40,7 @@ kimi_ops.parallel
 kimi_ops.moe
 kimi_ops.operators
 kimi_ops.reference
-kimi_ops._native kimi_ops.formats kimi_ops.routing
+kimi_ops._native kimi_ops.activations kimi_ops.formats kimi_ops.routing
 kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program
 """
 Graph = dict[str, set[str]]

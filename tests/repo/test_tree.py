@@ -58,7 +58,7 @@ def test_native_ops_mirror_their_name_everywhere(op):
 def test_tests_lie_where_their_code_does():
     package = ROOT / "python/kimi_ops"
     modules = [p.stem for f in ("moe", "optim", "operators") for p in (package / f).glob("*.py")]
-    aspects = "|_torch|_memory|_optimizer|_aol|_plan"
+    aspects = "|_torch|_memory|_optimizer|_aol|_plan|_forms"
     for path in (ROOT / "tests/ops").glob("test_*.py"):
         assert re.fullmatch(rf"test_({'|'.join(modules)})({aspects})", path.stem), path
     assert not list((ROOT / "tests").glob("test_*.py")), "tests of no folder"

@@ -23,7 +23,10 @@ struct Case {
   int32_t experts, top_k;
   kimi_activation activation;
   bool saved;  // [g; u] by the forward, or computed again
+  bool biased = false, weights_first = false;
 };
+
+constexpr kimi_activation_numbers kNumbers = {4, 25, 1.702f, 1, 1.5f, 1.2f, 1};
 
 struct Plan {
   std::vector<int32_t> row_map, source, offsets;
@@ -57,7 +60,7 @@ struct Values {
 
 template <class T>
 struct Layer {
-  Values<T> x, dy, w_gate_up, w_down;
+  Values<T> x, dy, w_gate_up, w_down, b_gate_up, b_down;
   std::vector<float> weights;
 
   Layer(const Case& c, std::mt19937& random)
@@ -65,6 +68,8 @@ struct Layer {
         dy(c.tokens * c.hidden, 1.0, random),
         w_gate_up(c.experts * 2 * c.width * c.hidden, 0.3, random),
         w_down(c.experts * c.hidden * c.width, 0.3, random),
+        b_gate_up(c.experts * 2 * c.width, c.biased ? 1.0 : 0.0, random),
+        b_down(c.experts * c.hidden, c.biased && !c.weights_first ? 1.0 : 0.0, random),
         weights(c.tokens * c.top_k) {
     for (float& w : weights) w = std::uniform_real_distribution<float>(0.2f, 2.0f)(random);
   }
@@ -74,18 +79,29 @@ double value(kimi_activation kind, double g, double u) {
   if (kind == KIMI_ACTIVATION_GELU) return g * 0.5 * std::erfc(-g / std::sqrt(2.0)) * u;
   const double s = 1 / (1 + std::exp(-g));
   if (kind == KIMI_ACTIVATION_SILU) return g * s * u;
+  if (kind == KIMI_ACTIVATION_RELU2) return g > 0 ? g * g * u : 0;
+  if (kind == KIMI_ACTIVATION_GELU_TANH)
+    return 0.5 * g * (1 + std::tanh(std::sqrt(2 / std::acos(-1)) * (g + 0.044715 * g * g * g))) * u;
+  if (kind == KIMI_ACTIVATION_SWIGLU) {
+    const double c = std::fmin(g, kNumbers.gate_limit), limit = kNumbers.up_limit;
+    const double a = c / (1 + std::exp(-double{kNumbers.alpha} * c));
+    return std::fmin(a, kNumbers.silu_limit) *
+           (std::fmax(-limit, std::fmin(limit, u)) + kNumbers.shift);
+  }
   return 4 * std::tanh(g / 4) * s * 25 * std::tanh(u / 25);
 }
 
 struct Outputs {
-  Doubles y, dx, grad_w_gate_up, grad_w_down, grad_weights;
+  Doubles y, dx, grad_w_gate_up, grad_w_down, grad_weights, grad_b_gate_up, grad_b_down;
 
   explicit Outputs(const Case& c)
       : y(c.tokens * c.hidden),
         dx(c.tokens * c.hidden),
         grad_w_gate_up(c.experts * 2 * c.width * c.hidden),
         grad_w_down(c.experts * c.hidden * c.width),
-        grad_weights(c.tokens * c.top_k) {}
+        grad_weights(c.tokens * c.top_k),
+        grad_b_gate_up(c.experts * 2 * c.width),
+        grad_b_down(c.experts * c.hidden) {}
 };
 
 // One row of expert e: everything that it adds.
@@ -97,8 +113,14 @@ void add_row(const Case& c, const Layer<T>& l, int32_t e, int32_t pair, Outputs&
   const double* up = &l.w_gate_up.exact[e * 2 * F * H];
   const double* down = &l.w_down.exact[e * H * F];
   const double weight = l.weights[pair];
+  for (int64_t i = 0; i < H; ++i) {
+    const double bias = l.b_down.exact[e * H + i];
+    out.y[t * H + i] += weight * bias;
+    out.grad_weights[pair] += dy[i] * bias;
+    out.grad_b_down[e * H + i] += weight * dy[i];
+  }
   for (int64_t f = 0; f < F; ++f) {
-    double g = 0, u = 0, dh = 0;
+    double g = l.b_gate_up.exact[e * 2 * F + f], u = l.b_gate_up.exact[e * 2 * F + F + f], dh = 0;
     for (int64_t i = 0; i < H; ++i) {
       g += x[i] * up[f * H + i];
       u += x[i] * up[(F + f) * H + i];
@@ -110,6 +132,8 @@ void add_row(const Case& c, const Layer<T>& l, int32_t e, int32_t pair, Outputs&
     const double du = (value(c.activation, g, u + step) - value(c.activation, g, u - step)) /
                       (2 * step) * weight * dh;
     out.grad_weights[pair] += dh * h;
+    out.grad_b_gate_up[e * 2 * F + f] += dg;
+    out.grad_b_gate_up[e * 2 * F + F + f] += du;
     for (int64_t i = 0; i < H; ++i) {
       out.y[t * H + i] += weight * down[i * F + f] * h;
       out.dx[t * H + i] += dg * up[f * H + i] + du * up[(F + f) * H + i];
@@ -143,10 +167,12 @@ void fill(Params& p, const Case& c, const Layer<T>& l, const Plan& plan) {
   p.x = l.x.stored.data(), p.x_stride = H;
   p.w_gate_up = {l.w_gate_up.stored.data(), nullptr, 2 * F * H, H, 1, storage};
   p.w_down = {l.w_down.stored.data(), nullptr, H * F, F, 1, storage};
+  p.b_gate_up = c.biased ? l.b_gate_up.stored.data() : nullptr;
+  p.b_down = c.biased && !c.weights_first ? l.b_down.stored.data() : nullptr;
   p.weights = l.weights.data(), p.row_map = plan.row_map.data();
   p.source = plan.source.data(), p.offsets = plan.offsets.data();
   p.num_tokens = c.tokens, p.hidden = H, p.width = F, p.num_experts = c.experts;
-  p.top_k = c.top_k, p.dtype = kDtype<T>, p.activation = c.activation;
+  p.numbers = kNumbers, p.top_k = c.top_k, p.dtype = kDtype<T>, p.activation = c.activation;
 }
 
 template <class T>
@@ -165,6 +191,7 @@ void run(const Case& c, uint64_t seed) {
   std::vector<T> y(exact.y.size(), poison), gate_up(c.saved ? rows * 2 * c.width : 0, poison);
   FusedExpertsParams p{};
   fill(p, c, l, plan);
+  p.weights_first = c.weights_first;
   std::vector<char> workspace(fused_experts_workspace_bytes_cuda(p), '\xff');
   p.y = y.data(), p.gate_up = c.saved ? gate_up.data() : nullptr, p.workspace = workspace.data();
   CHECK(fused_experts_cuda(p, nullptr).is_ok());
@@ -179,6 +206,9 @@ void run(const Case& c, uint64_t seed) {
   b.dy = l.dy.stored.data(), b.dy_stride = c.hidden;
   b.dx = dx.data(), b.grad_w_gate_up = grad_w_gate_up.data();
   b.grad_w_down = grad_w_down.data(), b.grad_weights = grad_weights.data();
+  std::vector<T> grad_b_gate_up(exact.grad_b_gate_up.size(), poison),
+      grad_b_down(exact.grad_b_down.size(), poison);
+  b.grad_b_gate_up = grad_b_gate_up.data(), b.grad_b_down = grad_b_down.data();
   b.workspace = scratch.data();
   CHECK(fused_experts_backward_cuda(b, nullptr).is_ok());
 
@@ -188,6 +218,8 @@ void run(const Case& c, uint64_t seed) {
   compare(c, "grad_w_gate_up", grad_w_gate_up, exact.grad_w_gate_up, bound);
   compare(c, "grad_w_down", grad_w_down, exact.grad_w_down, bound);
   compare(c, "grad_weights", grad_weights, exact.grad_weights, bound);
+  compare(c, "grad_b_gate_up", grad_b_gate_up, exact.grad_b_gate_up, bound);
+  compare(c, "grad_b_down", grad_b_down, exact.grad_b_down, bound);
 }
 
 constexpr Case kCases[] = {
@@ -196,6 +228,11 @@ constexpr Case kCases[] = {
     {19, 33, 21, 4, 3, KIMI_ACTIVATION_SITU, true},    // nothing is divided
     {150, 64, 72, 3, 2, KIMI_ACTIVATION_SILU, false},  // more rows than a tile
     {1, 64, 64, 40, 1, KIMI_ACTIVATION_SILU, true},    // most experts without rows
+    {37, 72, 40, 5, 3, KIMI_ACTIVATION_SWIGLU, true, true},
+    {19, 33, 21, 4, 3, KIMI_ACTIVATION_GELU_TANH, false, true},
+    {37, 64, 48, 5, 2, KIMI_ACTIVATION_RELU2, true},
+    {37, 72, 40, 5, 3, KIMI_ACTIVATION_SILU, true, true},
+    {37, 72, 40, 5, 3, KIMI_ACTIVATION_SILU, true, true, true},
 };
 
 template <class T>

@@ -80,24 +80,35 @@ void compare_rows(uint64_t seed) {
   simt::settings().seed = seed;
   std::mt19937 random(static_cast<unsigned>(seed));
   const int groups = seed % 5 == 0 ? 0 : static_cast<int>(random() % (seed % 3 == 0 ? 140 : 34));
-  std::vector<int32_t> offsets;
+  std::vector<int32_t> offsets, starts;
+  const bool gaps = seed % 2 != 0;
   int32_t end = 0;
   for (int e = 0; e < groups; ++e) {
+    if (gaps && random() % 2 != 0) end += static_cast<int32_t>(random() % 200);
+    starts.push_back(end);
     if (random() % 3 != 0) end += static_cast<int32_t>(random() % (random() % 8 == 0 ? 1500 : 40));
     offsets.push_back(end);
   }
   Product p{};
   p.groups = {offsets.data(), end + static_cast<int64_t>(random() % 3 * 70), groups};
+  if (gaps) p.groups.starts = starts.data();
   p.cols = 1 + static_cast<int64_t>(random() % 30);
   const int64_t col_tiles = (p.cols + kTileCols - 1) / kTileCols;
   for (bool zero_rows : {false, true}) {
+    if (gaps && !zero_rows) continue;
     std::vector<Tile> want;
-    for (int32_t e = 0; e < groups + (zero_rows ? 1 : 0); ++e) {
-      const int64_t begin = e == 0 ? 0 : offsets[e - 1],
-                    last = e < groups ? offsets[e] : p.groups.num_rows;
+    const auto add = [&](int32_t e, int64_t begin, int64_t last) {
       add_group(want, e, (last - begin + kTileRows - 1) / kTileRows, col_tiles, begin, last,
                 kTileRows);
+    };
+    for (int32_t e = 0; e < groups + (zero_rows ? 1 : 0); ++e) {
+      const int64_t before = e == 0 ? 0 : offsets[e - 1],
+                    last = e < groups ? offsets[e] : p.groups.num_rows;
+      const bool of_group = gaps && e < groups;
+      if (of_group) add(groups, before, starts[e]);  // zero rows, as those after the last group
+      add(e, of_group ? starts[e] : before, last);
     }
+    CHECK(static_cast<int64_t>(want.size()) <= most_tiles(p, kTileRows, kTileCols));
     for (bool resumes : {false, true}) {
       std::vector<Found> found(want.size() + 3);
       const unsigned blocks = 1 + static_cast<unsigned>(random() % 40);

@@ -48,7 +48,7 @@ class StoreTiles {
   __device__ static void run(const Params& params, const Product& p, const Work& work, int32_t row,
                              int valid, float (&d)[X::kSums], char* boxes) {
     const StoreParams& out = params.out;
-    if (X::kGrouping == Grouping::kK && work.depth == 0 && out.accumulate) return;
+    if (work.depth == 0 && out.accumulate) return;
     if (out.dtype == KIMI_FLOAT32) return run_as<X, float>(params, p, work, row, valid, d, boxes);
     if constexpr (!kOfFp8)
       return run_as<X, T>(params, p, work, row, valid, d, boxes);

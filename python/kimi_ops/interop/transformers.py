@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kimi_ops.activations import Activation, of, situ, swiglu
 from kimi_ops.moe.fused_experts import fused_experts
 from kimi_ops.moe.grouped_gemm import grouped_gemm
 from kimi_ops.moe.permute import permute, permute_plan, unpermute
@@ -65,9 +66,9 @@ def experts_forward(
     """The forward of a module that transformers' `use_experts_implementation` decorates.
 
     ``y[t] = sum_k top_k_weights[t, k] * norm(down(gate(up(x[t]))))`` with the projections, biases,
-    gate and norm of expert ``top_k_index[t, k]``. A gated SiLU or GELU without more runs as one
-    `fused_experts`; any other as permuted rows through two `grouped_gemm`, the module's own gate
-    between them.
+    gate and norm of expert ``top_k_index[t, k]``. What `kimi_ops.activations` can say, with gate
+    rows before up rows, runs as one `fused_experts`; any other as permuted rows through two
+    `grouped_gemm`, the module's own gate between them.
 
     Parameters
     ----------
@@ -96,8 +97,10 @@ def experts_forward(
     activation = _fused_activation(module)
     if activation is not None:
         y = fused_experts(
-            x, module.gate_up_proj, module.down_proj, weights, ids, activation=activation
-        )
+            x, module.gate_up_proj, module.down_proj, weights, ids, activation=activation,
+            b_gate_up=module.gate_up_proj_bias if module.has_bias else None,
+            b_down=module.down_proj_bias if module.has_bias else None,
+        )  # fmt: skip
         return y.to(hidden_states.dtype)
     plan = permute_plan(ids, count)
     rows = _project(
@@ -119,20 +122,54 @@ def _project(module: Any, name: str, rows: Tensor, plan: Any) -> Tensor:
     return grouped_gemm(rows, matrices, plan.offsets, bias=bias)
 
 
-def _fused_activation(module: Any) -> str | None:
-    """The name of the activation, where the module is what `fused_experts` computes."""
-    from transformers.activations import GELUActivation, SiLUActivation
+def _fused_activation(module: Any) -> Activation | None:
+    """The activation, where the module is what `fused_experts` computes."""
     from transformers.integrations.moe import _default_apply_gate
 
-    plain = (
-        module.has_gate
-        and module.is_concatenated
-        and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
-        and type(module)._apply_gate is _default_apply_gate
-    )
-    if not plain:
+    laid_out = module.has_gate and module.is_concatenated
+    if not laid_out or module.is_transposed or module.has_post_expert_norm:
         return None
-    if isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+    if type(module)._apply_gate is not _default_apply_gate:
+        return _own_gate(module)
+    name = _plain_name(module.act_fn)
+    return None if name is None else of(name)
+
+
+def _plain_name(function: Any) -> str | None:
+    from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
+
+    if isinstance(function, nn.SiLU | SiLUActivation):
         return "silu"
-    exact = isinstance(module.act_fn, nn.GELU) and module.act_fn.approximate == "none"
-    return "gelu" if exact or isinstance(module.act_fn, GELUActivation) else None
+    if isinstance(function, GELUActivation):
+        return "gelu"
+    if isinstance(function, GELUTanh | NewGELUActivation):
+        return "gelu_tanh"
+    if isinstance(function, nn.GELU):
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
+    return None
+
+
+# Gates of models' own that are the library's activations, by module and class; every one of them is
+# held against the model's own by tests/interop.
+_LIMITED = {
+    "deepseek_v4:DeepseekV4Experts": "limit",
+    "glm5_next:Glm5NextTextExperts": "swiglu_limit",
+    "hy_v4:HYV4Experts": "swiglu_limit",
+    "hy_v4_vl:HYV4VLExperts": "swiglu_limit",
+}
+
+
+def _own_gate(module: Any) -> Activation | None:
+    place = type(module).__module__
+    if not place.startswith("transformers.models."):
+        return None
+    key = f"{place.split('.')[2]}:{type(module).__name__}"
+    if key in _LIMITED:
+        silu = key != "deepseek_v4:DeepseekV4Experts" or _plain_name(module.act_fn) == "silu"
+        return swiglu(getattr(module, _LIMITED[key])) if silu else None
+    if key in ("inkling2:Inkling2Experts", "inkling2_loop:Inkling2LoopExperts"):
+        caps = module.act_fn
+        return situ(caps.gate_softcap.softcap, caps.up_softcap.softcap)
+    if key == "minimax_m3_vl:MiniMaxM3VLExperts":
+        return swiglu(module.swiglu_limit, alpha=module.swiglu_alpha, shift=1.0)
+    return None

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Matrix products of every expert's group of rows, and their weight gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,16 +18,29 @@ __all__ = ["grouped_gemm", "grouped_gemm_wgrad"]
 def grouped_gemm(
     a: Tensor | Fp8Rows,
     b: Tensor | QuantizedWeight,
-    offsets: Tensor,
+    offsets: Tensor | None = None,
     *,
+    starts: Tensor | None = None,
+    counts: Tensor | None = None,
     bias: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """Multiply each expert's rows by its matrix: ``c[r] = a[r] @ b[e(r)] + bias[e(r)]``.
 
-    Expert e owns the rows ``offsets[e - 1] <= r < offsets[e]``. Rows from ``offsets[-1]`` on are
-    zero in the result and never read. R, K, N and the groups need no alignment.
+    Expert e owns the rows ``offsets[e - 1] <= r < offsets[e]``. Rows of no expert, as those from
+    ``offsets[-1]`` on, are zero in the result and never read. R, K, N and the groups need no
+    alignment. The other forms of `torch.nn.functional.grouped_mm`, and padded groups:
+
+    ============== ============ ============= ==========================================
+    a              b            result        groups
+    ============== ============ ============= ==========================================
+    [R, K]         [E, K, N]    [R, N]        of rows, by offsets (and starts)
+    [E, M, K]      [E, K, N]    [E, M, N]     a matrix each, or its first counts[e] rows
+    [E, M, K]      [K, N]       [M, N]        of columns of b, by offsets
+    [M, K]         [K, N]       [E, M, N]     of K, by offsets: `grouped_gemm_wgrad`
+    ============== ============ ============= ==========================================
 
     Parameters
     ----------
@@ -37,14 +52,24 @@ def grouped_gemm(
         `Fp8BlockWeight` or `Int4GroupWeight` of shape [E, N, K] stands for its transpose; it is
         dequantised to the dtype of a (CPU only, read only).
     offsets : Tensor [E] int32 or int64
-        Inclusive end rows, not decreasing, as `PermutePlan.offsets`.
+        Inclusive end rows, not decreasing, as `PermutePlan.offsets`. E may be 0. None where a and b
+        have a matrix for each expert.
+    starts : Tensor [E], the dtype of offsets, optional
+        First rows, where groups leave gaps: ``offsets[e - 1] <= starts[e] <= offsets[e]``. Gaps
+        cost nothing but their zeros. With a [R, K] and b [E, K, N] of floats only.
+    counts : Tensor [E] int32 or int64, optional
+        With a [E, M, K] and b [E, K, N]: only the first ``counts[e] <= M`` rows of a[e] are read,
+        the others give zeros (the masked layout of decoding). None: all M.
     bias : Tensor [E, N], the dtype of a, optional
-        The dtype of the result beside FP8 rows.
-    out : Tensor [R, N], optional
-        Receives the result; not together with gradients.
+        The dtype of the result beside FP8 rows. Not with b [K, N].
+    out : Tensor, the shape of the result, optional
+        Receives it; not together with gradients.
     out_dtype : dtype of a or torch.float32, optional
         float32 keeps the accumulator of half-precision products unrounded. FP8 rows give bfloat16
         unless this says float16 or float32.
+    accumulate : bool
+        Add to `out` instead of replacing it: in fp32, rounded once. Rows of no expert keep what
+        they have. Not with FP8 rows or quantised weights.
 
     Returns
     -------
@@ -53,14 +78,15 @@ def grouped_gemm(
     Raises
     ------
     TypeError, ValueError
-        Wrong dtype, shape or device. Bad offsets: on the CPU always, on CUDA when the environment
-        has ``KIMI_OPS_CHECK=1`` (the check reads them back).
+        Wrong dtype, shape or device; options that do not go together. Bad offsets, starts or
+        counts: on the CPU always, on CUDA when the environment has ``KIMI_OPS_CHECK=1`` (the check
+        reads them back).
 
     Notes
     -----
     Differentiable in a, bias and a Tensor b; an expert without rows has a zero gradient. Under
     `torch.autocast` the operands are cast as those of `torch.mm` are. A superset of
-    `torch.nn.functional.grouped_mm`. Cost: 2 R K N operations.
+    `torch.nn.functional.grouped_mm`. Cost: 2 K N operations a row of a group.
 
     Examples
     --------
@@ -70,7 +96,23 @@ def grouped_gemm(
     >>> b = torch.stack([torch.eye(2), 2 * torch.eye(2)])
     >>> grouped_gemm(a, b, torch.tensor([1, 2], dtype=torch.int32)).tolist()
     [[1.0, 2.0], [6.0, 8.0], [0.0, 0.0]]
+    >>> counts = torch.tensor([2, 0], dtype=torch.int32)
+    >>> grouped_gemm(torch.stack([a, a]), b, counts=counts).sum(-1).tolist()
+    [[3.0, 7.0, 0.0], [0.0, 0.0, 0.0]]
     """
+    if accumulate and (out is None or not (isinstance(a, Tensor) and isinstance(b, Tensor))):
+        raise ValueError(
+            "grouped_gemm: accumulate: expected out, a and b that are tensors beside it, got "
+            + ("no out" if out is None else "stored ones")
+            + "; add the result to out yourself"
+        )
+    form = (a.dim(), b.dim()) if isinstance(a, Tensor) and isinstance(b, Tensor) else (2, 3)
+    if form != (2, 3) or offsets is None or starts is not None or counts is not None:
+        _check_form(form, a, b, offsets, starts, counts, bias)
+    if form != (2, 3):
+        given: dict[str, Any] = {"out": out, "out_dtype": out_dtype, "accumulate": accumulate}
+        return _other_form(form, a, b, offsets, counts, bias, given)
+    assert offsets is not None
     if isinstance(a, Fp8Rows):
         return _fp8(a, b, offsets, bias, out, out_dtype)
     _check.tensor("grouped_gemm", "a", a)
@@ -81,9 +123,9 @@ def grouped_gemm(
             _refuse_gradients("grouped_gemm", x, bias, out)
         return quantized_gemm(x, b, offsets, bias, out, dtype)
     if out is None:
-        return operators.grouped_gemm(x, b, offsets, bias, dtype)
+        return operators.grouped_gemm(x, b, offsets, bias, dtype, starts)
     _refuse_gradients("grouped_gemm", x, b, bias, out)
-    operators.grouped_gemm_out(x, b, offsets, bias, out)
+    operators.grouped_gemm_out(x, b, offsets, bias, out, accumulate, starts)
     return out
 
 
@@ -92,6 +134,7 @@ def grouped_gemm_wgrad(
     dc: Tensor,
     offsets: Tensor,
     *,
+    starts: Tensor | None = None,
     out: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
@@ -102,7 +145,8 @@ def grouped_gemm_wgrad(
     a : Tensor [R, K]
     dc : Tensor [R, N], the dtype of a
     offsets : Tensor [E] int32 or int64
-        As in `grouped_gemm`.
+    starts : Tensor [E], the dtype of offsets, optional
+        Both as in `grouped_gemm`.
     out : Tensor [E, K, N], the dtype of a or float32, any stride order, optional
         Receives the gradient; float32 is the main gradient of mixed-precision training.
     accumulate : bool
@@ -131,7 +175,7 @@ def grouped_gemm_wgrad(
     if out is not None:
         _refuse_gradients("grouped_gemm_wgrad", a, dc, out)
         with torch.no_grad():
-            operators.grouped_gemm_wgrad_out(a, dc, offsets, out, accumulate)
+            operators.grouped_gemm_wgrad_out(a, dc, offsets, out, accumulate, starts)
         return out
     if accumulate:
         raise ValueError(
@@ -139,7 +183,90 @@ def grouped_gemm_wgrad(
             "add to"
         )
     _check.tensor("grouped_gemm_wgrad", "a", a)
-    return operators.grouped_gemm_wgrad(a, dc, offsets, a.dtype)
+    return operators.grouped_gemm_wgrad(a, dc, offsets, a.dtype, starts)
+
+
+_FORMS = (2, 3), (3, 3), (3, 2), (2, 2)
+
+
+def _check_form(
+    form: tuple[int, int], a: Any, b: Any, offsets: Any, starts: Any, counts: Any, bias: Any
+) -> None:
+    """Which options go with the numbers of dimensions of a and b."""
+    op, whole = "grouped_gemm", form == (3, 3)
+    if form not in _FORMS:
+        raise ValueError(
+            f"{op}: a, b: expected shapes [R, K] and [E, K, N], or another form of its table, got "
+            f"{list(a.shape)} and {list(b.shape)}; reshape them"
+        )
+    if whole != (offsets is None):
+        raise ValueError(
+            f"{op}: offsets: expected "
+            + ("none beside a matrix for each expert" if whole else "the end of each group")
+            + f", got {'none' if offsets is None else list(offsets.shape)}; "
+            + ("pass counts" if whole else "pass the cumulative sum of the group sizes")
+        )
+    plain = isinstance(a, Tensor) and isinstance(b, Tensor)
+    for name, value, allowed in (
+        ("starts", starts, form == (2, 3) and plain), ("counts", counts, whole),
+        ("bias", bias, form[1] == 3),
+    ):  # fmt: skip
+        if value is not None and not allowed:
+            raise ValueError(
+                f"{op}: {name}: expected none beside "
+                + (f"{form[0]}-D a and {form[1]}-D b" if plain else "stored operands")
+                + ", got one; leave it away"
+            )
+
+
+def _other_form(
+    form: tuple[int, int], a: Any, b: Any, offsets: Tensor | None, counts: Tensor | None,
+    bias: Tensor | None, given: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Of the same products: with rows and columns exchanged, by K, or of groups that begin every M
+    rows of [E * M, K]."""
+    out = given["out"]
+    if form == (3, 2):
+        given["out"] = None if out is None else out.t()
+        c = grouped_gemm(b.t(), a.transpose(1, 2), offsets, **given)
+        return c.t() if out is None else out
+    if form == (2, 2):
+        if out is not None:
+            return grouped_gemm_wgrad(a.t(), b, offsets, out=out, accumulate=given["accumulate"])
+        a, b = autocast(a, b)
+        dtype = _result_dtype(a.dtype, None, given["out_dtype"])
+        return operators.grouped_gemm_wgrad(a.t(), b, offsets, dtype, None)
+    experts, rows, depth = a.shape
+    if len(b) != experts:
+        raise ValueError(
+            f"grouped_gemm: b: expected {experts} matrices as a, got {len(b)}; pass one for each"
+        )
+    sizes = experts, rows, b.shape[2]
+    if out is not None:
+        if tuple(out.shape) != sizes or not out.is_contiguous():
+            raise ValueError(
+                f"grouped_gemm: out: expected a contiguous {list(sizes)}, got {list(out.shape)} of "
+                f"strides {out.stride()}; allocate it with that shape"
+            )
+        given["out"] = out.view(experts * rows, sizes[2])
+    starts = torch.arange(experts, dtype=torch.int32, device=a.device) * rows
+    if counts is None:
+        ends, firsts = starts + rows, None
+    else:
+        ends, firsts = starts + _counts(counts, experts), starts
+    c = grouped_gemm(a.reshape(-1, depth), b, ends, starts=firsts, bias=bias, **given)
+    return c.view(sizes) if out is None else out
+
+
+def _counts(counts: Tensor, experts: int) -> Tensor:
+    _check.tensor("grouped_gemm", "counts", counts)
+    _check.dtype("grouped_gemm", "counts", counts, (torch.int32, torch.int64))
+    _check.shape("grouped_gemm", "counts", counts, (experts,))
+    # what fits no int32 stays wrong
+    return counts if counts.dtype == torch.int32 else counts.clamp(-1, _MOST).int()
+
+
+_MOST = torch.iinfo(torch.int32).max
 
 
 def _fp8(

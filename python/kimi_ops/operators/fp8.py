@@ -144,7 +144,7 @@ def _dequantized(
     weight = torch.empty(b.shape, dtype=torch.bfloat16, device=b.device)
     for e in range(b.shape[0]):
         weight[e] = formats.dequantize_fp8(b[e], b_scale[e])
-    c = grouped_gemm(wide.bfloat16(), weight.transpose(1, 2), offsets, None, torch.float32)
+    c = grouped_gemm(wide.bfloat16(), weight.transpose(1, 2), offsets, None, torch.float32, None)
     return _biased(c, offsets, bias)
 
 
