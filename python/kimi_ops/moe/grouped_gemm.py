@@ -231,6 +231,7 @@ def _other_form(
         c = grouped_gemm(b.t(), a.transpose(1, 2), offsets, **given)
         return c.t() if out is None else out
     if form == (2, 2):
+        assert offsets is not None
         if out is not None:
             return grouped_gemm_wgrad(a.t(), b, offsets, out=out, accumulate=given["accumulate"])
         a, b = autocast(a, b)
