@@ -174,8 +174,8 @@ typedef struct kimi_expert_weights {
 /* y[t] = sum_k weights[t, k] (w_down[e] h + b_down[e]), h = act(g, u), [g; u] = w_gate_up[e] x[t] +
  * b_gate_up[e]. R = T K. csrc/fused_experts/fused_experts.h says how. On CUDA the plan is not
  * checked. There weights are not quantised, or with compute capability 9.x both are FP8 (dense, 16
- * divides their addresses and H, 128 divides F, no gate_up): rows of x and h become FP8 then, as of
- * kimi_fp8_rows. */
+ * divides their addresses and H, 128 divides F; no gate_up, biases, weights_first): rows of x and h
+ * become FP8 then, as of kimi_fp8_rows. */
 typedef struct kimi_fused_experts_params {
   const void* x;                 /* [T, H] dtype, row stride x_stride */
   kimi_expert_weights w_gate_up; /* [E, 2F, H], gate rows first */

@@ -7,7 +7,7 @@
 //
 // A tile is 128 rows x 128 columns of h, for that is a block of the rows' scales: the two products
 // of a stage take turns with one set of partial sums (gemm/sm90/promote.cuh). SiLU is written out;
-// the others go round a loop of 4 values a thread, for their code is long.
+// the others go round a loop of 2 values a thread, for their code is long.
 //
 // Cost: R F (1 + 4 / 128) bytes, where h in bf16 and a pass that quantises it move R F (2 + 2 + 1).
 // *Predicted* epilogue: 1550 instructions a warp for SiLU and 850 to quantise, by SASS, so 2400
@@ -78,7 +78,7 @@ class ActivateFp8 {
   }
 
  private:
-  static constexpr int kValues = 64, kStep = 4;  // of h a thread, a turn of the loop
+  static constexpr int kValues = 64, kStep = 2;  // of h a thread, a turn of the loop
 
   // h in place of g.
   __device__ static void activate(const Activation& activation, float (&d)[2 * kValues]) {

@@ -37,6 +37,10 @@ Status check_fp8(const char* op, const FusedExpertsParams& p) {
     return invalid(op, ": w_gate_up, w_down: expected F as a multiple of ", fp8::kBlock,
                    " and H of 16 beside FP8 weights on a GPU, got F = ", p.width,
                    " and H = ", p.hidden, "; dequantise the weights, or pad them before quantize");
+  if (p.b_gate_up || p.b_down || p.weights_first)
+    return invalid(op,
+                   ": b_gate_up, b_down, weights_first: expected none beside FP8 weights on a "
+                   "GPU; dequantise the weights");
   if (p.gate_up)
     return invalid(op,
                    ": gate_up: expected NULL beside FP8 weights on a GPU, which keep no [g; u]");

@@ -63,6 +63,10 @@ void multiply(Rows& a, Weight& b, const std::vector<int32_t>& offsets, Out* out)
       nullptr));
 }
 
+experts::Activation with_numbers(kimi_activation kind) {
+  return {kind, {4, 25, 1, 0, 100, 100, 100}, 1.0f / 4, 1.0f / 25};
+}
+
 // h of [g; u] in fp32, as the kernels compute it.
 void activate(kimi_activation activation, const float* gate_up, int64_t rows, int64_t width,
               float* h) {
@@ -70,7 +74,8 @@ void activate(kimi_activation activation, const float* gate_up, int64_t rows, in
     for (int64_t c = 0; c < width; ++c)
       experts::with_activation(activation, [&]<kimi_activation kActivation>() {
         h[r * width + c] = experts::gated<experts::ActivationOps, kActivation, false>(
-                               gate_up[r * 2 * width + c], gate_up[(r * 2 + 1) * width + c])
+                               gate_up[r * 2 * width + c], gate_up[(r * 2 + 1) * width + c],
+                               with_numbers(activation))
                                .value;
       });
 }
@@ -116,9 +121,9 @@ void compare(const Problem& problem, kimi_activation activation, uint64_t seed, 
   product.groups = {offsets.data(), x.count, static_cast<int32_t>(groups)};
   product.depth = x.width;
   product.cols = F;
-  require_ok(experts::activate_fp8(product, {x.scale.data(), x.stride, w.scale.data()},
-                                   {activation, is.data.data(), is.scale.data(), is.stride},
-                                   nullptr));
+  require_ok(experts::activate_fp8(
+      product, {x.scale.data(), x.stride, w.scale.data()},
+      {with_numbers(activation), is.data.data(), is.scale.data(), is.stride}, nullptr));
   Buffer<float> canary(1);
   for (int64_t r = 0; r < x.count; ++r) {
     for (int64_t c = 0; c < F; ++c)

@@ -61,9 +61,9 @@ struct Traits {
   static constexpr int kColumnScales = kGated ? 2 : kTileCols / 64;
   static constexpr int kCluster = kScaled ? 2 : 1;
   // 504, three times what a thread is launched with: producer + 2 consumer. Scaled: a second array
-  // of sums; gate and up: and their epilogue.
-  static constexpr int kProducerRegisters = kParts == 2 ? 40 : kScaled ? 56 : 72;
-  static constexpr int kConsumerRegisters = kParts == 2 ? 232 : kScaled ? 224 : 216;
+  // of sums.
+  static constexpr int kProducerRegisters = kScaled ? 56 : 72;
+  static constexpr int kConsumerRegisters = kScaled ? 224 : 216;
   static_assert(!kScaled || kTileCols % 64 == 0, "a tile begins at a multiple of 64 columns");
   static_assert(kParts == 1 || kTileCols == kScaleDepth, "gate and up have one scale each");
   static_assert(kGrouping != Grouping::kK || (kAMajor == Major::kOuter && kBMajor == kAMajor));
