@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import kimi_ops
 from kimi_ops.interop import dtensor
 from tests.dist.world import launch
-from tests.operators.test_derivatives import ENDS, ORDER, PLAN, SIZES, r
+from tests.operators.test_derivatives import CHOSEN, ENDS, ORDER, PLAN, SIZES, r
 from tests.repo.interfaces import operators
 
 IDS = torch.tensor([[0, 1], [2, 0], [1, -1]], dtype=torch.int32)
@@ -22,6 +22,10 @@ WHOLE, ROWS, COLUMNS, LAST = Replicate(), Shard(0), Shard(1), Shard(2)
 CASES = {
     "topk_gate": (
         lambda z: kimi_ops.topk_gate(z, 2).weights, [r(4, 6)], [ROWS], [], ROWS,
+    ),
+    "topk_gate given": (
+        lambda z, i: torch.ops.kimi_ops.topk_gate_given(z, i, "sigmoid", True, 1.0, None)[0],
+        [r(4, 6)], [ROWS], [CHOSEN], ROWS,
     ),
     "counts": (
         lambda z: kimi_ops.topk_gate(z, 2).tokens_per_expert, [r(4, 6)], [ROWS], [], Partial(),

@@ -31,6 +31,10 @@ OPS = {
         lambda z: kimi_ops.topk_gate(z, 2).weights, [r(4, 6)],
         lambda z: reference.topk_gate.topk_gate(z, 2)[0],
     ),
+    "topk_gate given": (
+        lambda z: kimi_ops.topk_gate(z, ids=CHOSEN).weights, [r(4, 6)],
+        lambda z: reference.topk_gate.topk_gate(z, ids=CHOSEN)[0],
+    ),
     "gate_plan": (
         lambda z: kimi_ops.gate_plan(z, 2, score_function="softmax")[0].weights, [r(4, 6)],
         lambda z: reference.topk_gate.topk_gate(z, 2, "softmax")[0],

@@ -34,6 +34,9 @@ Rule = tuple[dict[str, Placement], tuple[Placement, ...]]
 # operator -> what its arguments (others are whole) and its results are, a line a way
 RULES: dict[str, list[Rule]] = {
     "topk_gate": [({"logits": _ROWS, "valid": _ROWS}, (_ROWS, _ROWS, _SUM))],
+    "topk_gate_given": [
+        ({"logits": _ROWS, "ids": _ROWS, "valid": _ROWS}, (_ROWS, _ROWS, _SUM)),
+    ],
     "topk_gate_backward": [
         ({"grad_weights": _ROWS, "logits": _ROWS, "indices": _ROWS}, (_ROWS,)),
     ],
