@@ -44,10 +44,6 @@ Status check_fp8(const char* op, const FusedExpertsParams& p) {
   if (p.gate_up)
     return invalid(op,
                    ": gate_up: expected NULL beside FP8 weights on a GPU, which keep no [g; u]");
-  if (p.b_gate_up || p.b_down || p.weights_first)
-    return invalid(op,
-                   ": b_gate_up, b_down, weights_first: expected none of them beside FP8 weights on "
-                   "a GPU; dequantise the weights");
   const auto lies = [](const kimi_expert_weights& w, int64_t rows, int64_t columns) {
     return reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.row_stride == columns &&
            w.expert_stride == rows * columns;

@@ -22,6 +22,22 @@ GRADIENT: Final = 1  # ways of a call: see csrc/bindings/framework.h
 WATCHED: Final = 2
 OTHERWISE: Final = 3
 
+TORCH: Final = (2, 11)  # the oldest with __dlpack_c_exchange_api__ as csrc/bindings/dlpack.h has it
+
+
+def check_version(version: str) -> None:
+    """Refuse a torch that is too old, before it lacks a name somewhere."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and tuple(map(int, found.groups())) < TORCH:
+        oldest = ".".join(map(str, TORCH))
+        raise ImportError(
+            f"kimi_ops: torch: expected {oldest} or later, got {version} from {torch.__file__}; "
+            f"pip install -U 'torch>={oldest}'"
+        )
+
+
+check_version(torch.__version__)
+
 # The module that serves tensors. Tests put the host-run CUDA kernels here.
 engine: ModuleType = _C
 

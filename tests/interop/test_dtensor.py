@@ -23,6 +23,10 @@ CASES = {
     "topk_gate": (
         lambda z: kimi_ops.topk_gate(z, 2).weights, [r(4, 6)], [ROWS], [], ROWS,
     ),
+    "topk_gate given": (
+        lambda z, i: torch.ops.kimi_ops.topk_gate_given(z, i, "sigmoid", True, 1.0, None)[0],
+        [r(4, 6)], [ROWS], [CHOSEN], ROWS,
+    ),
     "counts": (
         lambda z: kimi_ops.topk_gate(z, 2).tokens_per_expert, [r(4, 6)], [ROWS], [], Partial(),
     ),

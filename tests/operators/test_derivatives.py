@@ -31,7 +31,7 @@ OPS = {
         lambda z: kimi_ops.topk_gate(z, 2).weights, [r(4, 6)],
         lambda z: reference.topk_gate.topk_gate(z, 2)[0],
     ),
-    "topk_gate_given": (
+    "topk_gate given": (
         lambda z: kimi_ops.topk_gate(z, ids=CHOSEN).weights, [r(4, 6)],
         lambda z: reference.topk_gate.topk_gate(z, ids=CHOSEN)[0],
     ),
