@@ -16,7 +16,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["GPT_OSS", "Activation", "of", "situ", "swiglu", "ungated"]
+__all__ = ["GPT_OSS", "Activation", "ActivationName", "of", "situ", "swiglu", "ungated"]
+
+ActivationName = Literal["silu", "gelu", "situ", "gelu_tanh", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def swiglu(
     return Activation("swiglu", (float(alpha), float(shift), before, after, most))
 
 
-def ungated(activation: "str | Activation") -> Activation:
+def ungated(activation: "ActivationName | Activation") -> Activation:
     """``h = a(g)``: experts with one matrix [E, F, H] in place of gate and up, as Nemotron-H's
     squared ReLU. The value is that of the gated form where its factor of u is 1.
 

@@ -30,12 +30,6 @@ MORE = {
     "topk_gate_given": (
         lambda x: kimi_ops.topk_gate(x, ids=messages.ids()), lambda: [f(4, 16)],
     ),
-    "quantile_histogram": (
-        lambda x: kimi_ops.quantile_histogram_(
-            torch.zeros(16, 3, dtype=torch.int32), x, 2, bounds=torch.tensor([-1.0, 1.0])
-        ),
-        lambda: [f(4, 16)],
-    ),
     "sequence_balance_loss": (
         lambda x: kimi_ops.sequence_balance_loss(x, messages.ids()), lambda: [f(4, 16)],
     ),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kimi_ops import _check, _native
 from kimi_ops._autocast import autocast
-from kimi_ops.activations import Activation, of
+from kimi_ops.activations import Activation, ActivationName, of
 from kimi_ops.moe.grouped_gemm import grouped_gemm
 from kimi_ops.moe.permute import permute, permute_plan, permute_weights, unpermute
 from kimi_ops.moe.quantized import QuantizedWeight
@@ -32,7 +32,7 @@ def fused_experts(
     *,
     b_gate_up: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str | Activation = "silu",
+    activation: ActivationName | Activation = "silu",
     weights_first: bool = False,
     recompute: bool = False,
     plan: PermutePlan | None = None,
@@ -233,7 +233,7 @@ def _joined(gate: Tensor, up: Tensor) -> Tensor | None:
 
 
 def _otherwise(
-    x: Tensor, w_gate_up: Any, w_down: Any, weights: Tensor, indices: Tensor,
+    x: Tensor, w_gate_up: Any, w_down: Weight, weights: Tensor, indices: Tensor,
     b_gate_up: Tensor | None, b_down: Tensor | None, form: Activation, weights_first: bool,
     plan: PermutePlan | None,
 ) -> Tensor:  # fmt: skip
