@@ -241,15 +241,6 @@ def test_float64_models_are_served_as_they_are():
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_float64_models_are_served_as_they_are():
-    experts = made("mixtral:MixtralExperts").double()
-    ids, weights = route(EXPERTS)
-    x = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
-    want = outcome(experts, "eager", x, ids, weights)[0]
-    got = outcome(experts, interop.NAME, x, ids, weights)[0]
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
 def test_compiles_without_a_break():
     model = model_of("Mixtral", experts_implementation=interop.NAME).eval()
     experts = model.model.layers[0].mlp.experts
