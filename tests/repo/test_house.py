@@ -43,10 +43,10 @@ kimi_ops.parallel
 kimi_ops.moe
 kimi_ops.operators
 kimi_ops.reference
-kimi_ops._native kimi_ops.activations kimi_ops.formats kimi_ops.routing
+kimi_ops._native kimi_ops.formats kimi_ops.routing
 kimi_ops.numpy kimi_ops.jax
 kimi_ops._library
-kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program kimi_ops.building
+kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program kimi_ops.activations kimi_ops.building
 """
 Graph = dict[str, set[str]]
 
