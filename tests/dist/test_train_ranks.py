@@ -412,3 +412,29 @@ def test_two_hosts_are_two_network_namespaces(tmp_path: Path):
         for name in ("run", "one")
     )
     assert losses == pytest.approx(alone, abs=LOSS) and len(losses) == 6
+
+
+def cannot_write(rank: int, folder: str) -> None:
+    """The lead has no room for the metrics of a step that is saved."""
+    root = Path(folder)
+    ranks = Ranks(dist.group.WORLD, timeout=20.0)
+    write = MetricsWriter.write
+
+    def full(self: MetricsWriter, row: dict) -> None:
+        if row["step"] == 4:
+            raise MetricsError("no room")
+        write(self, row)
+
+    MetricsWriter.write = full  # type: ignore[method-assign]
+    begin = time.monotonic()
+    expected, told = (PeerError, "rank 0") if rank else (MetricsError, "no room; .*step_000004")
+    with pytest.raises(expected, match=told):
+        run(root / "run", ranks, checkpoint_every=4, steps=8)
+    assert time.monotonic() - begin < 15
+
+
+@pytest.mark.slow
+def test_metrics_that_cannot_be_written_at_a_checkpoint_lose_nothing(tmp_path: Path):
+    text(tmp_path)
+    launch(cannot_write, tmp_path, 2)
+    assert run(tmp_path / "run", None, resume=True).step == 8
