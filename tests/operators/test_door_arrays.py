@@ -177,7 +177,7 @@ def test_an_answer_that_is_no_capsule():
         (np.True_, TypeError, r"k: expected an int, got numpy.bool"),
         (2.0, TypeError, "k: expected an int, got float"),
         ("2", TypeError, "k: expected an int, got str"),
-        (None, TypeError, "k: expected an int, got NoneType"),
+        (None, TypeError, "k: expected an int, got None"),
         (10**30, ValueError, "k: expected an int of 64 bits"),
         (2**40, ValueError, "k: expected an int of 32 bits"),
         (-1, ValueError, r"k: expected 1\.\.16"),

@@ -41,7 +41,11 @@ def test_memory_is_used_again_when_its_tensor_is_gone():
     assert (row == 2.0).all() and (second == 3.0).all() and (third == 4.0).all()
     del row
     assert large(15, 5.0).data_ptr() == address
-    assert large(13).data_ptr() != address, "more than an eighth would lie idle"
+    del second, third
+    release_kept_memory()
+    large(16)
+    large(13)  # not in the memory of 16, of which more than an eighth would lie idle
+    assert release_kept_memory() == 13 * MIB
 
 
 def test_gradients_and_working_memory_are_used_again():
@@ -95,7 +99,7 @@ def test_the_kernel_may_take_what_is_kept():
     result = large(64)
     before = lazy()
     del result
-    assert lazy() - before >= 60 * MIB
+    assert lazy() - before >= 48 * MIB  # others' pages may go meanwhile
     assert (large(64, 3.0) == 3.0).all()
     assert release_kept_memory() == 64 * MIB
 

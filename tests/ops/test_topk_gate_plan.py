@@ -82,7 +82,8 @@ def test_the_gradient_is_that_of_the_gate(engine):
 
 def test_opcheck_and_a_full_graph():
     logits = randn(12, 32).requires_grad_()
-    arguments = (logits, 4, "sigmoid", randn(32), 4, 2, 2, True, 2.5, torch.arange(12) > 2)
+    valid = torch.arange(12) > 2
+    arguments = (logits, 4, "sigmoid", randn(32), 4, 2, 2, True, 2.5, valid, "scores")
     torch.library.opcheck(torch.ops.kimi_ops.gate_plan.default, arguments)
     plain = torch.ops.kimi_ops.gate_plan_forward.default
     torch.library.opcheck(plain, (logits.detach(), *arguments[1:]))

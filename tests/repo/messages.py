@@ -152,6 +152,7 @@ def good() -> dict[str, dict[str, Any]]:
         "sort_chunks": chunks,
         "grouped_gemm": product,
         "grouped_gemm_wgrad": outer,
+        "join_gate_up_": {"w1": f(2, 3, 4), "w3": f(2, 3, 4)},
         "fused_experts": {**expert, "weights": f(4, 2), "indices": ids()},
         "newton_schulz": {"g": f(4, 6)},
         "syrk": {"a": f(4, 6)},

@@ -94,7 +94,7 @@ class Operator:
         if forward_ad._current_level >= 0:
             _refuse_duals(self.name, arguments)
         transform = torch._C._functorch.peek_interpreter_stack()
-        if self.transformed and transform and transform.key() != TransformType.Functionalize:
+        if self.transformed and transform and transform.key() == TransformType.Grad:
             return self.transformed.apply(*arguments)
         return self._dispatch(arguments)
 
