@@ -146,6 +146,11 @@ struct Output {
   int skip;
 };
 
+// With the bounds of Kimi K3, as below.
+inline experts::Activation with_numbers(kimi_activation kind) {
+  return {kind, {4, 25, 1, 0, 100, 100, 100}, 1.0f / 4, 1.0f / 25};
+}
+
 inline double activated(kimi_activation activation, double g, double u, double* slope_g,
                         double* slope_u) {
   const double s = 1 / (1 + std::exp(-g));
@@ -328,7 +333,7 @@ class Check {
       }
     });
     ActivateParams params{};
-    params.activation = c_.activation;
+    params.activation = with_numbers(c_.activation);
     params.gate_up = c_.keep_gate_up ? gate_up.data() : nullptr;
     params.hidden = c_.keep_hidden ? hidden.data() : nullptr;
     params.wide = divides(gate_up.data()) && divides(hidden.data()) && f * sizeof(T) % 16 == 0;
@@ -369,8 +374,14 @@ class Check {
       for (int64_t i = 0; i < partials; ++i)
         partial.expect(r * partials + i, dot[static_cast<size_t>(i)], 1e-3);
     });
-    ActivateParams params{c_.activation, saved.data(),   hidden.data(), grad.data(),
-                          from.data(),   weights.data(), partial.data()};
+    ActivateParams params{};
+    params.activation = with_numbers(c_.activation);
+    params.gate_up = saved.data();
+    params.hidden = hidden.data();
+    params.grad_gate_up = grad.data();
+    params.source = from.data();
+    params.weights = weights.data();
+    params.partial = partial.data();
     params.wide = divides(saved.data()) && divides(grad.data()) && divides(hidden.data()) &&
                   f * sizeof(T) % 16 == 0;
     if (!launch([&] { return kernel_.activate(product_, params, Pass::kBackward); })) return false;
