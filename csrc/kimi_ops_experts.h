@@ -220,14 +220,14 @@ typedef struct kimi_fused_experts_backward_params {
   const int32_t* row_map;
   const int32_t* source;
   const int32_t* offsets;
-  const void* gate_up;  /* [R, 2F] of the forward; NULL: computed again */
-  void* dx;             /* out [T, H] dense, dtype */
-  void* grad_w_gate_up; /* out [E, 2F, H] dense, dtype */
-  void* grad_w_down;    /* out [E, H, F] dense, dtype */
-  void* grad_b_gate_up; /* out [E, 2F] dense, dtype */
-  void* grad_b_down;    /* out [E, H] dense, dtype */
-  float* grad_weights;  /* out [T, K] */
-  void* workspace;      /* kimi_fused_experts_backward_workspace_bytes() */
+  const void* gate_up;    /* [R, 2F] of the forward; NULL: computed again */
+  void* dx;               /* out [T, H] dense, dtype */
+  void* grad_w_gate_up;   /* out [E, 2F, H] dense, dtype */
+  void* grad_w_down;      /* out [E, H, F] dense, dtype */
+  void* grad_b_gate_up;   /* out [E, 2F] dense, dtype */
+  void* grad_b_down;      /* out [E, H] dense, dtype */
+  float* grad_weights;    /* out [T, K] */
+  void* workspace;        /* kimi_fused_experts_backward_workspace_bytes() */
   size_t workspace_bytes; /* its size, at least what is asked for */
   int64_t num_tokens;
   int64_t hidden;

@@ -6,7 +6,7 @@ namespace kimi::xla {
 namespace {
 
 constexpr std::initializer_list<const char*> kActivations = {"silu", "gelu", "situ", "gelu_tanh",
-                                                              "relu2"};
+                                                             "relu2"};
 constexpr float kSituGate = 4.0f, kSituUp = 25.0f;  // the bounds of Kimi K3
 constexpr std::initializer_list<const char*> kMethods = {"standard", "symmetric", "gram"};
 
