@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT
- * What the examples share: the end of a program at an error, memory, and numbers to work on.
+ * What the examples share: the end of a program at an error, memory that goes with the program, and
+ * numbers to work on.
  */
 #ifndef EXAMPLE_H_
 #define EXAMPLE_H_
@@ -14,11 +15,19 @@ static inline void check(kimi_status status) {
   exit(1);
 }
 
-/* Zeros, as aligned as workspaces have to be. */
+static void* taken[32];
+static int count_taken;
+
+static inline void give_back(void) {
+  while (count_taken > 0) free(taken[--count_taken]);
+}
+
+/* Zeros, as aligned as workspaces have to be; they are given back when the program ends. */
 static inline void* memory(size_t bytes) {
-  const size_t rounded = (bytes + 63) / 64 * 64 + 64;
-  char* start = (char*)calloc(rounded, 1);
-  if (!start) exit(1);
+  char* start = (char*)calloc((bytes + 63) / 64 * 64 + 64, 1);
+  if (!start || count_taken == 32) exit(1);
+  if (count_taken == 0) atexit(give_back);
+  taken[count_taken++] = start;
   return start + (64 - (uintptr_t)start % 64) % 64;
 }
 

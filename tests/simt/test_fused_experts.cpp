@@ -213,12 +213,15 @@ void run(const Case& c, uint64_t seed) {
   CHECK(fused_experts_backward_cuda(b, nullptr).is_ok());
 
   const double bound = sizeof(T) == 4 ? 1e-5 : std::is_same_v<T, fp16> ? 2e-3 : 1.5e-2;
+  // Rounding carries some of [g; u] over a limit, where the slope jumps.
+  const bool jumps = c.activation == KIMI_ACTIVATION_SWIGLU && std::is_same_v<T, bf16>;
+  const double slopes = jumps ? 4e-2 : bound;
   compare(c, "y", y, exact.y, bound);
-  compare(c, "dx", dx, exact.dx, bound);
-  compare(c, "grad_w_gate_up", grad_w_gate_up, exact.grad_w_gate_up, bound);
+  compare(c, "dx", dx, exact.dx, slopes);
+  compare(c, "grad_w_gate_up", grad_w_gate_up, exact.grad_w_gate_up, slopes);
   compare(c, "grad_w_down", grad_w_down, exact.grad_w_down, bound);
   compare(c, "grad_weights", grad_weights, exact.grad_weights, bound);
-  compare(c, "grad_b_gate_up", grad_b_gate_up, exact.grad_b_gate_up, bound);
+  compare(c, "grad_b_gate_up", grad_b_gate_up, exact.grad_b_gate_up, slopes);
   compare(c, "grad_b_down", grad_b_down, exact.grad_b_down, bound);
 }
 
