@@ -21,8 +21,8 @@ class MLP(nn.Module):
         H and F.
     activation : {"silu", "gelu", "gelu_tanh", "relu2", "situ"} or Activation
         Of `kimi_ops.activations`, with a gate.
-    device, dtype : optional
-        Of the parameters.
+    **factory
+        ``device`` and ``dtype`` of the parameters.
 
     Raises
     ------
