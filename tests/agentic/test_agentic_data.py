@@ -13,7 +13,7 @@ from kimi_ops.agentic.episode import Episode
 from kimi_ops.agentic.judge import OVER_BUDGET, judge, plain, reward
 from kimi_ops.agentic.specs import DOMAINS, HELD_OUT_DOMAINS, is_held_out, repository
 from kimi_ops.agentic.synthesis import read_attempts, synthesise, training_tools
-from kimi_ops.agentic.tasks import FAMILIES, NO_TOOL, PLAIN, make_task
+from kimi_ops.agentic.tasks import FAMILIES, NO_TOOL, PLAIN, Call, make_task
 from kimi_ops.agentic.teacher import JUSTIFICATIONS, NOISE, PRAISE, play
 from kimi_ops.agentic.users import PERSONAS, Wish, spoken
 from kimi_ops.agentic.words import held_out, words
@@ -105,6 +105,9 @@ def test_rewards_ask_for_the_end_and_not_for_the_way():
         dataclasses.replace(wide, plan=((call,), (call,), task.plan[-1])), random.Random(0)
     )
     assert (reward(longer) == 1.0) == (longer.world.digest() == task.rubric.goal)
+    stray = dataclasses.replace(wide, plan=((Call("nothing", {}),), (call,), task.plan[-1]))
+    beside = play(stray, random.Random(0))  # the end is right, a call is not of the declaration
+    assert beside.world.digest() == task.rubric.goal and reward(beside) == 0.0
     short = dataclasses.replace(task, rubric=dataclasses.replace(task.rubric, budget=5))
     assert reward(play(short, random.Random(0))) == OVER_BUDGET
     for noise in ("wrong tool", "malformed call", "forgotten step", "invented value"):
