@@ -155,6 +155,8 @@ def _transformed(
 ) -> type[torch.autograd.Function]:
     """`function` as torch.func wants it: each call of such a one costs some 50 us more."""
 
+    name = function.__name__
+
     class Transformed(function):  # type: ignore[misc, valid-type]
         @staticmethod
         def forward(*arguments: Any) -> Any:
@@ -165,7 +167,14 @@ def _transformed(
             if setup_context is not None:
                 setup_context(ctx, inputs, output)
 
-    Transformed.__name__ = Transformed.__qualname__ = function.__name__
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+            raise NotImplementedError(
+                f"{name}: expected one call in a gradient, got a batch of them by torch.vmap; "
+                "take the gradient of the sum over the batch, or loop"
+            )
+
+    Transformed.__name__ = Transformed.__qualname__ = name
     return Transformed
 
 
