@@ -24,13 +24,11 @@ __version__ = _C.version()
 
 
 def __getattr__(name: str) -> Any:
-    if name != "__all__" and (name.startswith("_") or name in _lazy.WITHOUT_TORCH):
-        raise AttributeError(f"module 'kimi_ops' has no attribute {name!r}")
-    return _lazy.public(name)
+    return _lazy.attribute(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_lazy.public("__all__")})
+    return sorted({*globals(), *_lazy.public_names()})
 
 
 _lazy.load_with_torch()

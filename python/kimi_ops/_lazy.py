@@ -10,26 +10,36 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-WITHOUT_TORCH = {"building", "jax", "numpy"}  # parts of the package that do without
 
-
-def public(name: str) -> Any:
-    """A public name, from kimi_ops._public, whose names all become the package's."""
-    package, found = sys.modules["kimi_ops"], import_module("kimi_ops._public")
-    if "__all__" not in vars(package):
-        vars(package).update({known: getattr(found, known) for known in found.__all__})
-        package.__all__ = found.__all__  # type: ignore[attr-defined]
+def attribute(name: str) -> Any:
+    """A part of the package, or a public name."""
+    package = sys.modules["kimi_ops"]
+    if not name.startswith("_") and find_spec(f"kimi_ops.{name}"):
+        # `from kimi_ops import formats` asks here first, in modules that public names wait for
+        return import_module(f"kimi_ops.{name}")
+    if name == "__all__" or not name.startswith("_"):
+        public_names()
     if name not in vars(package):
         raise AttributeError(f"module 'kimi_ops' has no attribute {name!r}")
     return getattr(package, name)
 
 
+def public_names() -> list[str]:
+    """Those of kimi_ops._public, which all become the package's."""
+    package, found = sys.modules["kimi_ops"], import_module("kimi_ops._public")
+    if "__all__" not in vars(package):
+        vars(package).update({known: getattr(found, known) for known in found.__all__})
+        package.__all__ = found.__all__  # type: ignore[attr-defined]
+    return found.__all__
+
+
 def load_with_torch() -> None:
     if "torch" in sys.modules:
-        public("__all__")
+        public_names()
     else:
         sys.meta_path.insert(0, _AfterTorch())
 
@@ -51,7 +61,7 @@ class _AfterTorch(MetaPathFinder):
         def execute_and_load(module: ModuleType) -> None:
             execute(module)
             if not _is_loading():
-                public("__all__")
+                public_names()
 
         spec.loader.exec_module = execute_and_load  # type: ignore[method-assign]
         return spec

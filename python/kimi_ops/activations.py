@@ -14,11 +14,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 __all__ = ["GPT_OSS", "Activation", "ActivationName", "of", "situ", "swiglu", "ungated"]
 
 ActivationName = Literal["silu", "gelu", "situ", "gelu_tanh", "relu2"]
+
+# The numbers of the forms that have some, in the order of kimi_activation_numbers.
+_NUMBERS = {
+    "situ": ("gate_bound", "up_bound"),
+    "swiglu": ("alpha", "shift", "gate_limit", "silu_limit", "up_limit"),
+}
+_SIGNED = ("alpha", "shift")  # others are above 0
+_FINITE = ("gate_bound", *_SIGNED)  # of others infinity is none
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,22 @@ class Activation:
     name: str
     numbers: tuple[float, ...] = ()
     gated: bool = True  # False: h = a(g), without an up projection
+
+    def __post_init__(self) -> None:
+        names = _NUMBERS.get(self.name, ())
+        if len(self.numbers) != len(names):
+            raise ValueError(
+                f"Activation: numbers: expected {len(names)} of {self.name}, got "
+                f"{len(self.numbers)}; kimi_ops.activations makes them"
+            )
+        for name, number in zip(names, self.numbers, strict=True):
+            signed, finite = name in _SIGNED, name in _FINITE
+            if math.isnan(number) or (finite and math.isinf(number)) or not (signed or number > 0):
+                wanted = " and ".join(["above 0"] * (not signed) + ["finite"] * finite)
+                raise ValueError(
+                    f"{self.name}: {name}: expected {wanted}, got {number}; "
+                    + ("pass a finite one" if finite else "None is no limit")
+                )
 
 
 def situ(gate_bound: float = 4.0, up_bound: float | None = 25.0) -> Activation:
@@ -39,6 +63,11 @@ def situ(gate_bound: float = 4.0, up_bound: float | None = 25.0) -> Activation:
         B, above 0 and finite.
     up_bound : float, optional
         C, above 0; None leaves u as it is.
+
+    Raises
+    ------
+    ValueError
+        Another bound.
 
     Examples
     --------
@@ -71,7 +100,7 @@ def swiglu(
     Raises
     ------
     ValueError
-        A clamp that is neither.
+        A clamp that is neither, a limit that is not above 0, an alpha or shift that is infinite.
 
     Examples
     --------
@@ -104,12 +133,13 @@ def of(activation: "str | Activation") -> Activation:
     """The activation of a name, or itself. Names are checked where they are used."""
     if isinstance(activation, Activation):
         return activation
-    return _SITU if activation == "situ" else Activation(activation)
+    return _NAMED.get(activation) or Activation(activation)
 
 
 def _limit(limit: float | None) -> float:
     return math.inf if limit is None else float(limit)
 
 
-_SITU = situ()
+_NAMED = {name: Activation(name) for name in get_args(ActivationName) if name not in _NUMBERS}
+_NAMED["situ"] = situ()
 GPT_OSS = swiglu(7.0, alpha=1.702, shift=1.0)

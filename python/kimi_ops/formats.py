@@ -4,7 +4,8 @@
 FP8: e4m3 values, one fp32 scale for each 128 x 128 block; W = q * scale, whatever the name
 ``weight_scale_inv`` of the files says (DeepSeek-V3, README_WEIGHTS). INT4: values -8 .. 7 stored as
 unsigned nibbles with 8 added, eight in an int32 word with the first in its lowest bits, one bf16
-scale for each 32 neighbours along K (the ``pack-quantized`` format of compressed-tensors).
+scale for each 32 neighbours along K (the ``pack-quantized`` format of compressed-tensors). MXFP4:
+e2m1 values, two in a byte, and an exponent for each 32 neighbours along K (OCP MX 1.0); read alone.
 """
 
 import torch
@@ -15,6 +16,8 @@ FP8_BLOCK = 128
 FP8_MAX = 448.0  # largest e4m3 value
 INT4_GROUP = 32
 INT4_WORD = 8  # nibbles in an int32
+MXFP4_GROUP = 32
+_MXFP4_TOP, _MXFP4_BOTTOM = 6, -8  # exponents of a group beside its block's, in FP8
 INT4_MAX = 7  # -8 stays unused, as in the released checkpoints: the range is symmetric
 SMALLEST = 2.0**-126  # smallest normal number of fp32 and bf16: a scale below it has few bits
 
@@ -128,3 +131,56 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     nibbles = (q.int() + 8).flatten(1)[:, :columns].unflatten(1, (-1, INT4_WORD))
     shifts = torch.arange(0, 4 * INT4_WORD, 4, dtype=torch.int32, device=weight.device)
     return (nibbles << shifts).sum(dim=2, dtype=torch.int32), scale
+
+
+def dequantize_mxfp4(packed: Tensor, scale: Tensor) -> Tensor:
+    """W[i, j] = e2m1[i, j] * 2^(scale[i, j // 32] - 127); exact in fp32.
+
+    Parameters
+    ----------
+    packed : Tensor [N, K / 2] uint8
+        Column 2 j in the low bits of byte j: a sign, then one of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+    scale : Tensor [N, K / 32] uint8
+        Exponents; 255 is NaN.
+
+    Returns
+    -------
+    Tensor [N, K] float32
+    """
+    values, exponents = mxfp4_parts(packed, scale)
+    return values * _two_to(exponents).repeat_interleave(MXFP4_GROUP, 1)
+
+
+def mxfp4_parts(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The e2m1 values [N, K] float32, and the exponents [N, K / 32] float32 of their groups."""
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1).long()
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=packed.device)
+    values = torch.cat([magnitudes, -magnitudes])[nibbles]
+    return values, (scale.float() - 127).masked_fill(scale == 255, torch.nan)
+
+
+def mxfp4_to_fp8(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same values as FP8 blocks, data [N, K] and scale; None where they do not fit exactly.
+
+    A block's scale is a power of two that puts its largest exponent at 6: 6 * 2^6 is below 448. As
+    the smallest step of e4m3 is 2^-9, exponents down to -8 keep every value: a range of 2^14.
+    """
+    values, exponents = mxfp4_parts(packed, scale)
+    rows, columns = values.shape
+    present = values.unflatten(1, (-1, MXFP4_GROUP)).any(dim=2) | exponents.isnan()
+    exponents = torch.where(present, exponents, -torch.inf)  # of zeros any will do
+    largest = F.pad(exponents, (0, -exponents.shape[1] % 4, 0, -rows % FP8_BLOCK), value=-torch.inf)
+    by_block = largest.unflatten(0, (-1, FP8_BLOCK)).unflatten(2, (-1, FP8_BLOCK // MXFP4_GROUP))
+    block = (by_block.amax(dim=(1, 3)) - _MXFP4_TOP).clamp(min=-126)  # no subnormal scales
+    of_group = block.repeat_interleave(FP8_BLOCK, 0)[:rows]
+    of_group = of_group.repeat_interleave(FP8_BLOCK // MXFP4_GROUP, 1)[:, : exponents.shape[1]]
+    relative = torch.where(present, exponents - of_group, 0.0)
+    if bool((~(relative >= _MXFP4_BOTTOM)).any()):  # NaN is no exponent
+        return None
+    data = values * _two_to(relative).repeat_interleave(MXFP4_GROUP, 1)
+    return data.to(torch.float8_e4m3fn), _two_to(block)
+
+
+def _two_to(exponents: Tensor) -> Tensor:
+    """Exactly: in fp32 exp2 is a polynomial."""
+    return torch.exp2(exponents.double()).float()

@@ -31,7 +31,7 @@ def test_fused_topk(renormalize, function, count):
     logits = logits_of()
     given = None if count is None else torch.tensor(count)
     weights, ids = sglang.fused_topk(
-        torch.empty(9, 2), logits, K, renormalize, given, scoring_func=function
+        torch.empty(9, 2), logits, K, renormalize, None, function, num_token_non_padded=given
     )
     scores = logits.softmax(1) if function == "softmax" else logits.sigmoid()
     want = scores.topk(K, dim=1).indices
@@ -58,11 +58,28 @@ def test_grouped(biased, renormalize, factor, ask):
     route = sglang.biased_grouped_topk if biased else sglang.grouped_topk
     weights, ids = route(
         torch.empty(9, 2), logits, *([bias] if biased else []), K, renormalize, GROUPS, KEPT, 0,
-        factor, torch.tensor(7), None, ask,
+        factor, ask, num_token_non_padded=torch.tensor(7),
     )  # fmt: skip
     assert torch.equal(ids[:7].long(), want[:7]) and (ids[7:] == -1).all()
     expected = weigh(scores, want, renormalize, factor, ask)
     torch.testing.assert_close(weights[:7], expected[:7], rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_selects_and_never_weighs():
+    logits, bias = logits_of(), torch.randn(E)
+    weights, ids = sglang.fused_topk(torch.empty(9, 2), logits, K, True, bias, "sigmoid")
+    scores = logits.sigmoid()
+    want = (scores + bias).topk(K, dim=1).indices
+    assert torch.equal(ids.long(), want) and not torch.equal(want, scores.topk(K, dim=1).indices)
+    expected = weigh(scores, want, True, None, False)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="fused_topk: scoring_func: expected .sigmoid., got"):
+        sglang.fused_topk(torch.empty(9, 2), logits, K, True, bias)
+    for count in (torch.tensor(7), bias):  # where releases before 0.5.8 had the number of tokens
+        with pytest.raises(ValueError, match="fused_topk: scoring_func: expected|expert_bias: exp"):
+            sglang.fused_topk(torch.empty(9, 2), logits, K, True, count)
+    with pytest.raises(ValueError, match="num_token_non_padded: expected shape"):
+        sglang.fused_topk(torch.empty(9, 2), logits, K, True, num_token_non_padded=bias)
 
 
 def test_the_rest_is_vllms():

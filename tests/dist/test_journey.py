@@ -62,8 +62,20 @@ def test_twice_backward_and_no_second_derivative():
         y.sum().backward(retain_graph=True)
     assert a.grad.tolist() == [4.0, 4.0] and log.count("begin a") == 3
     (gradient,) = torch.autograd.grad(y.sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="^a: expected to be differentiated once at most"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_no_part_of_a_second_derivative_is_lost_in_silence(constant):
+    """Its other part alone would come out, or None: whether the gradient that came is constant."""
+    a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    y = Doubled("a", []).leave(a)()
+    dy = torch.ones(2) if constant else b * 3
+    (gradient,) = torch.autograd.grad(y, a, dy, create_graph=True)
+    for of in (a,) if constant else (a, b):
+        with pytest.raises(RuntimeError, match="^a: expected to be differentiated once at most"):
+            torch.autograd.grad((gradient * a).sum(), of, retain_graph=True, allow_unused=True)
 
 
 def test_a_forward_that_is_repeated_does_not_end_between_the_steps():

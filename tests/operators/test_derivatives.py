@@ -167,3 +167,11 @@ def test_in_float64_experts_have_second_derivatives():
     a, b, c = (x.double().requires_grad_() for x in OPS["grouped_gemm"][1])
     assert torch.autograd.gradgradcheck(OPS["grouped_gemm"][0], (a, b, c), fast_mode=True)
     assert torch.autograd.gradgradcheck(OPS["grouped_gemm"][2], (a, b, c), fast_mode=True)
+
+
+def test_a_batch_of_gradients_is_refused(op):
+    function, inputs, _ = op
+    batch = [torch.stack([x, x]) for x in inputs]
+    every = tuple(range(len(inputs)))
+    with pytest.raises(NotImplementedError, match="got a batch of them by torch.vmap; take the"):
+        torch.vmap(torch.func.grad(weighed(function), argnums=every))(*batch)

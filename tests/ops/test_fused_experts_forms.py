@@ -327,13 +327,6 @@ def test_opcheck_and_compile():
 
 BAD = [
     ({"activation": "relu"}, "activation: expected one of silu, gelu, situ, gelu_tanh, relu2"),
-    ({"activation": Activation("swiglu")}, "activation: expected 5 numbers of swiglu, got 0"),
-    ({"activation": Activation("silu", (1.0,))}, "activation: expected 0 numbers of silu, got 1"),
-    ({"activation": situ(0.0)}, "activation: expected gate_bound above 0 and finite, got 0"),
-    ({"activation": situ(math.inf)}, "activation: expected gate_bound above 0 and finite"),
-    ({"activation": situ(4.0, -1.0)}, "activation: expected up_bound above 0, infinity for none"),
-    ({"activation": swiglu(0.0)}, "activation: expected gate_limit above 0, infinity for none"),
-    ({"activation": swiglu(alpha=math.nan)}, "activation: expected a finite alpha and shift"),
     ({"activation": ungated("silu")}, r"w_gate_up: expected shape \[5, 20, 24\] beside w_down"),
     ({"b_gate_up": torch.ones(5, 24)}, r"b_gate_up: expected shape \[5, 40\]"),
     ({"b_down": torch.ones(5, 24).half()}, "b_down: expected float32"),
@@ -341,6 +334,27 @@ BAD = [
     ({"w_gate_up": (torch.ones(5, 20, 24),)}, "w_gate_up: expected one tensor or quantised"),
     ({"w_gate_up": (torch.ones(5, 9, 24),) * 2}, r"w_gate_up: expected shape \[5, 20, 24\]"),
 ]
+
+
+# Numbers, where they are made
+WRONG = [
+    (lambda: Activation("swiglu"), "Activation: numbers: expected 5 of swiglu, got 0"),
+    (lambda: of("swiglu"), "Activation: numbers: expected 5 of swiglu, got 0"),
+    (lambda: Activation("silu", (1.0,)), "Activation: numbers: expected 0 of silu, got 1"),
+    (lambda: situ(0.0), "situ: gate_bound: expected above 0 and finite, got 0"),
+    (lambda: situ(math.inf), "situ: gate_bound: expected above 0 and finite"),
+    (lambda: situ(4.0, -1.0), "situ: up_bound: expected above 0, got -1.0; None is no"),
+    (lambda: swiglu(0.0), "swiglu: gate_limit: expected above 0, got 0"),
+    (lambda: swiglu(math.nan), "swiglu: gate_limit: expected above 0, got nan"),
+    (lambda: swiglu(alpha=math.nan), "swiglu: alpha: expected finite, got nan"),
+    (lambda: swiglu(1.0, clamp="never"), "swiglu: clamp: expected one of before, after"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_numbers_that_mean_nothing(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
@@ -352,5 +366,3 @@ def test_bad_calls(changes, message):
     }  # fmt: skip
     with pytest.raises((TypeError, ValueError), match=f"fused_experts: {message}"):
         fused_experts(**(arguments | changes))
-    with pytest.raises(ValueError, match="swiglu: clamp: expected one of before, after"):
-        swiglu(1.0, clamp="never")

@@ -2,6 +2,7 @@
 """The peers of the benchmarks do the work that they are compared for."""
 
 import copy
+import inspect
 import json
 import re
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import benchmarks.__main__
+import kimi_ops
 from benchmarks import (
     bench_call_overhead,
     bench_fused_experts,
@@ -85,6 +87,24 @@ def test_small_calls_give_what_their_peers_give_and_know_their_targets():
     peers = {"torch": Time(2e-6, 2e-6, 2e-6)}
     assert call.target(peers) == pytest.approx(1 / (1.2 * 2e-6))
     assert bench_call_overhead.Call("alone", call.ours, microseconds=4).target({}) == 250e3
+
+
+def test_every_op_has_a_cost():
+    named = {str(call).split()[0] for call in bench_call_overhead.calls()}
+    for call in bench_call_overhead.every_op():
+        named.add(str(call).split(".")[0])
+        call.ours()
+    for name in sorted(set(kimi_ops.__all__) - named):
+        value = getattr(kimi_ops, name)
+        assert inspect.isclass(value) or name in HOST, f"every_op: add {name}"
+
+
+# Functions that do no work of a step.
+HOST = {
+    "eplb", "expert_capacity", "get_cmake_dir", "get_include", "get_pkgconfig_dir", "info",
+    "is_batch_invariant", "join_gate_up_", "move_experts", "muon_param_groups", "ns_flops",
+    "release_kept_memory", "set_batch_invariant", "tune_ns_restarts",
+}  # fmt: skip
 
 
 def test_small_calls_are_counted_by_the_million(capsys):

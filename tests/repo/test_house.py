@@ -45,9 +45,9 @@ kimi_ops.operators
 kimi_ops.reference
 kimi_ops._native kimi_ops.formats kimi_ops.routing
 kimi_ops.numpy kimi_ops.jax
-kimi_ops._library kimi_ops.activations
+kimi_ops._library
 kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program kimi_ops.building
-kimi_ops.activations
+kimi_ops.activations kimi_ops.choices
 """
 Graph = dict[str, set[str]]
 

@@ -56,6 +56,7 @@ def plan(
     ] = None,
 ) -> None:
     """Predict memory, bytes by link and times of a run on many GPUs, and choose a layout."""
+    named: dict[str, Any] = {"mode": mode, "weights": weights, "wire": wire}  # checked there
     try:
         if plot is not None:
             require_matplotlib()
@@ -63,16 +64,14 @@ def plan(
             model,
             hardware,
             gpus,
-            mode=mode,
             tokens_per_rank=tokens_per_rank,
             skew=skew,
             loads=None if loads is None else _read(loads),
             redundant=redundant,
             context=context,
             batch_tokens=batch_tokens,
-            weights=weights,
-            wire=wire,
             overlap=overlap,
+            **named,
         )
         typer.echo(json.dumps(as_dict(made), indent=2) if as_json else as_text(made))
         if plot is not None:

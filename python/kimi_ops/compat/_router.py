@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
 """The router that TransformerEngine and Megatron share, over `topk_gate`."""
 
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.choices import ScoreFunction
 from kimi_ops.compat._arguments import only
 from kimi_ops.moe.topk_gate import topk_gate
 
-SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+SCORES = get_args(ScoreFunction)
 
 
 def route(
@@ -20,7 +21,7 @@ def route(
     num_groups: int | None,
     group_topk: int | None,
     scaling_factor: float | None,
-    score_function: str,
+    score_function: ScoreFunction,
     expert_bias: Tensor | None,
     ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

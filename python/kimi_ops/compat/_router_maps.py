@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.choices import ScoreFunction
 from kimi_ops.compat import _router
 from kimi_ops.compat._arguments import only
 from kimi_ops.moe.dense import normalized_scores, spread
@@ -30,7 +31,7 @@ def fused_topk_with_score_function(
     num_groups: int | None,
     group_topk: int | None,
     scaling_factor: float | None,
-    score_function: str,
+    score_function: ScoreFunction,
     expert_bias: Tensor | None,
     routing_map_format: str | int = RoutingMapFormat.BYTEMAP,
     topk_indices: Tensor | None = None,
@@ -117,7 +118,7 @@ def fused_topk_with_score_function(
 def fused_compute_score_for_moe_aux_loss(
     logits: Tensor,
     topk: int,
-    score_function: str,
+    score_function: ScoreFunction,
     routing_map_format: str | int = RoutingMapFormat.BYTEMAP,
 ) -> tuple[Tensor, Tensor]:
     """Scores that sum to 1 over the experts, and the map of the `topk` best without any bias.

@@ -102,7 +102,7 @@ def m_grouped_bf16_gemm_nt_masked(
 ) -> None:
     """The first rows of each group times its matrix: ``d[g, :m] = a[g, :m] @ b[g].T``.
 
-    Only ``m = masked_m[g]`` rows are multiplied: they are copied side by side and back.
+    Only ``m = masked_m[g]`` rows are read and multiplied, where they lie.
 
     Parameters
     ----------
@@ -130,7 +130,11 @@ def m_grouped_bf16_gemm_nt_masked(
     _bf16(op, a=a, b=b, d=d)
     _check.shape(op, "a", a, ("G", "M", "K"))
     _check.shape(op, "b", b, (len(a), "N", a.shape[2]))
-    _masked(op, (a,), lambda rows: rows, b.transpose(1, 2), d, masked_m)
+    _check_masked(op, a, d, masked_m)
+    into = d if d.is_contiguous() else None
+    c = grouped_gemm(a, b.transpose(1, 2), counts=masked_m, out=into)
+    if into is None:
+        d.copy_(c)
 
 
 def k_grouped_bf16_gemm_tn_contiguous(
@@ -239,6 +243,8 @@ def m_grouped_fp8_gemm_nt_masked(
 ) -> None:
     """`m_grouped_bf16_gemm_nt_masked` of FP8 rows and weights with their scales.
 
+    The rows that count are copied side by side, and their products back.
+
     Parameters
     ----------
     a : Tensor [G, M, K] float8_e4m3fn, Tensor [G, M, ceil(K / 128)] float32
@@ -252,7 +258,13 @@ def m_grouped_fp8_gemm_nt_masked(
     op = "m_grouped_fp8_gemm_nt_masked"
     weight = _fp8(op, a, b, d, recipe, recipe_a, recipe_b)
     _check.shape(op, "a", a[0], (weight.shape[0], "M", weight.shape[2]))
-    _masked(op, a, lambda data, scale: Fp8Rows(data, scale), weight, d, masked_m)
+    _check_masked(op, a[0], d, masked_m)
+    groups, most = a[0].shape[:2]
+    ids = torch.arange(groups, dtype=torch.int32, device=masked_m.device).unsqueeze(1)
+    inside = torch.arange(most, device=masked_m.device) < masked_m.unsqueeze(1)
+    plan = permute_plan(torch.where(inside, ids, -1).view(-1, 1), groups)
+    rows = Fp8Rows(*(permute(part.flatten(0, 1), plan) for part in a))
+    d.copy_(unpermute(grouped_gemm(rows, weight, plan.offsets), plan).view(d.shape))
 
 
 def _bf16(op: str, **tensors: Tensor) -> None:
@@ -315,16 +327,9 @@ def _labelled(op: str, a: Any, b: Any, d: Tensor, groups: int, layout: Tensor) -
     d.masked_fill_(padding.unsqueeze(1), 0)
 
 
-def _masked(
-    op: str, parts: tuple[Tensor, ...], form: Any, b: Any, d: Tensor, count: Tensor
-) -> None:
-    groups, most = parts[0].shape[:2]
+def _check_masked(op: str, a: Tensor, d: Tensor, masked_m: Tensor) -> None:
+    groups, most = a.shape[:2]
     _check.shape(op, "d", d, (groups, most, "N"))
-    _check.tensor(op, "masked_m", count)
-    _check.dtype(op, "masked_m", count, (torch.int32,))
-    _check.shape(op, "masked_m", count, (groups,))
-    ids = torch.arange(groups, dtype=torch.int32, device=count.device).unsqueeze(1)
-    inside = torch.arange(most, device=count.device) < count.unsqueeze(1)
-    plan = permute_plan(torch.where(inside, ids, -1).view(-1, 1), groups)
-    rows = form(*(permute(part.flatten(0, 1), plan) for part in parts))
-    d.copy_(unpermute(grouped_gemm(rows, b, plan.offsets), plan).view(d.shape))
+    _check.tensor(op, "masked_m", masked_m)
+    _check.dtype(op, "masked_m", masked_m, (torch.int32,))
+    _check.shape(op, "masked_m", masked_m, (groups,))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.choices import ScoreFunction
 from kimi_ops.compat import _maps, _router
 from kimi_ops.compat import transformer_engine as fused_ops
 from kimi_ops.compat._arguments import only
@@ -31,7 +32,7 @@ def topk_routing_with_score_function(
     num_groups: int | None = None,
     group_topk: int | None = None,
     scaling_factor: float | None = None,
-    score_function: str = "softmax",
+    score_function: ScoreFunction = "softmax",
     expert_bias: Tensor | None = None,
     fused: bool = False,
     router_replay: Any = None,

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""SGLang's routers (`sglang.srt.layers.moe.topk`), the signatures of 0.5, and the functions that it
-has from vLLM.
+"""SGLang's routers (`sglang.srt.layers.moe.topk`), the signatures since 0.5.8, and the functions
+that it has from vLLM.
 
 Weights are fp32, ids int32, best first; a padded token has ids -1, and weights 0. The scaling
-factor is applied where theirs is: to renormalised weights, and only if the call asks for it.
+factor is applied where theirs is: to renormalised weights, and only if the call asks for it. What
+earlier releases took in between, `num_token_non_padded` and `expert_location_dispatch_info`, is
+taken by name.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,9 +32,11 @@ def fused_topk(
     gating_output: Tensor,
     topk: int,
     renormalize: bool,
+    correction_bias: Tensor | None = None,
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax",
+    *,
     num_token_non_padded: Tensor | None = None,
     expert_location_dispatch_info: Any = None,
-    scoring_func: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
     """Choose experts and weigh them: `kimi_ops.topk_gate`.
 
@@ -43,11 +47,13 @@ def fused_topk(
     gating_output : Tensor [T, E], float32, bfloat16 or float16
     topk : int
     renormalize : bool
+    correction_bias : Tensor [E], optional
+        Selects, never weighs. With sigmoid: their kernel for softmax reads none.
+    scoring_func : {"softmax", "sigmoid"}
     num_token_non_padded : scalar Tensor, optional
         Tokens from this one on are padding. Not read on the host.
     expert_location_dispatch_info
         Not served: `kimi_ops.replica_ids` turns ids into places.
-    scoring_func : {"softmax", "sigmoid"}
 
     Returns
     -------
@@ -62,10 +68,15 @@ def fused_topk(
     tensor([[ 1,  2],
             [-1, -1]], dtype=torch.int32)
     """
-    _check.choice("fused_topk", "scoring_func", scoring_func, ("softmax", "sigmoid"))
+    op, bias = "fused_topk", correction_bias
+    _check.choice(op, "scoring_func", scoring_func, ("softmax", "sigmoid"))
+    if bias is not None:
+        _check.tensor(op, "correction_bias", bias)
+        only(op, "scoring_func", scoring_func, "sigmoid", "a bias goes with it")
+        bias = bias.detach().float()
     return _gate(
-        "fused_topk", hidden_states, gating_output, topk, renormalize, num_token_non_padded,
-        expert_location_dispatch_info, score_function=scoring_func,
+        op, hidden_states, gating_output, topk, renormalize, num_token_non_padded,
+        expert_location_dispatch_info, score_function=scoring_func, expert_bias=bias,
     )  # fmt: skip
 
 
@@ -78,9 +89,10 @@ def grouped_topk(
     topk_group: int | None = None,
     num_fused_shared_experts: int = 0,
     routed_scaling_factor: float | None = None,
+    apply_routed_scaling_factor_on_output: bool = False,
+    *,
     num_token_non_padded: Tensor | None = None,
     expert_location_dispatch_info: Any = None,
-    apply_routed_scaling_factor_on_output: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over all experts, the best of the groups with the best expert.
 
@@ -120,9 +132,10 @@ def biased_grouped_topk(
     topk_group: int | None = None,
     num_fused_shared_experts: int = 0,
     routed_scaling_factor: float | None = None,
+    apply_routed_scaling_factor_on_output: bool = False,
+    *,
     num_token_non_padded: Tensor | None = None,
     expert_location_dispatch_info: Any = None,
-    apply_routed_scaling_factor_on_output: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sigmoid scores, chosen with a bias; a group scores the sum of its two best.
 
@@ -168,6 +181,8 @@ def _gate(
     _check.shape(op, "gating_output", gating_output, (len(hidden_states), "E"))
     valid = None
     if count is not None:
+        _check.tensor(op, "num_token_non_padded", count)
+        _check.shape(op, "num_token_non_padded", count, (), "the number of tokens that count")
         valid = torch.arange(len(gating_output), device=gating_output.device) < count
     gate = topk_gate(gating_output, topk, renormalize=renormalize, valid=valid, **options)
     return gate.weights, gate.indices

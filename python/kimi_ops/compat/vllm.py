@@ -7,7 +7,7 @@ functions are differentiable where the results are floats.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def fused_topk(
     topk: int,
     renormalize: bool,
     indices_type: torch.dtype | None = None,
-    scoring_func: str = "softmax",
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose experts and weigh them: `kimi_ops.topk_gate`.
 
@@ -76,7 +76,7 @@ def grouped_topk(
     renormalize: bool,
     num_expert_group: int = 0,
     topk_group: int = 0,
-    scoring_func: str = "softmax",
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax",
     routed_scaling_factor: float = 1.0,
     e_score_correction_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.choices import ScoreFunction
 from kimi_ops.operators import balance as operators
 from kimi_ops.routing import as_int32
 
@@ -118,7 +119,7 @@ def sequence_balance_loss(
     valid: Tensor | None = None,
     tokens_per_expert: Tensor | None = None,
     sequence_tokens: Tensor | None = None,
-    score_function: str = "sigmoid",
+    score_function: ScoreFunction = "sigmoid",
     coefficient: float = 1e-4,
 ) -> Tensor:
     r"""Sequence-wise auxiliary loss, averaged over the sequences.

@@ -5,16 +5,19 @@ Plain torch around `topk_gate` and `permute_plan`: the forms of other systems, o
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.choices import DropRule, ScoreFunction
 from kimi_ops.moe.permute import permute_plan, ranks
 from kimi_ops.moe.topk_gate import TopkGate, topk_gate
 from kimi_ops.reference import topk_gate as reference
 from kimi_ops.routing import as_int32
+
+_SCORES, _RULES = get_args(ScoreFunction), get_args(DropRule)
 
 
 class DenseGate(NamedTuple):
@@ -68,7 +71,7 @@ def spread(weights: Tensor, ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return probs, chosen[..., :experts]
 
 
-def normalized_scores(logits: Tensor, score_function: str = "sigmoid") -> Tensor:
+def normalized_scores(logits: Tensor, score_function: ScoreFunction = "sigmoid") -> Tensor:
     """Scores that sum to 1 over all experts: ``s / (sum s + 1e-20)``; what balance losses average.
 
     Parameters
@@ -95,7 +98,7 @@ def normalized_scores(logits: Tensor, score_function: str = "sigmoid") -> Tensor
     """
     op = "normalized_scores"
     _check.tensor(op, "logits", logits)
-    _check.choice(op, "score_function", score_function, ("sigmoid", "softmax", "sqrtsoftplus"))
+    _check.choice(op, "score_function", score_function, _SCORES)
     scores = reference.scores(logits, score_function)
     if score_function == "softmax":
         return scores
@@ -126,7 +129,7 @@ def expert_capacity(num_tokens: int, k: int, num_experts: int, factor: float) ->
 
 
 def drop_to_capacity(
-    weights: Tensor, indices: Tensor, num_experts: int, capacity: int, *, by: str = "weights"
+    weights: Tensor, indices: Tensor, num_experts: int, capacity: int, *, by: DropRule = "weights"
 ) -> TopkGate:
     """Leave every expert its `capacity` best pairs, or its first, and drop the others.
 
@@ -168,7 +171,7 @@ def drop_to_capacity(
     [[0], [0], [-1]]
     """
     op = "drop_to_capacity"
-    _check.choice(op, "by", by, ("weights", "position"))
+    _check.choice(op, "by", by, _RULES)
     _check.tensor(op, "weights", weights)
     _check.tensor(op, "indices", indices)
     _check.dtype(op, "indices", indices, (torch.int32, torch.int64))

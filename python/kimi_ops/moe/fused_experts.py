@@ -101,6 +101,8 @@ def fused_experts(
     torch.Size([5, 8])
     """
     form = of(activation)
+    if isinstance(x, Tensor) and x.dtype == torch.float64:
+        plan = None  # the twin makes its own
     x, w_gate_up, w_down, b_gate_up, b_down = _arguments(
         x, w_gate_up, w_down, b_gate_up, b_down, form
     )
@@ -175,6 +177,7 @@ def join_gate_up_(w1: Tensor, w3: Tensor) -> None:
 
 
 _SHORT = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *_SHORT, torch.float64)
 _MOST = torch.iinfo(torch.int32).max
 
 
@@ -233,39 +236,49 @@ def _joined(gate: Tensor, up: Tensor) -> Tensor | None:
 
 
 def _otherwise(
-    x: Tensor, w_gate_up: Any, w_down: Weight, weights: Tensor, indices: Tensor,
+    x: Tensor, w_gate_up: Any, w_down: Any, weights: Tensor, indices: Tensor,
     b_gate_up: Tensor | None, b_down: Tensor | None, form: Activation, weights_first: bool,
     plan: PermutePlan | None,
 ) -> Tensor:  # fmt: skip
     """Forms that no kernel has as a whole."""
-    _check_otherwise(x, w_gate_up, w_down, weights, indices, form)
-    if x.dtype == torch.float64 and plan is None and isinstance(w_down, Tensor):
-        biases = b_gate_up, b_down
+    biases = b_gate_up, b_down
+    _check_otherwise(x, w_gate_up, w_down, weights, indices, *biases, form)
+    plan = permute_plan(indices, w_down.shape[0]) if plan is None else plan  # checks the ids
+    if x.dtype == torch.float64:
         return reference.fused_experts(
             x, w_gate_up, w_down, weights, indices, form, *biases, weights_first
         )
-    experts = w_down.shape[0]
-    plan = permute_plan(indices, experts) if plan is None else plan
-    return _composed(x, w_gate_up, w_down, weights, plan, b_gate_up, b_down, form, weights_first)
+    return _composed(x, w_gate_up, w_down, weights, plan, *biases, form, weights_first)
 
 
 def _check_otherwise(
-    x: Tensor, w_gate_up: Any, w_down: Weight, weights: Tensor, indices: Tensor, form: Activation
-) -> None:
+    x: Tensor, w_gate_up: Any, w_down: Weight, weights: Tensor, indices: Tensor,
+    b_gate_up: Tensor | None, b_down: Tensor | None, form: Activation,
+) -> None:  # fmt: skip
     op = "fused_experts"
     _check.tensor(op, "x", x)
+    _check.dtype(op, "x", x, _FLOATS)
     _check.shape(op, "x", x, ("T", "H"), "flatten the batch")
     _check.choice(op, "activation", form.name, tuple(reference.ACTIVATIONS))
     for name, value in (("weights", weights), ("indices", indices)):
         _check.tensor(op, name, value)
+        _check.same_device(op, name, value, "x", x)
     _check.dtype(op, "indices", indices, (torch.int32, torch.int64))
     _check.shape(op, "indices", indices, (x.shape[0], "K"))
     _check.shape(op, "weights", weights, tuple(indices.shape))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     _check.dtype(op, "weights", weights, (wide,))
-    experts, hidden, width = w_down.shape
     parts = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up,)
-    rows = 2 * width if form.gated and len(parts) == 1 else width
+    for part in parts:
+        _check_weight(op, "w_gate_up", part, x)
+    _check_weight(op, "w_down", w_down, x)
+    if len(w_down.shape) != 3:
+        raise ValueError(
+            f"{op}: w_down: expected shape [E, H, F], got {list(w_down.shape)}; stack the matrices"
+        )
+    experts, hidden, width = w_down.shape
+    both = 2 * width if form.gated else width
+    rows = both // len(parts)
     for part in parts:
         if tuple(part.shape) != (experts, rows, x.shape[1]) or hidden != x.shape[1]:
             raise ValueError(
@@ -273,6 +286,26 @@ def _check_otherwise(
                 f"{list(w_down.shape)}, got {list(part.shape)}; pass "
                 + ("[E, 2F, H] or two [E, F, H]" if form.gated else "[E, F, H]: there is no gate")
             )
+    for name, bias, columns in (("b_gate_up", b_gate_up, both), ("b_down", b_down, hidden)):
+        if bias is not None:
+            _check.tensor(op, name, bias)
+            _check.shape(op, name, bias, (experts, columns))
+            _check.dtype(op, name, bias, (x.dtype,))
+            _check.same_device(op, name, bias, "x", x)
+
+
+def _check_weight(op: str, name: str, weight: Any, x: Tensor) -> None:
+    """Its kind, beside x; a quantised one is checked where it is multiplied, but for float64."""
+    if isinstance(weight, QuantizedWeight):
+        if x.dtype == torch.float64:
+            raise TypeError(
+                f"{op}: {name}: expected a Tensor beside float64 tokens, got "
+                f"{type(weight).__name__}; pass {name}.dequantize(x.dtype)"
+            )
+        return
+    _check.tensor(op, name, weight)
+    _check.dtype(op, name, weight, (x.dtype,))
+    _check.same_device(op, name, weight, "x", x)
 
 
 def _composed(
@@ -304,9 +337,9 @@ def _composed(
     return unpermute(y, plan)
 
 
-def _stored(weight: Weight) -> tuple[Tensor, Tensor | None]:
+def _stored(weight: Any) -> tuple[Tensor, Tensor | None]:
     """The tensor of a weight as it lies, and the scale of a quantised one."""
-    if isinstance(weight, Tensor):
+    if not isinstance(weight, QuantizedWeight):
         return weight, None
     data, scale = weight.tensors().values()
     return data, scale

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.choices import ScoreFunction
 from kimi_ops.moe.topk_gate import topk_gate
 from kimi_ops.operators import balance as operators
 
@@ -16,7 +17,7 @@ def quantile_histogram_(
     *,
     bounds: Tensor,
     expert_bias: Tensor | None = None,
-    score_function: str = "sigmoid",
+    score_function: ScoreFunction = "sigmoid",
     valid: Tensor | None = None,
 ) -> Tensor:
     r"""Add to each expert's histogram how much its scores lack to be chosen, in place.

@@ -155,6 +155,62 @@ class Fp8BlockWeight(QuantizedWeight):
     def _quantize_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
         return formats.quantize_fp8(weight)
 
+    @classmethod
+    def from_mxfp4(cls, packed: Tensor, scale: Tensor) -> Self:
+        """MXFP4 weights as FP8 blocks, value for value: twice the bytes, and served.
+
+        Parameters
+        ----------
+        packed : Tensor [E, N, K / 2] uint8
+            Two e2m1 values a byte, the even column in the low bits (``weight_packed`` of
+            compressed-tensors; ``_blocks`` [E, N, K / 32, 16] of gpt-oss, flattened).
+        scale : Tensor [E, N, K / 32] uint8
+            ``2^(scale - 127)`` for 32 columns.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Another dtype or shape; a block of 128 x 128 whose exponents lie more than 14 apart, or
+            the exponent 255, NaN: what does not fit is not rounded.
+
+        Notes
+        -----
+        Reads a flag of each expert back from a GPU. The format: OCP Microscaling 1.0; Kimi K3,
+        DeepSeek-V4 and gpt-oss are released in it.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from kimi_ops import Fp8BlockWeight
+        >>> packed, scale = torch.full((1, 1, 16), 0x71).byte(), torch.full((1, 1, 1), 128).byte()
+        >>> Fp8BlockWeight.from_mxfp4(packed, scale).dequantize(torch.float32)[0, 0, :2].tolist()
+        [1.0, 12.0]
+        """
+        op = f"{cls.__name__}.from_mxfp4"
+        for name, value in (("packed", packed), ("scale", scale)):
+            _check.tensor(op, name, value)
+            _check.dtype(op, name, value, (torch.uint8,), "pass the bytes of the file")
+        _check.shape(op, "packed", packed, ("E", "N", "K / 2"))
+        experts, rows, half = packed.shape
+        if 2 * half % formats.MXFP4_GROUP:
+            raise ValueError(
+                f"{op}: packed: expected K as a multiple of {formats.MXFP4_GROUP}, got {2 * half}; "
+                "pad it with zeros"
+            )
+        _check.shape(op, "scale", scale, (experts, rows, 2 * half // formats.MXFP4_GROUP))
+        _check.same_device(op, "scale", scale, "packed", packed)
+        result = cls.empty(experts, rows, 2 * half, device=packed.device)
+        for e in range(experts):
+            found = formats.mxfp4_to_fp8(packed[e], scale[e])
+            if found is None:
+                raise ValueError(
+                    f"{op}: scale: expected exponents of a block of 128 x 128 within 14 of each "
+                    f"other and none that is 255, got others in expert {e}; take "
+                    "kimi_ops.formats.dequantize_mxfp4"
+                )
+            result.data[e], result.scale[e] = found
+        return result
+
     def expert(self, index: int, dtype: torch.dtype) -> Tensor:
         return formats.dequantize_fp8(self.data[index], self.scale[index]).to(dtype)
 

@@ -10,6 +10,7 @@ from kimi_ops import _native
 from kimi_ops.moe.quantized import Fp8BlockWeight, Fp8Rows, QuantizedWeight
 from kimi_ops.operators import fp8
 from kimi_ops.operators import grouped_gemm as operators
+from kimi_ops.operators.registry import refuse_batch
 from kimi_ops.reference import grouped_gemm as reference
 
 
@@ -26,6 +27,8 @@ def _forward(
 
 
 class _QuantizedGemm(torch.autograd.Function):
+    vmap = staticmethod(refuse_batch("grouped_gemm"))
+
     @staticmethod
     def forward(
         a: Tensor, weight: QuantizedWeight, offsets: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -53,6 +56,8 @@ class _QuantizedGemm(torch.autograd.Function):
 
 class _RowsGradient(torch.autograd.Function):
     """da[r] = dc[r] @ W[e(r)]: linear, so that its own gradient is a product again."""
+
+    vmap = staticmethod(refuse_batch("grouped_gemm"))
 
     @staticmethod
     def forward(dc: Tensor, weight: QuantizedWeight, offsets: Tensor) -> Tensor:

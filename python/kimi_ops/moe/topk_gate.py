@@ -2,14 +2,17 @@
 """Top-k gating: router scores, selection of the experts, weights and expert counts; and the same
 with the plan of the experts' rows beside it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.choices import ScoreFunction, Selection
 from kimi_ops.operators import topk_gate as operators
 from kimi_ops.routing import PermutePlan, as_int32
+
+_SELECTIONS = get_args(Selection)
 
 
 class TopkGate(NamedTuple):
@@ -24,7 +27,7 @@ def topk_gate(
     logits: Tensor,
     k: int | None = None,
     *,
-    score_function: str = "sigmoid",
+    score_function: ScoreFunction = "sigmoid",
     expert_bias: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
@@ -32,7 +35,7 @@ def topk_gate(
     renormalize: bool = True,
     scaling_factor: float = 1.0,
     valid: Tensor | None = None,
-    select: str = "scores",
+    select: Selection = "scores",
     ids: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> TopkGate:
@@ -152,7 +155,7 @@ def topk_gate(
     else:
         _check.tensor(op, "ids", ids)
         _check.shape(op, "ids", ids, (*shape, "k" if k is None else k), "a row of experts a token")
-        _check.choice(op, "select", select, ("scores", "logits"))
+        _check.choice(op, "select", select, _SELECTIONS)
         ids = _rows(as_int32(ids))
     return _shaped(
         operators.topk_gate_given(
@@ -189,7 +192,7 @@ def gate_plan(
     logits: Tensor,
     k: int,
     *,
-    score_function: str = "sigmoid",
+    score_function: ScoreFunction = "sigmoid",
     expert_bias: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
@@ -197,7 +200,7 @@ def gate_plan(
     renormalize: bool = True,
     scaling_factor: float = 1.0,
     valid: Tensor | None = None,
-    select: str = "scores",
+    select: Selection = "scores",
 ) -> tuple[TopkGate, PermutePlan]:
     """`topk_gate`, and `permute_plan` of its ids, in one call: for `fused_experts(..., plan=plan)`.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_ops.activations import of
+from kimi_ops.choices import StoredForm
 from kimi_ops.moe.fused_experts import fused_experts
 from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.moe.topk_gate import TopkGate
@@ -184,7 +185,7 @@ class Experts(RoutedExperts):
             if bias is not None:
                 bias.zero_()
 
-    def stored(self, form: str) -> "StoredExperts":
+    def stored(self, form: StoredForm) -> "StoredExperts":
         """These experts quantised, for inference: see `StoredExperts`.
 
         Parameters
@@ -256,7 +257,7 @@ class StoredExperts(RoutedExperts):
         hidden_size: int,
         intermediate_size: int,
         *,
-        form: str,
+        form: StoredForm,
         bias: bool = False,
         activation: Activated = "silu",
         device: torch.device | str | None = None,

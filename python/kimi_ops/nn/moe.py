@@ -12,8 +12,10 @@ from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_l
 from kimi_ops.moe.topk_gate import TopkGate
 from kimi_ops.nn.checks import Activated
 from kimi_ops.nn.experts import Experts, RoutedExperts
+from kimi_ops.nn.latent import Latent
 from kimi_ops.nn.router import Router
 from kimi_ops.operators.count_once import count_once_, recomputing, seen_by_a_graph
+from kimi_ops.routing import PermutePlan
 
 __all__ = ["Losses", "MoE"]
 
@@ -36,6 +38,8 @@ class MoE(nn.Module):
     experts : Experts or StoredExperts
     shared_experts : Module, optional
         Any [T, H] -> [T, H] that every token goes through, `MLP` for example.
+    latent : Latent, optional
+        Where the routed experts are narrower than the model: their hidden size is its.
     balance_coefficient : float
         Of `kimi_ops.sequence_balance_loss`; 0 leaves it out.
     z_coefficient : float
@@ -61,7 +65,8 @@ class MoE(nn.Module):
     -----
     State dict: ``gate.weight`` [E, H], ``gate.e_score_correction_bias`` [E],
     ``experts.gate_up_proj`` [E, 2F, H], ``experts.down_proj`` [E, H, F] and
-    ``shared_experts.{gate,up,down}_proj.weight``: the names of transformers' DeepseekV3MoE.
+    ``shared_experts.{gate,up,down}_proj.weight``: the names of transformers' DeepseekV3MoE; with a
+    latent size ``latent.{down_proj,norm,up_proj}.weight``.
 
     Examples
     --------
@@ -84,12 +89,14 @@ class MoE(nn.Module):
         experts: RoutedExperts,
         shared_experts: nn.Module | None = None,
         *,
+        latent: Latent | None = None,
         balance_coefficient: float = 0.0,
         z_coefficient: float = 0.0,
         per_sequence: bool = True,
     ) -> None:
         super().__init__()
         self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
+        self.latent = latent
         self.balance_coefficient, self.z_coefficient = balance_coefficient, z_coefficient
         self.per_sequence = per_sequence
         count, hidden = gate.weight.shape
@@ -100,10 +107,19 @@ class MoE(nn.Module):
         self.z_loss: Tensor | None = None
 
     def _check_sizes(self, count: int, hidden: int) -> None:
+        whose = "the gate"
+        if self.latent is not None:
+            whose, (width, size) = "latent", self.latent.down_proj.weight.shape
+            if size != hidden:
+                raise ValueError(
+                    f"MoE: latent: expected hidden size {hidden}, as of the gate, got {size}; make "
+                    "both from the same sizes"
+                )
+            hidden = width
         came = tuple(self.experts.down_proj.shape[:2])
         if came != (count, hidden):
             raise ValueError(
-                f"MoE: experts: expected {count} experts of hidden size {hidden}, as of the gate, "
+                f"MoE: experts: expected {count} experts of hidden size {hidden}, as of {whose}, "
                 f"got {came[0]} of {came[1]}; make both from the same sizes"
             )
 
@@ -162,11 +178,16 @@ class MoE(nn.Module):
         logits, gate, plan = self.gate(tokens, mask, planned=True)
         losses = self.losses(logits, gate.indices, sequences, mask)
         self.count(gate)
-        y = self.experts(tokens, gate, plan)
+        y = self._routed(tokens, gate, plan)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
         self.keep(losses)
         return y.view(x.shape)
+
+    def _routed(self, tokens: Tensor, gate: TopkGate, plan: PermutePlan | None) -> Tensor:
+        if self.latent is None:
+            return self.experts(tokens, gate, plan)
+        return self.latent(tokens, lambda x: self.experts(x, gate, plan))
 
     # ---- balance
 

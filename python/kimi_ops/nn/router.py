@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_ops._autocast import no_autocast
+from kimi_ops.choices import ScoreFunction
 from kimi_ops.moe.topk_gate import TopkGate, gate_plan, topk_gate
 from kimi_ops.nn.stored import FixedBuffers
 from kimi_ops.reference import topk_gate as reference
@@ -65,7 +66,7 @@ class Router(FixedBuffers):
         *,
         bias: bool = False,
         expert_bias: bool = True,
-        score_function: str = "sigmoid",
+        score_function: ScoreFunction = "sigmoid",
         num_groups: int = 1,
         topk_groups: int = 1,
         group_score_topk: int = 2,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from kimi_ops import _check
+from kimi_ops.choices import StoredForm
 from kimi_ops.moe.quantized import Fp8BlockWeight, Int4GroupWeight, QuantizedWeight
 
 __all__ = ["FORMS", "FixedBuffers", "StoredWeight"]
 
 # form -> class, and the name of each of its tensors in a checkpoint, and so in a state dict
-FORMS: dict[str, tuple[type[QuantizedWeight], dict[str, str]]] = {
+FORMS: dict[StoredForm, tuple[type[QuantizedWeight], dict[str, str]]] = {
     "fp8": (Fp8BlockWeight, {"data": "weight", "scale": "weight_scale_inv"}),
     "int4": (Int4GroupWeight, {"packed": "weight_packed", "scale": "weight_scale"}),
 }
@@ -97,7 +98,7 @@ class StoredWeight(FixedBuffers):
         return f"{self.form}, shape={list(self.value.shape)}"
 
 
-def stored_kind(op: str, form: str) -> type[QuantizedWeight]:
+def stored_kind(op: str, form: StoredForm) -> type[QuantizedWeight]:
     """The class of a form, or a ValueError."""
     _check.choice(op, "form", form, tuple(FORMS))
     return FORMS[form][0]

@@ -165,8 +165,22 @@ def _transformed(
             if setup_context is not None:
                 setup_context(ctx, inputs, output)
 
+        vmap = staticmethod(refuse_batch(function.__name__))
+
     Transformed.__name__ = Transformed.__qualname__ = function.__name__
     return Transformed
+
+
+def refuse_batch(name: str) -> Function:
+    """The vmap rule of an `autograd.Function`: torch.vmap of a gradient."""
+
+    def refuse(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}: expected one call in a gradient, got a batch of them by torch.vmap; take the "
+            "gradient of the sum over the batch, or loop"
+        )
+
+    return refuse
 
 
 def wanted(ctx: Any, index: int) -> bool:

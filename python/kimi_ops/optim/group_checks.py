@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from kimi_ops import _check
+from kimi_ops.choices import Algorithm, BatchDims
 from kimi_ops.optim import engine
 from kimi_ops.optim.learning_rate import adjusted_lr
 from kimi_ops.optim.muon_blocks import blocks, is_flat, names, ns_options
@@ -21,7 +22,7 @@ from kimi_ops.optim.muon_mesh import check_gradient, sharded
 from kimi_ops.optim.newton_schulz import check_options
 
 _ADJUST = (None, "original", "match_rms_adamw")
-ALGORITHMS = ("muon", "adamw")
+ALGORITHMS = get_args(Algorithm)
 
 
 # Key, the smallest and the smallest too large number, and what to do.
@@ -222,7 +223,7 @@ def _check_muon(group: dict[str, Any]) -> None:
                 "give 'float32' or 'bfloat16'"
             )
     check_options(**ns_options(group))
-    _check.choice("MuonClip", "batch_dims", group["batch_dims"], ("leading", "flatten"))
+    _check.choice("MuonClip", "batch_dims", group["batch_dims"], get_args(BatchDims))
     if group["head_dim"] not in (0, 1):
         raise ValueError(
             f"MuonClip: head_dim: expected 0 (heads are rows) or 1 (columns), got "

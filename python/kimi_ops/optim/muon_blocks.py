@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_ops.choices import Method
 from kimi_ops.optim.ns_schedule import ns_flops
 
 _ADAMW_FLOPS = 64  # what an element's passes through memory cost, in operations of a product
@@ -85,7 +86,7 @@ def cost(shape: torch.Size, group: dict[str, Any]) -> int:
     if group["algorithm"] == "adamw":
         return _ADAMW_FLOPS * shape.numel()
     example = torch.empty(shape, device="meta")
-    method = "gram" if group["ns_method"] == "gram" else "symmetric"
+    method: Method = "gram" if group["ns_method"] == "gram" else "symmetric"
     return sum(
         ns_flops(block.shape, group["ns_steps"], method, restarts=min(1, group["ns_steps"] - 1))
         for block in blocks(example, group)

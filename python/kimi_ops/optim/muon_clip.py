@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kimi_ops.choices import AnyMethod, BatchDims
 from kimi_ops.optim import engine
 from kimi_ops.optim.group_checks import Checked, check_clip, check_group, check_groups, gradients_of
 from kimi_ops.optim.group_keys import check_keys, follow_cycle
@@ -150,10 +151,10 @@ class MuonClip(torch.optim.Optimizer):
         ns_steps: int = 5,
         adjust_lr_fn: AdjustLr = None,
         *,
-        ns_method: str = "auto",
+        ns_method: AnyMethod = "auto",
         ns_dtype: torch.dtype | str | None = None,
-        ns_restarts: str | Sequence[int] = "auto",
-        batch_dims: str = "leading",
+        ns_restarts: Literal["auto"] | Sequence[int] = "auto",
+        batch_dims: BatchDims = "leading",
         cautious_weight_decay: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
         master_weights: bool = False,

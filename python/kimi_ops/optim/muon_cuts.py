@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from torch import Tensor, nn
 
+from kimi_ops.choices import ExpertLayout
 from kimi_ops.optim.muon_roles import Survey, is_conv1d, is_linear, is_stack
 
-EXPERT_LAYOUTS = ("rows", "columns", "rows_interleaved", "columns_interleaved")
+EXPERT_LAYOUTS = get_args(ExpertLayout)
 _GATE_UP = ("gate_up_proj", "w13", "w12", "w_gate_up", "gate_up")
 _DOWN = ("down_proj", "w2", "wo", "w_down", "down")
 

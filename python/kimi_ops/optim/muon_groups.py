@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kimi_ops import _check
+from kimi_ops.choices import ExpertLayout
 from kimi_ops.optim.learning_rate import AdjustLr
 from kimi_ops.optim.muon_cuts import EXPERT_LAYOUTS, WHOLE, Cut, cut_of
 from kimi_ops.optim.muon_roles import Role, Survey
@@ -21,7 +22,7 @@ def muon_param_groups(
     *,
     adamw_modules: Sequence[str] = (),
     muon_modules: Sequence[str] = (),
-    expert_layout: str | None = None,
+    expert_layout: ExpertLayout | None = None,
     adjust_lr_fn: AdjustLr = "match_rms_adamw",
     per_head: bool = False,
     strict: bool = True,

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.choices import AnyMethod
 from kimi_ops.optim import engine
 from kimi_ops.optim.ns_schedule import (
-    METHODS,
     Coefficients,
     Triple,
     auto_restarts,
@@ -31,9 +31,9 @@ def newton_schulz(
     *,
     steps: int = ...,
     coefficients: Coefficients = ...,
-    method: str = ...,
+    method: AnyMethod = ...,
     dtype: torch.dtype | None = ...,
-    restarts: str | Sequence[int] = ...,
+    restarts: Literal["auto"] | Sequence[int] = ...,
     eps: float = ...,
 ) -> Tensor: ...
 @overload
@@ -42,9 +42,9 @@ def newton_schulz(
     *,
     steps: int = ...,
     coefficients: Coefficients = ...,
-    method: str = ...,
+    method: AnyMethod = ...,
     dtype: torch.dtype | None = ...,
-    restarts: str | Sequence[int] = ...,
+    restarts: Literal["auto"] | Sequence[int] = ...,
     eps: float = ...,
 ) -> list[Tensor]: ...
 @torch.no_grad()
@@ -53,9 +53,9 @@ def newton_schulz(
     *,
     steps: int = 5,
     coefficients: Coefficients = "quintic",
-    method: str = "auto",
+    method: AnyMethod = "auto",
     dtype: torch.dtype | None = None,
-    restarts: str | Sequence[int] = "auto",
+    restarts: Literal["auto"] | Sequence[int] = "auto",
     eps: float = 0.0,
 ) -> Tensor | list[Tensor]:
     r"""Drive the singular values of every matrix in `g` towards 1 with an odd polynomial iteration.
@@ -195,9 +195,9 @@ def check_options(
     *,
     steps: int,
     coefficients: Coefficients,
-    method: str,
+    method: AnyMethod,
     dtype: torch.dtype | None,
-    restarts: str | Sequence[int],
+    restarts: Literal["auto"] | Sequence[int],
     eps: float,
 ) -> tuple[tuple[Triple, ...], tuple[int, ...]]:
     """The triples and the restarts that the options of :func:`newton_schulz` stand for; raises for
@@ -207,7 +207,7 @@ def check_options(
             f"newton_schulz: dtype: expected fp16, bf16, fp32, fp64 or None, got {dtype}; "
             "choose one"
         )
-    _check.choice("newton_schulz", "method", method, ("auto", *METHODS))
+    _check.choice("newton_schulz", "method", method, get_args(AnyMethod))
     if not _check.number("newton_schulz", "eps", eps) >= 0:
         raise ValueError(
             f"newton_schulz: eps: expected a number >= 0, got {eps}; 0 guards exact zeros"

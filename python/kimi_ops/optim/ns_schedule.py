@@ -7,13 +7,15 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
+from typing import get_args
 
 from kimi_ops import _check
+from kimi_ops.choices import Method, Schedule
 
 Triple = tuple[float, float, float]
-Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
+Coefficients = Schedule | Sequence[float] | Sequence[Sequence[float]]
 
-METHODS = ("standard", "symmetric", "gram")
+METHODS = get_args(Method)
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's triple, the one of torch.optim.Muon
 
 
@@ -80,7 +82,7 @@ FIXED_SCHEDULES: dict[str, tuple[Triple, ...]] = {
 SCHEDULES: dict[str, tuple[Triple, ...]] = {**OPEN_SCHEDULES, **FIXED_SCHEDULES}
 # Turbo-Muon (arXiv 2512.04632): AOL's scaling takes the place of the first rows of `you`.
 AOL = "aol"
-NAMES = sorted((*SCHEDULES, AOL))
+NAMES = list(get_args(Schedule))
 
 # Names that others give to what is here, and what they mean.
 _ELSEWHERE = {
@@ -217,7 +219,7 @@ def tune_ns_restarts(
 # Measured: the fewest restarts that keep fp16 within 0.05 of the exact image for singular values
 # 1 / i and 1 .. 1e-4. The tuned ones agree for the quintic and you; of the others the first
 # polynomials almost vanish at 1, which raises the condition without harm.
-_MEASURED: dict[tuple[str, int], tuple[int, ...]] = {
+_MEASURED: dict[tuple[Schedule, int], tuple[int, ...]] = {
     ("quintic", 5): (3,),
     ("polar_express", 5): (2,),
     ("you", 5): (2,),
@@ -286,7 +288,7 @@ def _condition(rows: tuple[Triple, ...], restarts: tuple[int, ...], perturbation
 
 
 def ns_flops(
-    shape: Sequence[int], steps: int = 5, method: str = "symmetric", *, restarts: int = 1
+    shape: Sequence[int], steps: int = 5, method: Method = "symmetric", *, restarts: int = 1
 ) -> int:
     r"""Floating-point operations of Newton-Schulz on matrices of `shape`, 2 for a multiply-add.
 

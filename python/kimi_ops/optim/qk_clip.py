@@ -5,12 +5,13 @@ bounds it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from kimi_ops._autocast import no_autocast
+from kimi_ops.choices import AttentionLayout, GqaMode
 from kimi_ops.optim import engine
 from kimi_ops.reference.qk_clip import Layer, Rows
 
@@ -122,11 +123,11 @@ def shares(
 ) -> tuple[Layer, Share, Share]:
     """The layer, the share of its query projection and that of its key projection."""
     check_bounds(op, None, alpha)
-    if layout not in ("mla", "mha", "gqa"):
+    if layout not in get_args(AttentionLayout):
         raise ValueError(
             f"{op}: layout: expected 'mla', 'mha' or 'gqa', got {layout!r}; choose one"
         )
-    if gqa_mode not in ("query_only", "group_max"):
+    if gqa_mode not in get_args(GqaMode):
         raise ValueError(
             f"{op}: gqa_mode: expected 'query_only' or 'group_max', got {gqa_mode!r}; choose one"
         )
@@ -188,14 +189,14 @@ def qk_clip_(
     k_weight: Tensor | Sequence[Tensor],
     tau: float = 100.0,
     alpha: float = 0.5,
-    layout: str = "mla",
+    layout: AttentionLayout = "mla",
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
     qk_nope_head_dim: int | None = None,
     qk_rope_head_dim: int | None = None,
     v_head_dim: int | None = None,
-    gqa_mode: str = "query_only",
+    gqa_mode: GqaMode = "query_only",
 ) -> Tensor:
     r"""Scale the query and key projections in place so that no head's largest logit passes `tau`.
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from kimi_ops import _check
+from kimi_ops.choices import GqaMode
 from kimi_ops.optim import engine
 from kimi_ops.optim.qk_clip import check_bounds
 from kimi_ops.optim.qk_clip_projections import Part, local, of_layer, part, refuse_norms
@@ -67,7 +68,7 @@ class QKClip:
     layers: Sequence[nn.Module]
     tau: float = 100.0
     alpha: float = 0.5
-    gqa_mode: str = "query_only"
+    gqa_mode: GqaMode = "query_only"
     masters: Mapping[Tensor, Tensor] | None = None
     process_group: dist.ProcessGroup | None = None
     max_logits: Tensor | None = field(default=None, init=False)
@@ -153,7 +154,7 @@ class QKClip:
     def _plan(self) -> tuple[list[Layer], list[Part]]:
         """What `engine.clip_rows_` takes; all that can be wrong is found here."""
         check_bounds("QKClip", self.tau, self.alpha)
-        _check.choice("QKClip", "gqa_mode", self.gqa_mode, ("query_only", "group_max"))
+        _check.choice("QKClip", "gqa_mode", self.gqa_mode, get_args(GqaMode))
         layers, parts = [], []
         owners: dict[int, str] = {}
         for number, module in enumerate(self.layers):

@@ -3,12 +3,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
 from kimi_ops import _check, _native
+from kimi_ops.choices import AnyBackend, Overflow
 from kimi_ops.moe.quantized import Fp8Rows
 from kimi_ops.parallel.errors import EPMisuse
 from kimi_ops.parallel.layout import LAYOUTS
@@ -22,7 +23,7 @@ _MOST = 2**31 - 1
 # What the ranks of a dispatch have to have in common; `dispatch` gives a number for each.
 AGREED = ("top_k", "dtype of x", "weights given", "gradients wanted")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_OVERFLOW = ("raise", "drop", "grow")
+_BACKENDS, _OVERFLOW = get_args(AnyBackend), get_args(Overflow)
 _OP = "ExpertParallel"
 
 
@@ -40,7 +41,7 @@ class Limits:
 def connection(
     group: Any, backend: str, timeout: float, device: torch.device | None, nodes: bool
 ) -> None:
-    _check.choice(_OP, "backend", backend, ("auto", *BACKENDS, "reference"))
+    _check.choice(_OP, "backend", backend, _BACKENDS)
     if not _check.number(_OP, "timeout", timeout) > 0:
         raise ValueError(f"{_OP}: timeout: expected seconds above 0, got {timeout}")
     local = isinstance(group, LocalGroup)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kimi_ops.choices import AnyBackend, DispatchLayout, Overflow
 from kimi_ops.moe.quantized import Fp8Rows
 from kimi_ops.parallel import call_checks
 from kimi_ops.parallel.connection import Connection
@@ -119,12 +120,12 @@ class ExpertParallel:
         num_experts: int,
         hidden: int,
         max_tokens_per_rank: int,
-        backend: str = "auto",
-        layout: str = "rank_dedup",
+        backend: AnyBackend = "auto",
+        layout: DispatchLayout = "rank_dedup",
         wire_dtype: torch.dtype | None = None,
         expert_alignment: int = 1,
         capacity: int | None = None,
-        overflow: str = "raise",
+        overflow: Overflow = "raise",
         num_buffers: int = 1,
         timeout: float = 30.0,
         device: torch.device | str | None = None,

@@ -14,7 +14,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 Came = TypeVar("Came")
@@ -86,9 +85,11 @@ def _named(name: str) -> AbstractContextManager[object]:
 
 
 class _Link:
-    """From one step of a backward to the other: what waits for the gradients of the inputs."""
+    """From one step of a backward to the other: what waits for the gradients of the inputs, and
+    what these depend on."""
 
     wait: Callable[[], Gradients]
+    sources: Sequence[Tensor]
 
 
 class _Leave(torch.autograd.Function):
@@ -98,12 +99,14 @@ class _Leave(torch.autograd.Function):
         return tie.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, tie: Tensor) -> tuple[Any, ...]:
-        wait = ctx.link.wait
-        del ctx.link.wait
-        with _named(f"gradient of {ctx.op}: wait"):
-            return (None, None, tie, *wait())
+        wait, sources = ctx.link.wait, ctx.link.sources
+        del ctx.link.wait, ctx.link.sources
+        with _named(f"gradient of {ctx.op}: wait"), torch.no_grad():
+            gradients = wait()
+        if torch.is_grad_enabled():
+            gradients = _Once.apply(ctx.op, len(sources), *sources, *gradients)
+        return (None, None, tie, *gradients)
 
 
 class _Arrive(torch.autograd.Function):
@@ -116,14 +119,32 @@ class _Arrive(torch.autograd.Function):
         came, kept = outputs(ctx.needs_input_grad[-1])
         # not where the inputs left: a forward that is repeated for the backward may end with the
         # last tensor that is saved, and must not end between the two steps
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(tie, *kept)
         if constant:
             ctx.mark_non_differentiable(*came[1:])
         return (tie.clone(), *came)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, tie: Tensor, *gradients: Tensor) -> tuple[Any, ...]:
-        with _named(f"gradient of {ctx.op}: begin"):
-            ctx.link.wait = ctx.back(ctx.saved_tensors, gradients)
+        left, *kept = ctx.saved_tensors
+        with _named(f"gradient of {ctx.op}: begin"), torch.no_grad():
+            ctx.link.wait = ctx.back(kept, gradients)
+        ctx.link.sources = [left, *gradients]  # `left` hangs on all inputs
         return (None, None, None, None, None, tie)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, on which a second derivative does not end in silence: whatever they
+    depend on leads through here."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple[Any, ...]:
+        ctx.op = op
+        return tuple(each if each is None else each.detach() for each in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: expected to be differentiated once at most, got a second derivative; "
+            "differentiate the experts alone, or a layer on one rank"
+        )

@@ -14,14 +14,16 @@ order in fp32, one rounding for the wire, a sum in the order of the plan at home
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kimi_ops.choices import DispatchLayout
 from kimi_ops.moe.permute import PermutePlan, permute_plan
 
-LAYOUTS = ("rank_dedup", "expert_direct")
+LAYOUTS = get_args(DispatchLayout)
 
 
 class Placement:

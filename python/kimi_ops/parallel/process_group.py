@@ -8,16 +8,17 @@ end by its watchdog, not by an `EPTimeout`.
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kimi_ops.choices import Backend
 from kimi_ops.parallel.errors import EPError
 from kimi_ops.parallel.liveness import Part, Roll
 
-BACKENDS = ("shm", "gloo", "nccl", "cuda")
+BACKENDS = get_args(Backend)
 _GROUPS = ("gloo", "nccl")  # of torch.distributed
 
 

@@ -3,11 +3,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops.choices import PlanMode, StoredForm, Wire
 from kimi_ops.models.kimi_k2.config import KimiK2Config, presets
 from kimi_ops.plan.counts import WEIGHT_BYTES, count
 from kimi_ops.plan.hardware import HARDWARE, Hardware
@@ -23,15 +24,15 @@ def plan(
     hardware: str | Path | Hardware = "h200",
     gpus: int = 256,
     *,
-    mode: str = "train",
+    mode: PlanMode = "train",
     tokens_per_rank: int | None = None,
     skew: float = 1.0,
     loads: Tensor | Sequence[Any] | None = None,
     redundant: int = 0,
     context: int | None = None,
     batch_tokens: int = 2**26,
-    weights: str | None = None,
-    wire: str | None = None,
+    weights: Literal["bf16", StoredForm] | None = None,
+    wire: Wire | None = None,
     overlap: bool = False,
 ) -> Plan:
     """Predict how a model trains or serves on a number of GPUs, for every way to spread it.
@@ -96,7 +97,7 @@ def plan(
     if not isinstance(hardware, Hardware):
         _check.choice("plan", "hardware", hardware, tuple(HARDWARE))
         hardware = HARDWARE[hardware]
-    _check.choice("plan", "mode", mode, ("train", "serve", "prefill", "decode"))
+    _check.choice("plan", "mode", mode, get_args(PlanMode))
     mode = "decode" if mode == "serve" else mode
     training = mode == "train"
     counts = count(_config(model))
@@ -117,7 +118,7 @@ def plan(
     weights = weights or ("bf16" if training else "fp8")
     _check.choice("plan", "weights", weights, ("bf16",) if training else tuple(WEIGHT_BYTES))
     wire = wire or ("bf16" if training else "fp8")
-    _check.choice("plan", "wire", wire, ("bf16", "fp8"))
+    _check.choice("plan", "wire", wire, get_args(Wire))
     if training and context > tokens:
         raise ValueError(
             f"plan: context: expected at most tokens_per_rank, {tokens}, got {context}; a sequence "

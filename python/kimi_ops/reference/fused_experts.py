@@ -76,12 +76,6 @@ def gated(gate: Tensor, up: Tensor, activation: str | Activation) -> Tensor:
     return first * second
 
 
-def gated_activation(gate_up: Tensor, activation: str | Activation) -> Tensor:
-    """[R, F] from [R, 2F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return activate(gate, up, activation)
-
-
 def fused_experts(
     x: Tensor,
     w_gate_up: Tensor | tuple[Tensor, Tensor],

@@ -4,9 +4,12 @@ ValueError that names an option."""
 
 from __future__ import annotations
 
+from typing import get_args
+
+from kimi_ops.choices import PipelineSchedule
 from kimi_ops.plan.work import Layout
 
-SCHEDULES = ("1F1B", "GPipe")  # of torch.distributed.pipelining, Schedule before the name
+SCHEDULES = get_args(PipelineSchedule)
 
 
 def check_layout(world: int, expert_parallel: int, pipeline_parallel: int) -> None:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kimi_ops.choices import PipelineSchedule
 from kimi_ops.models.kimi_k2 import ExpertRanks, KimiK2Config
 from kimi_ops.parallel.errors import EPRankLost, EPTimeout, named
 from kimi_ops.parallel.liveness import Roll
@@ -89,7 +90,7 @@ class Ranks:
         timeout: float = TIMEOUT,
         overlap: bool = False,
         pipeline_parallel: int = 1,
-        schedule: str = "1F1B",
+        schedule: PipelineSchedule = "1F1B",
     ) -> None:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world = 1 if group is None else dist.get_world_size(group)
@@ -280,7 +281,7 @@ def join_ranks(
     device: str = "auto",
     overlap: bool = False,
     pipeline_parallel: int = 1,
-    schedule: str = "1F1B",
+    schedule: PipelineSchedule = "1F1B",
 ) -> Iterator[Ranks]:
     """The ranks that ``torchrun`` started together with this process; without it this one alone.
 

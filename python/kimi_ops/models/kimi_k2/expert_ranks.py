@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from kimi_ops import ExpertParallel, TopkGate, fused_experts
 from kimi_ops._autocast import autocast
 from kimi_ops.activations import Activation, ActivationName
+from kimi_ops.choices import AnyBackend
 from kimi_ops.models.kimi_k2.checkpoint import to_first
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.moe.quantized import QuantizedWeight
@@ -88,7 +89,7 @@ class ExpertRanks:
         device: torch.device | str = "cpu",
         timeout: float = 30.0,
         batches: int = 1,
-        backend: str = "auto",
+        backend: AnyBackend = "auto",
     ) -> None:
         self.group, self.count, self.batches = group, config.n_routed_experts, batches
         self.rank, self.world = call_checks.place(group)

@@ -2,12 +2,13 @@
 """The mixture-of-experts layer: router, routed experts, shared experts."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from kimi_ops import PermutePlan, TopkGate
+from kimi_ops.choices import ScoreFunction
 from kimi_ops.models.kimi_k2.config import KimiK2Config
 from kimi_ops.models.kimi_k2.expert_ranks import ExpertRanks
 from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm
@@ -49,7 +50,7 @@ def _router(config: KimiK2Config, **factory: Any) -> Router:
         config.hidden_size,
         config.n_routed_experts,
         config.num_experts_per_tok,
-        score_function=config.scoring_func,
+        score_function=cast(ScoreFunction, config.scoring_func),  # checked there
         num_groups=1 if everyone else config.n_group,
         topk_groups=1 if everyone else config.topk_group,
         renormalize=config.norm_topk_prob,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,11 @@ from torch.utils.checkpoint import (
 )
 
 from kimi_ops import Fp8Rows
+from kimi_ops.choices import Recompute
 
 __all__ = ["RECOMPUTE", "Recomputes", "fp8_storage", "set_storage"]
 
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = get_args(Recompute)
 _aten = torch.ops.aten
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
