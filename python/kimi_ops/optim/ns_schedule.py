@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
 
-from kimi_ops import _check
+from kimi_ops import _arguments as _check
 
 Triple = tuple[float, float, float]
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
