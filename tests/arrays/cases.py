@@ -20,15 +20,18 @@ class Case:
     inputs: dict[str, np.ndarray]
     wrt: tuple[str, ...]  # what has a gradient
     tolerance: float  # 0: the same bits
+    jax: bool = True  # False: said by another case there, where each is a program to compile
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, *wrt: str, tolerance: float = 0.0, **inputs: np.ndarray) -> Any:
+def case(
+    name: str, *wrt: str, tolerance: float = 0.0, jax: bool = True, **inputs: np.ndarray
+) -> Any:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         assert name not in CASES
-        CASES[name] = Case(function, inputs, wrt, tolerance)
+        CASES[name] = Case(function, inputs, wrt, tolerance, jax)
         return function
 
     return register
@@ -211,13 +214,14 @@ for _name, _activation in {
         )
     )
     case(f"fused_experts {_name} without a gate", "x", "up", "down", "weights", tolerance=1e-5,
-         **(_LAYER | {"up": UP[:, :F]}))(
+         jax=_name in ("gelu", "relu2", "numbers"), **(_LAYER | {"up": UP[:, :F]}))(
         lambda k, x, up, down, weights, ids, a=_activation: k.fused_experts(
             x, up, down, weights, ids, activation=ungated(a)
         )
     )  # fmt: skip
-    case(f"fused_experts {_name} of two", "x", "w1", "w3", "down", "weights", tolerance=1e-5, x=X,
-         w1=UP[:, :F], w3=UP[:, F:], down=DOWN, weights=WEIGHTS, ids=IDS, **BIASES)(
+    case(f"fused_experts {_name} of two", "x", "w1", "w3", "down", "weights", tolerance=1e-5,
+         jax=_name in ("gelu_tanh", "situ", "limits"), x=X, w1=UP[:, :F], w3=UP[:, F:], down=DOWN,
+         weights=WEIGHTS, ids=IDS, **BIASES)(
         lambda k, x, w1, w3, down, weights, ids, b_gate_up, b_down, a=_activation: k.fused_experts(
             x, (w1, w3), down, weights, ids, b_gate_up=b_gate_up, b_down=b_down, activation=a
         )

@@ -3,7 +3,6 @@
 shard_map; without torch. docs/jax.md says more."""
 
 from kimi_ops._forms import expert_capacity
-from kimi_ops._library import _C
 from kimi_ops.arrays.door import Counts, DenseGate, Gate, Plan
 from kimi_ops.arrays.formats import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
 from kimi_ops.jax.door import OPS as _OPS
@@ -40,8 +39,6 @@ unpermute = _OPS.unpermute
 update_expert_bias = _OPS.update_expert_bias
 z_loss = _OPS.z_loss
 
-is_batch_invariant, set_batch_invariant = _C.batch_invariant, _C.set_batch_invariant
-
 __all__ = [
     "Counts",
     "DenseGate",
@@ -61,7 +58,6 @@ __all__ = [
     "gate_plan",
     "grouped_gemm",
     "grouped_gemm_wgrad",
-    "is_batch_invariant",
     "muon_momentum",
     "muon_update",
     "newton_schulz",
@@ -75,7 +71,6 @@ __all__ = [
     "ragged_dot",
     "sequence_balance_loss",
     "sequence_counts",
-    "set_batch_invariant",
     "sort_chunks",
     "squares",
     "symmetric_matmul",

@@ -18,7 +18,7 @@ def _bits(x: Any) -> Any:
     raw = jax.lax.bitcast_convert_type(jnp.asarray(x, F32).reshape(()), jnp.uint32)
     exponent, mantissa = (raw >> 23) & 0xFF, raw & 0x7FFFFF
     wide = jnp.where(exponent == 255, 2047, exponent + (1023 - 127))
-    high = (raw & 0x80000000) | (wide << 20) | (mantissa >> 3)
+    high = (raw >> 31 << 31) | (wide << 20) | (mantissa >> 3)
     return jnp.stack([(mantissa & 7) << 29, high]) * (exponent > 0)
 
 

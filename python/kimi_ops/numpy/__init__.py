@@ -51,7 +51,6 @@ unpermute = _OPS.unpermute
 update_expert_bias_ = _OPS.update_expert_bias
 z_loss = _OPS.z_loss
 
-is_batch_invariant, set_batch_invariant = _C.batch_invariant, _C.set_batch_invariant
 num_threads, set_num_threads = _C.num_threads, _C.set_num_threads
 
 __all__ = [
@@ -75,7 +74,6 @@ __all__ = [
     "gate_plan",
     "grouped_gemm",
     "grouped_gemm_wgrad",
-    "is_batch_invariant",
     "muon_momentum_",
     "muon_update_",
     "newton_schulz",
@@ -90,7 +88,6 @@ __all__ = [
     "sequence_balance_loss",
     "sequence_balance_loss_backward",
     "sequence_counts",
-    "set_batch_invariant",
     "set_num_threads",
     "sort_chunks",
     "squares_",
