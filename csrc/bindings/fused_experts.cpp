@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-#include "bindings/activation.h"
 #include "bindings/experts.h"
+#include "fused_experts/activation_names.h"
 #include "permute/check.h"
 
 namespace kimi::bindings {

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,57 @@ def test_other_frameworks_arrays_enter_and_numpy_s_come_out():
     assert type(ours) is np.ndarray and np.array_equal(ours, kn.topk_gate(logits, 2).indices)
     with pytest.raises(TypeError, match=r"topk_gate: logits: .*require gradient"):
         kn.topk_gate(torch.from_numpy(logits).requires_grad_(), 2)
+
+
+class Foreign:
+    """An array of a library that follows the array API's standard."""
+
+    def __init__(self, held):
+        self.held, self.shape, self.dtype, self.ndim = held, held.shape, held.dtype, held.ndim
+
+    def __dlpack__(self, **options):
+        return self.held.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.held.__dlpack_device__()
+
+    def __array_namespace__(self):
+        return types.SimpleNamespace(from_dlpack=lambda x: Foreign(np.from_dlpack(x)))
+
+
+def test_results_go_to_the_library_of_the_first_array():
+    logits, x = f(4, 8), f(4, 3)
+    gate, want = kn.topk_gate(Foreign(logits), 2), kn.topk_gate(logits, 2)
+    plan = kn.permute_plan(gate.indices, 8)
+    y = kn.unpermute(kn.permute(Foreign(x), plan), plan, gate.weights)
+    for ours in (*gate, *plan, y):
+        assert type(ours) is Foreign
+    for ours, theirs in zip(gate, want, strict=True):
+        assert np.array_equal(ours.held, theirs)
+    want = kn.unpermute(kn.permute(x, kn.permute_plan(want.indices, 8)), kn.permute_plan(
+        want.indices, 8), want.weights)  # fmt: skip
+    assert np.array_equal(y.held, want)
+    jax = pytest.importorskip("jax")
+    z = jax.numpy.asarray(logits, jax.numpy.bfloat16)
+    ours = kn.topk_gate(z, 2, mask=jax.numpy.arange(8) > 2)
+    assert isinstance(ours.weights, jax.Array)
+    theirs = kn.topk_gate(np.asarray(z), 2, mask=np.arange(8) > 2)
+    assert np.array_equal(ours.weights, theirs.weights)
+
+
+class Elsewhere(Foreign):
+    def __dlpack__(self, **options):
+        raise BufferError("this memory is on a GPU")
+
+
+def test_an_array_that_exports_nothing_is_refused_by_its_own_words():
+    with pytest.raises(TypeError, match="^topk_gate: logits: .* says: this memory is on a GPU"):
+        kn.topk_gate(Elsewhere(f(4, 8)), 2)
+
+
+def test_float64_is_refused():
+    with pytest.raises(TypeError, match="^grouped_gemm: expected arrays of float32"):
+        kn.grouped_gemm(np.ones((2, 3)), np.ones((1, 3, 4)), np.array([2], I32))
 
 
 def test_experts_that_were_chosen_elsewhere():

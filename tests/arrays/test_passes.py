@@ -134,7 +134,7 @@ class Jax:
                 *([] if measure else [None]),
             )
         )(lists, factors)
-        return [x for part in lists for x in part] + [self.wide(sums)] * measure
+        return [x for part in lists for x in part] + ([self.wide(sums)] if measure else [])
 
     def clip_rows(self, weights, maxima, *geometry):
         gamma, clipped = self.jit(lambda w, m: self.k.clip_rows(w, m, *geometry))(weights, maxima)

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The routed experts of a layer. Quantised weights, which carry their scale, are read only.
-#include "bindings/activation.h"
 #include "bindings/xla/ops.h"
 #include "common/integer.h"
 #include "common/storage.h"
+#include "fused_experts/activation_names.h"
 
 namespace kimi::xla {
 namespace {
@@ -12,9 +12,9 @@ constexpr int64_t kInt4Word = 8;  // nibbles in an int32
 
 template <class Params>
 void set_activation(Frame& f, Params& p) {
-  p.activation = kimi_activation(f.choice("activation", bindings::kActivations));
+  p.activation = kimi_activation(f.choice("activation", kActivations));
   const std::vector<double> given = f.numbers("numbers");
-  const std::vector<float*> wanted = bindings::numbers_of(p.activation, p.numbers);
+  const std::vector<float*> wanted = numbers_of(p.activation, p.numbers);
   if (given.size() != wanted.size())
     f.refuse("activation: expected " + std::to_string(wanted.size()) + " numbers, got " +
              std::to_string(given.size()) + "; kimi_ops.activations makes them");

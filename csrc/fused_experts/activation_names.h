@@ -7,7 +7,7 @@
 
 #include "kimi_ops.h"
 
-namespace kimi::bindings {
+namespace kimi {
 
 // In the order of kimi_activation.
 constexpr std::initializer_list<const char*> kActivations = {"silu",      "gelu",  "situ",
@@ -21,4 +21,4 @@ inline std::vector<float*> numbers_of(kimi_activation activation, kimi_activatio
   return {};
 }
 
-}  // namespace kimi::bindings
+}  // namespace kimi
