@@ -78,7 +78,12 @@ def _adopted(value: Any) -> Any:
     if isinstance(value, list):
         return [_adopted(one) for one in value]
     plain = value is None or isinstance(value, (str, bool, int, float, tuple))
-    return value if plain else jnp.asarray(value)
+    if plain:
+        return value
+    array = jnp.asarray(value)
+    # of whole numbers not even a gradient of nothing passes
+    whole = not jnp.issubdtype(array.dtype, jnp.floating)
+    return jax.lax.stop_gradient(array) if whole else array
 
 
 OPS = Jax()
