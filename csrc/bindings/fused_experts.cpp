@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/experts.h"
+#include "fused_experts/activation_names.h"
 #include "permute/check.h"
 
 namespace kimi::bindings {
@@ -48,21 +49,12 @@ struct Weights {
   }
 };
 
-// In the order of kimi_activation.
-constexpr std::initializer_list<const char*> kActivations = {"silu",      "gelu",  "situ",
-                                                             "gelu_tanh", "relu2", "swiglu"};
-
-// A name and the numbers that it has, in the order of kimi_activation_numbers.
+// A name and the numbers that it has.
 template <class Params>
 void set_activation(Call& call, Params& p) {
   p.activation = call.choice<kimi_activation>("activation", kActivations);
   const std::vector<double> given = call.numbers("activation");
-  kimi_activation_numbers& n = p.numbers;
-  const std::vector<float*> wanted =
-      p.activation == KIMI_ACTIVATION_SITU ? std::vector{&n.gate_bound, &n.up_bound}
-      : p.activation == KIMI_ACTIVATION_SWIGLU
-          ? std::vector{&n.alpha, &n.shift, &n.gate_limit, &n.silu_limit, &n.up_limit}
-          : std::vector<float*>{};
+  const std::vector<float*> wanted = numbers_of(p.activation, p.numbers);
   if (given.size() != wanted.size())
     call.value_error("activation", "expected ", wanted.size(), " numbers of ",
                      kActivations.begin()[p.activation], ", got ", given.size(),

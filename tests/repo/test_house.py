@@ -38,15 +38,16 @@ kimi_ops._lazy
 kimi_ops._public
 kimi_ops.facts
 kimi_ops.gpu kimi_ops.invariance kimi_ops.memory
+kimi_ops.numpy kimi_ops.jax
+kimi_ops.arrays
 kimi_ops.nn kimi_ops.optim
 kimi_ops.parallel
 kimi_ops.moe
 kimi_ops.operators
 kimi_ops.reference
 kimi_ops._native kimi_ops.formats kimi_ops.routing
-kimi_ops.numpy kimi_ops.jax
-kimi_ops._library
-kimi_ops._C kimi_ops._autocast kimi_ops._check kimi_ops._program kimi_ops.building
+kimi_ops._library kimi_ops._check kimi_ops._forms
+kimi_ops._C kimi_ops._autocast kimi_ops._arguments kimi_ops._program kimi_ops.building
 kimi_ops.activations kimi_ops.choices
 """
 Graph = dict[str, set[str]]

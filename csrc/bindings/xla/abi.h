@@ -68,10 +68,12 @@ enum DataType : int32_t {
   kS32 = 4,
   kS64 = 5,
   kU8 = 6,
+  kU32 = 8,
   kF16 = 10,
   kF32 = 11,
   kF64 = 12,
   kBF16 = 16,
+  kF8 = 20,  // e4m3fn
 };
 
 struct Buffer {

@@ -7,25 +7,19 @@
 namespace kimi::xla {
 namespace {
 
+struct Known {
+  DataType dtype;
+  const char* name;
+  int64_t bytes;
+};
+constexpr Known kKnown[] = {{kPred, "bool", 1},   {kU8, "uint8", 1},      {kU32, "uint32", 4},
+                            {kS32, "int32", 4},   {kS64, "int64", 8},     {kF8, "float8_e4m3fn", 1},
+                            {kF16, "float16", 2}, {kBF16, "bfloat16", 2}, {kF32, "float32", 4},
+                            {kF64, "float64", 8}};
+
 std::string name_of(DataType dtype) {
-  switch (dtype) {
-    case kPred:
-      return "bool";
-    case kS32:
-      return "int32";
-    case kS64:
-      return "int64";
-    case kU8:
-      return "uint8";
-    case kF16:
-      return "float16";
-    case kF32:
-      return "float32";
-    case kF64:
-      return "float64";
-    case kBF16:
-      return "bfloat16";
-  }
+  for (const Known& known : kKnown)
+    if (known.dtype == dtype) return known.name;
   return "XLA type " + std::to_string(int(dtype));
 }
 
@@ -49,11 +43,22 @@ kimi_dtype native(DataType dtype) {
   return dtype == kF32 ? KIMI_FLOAT32 : dtype == kBF16 ? KIMI_BFLOAT16 : KIMI_FLOAT16;
 }
 
+int64_t bytes_of(DataType dtype) {
+  for (const Known& known : kKnown)
+    if (known.dtype == dtype) return known.bytes;
+  return 0;
+}
+
+DataType dtype_named(const std::string& name) {
+  for (const Known& known : kKnown)
+    if (name == known.name) return known.dtype;
+  throw Refused{"dtype: expected one of XLA's that the ops know, got " + name};
+}
+
 void Frame::refuse(const std::string& text) const { throw Refused{op + ": " + text}; }
 
-const Tensor& Frame::checked(const Tensor& tensor, const std::string& name,
-                             std::initializer_list<DataType> dtypes,
-                             std::initializer_list<int64_t> shape) const {
+const Tensor& Frame::checked(const Tensor& tensor, const std::string& name, Types dtypes,
+                             const Shape& shape) const {
   if (std::find(dtypes.begin(), dtypes.end(), tensor.dtype) == dtypes.end()) {
     std::string names;
     for (DataType dtype : dtypes) names += (names.empty() ? "" : ", ") + name_of(dtype);
@@ -66,25 +71,55 @@ const Tensor& Frame::checked(const Tensor& tensor, const std::string& name,
   return tensor;
 }
 
-const Tensor& Frame::next(const char* name, std::initializer_list<DataType> dtypes,
-                          std::initializer_list<int64_t> shape) {
-  if (next_argument_ == arguments.size()) refuse(std::string(name) + ": expected, got no more");
-  return checked(arguments[next_argument_++], name, dtypes, shape);
+const Tensor& Frame::take(const std::string& name) {
+  if (next_argument_ == arguments.size()) refuse(name + ": expected, got no more");
+  return arguments[next_argument_++];
 }
 
-const void* Frame::optional(const char* name, DataType dtype,
-                            std::initializer_list<int64_t> shape) {
-  if (next_argument_ < arguments.size() &&
-      arguments[next_argument_].dims == std::vector<int64_t>{0})
+DataType Frame::next_dtype() const {
+  return next_argument_ < arguments.size() ? arguments[next_argument_].dtype : kPred;
+}
+
+Shape Frame::next_dims() const {
+  return next_argument_ < arguments.size() ? arguments[next_argument_].dims : Shape{};
+}
+
+const Tensor& Frame::next(const std::string& name, Types dtypes, const Shape& shape) {
+  return checked(take(name), name, dtypes, shape);
+}
+
+const void* Frame::optional(const std::string& name, DataType dtype, const Shape& shape) {
+  if (next_argument_ < arguments.size() && arguments[next_argument_].dims == Shape{0})
     return ++next_argument_, nullptr;
   return next(name, {dtype}, shape).data;
 }
 
-Tensor& Frame::out(std::initializer_list<DataType> dtypes, std::initializer_list<int64_t> shape) {
+std::vector<Tensor> Frame::several(const char* name, Types dtypes) {
+  const int64_t count = integer("count");
+  if (count < 1) refuse(std::string(name) + ": expected at least one array, got none");
+  std::vector<Tensor> tensors;
+  for (int64_t i = 0; i < count; ++i) {
+    const std::string item = std::string(name) + "[" + std::to_string(i) + "]";
+    const Tensor& tensor = take(item);
+    checked(tensor, item, dtypes, tensor.dims);
+    tensors.push_back(tensor);
+    checked(tensor, item, {tensors[0].dtype}, tensor.dims);
+  }
+  return tensors;
+}
+
+Tensor& Frame::out(Types dtypes, const Shape& shape) {
   const std::string name = "result " + std::to_string(next_result_);
   if (next_result_ == results.size()) refuse(name + ": expected, got no more");
   checked(results[next_result_], name, dtypes, shape);
   return results[next_result_++];
+}
+
+Tensor& Frame::over(const char* name, const Tensor& argument) {
+  Tensor& result = out({argument.dtype}, argument.dims);
+  if (!traced && argument.count() > 0 && result.data != argument.data)
+    refuse(std::string(name) + ": expected the memory of the result");
+  return result;
 }
 
 const Attribute& Frame::attribute(const char* name) const {
@@ -112,10 +147,16 @@ double Frame::number(const char* name) const {
   return *value;
 }
 
-const std::vector<double>& Frame::numbers(const char* name) const {
+std::vector<double> Frame::numbers(const char* name) const {
+  if (attributes.find(name) == attributes.end()) return {};
   const auto* value = std::get_if<std::vector<double>>(&attribute(name));
   if (!value) refuse(std::string(name) + ": expected a list of numbers");
   return *value;
+}
+
+std::vector<int64_t> Frame::integers(const char* name) const {
+  const std::vector<double> values = numbers(name);
+  return {values.begin(), values.end()};
 }
 
 int Frame::choice(const char* name, std::initializer_list<const char*> names) const {

@@ -33,6 +33,8 @@ struct Tensor {
 };
 
 using Attribute = std::variant<int64_t, double, std::string, std::vector<double>>;
+using Types = std::initializer_list<DataType>;
+using Shape = std::vector<int64_t>;
 constexpr int64_t kAny = -1;  // a size that is not given
 
 class Frame {
@@ -45,17 +47,26 @@ class Frame {
   std::map<std::string, Attribute, std::less<>> attributes;
   size_t workspace_bytes = 0;  // of a traced call
 
-  // The next argument, of one of the dtypes and this shape; a float one may be any of the kernels'.
-  const Tensor& next(const char* name, std::initializer_list<DataType> dtypes,
-                     std::initializer_list<int64_t> shape);
+  // Whether the host may look at values.
+  bool reads() const { return !traced && device == KIMI_DEVICE_CPU; }
+
+  // The next argument, of one of the dtypes and this shape.
+  const Tensor& next(const std::string& name, Types dtypes, const Shape& shape);
+  DataType next_dtype() const;
+  Shape next_dims() const;
   // NULL for an argument of shape [0], which stands for None.
-  const void* optional(const char* name, DataType dtype, std::initializer_list<int64_t> shape);
-  Tensor& out(std::initializer_list<DataType> dtypes, std::initializer_list<int64_t> shape);
+  const void* optional(const std::string& name, DataType dtype, const Shape& shape);
+  // The next `count` (an attribute) arguments, of one dtype and any shapes.
+  std::vector<Tensor> several(const char* name, Types dtypes);
+  Tensor& out(Types dtypes, const Shape& shape);
+  // The next result, in the memory of an argument: the op changes it.
+  Tensor& over(const char* name, const Tensor& argument);
 
   int64_t integer(const char* name) const;
   int32_t int32(const char* name) const;
   double number(const char* name) const;
-  const std::vector<double>& numbers(const char* name) const;
+  std::vector<double> numbers(const char* name) const;  // empty where there are none
+  std::vector<int64_t> integers(const char* name) const;
   int choice(const char* name, std::initializer_list<const char*> names) const;
 
   template <class Params>
@@ -78,15 +89,17 @@ class Frame {
  private:
   static constexpr size_t kAlignment = 64;
   void take_workspace(void*& memory, size_t& bytes);
-  const Tensor& checked(const Tensor& tensor, const std::string& name,
-                        std::initializer_list<DataType> dtypes,
-                        std::initializer_list<int64_t> shape) const;
+  const Tensor& take(const std::string& name);
+  const Tensor& checked(const Tensor& tensor, const std::string& name, Types dtypes,
+                        const Shape& shape) const;
   const Attribute& attribute(const char* name) const;
   static Status status_of(kimi_status status);
   size_t next_argument_ = 0, next_result_ = 0;
 };
 
 kimi_dtype native(DataType dtype);
+int64_t bytes_of(DataType dtype);               // of an element
+DataType dtype_named(const std::string& name);  // as NumPy names it; Refused where no op knows it
 
 // Fills an op's params from a frame and calls it.
 using Op = Status (*)(Frame&);

@@ -18,7 +18,16 @@ Tensor tensor_of(void* item) {
 }
 
 double number_at(DataType dtype, const void* data, size_t i) {
-  return dtype == kF32 ? static_cast<const float*>(data)[i] : static_cast<const double*>(data)[i];
+  switch (dtype) {
+    case kS32:
+      return static_cast<const int32_t*>(data)[i];
+    case kS64:
+      return double(static_cast<const int64_t*>(data)[i]);
+    case kF32:
+      return static_cast<const float*>(data)[i];
+    default:
+      return static_cast<const double*>(data)[i];
+  }
 }
 
 Attribute attribute_of(AttributeType type, const void* item) {
@@ -91,10 +100,14 @@ struct Entry {
    [](CallFrame* frame) { return run(frame, #op, op, KIMI_DEVICE_CUDA); }}
 constexpr Entry kEntries[] = {
     KIMI_XLA(topk_gate),
+    KIMI_XLA(topk_gate_given),
     KIMI_XLA(topk_gate_backward),
+    KIMI_XLA(gate_plan),
     KIMI_XLA(update_expert_bias),
+    KIMI_XLA(sequence_counts),
     KIMI_XLA(sequence_balance_loss),
     KIMI_XLA(sequence_balance_loss_backward),
+    KIMI_XLA(quantile_histogram),
     KIMI_XLA(z_loss),
     KIMI_XLA(z_loss_backward),
     KIMI_XLA(permute_plan),
@@ -104,10 +117,18 @@ constexpr Entry kEntries[] = {
     KIMI_XLA(sort_chunks),
     KIMI_XLA(grouped_gemm),
     KIMI_XLA(grouped_gemm_wgrad),
+    KIMI_XLA(grouped_gemm_fp8),
     KIMI_XLA(fused_experts),
     KIMI_XLA(fused_experts_backward),
+    KIMI_XLA(matrix_product),
     KIMI_XLA(newton_schulz),
     KIMI_XLA(attention_max_logits),
+    KIMI_XLA(clip_rows),
+    KIMI_XLA(muon_momentum),
+    KIMI_XLA(muon_update),
+    KIMI_XLA(adamw),
+    KIMI_XLA(squares),
+    KIMI_XLA(clip_factor),
 };
 
 py::dict handlers(bool cuda) {
@@ -118,21 +139,12 @@ py::dict handlers(bool cuda) {
   return found;
 }
 
-DataType type_of(const std::string& name) {
-  const std::pair<const char*, DataType> names[] = {
-      {"bool", kPred},   {"int32", kS32},   {"int64", kS64},   {"uint8", kU8},
-      {"float16", kF16}, {"float32", kF32}, {"float64", kF64}, {"bfloat16", kBF16}};
-  for (const auto& [known, type] : names)
-    if (name == known) return type;
-  throw py::type_error("kimi_ops: dtype: expected one of XLA's that the ops know, got " + name);
-}
-
 std::vector<Tensor> tensors_of(const py::list& shapes) {
   std::vector<Tensor> tensors;
   for (const py::handle& item : shapes) {
     const auto [dims, type] = item.cast<std::pair<std::vector<int64_t>, std::string>>();
     // Pointers that are not NULL, for what depends on whether there is one; nobody follows them.
-    tensors.push_back({reinterpret_cast<void*>(uintptr_t{64}), dims, type_of(type)});
+    tensors.push_back({reinterpret_cast<void*>(uintptr_t{64}), dims, dtype_named(type)});
   }
   return tensors;
 }
@@ -146,8 +158,12 @@ size_t traced(const std::string& name, bool cuda, const py::list& arguments,
     f.op = name;
     f.device = cuda ? KIMI_DEVICE_CUDA : KIMI_DEVICE_CPU;
     f.traced = true;
-    f.arguments = tensors_of(arguments);
-    f.results = tensors_of(results);
+    try {
+      f.arguments = tensors_of(arguments);
+      f.results = tensors_of(results);
+    } catch (const Refused& refused) {
+      throw py::type_error(name + ": " + refused.message);
+    }
     for (const auto& [key, value] : attributes) {
       Attribute& attribute = f.attributes[key.cast<std::string>()];
       if (py::isinstance<py::str>(value))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Calls of the native module's XLA handlers (csrc/bindings/xla), which are registered here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,42 +24,56 @@ def _register() -> None:
 _register()
 
 
+def on_gpu() -> bool:
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
 def result(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def like(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    return result(x.shape, dtype or x.dtype)
+
+
 def call(
     op: str,
-    results: list[jax.ShapeDtypeStruct],
+    results: Sequence[jax.ShapeDtypeStruct],
     *arguments: Any,
     aliases: dict[int, int] | None = None,
+    cuda: bool | None = None,
     **attributes: Any,
 ) -> list[jax.Array]:
-    """`op` on `arguments`, of which None stands for one that is not given.
+    """`op` on `arguments`, of which None stands for one that is not given; lists of them count one
+    by one. `aliases` are arguments whose memory results take.
 
-    Shapes and dtypes are checked while the program is traced; the workspace is one more result,
-    which XLA's own plan of memory holds, and the number of threads is that of the tracing thread.
+    Shapes and dtypes are checked while the program is traced, for the devices there are or for the
+    kind that `cuda` names; the workspace is one more result, which XLA's own plan of memory holds,
+    and the number of threads is that of the tracing thread.
     """
-    arrays = [jnp.zeros(0, jnp.float32) if x is None else jnp.asarray(x) for x in arguments]
-    attributes["threads"] = _C.num_threads()
+    arrays = [jnp.zeros(0, jnp.float32) if x is None else jnp.asarray(x) for x in _flat(arguments)]
+    kept = {key: value for key, value in attributes.items() if value != []}
+    kept["threads"] = _C.num_threads()
     shapes = [[(x.shape, str(x.dtype)) for x in side] for side in (arrays, results)]
-    devices = {False, *(d.platform == "gpu" for d in jax.devices())}
-    needed = max(_C.xla_traced(op, cuda, *shapes, attributes) for cuda in devices)
+    kinds = {False, on_gpu()} if cuda is None else {cuda}
+    needed = max(_C.xla_traced(op, kind, *shapes, kept) for kind in kinds)
     workspace = [result((needed,), jnp.uint8)] * (needed > 0)
     function = jax.ffi.ffi_call(
-        PREFIX + op, results + workspace, vmap_method="sequential", input_output_aliases=aliases
+        PREFIX + op,
+        [*results, *workspace],
+        vmap_method="sequential",
+        input_output_aliases=aliases,
     )
-    return list(function(*arrays, **{k: _typed(v) for k, v in attributes.items()}))[: len(results)]
+    return list(function(*arrays, **{k: _typed(v) for k, v in kept.items()}))[: len(results)]
+
+
+def _flat(arguments: Sequence[Any]) -> list[Any]:
+    return [x for one in arguments for x in (one if isinstance(one, list) else [one])]
 
 
 def _typed(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return np.array(value, np.float32)
-    return np.float32(value) if isinstance(value, float) else np.int64(value)
-
-
-def ids(array: Any) -> jax.Array:
-    """Whole numbers as the kernels take them; no gradient passes, not even one of nothing."""
-    return jax.lax.stop_gradient(jnp.asarray(array, jnp.int32))
+        return np.array(value, np.float64)
+    return np.float64(value) if isinstance(value, float) else np.int64(value)

@@ -1,156 +1,239 @@
 # SPDX-License-Identifier: MIT
-"""Products by experts' weights with their gradients, and what the optimizer multiplies."""
+"""Native functions that multiply, as custom calls with their gradients: arguments as in
+csrc/bindings, dtypes by name."""
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kimi_ops.jax.calls import call, ids, result
-from kimi_ops.jax.routing import F32, Plan, permute_plan
-
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-
-
-def grouped_gemm(
-    a: Any, b: Any, offsets: Any, *, bias: Any = None, out_dtype: Any = None
-) -> jax.Array:
-    """`kimi_ops.grouped_gemm`: a [R, K] by b [E, K, N], rows up to offsets [E] for each expert.
-    Gradients go to a, b and the bias."""
-    return _product(jnp.asarray(a), jnp.asarray(b), ids(offsets), bias, out_dtype, False)
+from kimi_ops.arrays.formats import Fp8BlockWeight, Int4GroupWeight, named
+from kimi_ops.jax.calls import call, like, result
+from kimi_ops.jax.routing import F32
 
 
-def ragged_dot(
-    lhs: Any,
-    rhs: Any,
-    group_sizes: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    group_offset: Any = None,
-) -> jax.Array:
-    """``jax.lax.ragged_dot`` by `grouped_gemm`: lhs [R, K], rhs [E, K, N], group_sizes [E].
-
-    Sums are float32 whatever `precision` says. `group_offset` has no counterpart and is refused.
-    """
-    if group_offset is not None:
-        raise ValueError("ragged_dot: group_offset: expected None, got an offset; slice rhs")
-    offsets = jnp.cumsum(ids(group_sizes), dtype=jnp.int32)
-    return grouped_gemm(lhs, rhs, offsets, out_dtype=preferred_element_type)
-
-
-def _product(
-    a: jax.Array, b: jax.Array, offsets: jax.Array, bias: Any, out_dtype: Any, b_is_nk: bool
-) -> jax.Array:
+def _multiply(
+    a: Any, b: Any, offsets: Any, bias: Any, dtype: str, starts: Any, b_is_nk: bool,
+    scale: Any = None, out: Any = None,
+) -> Any:  # fmt: skip
+    """`b_is_nk`: b is [E, N, K]. The result is added to `out` where there is one."""
     for name, x, ndim in (("a", a, 2), ("b", b, 3)):
         if x.ndim != ndim:
             raise ValueError(f"grouped_gemm: {name}: expected {ndim} dimensions, got {x.ndim}")
-    dtype = jnp.dtype(a.dtype if out_dtype is None else out_dtype)
-    return _multiply(dtype.name, b_is_nk)(a, b, offsets, bias)
+    arguments = [a, b, scale, offsets, bias, starts]
+    results = [result((a.shape[0], b.shape[1 if b_is_nk else 2]), named(dtype))]
+    options: dict[str, Any] = {"b_is_nk": b_is_nk, "accumulate": out is not None}
+    if out is not None:
+        arguments.append(out)
+        options["aliases"] = {len(arguments) - 1: 0}
+    return call("grouped_gemm", results, *arguments, **options)[0]
 
 
-@functools.cache
-def _multiply(out_dtype: str, b_is_nk: bool) -> Callable[..., jax.Array]:
-    @jax.custom_vjp
-    def multiply(a: jax.Array, b: jax.Array, offsets: jax.Array, bias: Any) -> jax.Array:
-        like = [result((a.shape[0], b.shape[1 if b_is_nk else 2]), out_dtype)]
-        return call("grouped_gemm", like, a, b, offsets, bias, b_is_nk=b_is_nk)[0]
-
-    def forward(a: jax.Array, b: jax.Array, offsets: jax.Array, bias: Any) -> Any:
-        return multiply(a, b, offsets, bias), (a, b, offsets, bias)
-
-    def backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
-        a, b, offsets, bias = kept
-        grad = grad.astype(a.dtype)
-        da = _product(grad, b, offsets, None, None, not b_is_nk)
-        db = _wgrad(grad, a, offsets) if b_is_nk else _wgrad(a, grad, offsets)
-        if bias is None:
-            return da, db, None, None
-        ones = jnp.ones((a.shape[0], 1), a.dtype)
-        return da, db, None, _wgrad(ones, grad, offsets)[:, 0]
-
-    multiply.defvjp(forward, backward)
-    return multiply
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 6))
+def _grouped_gemm(
+    a: Any, b: Any, offsets: Any, bias: Any, dtype: str, starts: Any, b_is_nk: bool
+) -> Any:
+    return _multiply(a, b, offsets, bias, dtype, starts, b_is_nk)
 
 
-def _wgrad(a: jax.Array, dc: jax.Array, offsets: jax.Array, out_dtype: Any = None) -> jax.Array:
-    shape = (offsets.shape[0], a.shape[1], dc.shape[1])
-    return call("grouped_gemm_wgrad", [result(shape, out_dtype or a.dtype)], a, dc, offsets)[0]
+def _forward(
+    a: Any, b: Any, offsets: Any, bias: Any, dtype: str, starts: Any, b_is_nk: bool
+) -> Any:
+    c = _grouped_gemm(a, b, offsets, bias, dtype, starts, b_is_nk)
+    return c, (a, b, offsets, bias, starts)
 
 
-def grouped_gemm_wgrad(a: Any, dc: Any, offsets: Any, *, out_dtype: Any = None) -> jax.Array:
-    """`kimi_ops.grouped_gemm_wgrad`: [E, K, N]. Not differentiable."""
-    return _wgrad(jnp.asarray(a), jnp.asarray(dc), ids(offsets), out_dtype)
+def _backward(dtype: str, b_is_nk: bool, kept: Any, grad: Any) -> Any:
+    a, b, offsets, bias, starts = kept
+    name, grad = a.dtype.name, grad.astype(a.dtype)
+    da = _grouped_gemm(grad, b, offsets, None, name, starts, not b_is_nk)
+    pair = (grad, a) if b_is_nk else (a, grad)
+    db = grouped_gemm_wgrad(*pair, offsets, name, starts)
+    return da, db, None, _bias_gradient(bias, grad, offsets, starts), None
 
 
-def fused_experts(
-    x: Any, w_gate_up: Any, w_down: Any, weights: Any, indices: Any, *, activation: str = "silu"
-) -> jax.Array:
-    """`kimi_ops.fused_experts` in JAX: x [T, H], w_gate_up [E, 2F, H], w_down [E, H, F]. Gradients
-    go to all four."""
-    plan = permute_plan(indices, jnp.shape(w_gate_up)[0])
-    arrays = jnp.asarray(x), jnp.asarray(w_gate_up), jnp.asarray(w_down), jnp.asarray(weights, F32)
-    return _experts(activation)(*arrays, plan)
+def _bias_gradient(bias: Any, grad: Any, offsets: Any, starts: Any) -> Any:
+    if bias is None:
+        return None
+    ones = jnp.ones((grad.shape[0], 1), grad.dtype)
+    return grouped_gemm_wgrad(ones, grad, offsets, grad.dtype.name, starts)[:, 0]
 
 
-@functools.cache
-def _experts(activation: str) -> Callable[..., jax.Array]:
-    def compute(save: bool, x: Any, up: Any, down: Any, weights: Any, plan: Plan) -> Any:
-        rows = plan.source.shape[0] if save else 0
-        like = [result(x.shape, x.dtype), result((rows, up.shape[1]), x.dtype)]
-        arrays = x, up, down, weights, plan.row_map, plan.source, plan.offsets
-        return call("fused_experts", like, *arrays, activation=activation)
+_grouped_gemm.defvjp(_forward, _backward)
 
-    @jax.custom_vjp
-    def experts(x: Any, up: Any, down: Any, weights: Any, plan: Plan) -> jax.Array:
-        return compute(False, x, up, down, weights, plan)[0]
 
-    def forward(*arguments: Any) -> tuple[jax.Array, Any]:
-        y, gate_up = compute(True, *arguments)
-        return y, (*arguments, gate_up)
+def grouped_gemm(a: Any, b: Any, offsets: Any, bias: Any, dtype: str, starts: Any) -> Any:
+    return _grouped_gemm(a, b, offsets, bias, dtype, starts, False)
 
-    def backward(kept: Any, dy: jax.Array) -> tuple[Any, ...]:
-        x, up, down, weights, plan, gate_up = kept
-        like = [result(value.shape, value.dtype) for value in (x, up, down, weights)]
-        arrays = x, up, down, weights, plan.row_map, plan.source, plan.offsets, gate_up
-        grads = call("fused_experts_backward", like, dy, *arrays, activation=activation)
-        return (*grads, None)
 
-    experts.defvjp(forward, backward)
-    return experts
+def grouped_gemm_out(
+    a: Any, b: Any, offsets: Any, bias: Any, out: Any, accumulate: bool, starts: Any
+) -> Any:
+    assert accumulate
+    return _multiply(a, b, offsets, bias, out.dtype.name, starts, False, out=out)
+
+
+def _wgrad(a: Any, dc: Any, offsets: Any, dtype: str, starts: Any, out: Any = None) -> Any:
+    for name, x in (("a", a), ("dc", dc)):
+        if x.ndim != 2:
+            raise ValueError(f"grouped_gemm_wgrad: {name}: expected 2 dimensions, got {x.ndim}")
+    results = [result((offsets.shape[0], a.shape[1], dc.shape[1]), named(dtype))]
+    if out is None:
+        return call("grouped_gemm_wgrad", results, a, dc, offsets, starts, accumulate=False)[0]
+    arguments = a, dc, offsets, starts, out
+    return call("grouped_gemm_wgrad", results, *arguments, accumulate=True, aliases={4: 0})[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_gemm_wgrad(a: Any, dc: Any, offsets: Any, dtype: str, starts: Any) -> Any:
+    return _wgrad(a, dc, offsets, dtype, starts)
+
+
+def _wgrad_backward(dtype: str, kept: Any, grad: Any) -> Any:
+    """Both operands are rows: each gets the other's rows times its group's matrix."""
+    a, dc, offsets, starts = kept
+    name, grad = a.dtype.name, grad.astype(a.dtype)
+    da = _multiply(dc, grad, offsets, None, name, starts, True)
+    return da, _multiply(a, grad, offsets, None, name, starts, False), None, None
+
+
+grouped_gemm_wgrad.defvjp(
+    lambda a, dc, offsets, dtype, starts: (
+        grouped_gemm_wgrad(a, dc, offsets, dtype, starts),
+        (a, dc, offsets, starts),
+    ),
+    _wgrad_backward,
+)
+
+
+def grouped_gemm_wgrad_out(
+    a: Any, dc: Any, offsets: Any, out: Any, accumulate: bool, starts: Any
+) -> Any:
+    assert accumulate
+    return _wgrad(a, dc, offsets, out.dtype.name, starts, out)
+
+
+# ---- quantised weights [E, N, K], which have no gradient of their own
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def quantized_gemm(a: Any, data: Any, scale: Any, offsets: Any, bias: Any, dtype: str) -> Any:
+    return _multiply(a, data, offsets, bias, dtype, None, True, scale)
+
+
+def _quantized_forward(a: Any, data: Any, scale: Any, offsets: Any, bias: Any, dtype: str) -> Any:
+    kept = data, scale, offsets, bias, jnp.zeros(0, a.dtype)
+    return quantized_gemm(a, data, scale, offsets, bias, dtype), kept
+
+
+def _quantized_backward(dtype: str, kept: Any, grad: Any) -> Any:
+    data, scale, offsets, bias, rows = kept
+    grad = grad.astype(rows.dtype)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), offsets[:-1]])
+    form = Int4GroupWeight if data.dtype == jnp.int32 else Fp8BlockWeight
+
+    def added(e: Any, da: Any) -> Any:  # one matrix at a time is dequantised
+        one = lambda x: jax.lax.dynamic_slice_in_dim(x, e, 1)  # noqa: E731
+        matrix = form(one(data), one(scale)).dequantize(grad.dtype)
+        return _multiply(
+            grad, matrix, one(offsets), None, grad.dtype.name, one(starts), False, out=da
+        )
+
+    whole = form(data, scale).shape
+    da = jax.lax.fori_loop(0, whole[0], added, jnp.zeros((grad.shape[0], whole[2]), grad.dtype))
+    return da, None, None, None, _bias_gradient(bias, grad, offsets, None)
+
+
+quantized_gemm.defvjp(_quantized_forward, _quantized_backward)
+
+
+def fp8_product(a: Any, b: Any, offsets: Any, bias: Any, dtype: str) -> Any:
+    """Of FP8 rows and FP8 blocks by the kernel of Hopper, which reads scales with rows side by
+    side."""
+    rows = a.data.shape[0]
+    scale = jnp.pad(a.scale.T, ((0, 0), (0, -rows % 4)))
+    results = [result((rows, b.data.shape[1]), named(dtype))]
+    arguments = a.data, scale, b.data, b.scale, offsets, bias
+    return call("grouped_gemm_fp8", results, *arguments, cuda=True)[0]
+
+
+# ---- experts
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(11, 12, 13, 14))
+def _experts(*arguments: Any) -> Any:
+    return compute(*(*arguments[:-1], False))[0]
+
+
+def compute(
+    x: Any, up: Any, down: Any, weights: Any, row_map: Any, source: Any, offsets: Any,
+    up_scale: Any, down_scale: Any, b_gate_up: Any, b_down: Any, activation: str,
+    numbers: tuple[float, ...], weights_first: bool, save: bool,
+) -> Any:  # fmt: skip
+    for name, w in (("w_gate_up", up), ("w_down", down)):
+        if w.ndim != 3:
+            raise ValueError(f"fused_experts: {name}: expected 3 dimensions, got {w.ndim}")
+    results = [like(x), result((source.shape[0] if save else 0, up.shape[1]), x.dtype)]
+    return call(
+        "fused_experts", results, x, up, up_scale, down, down_scale, b_gate_up, b_down, weights,
+        row_map, source, offsets, activation=activation, numbers=list(numbers),
+        weights_first=weights_first,
+    )  # fmt: skip
+
+
+def _experts_forward(*arguments: Any) -> Any:
+    y, gate_up = compute(*arguments)
+    return y, (*arguments[:7], *arguments[9:11], gate_up if arguments[-1] else None)
+
+
+def _experts_backward(
+    activation: str, numbers: tuple[float, ...], weights_first: bool, save: bool, kept: Any, dy: Any
+) -> Any:
+    x, up, down, weights, *plan, b_gate_up, b_down, gate_up = kept
+    biases = [bias for bias in (b_gate_up, b_down) if bias is not None]
+    results = [like(value) for value in (x, up, down, weights, *biases)]
+    dx, dup, ddown, dweights, *rest = call(
+        "fused_experts_backward", results, dy, x, up, None, down, None, b_gate_up, b_down, weights,
+        *plan, gate_up, activation=activation, numbers=list(numbers),
+    )  # fmt: skip
+    of_biases = [None if bias is None else rest.pop(0) for bias in (b_gate_up, b_down)]
+    return dx, dup, ddown, dweights, None, None, None, None, None, *of_biases
+
+
+_experts.defvjp(_experts_forward, _experts_backward)
+
+
+def fused_experts_planned(*arguments: Any) -> Any:
+    """y alone, where [g; u] is for a backward."""
+    return (_experts(*arguments),)
+
+
+# ---- the optimizer's
 
 
 def newton_schulz(
-    g: Any,
-    *,
-    steps: int = 5,
-    coefficients: Sequence[float] = _QUINTIC,
-    method: str = "symmetric",
-    dtype: Any = None,
-    eps: float = 1e-7,
-) -> jax.Array:
-    """Matrices of one shape, [..., M, N], with singular values near 1. Not differentiable.
-
-    The three coefficients hold for every step; `kimi_ops.newton_schulz` has named schedules.
-    """
-    if len(coefficients) != 3:
-        raise ValueError(
-            f"newton_schulz: coefficients: expected 3 numbers, got {len(coefficients)}"
-        )
-    g = jnp.asarray(g)
-    stack = g.reshape(-1, *g.shape[-2:])
-    (x,) = call(
-        "newton_schulz", [result(stack.shape, g.dtype)], stack, method=method, eps=float(eps),
-        dtype=jnp.dtype(g.dtype if dtype is None else dtype).name,
-        coefficients=[float(c) for c in coefficients] * steps,
-    )  # fmt: skip
-    return x.reshape(g.shape)
+    stack: Any, numbers: list[float], restarts: list[int], method: int, dtype: str, eps: float,
+    aol: bool,
+) -> Any:  # fmt: skip
+    name = ("standard", "symmetric", "gram")[method]
+    options: dict[str, Any] = {
+        "coefficients": numbers,
+        "restarts": restarts,
+        "eps": eps,
+        "aol": aol,
+    }
+    return call("newton_schulz", [like(stack)], stack, method=name, dtype=dtype, **options)[0]
 
 
-def attention_max_logits(q: Any, k: Any, scale: float, *, causal: bool = True) -> jax.Array:
-    """`kimi_ops.attention_max_logits`: [heads] float32 of q, k [B, heads, S, D]. Not
-    differentiable."""
-    q = jnp.asarray(q)
-    like = [result((q.shape[1],), F32)]
-    return call("attention_max_logits", like, q, k, scale=float(scale), causal=bool(causal))[0]
+def matrix_product(a: Any, b: Any, c: Any, alpha: float, beta: float, symmetric: bool) -> Any:
+    results = [result((a.shape[0], b.shape[1]), a.dtype)]
+    numbers: dict[str, Any] = {"alpha": alpha, "beta": beta, "symmetric": symmetric}
+    return call("matrix_product", results, a, b, c, **numbers)[0]
+
+
+def attention_max_logits(q: Any, k: Any, scale: float, causal: bool) -> Any:
+    if q.ndim != 4:
+        raise ValueError(f"attention_max_logits: q: expected 4 dimensions, got {q.ndim}")
+    results = [result((q.shape[1],), F32)]
+    return call("attention_max_logits", results, q, k, scale=scale, causal=causal)[0]

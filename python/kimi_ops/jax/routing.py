@@ -1,251 +1,208 @@
 # SPDX-License-Identifier: MIT
-"""The router's ops, and rows to their experts and back, with their gradients."""
+"""The router's native functions, and those of rows, as custom calls: with the arguments that
+csrc/bindings gives them, and their gradients."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kimi_ops.jax.calls import call, ids, result
+from kimi_ops.jax.calls import call, like, result
 
 F32, I32 = jnp.float32, jnp.int32
 
 
-class Gate(NamedTuple):
-    """weights [T, K] float32, indices [T, K] int32, tokens_per_expert [E] int32."""
-
-    weights: jax.Array
-    indices: jax.Array
-    tokens_per_expert: jax.Array
-
-
-class Plan(NamedTuple):
-    """row_map [T, K], source [R], offsets [E], tokens_per_expert [E]; all int32."""
-
-    row_map: jax.Array
-    source: jax.Array
-    offsets: jax.Array
-    tokens_per_expert: jax.Array
-
-
-def topk_gate(
-    logits: Any,
-    k: int,
-    *,
-    score_function: str = "sigmoid",
-    expert_bias: Any = None,
-    num_groups: int = 1,
-    topk_groups: int = 1,
-    group_score_topk: int = 2,
-    renormalize: bool = True,
-    scaling_factor: float = 1.0,
-    valid: Any = None,
-) -> Gate:
-    """`kimi_ops.topk_gate` in JAX; the gradient goes from the weights to the logits."""
-    options = (
-        k, score_function, num_groups, topk_groups, group_score_topk, bool(renormalize),
-        float(scaling_factor),
-    )  # fmt: skip
-    return _gate(*options)(jnp.asarray(logits), expert_bias, valid)
-
-
-@functools.cache
-def _gate(
-    k: int,
-    score_function: str,
-    num_groups: int,
-    topk_groups: int,
-    group_score_topk: int,
-    renormalize: bool,
-    scaling_factor: float,
-) -> Callable[..., Gate]:
-    weighting: dict[str, Any] = {
-        "score_function": score_function, "renormalize": renormalize,
-        "scaling_factor": scaling_factor,
-    }  # fmt: skip
-
-    @jax.custom_vjp
-    def gate(logits: jax.Array, expert_bias: Any, valid: Any) -> Gate:
-        tokens, experts = _matrix("topk_gate", "logits", logits)
-        pairs = result((tokens, k), F32), result((tokens, k), I32)
-        return Gate(
-            *call(
-                "topk_gate", [*pairs, result((experts,), I32)], logits, expert_bias, valid, k=k,
-                num_groups=num_groups, topk_groups=topk_groups, group_score_topk=group_score_topk,
-                **weighting,
-            )
-        )  # fmt: skip
-
-    def forward(logits: jax.Array, expert_bias: Any, valid: Any) -> tuple[Gate, Any]:
-        found = gate(logits, expert_bias, valid)
-        return found, (logits, found.indices)
-
-    def backward(kept: Any, grads: Gate) -> tuple[Any, ...]:
-        logits, indices = kept
-        like = [result(logits.shape, logits.dtype)]
-        (grad,) = call("topk_gate_backward", like, grads.weights, logits, indices, **weighting)
-        return grad, None, None
-
-    gate.defvjp(forward, backward)
-    return gate
-
-
-def _matrix(op: str, name: str, x: jax.Array) -> tuple[int, int]:
+def _matrix(op: str, name: str, x: Any) -> tuple[int, int]:
     if x.ndim != 2:
         raise ValueError(f"{op}: {name}: expected 2 dimensions, got {x.ndim}; reshape it")
     return x.shape[0], x.shape[1]
 
 
-def update_expert_bias(
-    bias: Any, tokens_per_expert: Any, rate: float, centered: bool = False
-) -> jax.Array:
-    """The bias [E] after the rule of `kimi_ops.update_expert_bias_`."""
-    bias = jnp.asarray(bias)
-    (updated,) = call(
-        "update_expert_bias", [result(bias.shape, F32)], bias, tokens_per_expert,
-        aliases={0: 0}, rate=float(rate), centered=bool(centered),
-    )  # fmt: skip
-    return updated
+def _gate_results(op: str, logits: Any, k: int) -> list[jax.ShapeDtypeStruct]:
+    tokens, experts = _matrix(op, "logits", logits)
+    return [result((tokens, k), F32), result((tokens, k), I32), result((experts,), I32)]
 
 
-def sequence_balance_loss(
-    logits: Any,
-    indices: Any,
-    *,
-    num_sequences: int = 1,
-    score_function: str = "sigmoid",
-    coefficient: float = 1.0,
-) -> jax.Array:
-    """`kimi_ops.sequence_balance_loss` in JAX; the gradient goes to the logits."""
-    loss = _balance_loss(num_sequences, score_function, float(coefficient))
-    return loss(jnp.asarray(logits), ids(indices))
+def _gate_gradient(score: str, renormalize: bool, scaling: float, kept: Any, grads: Any) -> Any:
+    logits, indices = kept
+    weighting: dict[str, Any] = {
+        "score_function": score, "renormalize": renormalize, "scaling_factor": scaling
+    }  # fmt: skip
+    return call("topk_gate_backward", [like(logits)], grads[0], logits, indices, **weighting)[0]
 
 
-@functools.cache
-def _balance_loss(
-    num_sequences: int, score_function: str, coefficient: float
-) -> Callable[..., Any]:
-    options: dict[str, Any] = {"score_function": score_function, "coefficient": coefficient}
+def _choice(op: str, places: int) -> Any:
+    """topk_gate, or gate_plan with more results."""
 
-    def both(logits: jax.Array, indices: jax.Array) -> Any:
-        _, experts = _matrix("sequence_balance_loss", "logits", logits)
-        counts = result((num_sequences, experts), I32), result((num_sequences,), I32)
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 4, 5, 6, 7, 8, 10))
+    def gate(
+        logits: Any, k: int, score: str, bias: Any, num_groups: int, topk_groups: int,
+        group_score_topk: int, renormalize: bool, scaling: float, valid: Any, select: str,
+    ) -> Any:  # fmt: skip
+        results = _gate_results(op, logits, k)
+        if places:
+            tokens, experts = logits.shape
+            shapes = (tokens, k), (tokens * k,), (experts,)
+            results += [result(shape, I32) for shape in shapes]
         return call(
-            "sequence_balance_loss", [result((), F32), *counts], logits, indices,
-            num_sequences=num_sequences, **options,
+            op, results, logits, bias, valid, k=k, score_function=score, num_groups=num_groups,
+            topk_groups=topk_groups, group_score_topk=group_score_topk, renormalize=renormalize,
+            scaling_factor=scaling, select=select,
         )  # fmt: skip
 
-    @jax.custom_vjp
-    def loss(logits: jax.Array, indices: jax.Array) -> jax.Array:
-        return both(logits, indices)[0]
+    def forward(logits: Any, *arguments: Any) -> Any:
+        found = gate(logits, *arguments)
+        return found, (logits, found[1])
 
-    def forward(logits: jax.Array, indices: jax.Array) -> tuple[jax.Array, Any]:
-        value, *counts = both(logits, indices)
-        return value, (logits, *counts, indices.shape[1])
+    def backward(
+        k: int, score: str, num_groups: int, topk_groups: int, group_score_topk: int,
+        renormalize: bool, scaling: float, select: str, kept: Any, grads: Any,
+    ) -> Any:  # fmt: skip
+        return _gate_gradient(score, renormalize, scaling, kept, grads), None, None
 
-    def backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
-        logits, *counts, k = kept
-        like = [result(logits.shape, logits.dtype)]
-        (dlogits,) = call(
-            "sequence_balance_loss_backward", like, grad, logits, *counts, k=int(k), **options
-        )
-        return dlogits, None
-
-    loss.defvjp(forward, backward)
-    return loss
+    gate.defvjp(forward, backward)
+    return gate
 
 
-def z_loss(logits: Any, *, coefficient: float = 1.0, valid: Any = None) -> jax.Array:
-    """`kimi_ops.z_loss` in JAX; the gradient goes to the logits."""
-    return _z_loss(float(coefficient))(jnp.asarray(logits), valid)
+topk_gate, gate_plan = _choice("topk_gate", 0), _choice("gate_plan", 3)
 
 
-@functools.cache
-def _z_loss(coefficient: float) -> Callable[..., Any]:
-    def all_of(logits: jax.Array, valid: Any) -> Any:
-        tokens, _ = _matrix("z_loss", "logits", logits)
-        like = [result((), F32), result((tokens,), F32), result((), I32)]
-        return call("z_loss", like, logits, valid, coefficient=coefficient)
-
-    @jax.custom_vjp
-    def loss(logits: jax.Array, valid: Any) -> jax.Array:
-        return all_of(logits, valid)[0]
-
-    def forward(logits: jax.Array, valid: Any) -> tuple[jax.Array, Any]:
-        value, *kept = all_of(logits, valid)
-        return value, (logits, *kept)
-
-    def backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
-        like = [result(kept[0].shape, kept[0].dtype)]
-        (dlogits,) = call("z_loss_backward", like, grad, *kept, coefficient=coefficient)
-        return dlogits, None
-
-    loss.defvjp(forward, backward)
-    return loss
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def topk_gate_given(
+    logits: Any, ids: Any, score: str, renormalize: bool, scaling: float, valid: Any
+) -> Any:
+    results = _gate_results("topk_gate_given", logits, ids.shape[1])
+    return call(
+        "topk_gate_given", results, logits, ids, valid, score_function=score,
+        renormalize=renormalize, scaling_factor=scaling,
+    )  # fmt: skip
 
 
-def permute_plan(indices: Any, num_experts: int, *, align: int = 1) -> Plan:
-    """`kimi_ops.permute_plan` in JAX: R = T K + E (align - 1) rows, a number of the shapes."""
-    indices = ids(indices)
+def _given_forward(logits: Any, *arguments: Any) -> Any:
+    found = topk_gate_given(logits, *arguments)
+    return found, (logits, found[1])
+
+
+topk_gate_given.defvjp(_given_forward, lambda *arguments: (_gate_gradient(*arguments), None, None))
+
+
+def update_expert_bias_(bias: Any, tokens_per_expert: Any, rate: float, centered: bool) -> Any:
+    return call(
+        "update_expert_bias", [like(bias)], bias, tokens_per_expert, aliases={0: 0}, rate=rate,
+        centered=centered,
+    )[0]  # fmt: skip
+
+
+def quantile_histogram_(
+    histogram: Any, logits: Any, cutoffs: Any, bounds: Any, score: str, valid: Any
+) -> Any:
+    fixed = jax.lax.stop_gradient((logits, cutoffs))
+    return call(
+        "quantile_histogram", [like(histogram)], histogram, *fixed, bounds, valid,
+        aliases={0: 0}, score_function=score,
+    )[0]  # fmt: skip
+
+
+def sequence_counts(
+    indices: Any, num_experts: int, num_sequences: int, offsets: Any, valid: Any
+) -> Any:
+    _matrix("sequence_counts", "indices", indices)
+    results = [result((num_sequences, num_experts), I32), result((num_sequences,), I32)]
+    return call(
+        "sequence_counts", results, indices, offsets, valid, num_experts=num_experts,
+        num_sequences=num_sequences,
+    )  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def sequence_balance_loss(
+    logits: Any, counts: Any, tokens: Any, offsets: Any, valid: Any, k: int, score: str,
+    coefficient: float,
+) -> Any:  # fmt: skip
+    arguments = logits, counts, tokens, offsets, valid
+    options: dict[str, Any] = {"k": k, "score_function": score, "coefficient": coefficient}
+    return call("sequence_balance_loss", [result((), F32)], *arguments, **options)[0]
+
+
+def _balance_backward(k: int, score: str, coefficient: float, kept: Any, grad: Any) -> Any:
+    options: dict[str, Any] = {"k": k, "score_function": score, "coefficient": coefficient}
+    op = "sequence_balance_loss_backward"
+    return call(op, [like(kept[0])], grad, *kept, **options)[0], None, None, None, None
+
+
+sequence_balance_loss.defvjp(
+    lambda *arguments: (sequence_balance_loss(*arguments), arguments[:5]), _balance_backward
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def z_loss(logits: Any, coefficient: float, valid: Any) -> Any:
+    tokens, _ = _matrix("z_loss", "logits", logits)
+    results = [result((), F32), result((tokens,), F32), result((), I32)]
+    return call("z_loss", results, logits, valid, coefficient=coefficient)
+
+
+def _z_forward(logits: Any, coefficient: float, valid: Any) -> Any:
+    found = z_loss(logits, coefficient, valid)
+    return found, (logits, *found[1:])
+
+
+def _z_backward(coefficient: float, kept: Any, grads: Any) -> Any:
+    results = [like(kept[0])]
+    return call("z_loss_backward", results, grads[0], *kept, coefficient=coefficient)[0], None
+
+
+z_loss.defvjp(_z_forward, _z_backward)
+
+
+def permute_plan(indices: Any, num_experts: int, align: int) -> Any:
     tokens, k = _matrix("permute_plan", "indices", indices)
     rows = tokens * k + num_experts * (align - 1)
-    shapes = (tokens, k), (rows,), (num_experts,), (num_experts,)
-    like = [result(shape, I32) for shape in shapes]
-    return Plan(*call("permute_plan", like, indices, num_experts=num_experts, align=align))
+    results = [
+        result(shape, I32) for shape in ((tokens, k), (rows,), (num_experts,), (num_experts,))
+    ]
+    return call("permute_plan", results, indices, num_experts=num_experts, align=align)
 
 
 @jax.custom_vjp
-def permute(x: jax.Array, plan: Plan) -> jax.Array:
-    """Rows [R, H] grouped by expert, of tokens x [T, H]."""
-    like = [result((plan.source.shape[0], x.shape[1]), x.dtype)]
-    return call("permute", like, x, plan.row_map, plan.source)[0]
+def permute(x: Any, row_map: Any, source: Any) -> Any:
+    _matrix("permute", "x", x)
+    return call("permute", [result((source.shape[0], x.shape[1]), x.dtype)], x, row_map, source)[0]
 
 
 @jax.custom_vjp
-def _unpermute(y: jax.Array, plan: Plan, weights: Any) -> jax.Array:
-    like = [result((plan.row_map.shape[0], y.shape[1]), y.dtype)]
-    return call("unpermute", like, y, plan.row_map, weights)[0]
-
-
-def _unpermute_backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
-    y, plan, weights = kept
-    factors = jnp.ones(plan.row_map.shape, F32) if weights is None else weights
-    like = [result(y.shape, y.dtype), result(factors.shape, F32)]
-    dy, dweights = call("unpermute_backward", like, grad, y, plan.row_map, plan.source, factors)
-    return dy, None, None if weights is None else dweights
-
-
-_unpermute.defvjp(
-    lambda y, plan, weights: (_unpermute(y, plan, weights), (y, plan, weights)), _unpermute_backward
-)
+def unpermute(y: Any, row_map: Any, source: Any, weights: Any) -> Any:
+    _matrix("unpermute", "y", y)
+    return call(
+        "unpermute", [result((row_map.shape[0], y.shape[1]), y.dtype)], y, row_map, weights
+    )[0]
 
 
 permute.defvjp(
-    lambda x, plan: (permute(x, plan), plan),
-    lambda plan, grad: (_unpermute(grad, plan, None), None),
+    lambda x, *maps: (permute(x, *maps), maps),
+    lambda maps, grad: (unpermute(grad, *maps, None), None, None),
 )
 
 
-def unpermute(y: Any, plan: Plan, weights: Any = None) -> jax.Array:
-    """Tokens [T, H]: the sums of their rows y [R, H] times `weights` [T, K]; to both goes a
-    gradient."""
-    y = jnp.asarray(y)
-    return _unpermute(y, plan, None if weights is None else jnp.asarray(weights, F32))
+def _unpermute_backward(kept: Any, grad: Any) -> Any:
+    y, row_map, source, weights = kept
+    if weights is None:
+        return permute(grad, row_map, source), None, None, None
+    results = [like(y), like(weights)]
+    dy, dweights = call("unpermute_backward", results, grad, y, row_map, source, weights)
+    return dy, None, None, dweights
 
 
-def sort_chunks(x: Any, split_sizes: Any, order: Any, *, inverse: bool = False) -> jax.Array:
-    """`kimi_ops.sort_chunks` in JAX; `inverse` undoes it, and is its gradient."""
-    return _sort_chunks(jnp.asarray(x), ids(split_sizes), ids(order), bool(inverse))
+unpermute.defvjp(lambda *arguments: (unpermute(*arguments), arguments), _unpermute_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _sort_chunks(x: jax.Array, sizes: jax.Array, order: jax.Array, inverse: bool) -> jax.Array:
-    return call("sort_chunks", [result(x.shape, x.dtype)], x, sizes, order, inverse=inverse)[0]
+def sort_chunks(x: Any, sizes: Any, order: Any, inverse: bool) -> Any:
+    return call("sort_chunks", [like(x)], x, sizes, order, inverse=inverse)[0]
 
 
-_sort_chunks.defvjp(
-    lambda x, sizes, order, inverse: (_sort_chunks(x, sizes, order, inverse), (sizes, order)),
-    lambda inverse, kept, grad: (_sort_chunks(grad, *kept, not inverse), None, None),
+sort_chunks.defvjp(
+    lambda x, sizes, order, inverse: (sort_chunks(x, sizes, order, inverse), (sizes, order)),
+    lambda inverse, kept, grad: (sort_chunks(grad, *kept, not inverse), None, None),
 )

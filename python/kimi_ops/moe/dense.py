@@ -4,13 +4,13 @@
 Plain torch around `topk_gate` and `permute_plan`: the forms of other systems, off the hot path.
 """
 
-import math
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from kimi_ops import _check
+from kimi_ops._forms import expert_capacity as expert_capacity
 from kimi_ops.choices import DropRule, ScoreFunction
 from kimi_ops.moe.permute import permute_plan, ranks
 from kimi_ops.moe.topk_gate import TopkGate, topk_gate
@@ -103,29 +103,6 @@ def normalized_scores(logits: Tensor, score_function: ScoreFunction = "sigmoid")
     if score_function == "softmax":
         return scores
     return scores / (scores.sum(-1, keepdim=True) + reference.EPSILON)
-
-
-def expert_capacity(num_tokens: int, k: int, num_experts: int, factor: float) -> int:
-    """The pairs that an expert takes: ``ceil(T * k / E * factor)``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A size below 1 (0 for tokens), or no finite factor above 0.
-
-    Examples
-    --------
-    >>> import kimi_ops
-    >>> kimi_ops.expert_capacity(4096, 8, 384, 1.25)
-    107
-    """
-    op = "expert_capacity"
-    _check.between(op, "num_tokens", num_tokens, 0, 2**31 - 1)
-    _check.between(op, "k", k, 1, 2**31 - 1)
-    _check.between(op, "num_experts", num_experts, 1, 2**31 - 1)
-    if not _check.number(op, "factor", factor) > 0:
-        raise ValueError(f"{op}: factor: expected a number above 0, got {factor}")
-    return math.ceil(num_tokens * k / num_experts * factor)
 
 
 def drop_to_capacity(

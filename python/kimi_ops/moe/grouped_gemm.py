@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kimi_ops import _check
 from kimi_ops._autocast import autocast
+from kimi_ops._forms import check_accumulate, check_form
 from kimi_ops.moe.quantized import Fp8BlockWeight, Fp8Rows, QuantizedWeight
 from kimi_ops.moe.quantized_gemm import fp8_gemm, quantized_gemm
 from kimi_ops.operators import grouped_gemm as operators
@@ -100,15 +101,12 @@ def grouped_gemm(
     >>> grouped_gemm(torch.stack([a, a]), b, counts=counts).sum(-1).tolist()
     [[3.0, 7.0, 0.0], [0.0, 0.0, 0.0]]
     """
-    if accumulate and (out is None or not (isinstance(a, Tensor) and isinstance(b, Tensor))):
-        raise ValueError(
-            "grouped_gemm: accumulate: expected out, a and b that are tensors beside it, got "
-            + ("no out" if out is None else "stored ones")
-            + "; add the result to out yourself"
-        )
-    form = (a.dim(), b.dim()) if isinstance(a, Tensor) and isinstance(b, Tensor) else (2, 3)
+    plain = isinstance(a, Tensor) and isinstance(b, Tensor)
+    if accumulate:
+        check_accumulate(out, plain)
+    form = (a.dim(), b.dim()) if plain else (2, 3)  # type: ignore[union-attr]
     if form != (2, 3) or offsets is None or starts is not None or counts is not None:
-        _check_form(form, a, b, offsets, starts, counts, bias)
+        check_form(form, plain, a, b, offsets, starts, counts, bias)
     if form != (2, 3):
         given: dict[str, Any] = {"out": out, "out_dtype": out_dtype, "accumulate": accumulate}
         return _other_form(form, a, b, offsets, counts, bias, given)
@@ -184,39 +182,6 @@ def grouped_gemm_wgrad(
         )
     _check.tensor("grouped_gemm_wgrad", "a", a)
     return operators.grouped_gemm_wgrad(a, dc, offsets, a.dtype, starts)
-
-
-_FORMS = (2, 3), (3, 3), (3, 2), (2, 2)
-
-
-def _check_form(
-    form: tuple[int, int], a: Any, b: Any, offsets: Any, starts: Any, counts: Any, bias: Any
-) -> None:
-    """Which options go with the numbers of dimensions of a and b."""
-    op, whole = "grouped_gemm", form == (3, 3)
-    if form not in _FORMS:
-        raise ValueError(
-            f"{op}: a, b: expected shapes [R, K] and [E, K, N], or another form of its table, got "
-            f"{list(a.shape)} and {list(b.shape)}; reshape them"
-        )
-    if whole != (offsets is None):
-        raise ValueError(
-            f"{op}: offsets: expected "
-            + ("none beside a matrix for each expert" if whole else "the end of each group")
-            + f", got {'none' if offsets is None else list(offsets.shape)}; "
-            + ("pass counts" if whole else "pass the cumulative sum of the group sizes")
-        )
-    plain = isinstance(a, Tensor) and isinstance(b, Tensor)
-    for name, value, allowed in (
-        ("starts", starts, form == (2, 3) and plain), ("counts", counts, whole),
-        ("bias", bias, form[1] == 3),
-    ):  # fmt: skip
-        if value is not None and not allowed:
-            raise ValueError(
-                f"{op}: {name}: expected none beside "
-                + (f"{form[0]}-D a and {form[1]}-D b" if plain else "stored operands")
-                + ", got one; leave it away"
-            )
 
 
 def _other_form(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops import _native
+from kimi_ops._forms import fastest_method
 from kimi_ops.operators import muon_clip, newton_schulz, qk_clip
 from kimi_ops.reference import muon_clip as twin_passes
 from kimi_ops.reference import newton_schulz as twin
@@ -69,16 +70,14 @@ PRODUCTS = twin.Products(matmul, syrk, symmetric_matmul)
 def cheapest(g: Tensor, dtype: torch.dtype) -> str:
     """The method that ``auto`` means for g [..., m, n] in `dtype`: the fastest of its engine.
 
-    Never the Gram form in bf16, which is too coarse for it. The native products do half the work
-    for a symmetric result, so that the Gram form costs less from n = m on; its small products pay
-    from 1.2 m on a GPU and 1.5 m on a CPU. Plain ones save nothing by symmetry, and there the Gram
-    form wins where its larger products pay for its more numerous small ones (measured on a CPU).
+    Plain products save nothing by symmetry, and there the Gram form wins where its larger products
+    pay for its more numerous small ones (measured on a CPU).
     """
     m, n = sorted(g.shape[-2:])
     exact = dtype in (torch.float32, torch.float16)
     if served("newton_schulz", g) and dtype in _native.DTYPES:
-        wide = 5 * n >= 6 * m if g.device.type == "cuda" else 2 * n >= 3 * m
-        return "gram" if exact and wide else "symmetric"
+        name = str(dtype).removeprefix("torch.")
+        return fastest_method(m, n, name, g.device.type == "cuda")
     return "gram" if exact and m >= 192 and n >= 3 * m else "standard"
 
 

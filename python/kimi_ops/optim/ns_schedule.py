@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import combinations
 from typing import get_args
 
-from kimi_ops import _check
+from kimi_ops import _arguments as _check
 from kimi_ops.choices import Method, Schedule
 
 Triple = tuple[float, float, float]
