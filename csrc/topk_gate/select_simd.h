@@ -14,6 +14,26 @@ namespace {  // every ISA file must have its own copy: nothing here may be merge
 
 constexpr int kMaxCandidates = 64;
 
+// position[i] = how many of `count` values come before value i: the larger ones, and equal ones that
+// stand before it. Both arrays have room for a vector more.
+template <class O>
+void rank(float* values, int count, int32_t* position) {
+  O::store(values + count, O::set(__builtin_nanf("")));
+  for (int i = 0; i < count; i += O::kLanes) {
+    const typename O::F mine = O::load(values + i);
+    typename O::I before = O::zero_counts();
+    for (int j = 0; j < count; j += O::kLanes)
+      for (int l = 0; l < O::kLanes; ++l)
+        before = O::count_greater(before, O::set(values[j + l]), mine);
+    O::store_counts(position + i, before);
+  }
+  int total = 0;
+  for (int i = 0; i < count; ++i) total += position[i];
+  if (total == count * (count - 1) / 2) return;  // all differ
+  for (int i = 0; i < count; ++i)
+    for (int j = 0; j < i; ++j) position[i] += values[j] == values[i];
+}
+
 // select_groups for groups of whole vectors, at most kMaxCandidates of them, that score by their
 // best one or two.
 template <class O>
@@ -21,8 +41,7 @@ void select_vector_groups(const TopkGateParams& p, const float* choice, bool* ke
   using F = typename O::F;
   const int size = p.num_experts / p.num_groups;
   alignas(64) float score[kMaxCandidates + 16];
-  alignas(64) int64_t order[kMaxCandidates + 16];
-  alignas(64) int32_t ids[kMaxCandidates + 16], position[kMaxCandidates + 16];
+  int32_t position[kMaxCandidates + 16];
   for (int group = 0; group < p.num_groups; ++group) {
     F first = O::set(-__builtin_inff()), second = first;
     for (int e = group * size; e < (group + 1) * size; e += O::kLanes) {
@@ -42,10 +61,8 @@ void select_vector_groups(const TopkGateParams& p, const float* choice, bool* ke
     const float sum =
         O::first_lane(first) + (p.group_score_topk == 2 ? O::first_lane(second) : 0.0f);
     score[group] = sum == sum ? sum : -__builtin_inff();
-    ids[group] = group;
   }
-  O::order_keys(score, ids, p.num_groups, order);
-  O::rank_descending(order, p.num_groups, position);
+  rank<O>(score, p.num_groups, position);
   for (int group = 0; group < p.num_groups; ++group) kept[group] = position[group] < p.topk_groups;
 }
 
@@ -133,17 +150,6 @@ int collect_fewer(const float* choice, int num_experts, float bound, int k, int3
   }
   collect_from<O>(choice, num_experts, value_of_key(int32_t(low)), k, out);
   return k;
-}
-
-// Candidates of one row, best first.
-template <class O>
-void rank(const float* choice, const int32_t* candidates, int count, int k, int32_t* best) {
-  alignas(64) int64_t order[kMaxCandidates + 16];
-  alignas(64) int32_t position[kMaxCandidates + 16], ranked[kMaxCandidates];
-  O::order_keys(choice, candidates, count, order);
-  O::rank_descending(order, count, position);
-  for (int i = 0; i < count; ++i) ranked[position[i]] = candidates[i];
-  for (int j = 0; j < k; ++j) best[j] = ranked[j];
 }
 
 }  // namespace

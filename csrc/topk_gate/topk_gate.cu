@@ -2,7 +2,7 @@
 // The gate on CUDA (any sm_80+): one warp a token, logits read once, everything in registers.
 //
 //   token   choose.cuh
-//   counts  a histogram for each block in shared memory, then integer atomics: any order, same sum
+//   counts  counts.cuh
 //   few     one launch without a memset: gate_plan.cuh
 //
 // *Predicted*, not measured. SASS for sm_90 on the way of nearly every row, counted for fp32, sigmoid
@@ -22,8 +22,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "device/atomic.cuh"
 #include "topk_gate/choose.cuh"
+#include "topk_gate/counts.cuh"
 #include "topk_gate/gate_plan.h"
 
 namespace kimi {
@@ -57,9 +57,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, least_blocks(kValues))
     }
   };
   int32_t* keys = histogram + num_experts + warp_id() * (num_experts + p.num_groups);
-  for (int e = static_cast<int>(threadIdx.x); e < num_experts; e += static_cast<int>(blockDim.x))
-    histogram[e] = 0;
-  __syncthreads();
+  const BlockCounts counts{histogram, num_experts};
+  counts.clear();
 
   const int64_t stride = int64_t{gridDim.x} * kWarps;
   for (int64_t t = int64_t{blockIdx.x} * kWarps + warp_id(); t < p.num_tokens; t += stride) {
@@ -74,13 +73,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, least_blocks(kValues))
     if (lane < p.top_k) {
       p.weights[slot] = mine.weight;
       p.indices[slot] = mine.expert;
-      atomic_add(&histogram[mine.expert], 1);
+      counts.count(mine.expert);
     }
   }
 
-  __syncthreads();
-  for (int e = static_cast<int>(threadIdx.x); e < num_experts; e += static_cast<int>(blockDim.x))
-    if (histogram[e] != 0) atomic_add(&p.tokens_per_expert[e], histogram[e]);
+  counts.add_to(p.tokens_per_expert);
 }
 
 // ---- launcher ----------------------------------------------------------------------------------

@@ -1,32 +1,38 @@
 // SPDX-License-Identifier: MIT
 // The gate on AVX2, FMA and F16C: 8 experts a step; division is the hardware's.
+#include <array>
+
 #include "cpu/vec_avx2.h"
 #include "topk_gate/topk_gate_simd.h"
 
 namespace kimi::gate {
 namespace {
 
+// The lanes of a mask, first to last, as bytes; 0 behind them.
+constexpr auto kLanesOf = [] {
+  std::array<std::array<uint8_t, 8>, 256> all{};
+  for (unsigned mask = 0; mask < 256; ++mask)
+    for (unsigned lane = 0, at = 0; lane < 8; ++lane)
+      if (mask >> lane & 1) all[mask][at++] = uint8_t(lane);
+  return all;
+}();
+
 struct Avx2Gate : cpu::Avx2 {
   struct Estimates : cpu::Avx2 {
-    // A quarter of what the polynomial errs, 0.75e-4 relative; the reciprocal 3 * 2^-24 and a little.
-    static constexpr float kError = 0x1.8p-16f;
+    // The reciprocal 1.5 * 2^-12, and a quarter of the 0.75e-4 that the polynomial errs, relative.
+    static constexpr float kError = 0x1.9p-12f;
 
     // A minimax polynomial of degree 3 over [-1/2, 1/2]; 2^126 stands for all that is larger.
     static F exp2_estimate(F a) {
-      const F magic = set(0x1.8p23f);
+      const F magic = set(0x1.8p23f + 127.0f);  // its last bits become the exponent of 2^round(x)
       const F x = min(set(126.0f), max(set(-126.0f), a));
       const F shifted = add(x, magic), r = sub(x, sub(shifted, magic));
       F p = fma(r, set(0x1.c3f762p-5f), set(0x1.f0de1cp-3f));
       p = fma(r, p, set(0x1.62f31ap-1f));
       p = fma(r, p, set(0x1.fff692p-1f));
-      const I exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-      const I scaled = _mm256_add_epi32(_mm256_castps_si256(p), exponent);
-      return select(is_nan(a), a, _mm256_castsi256_ps(scaled));
+      return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
     }
-    static F reciprocal_estimate(F a) {  // 12 bits and a step of Newton's
-      const F first = _mm256_rcp_ps(a);
-      return fma(first, _mm256_fnmadd_ps(a, first, set(1.0f)), first);
-    }
+    static F reciprocal_estimate(F a) { return _mm256_rcp_ps(a); }
   };
 
   static F lowest_if(Mask mask, F a) {  // -inf where mask or where a is NaN
@@ -43,6 +49,9 @@ struct Avx2Gate : cpu::Avx2 {
   static I zero_counts() { return _mm256_setzero_si256(); }
   static I count_greater(I count, F a, F b) {
     return _mm256_sub_epi32(count, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+  }
+  static void store_counts(int32_t* to, I count) {
+    _mm256_storeu_si256(reinterpret_cast<I*>(to), count);
   }
   static Mask count_below(I count, int k) {
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(k), count));
@@ -62,29 +71,13 @@ struct Avx2Gate : cpu::Avx2 {
     const F least = set(bound);
     int count = 0;
     for (int e = 0; e < num_experts && count <= most; e += kLanes) {
-      const Mask hit = _mm256_cmp_ps(load(choice + e), least, _CMP_GE_OQ);
-      for (unsigned lanes = bits(hit); lanes; lanes &= lanes - 1)
-        out[count++] = e + __builtin_ctz(lanes);
+      const unsigned hit = bits(at_least(load(choice + e), least));
+      const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLanesOf[hit].data()));
+      _mm256_storeu_si256(reinterpret_cast<I*>(out + count),
+                          _mm256_add_epi32(_mm256_cvtepu8_epi32(lanes), _mm256_set1_epi32(e)));
+      count += __builtin_popcount(hit);
     }
     return count;
-  }
-
-  // (sort_key, ~id) as one signed number: greater is better, and no two are equal.
-  static void order_keys(const float* choice, const int32_t* ids, int count, int64_t* order) {
-    for (int i = 0; i < count; ++i)
-      order[i] = int64_t(uint64_t(uint32_t(sort_key(choice[ids[i]]))) << 32 | uint32_t(~ids[i]));
-  }
-
-  static void rank_descending(const int64_t* order, int count, int32_t* rank) {
-    for (int i = 0; i < count; i += 4) {
-      const I mine = _mm256_load_si256(reinterpret_cast<const __m256i*>(order + i));
-      I better = _mm256_setzero_si256();
-      for (int j = 0; j < count; ++j)
-        better = _mm256_sub_epi64(better, _mm256_cmpgt_epi64(_mm256_set1_epi64x(order[j]), mine));
-      alignas(32) int64_t lanes[4];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), better);
-      for (int l = 0; l < 4; ++l) rank[i + l] = int32_t(lanes[l]);
-    }
   }
 };
 

@@ -39,6 +39,7 @@ struct Avx512Gate : cpu::Avx512 {
     const Mask greater = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
     return _mm512_mask_add_epi32(count, greater, count, _mm512_set1_epi32(1));
   }
+  static void store_counts(int32_t* to, I count) { _mm512_storeu_si512(to, count); }
   static Mask count_below(I count, int k) {
     return _mm512_cmplt_epi32_mask(count, _mm512_set1_epi32(k));
   }
@@ -65,36 +66,6 @@ struct Avx512Gate : cpu::Avx512 {
       ids = _mm512_add_epi32(ids, _mm512_set1_epi32(kLanes));
     }
     return count;
-  }
-
-  // (sort_key, ~id) as one signed number: greater is better, and no two are equal.
-  static void order_keys(const float* choice, const int32_t* ids, int count, int64_t* order) {
-    for (int i = 0; i < count; i += kLanes) {
-      const I id = _mm512_loadu_si512(ids + i);
-      const F c = _mm512_mask_i32gather_ps(set(0.0f), first(count - i), id, choice, 4);
-      const I bits = _mm512_castps_si512(add(c, set(0.0f)));
-      const I flip = _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1);
-      const I key = _mm512_xor_si512(bits, flip), low = _mm512_xor_si512(id, _mm512_set1_epi32(-1));
-      _mm512_store_si512(order + i, join(_mm512_castsi512_si256(key), _mm512_castsi512_si256(low)));
-      _mm512_store_si512(order + i + 8, join(_mm512_extracti64x4_epi64(key, 1),
-                                             _mm512_extracti64x4_epi64(low, 1)));
-    }
-  }
-  static I join(__m256i high, __m256i low) {
-    const I shifted = _mm512_slli_epi64(_mm512_cvtepi32_epi64(high), 32);
-    return _mm512_or_si512(shifted, _mm512_cvtepu32_epi64(low));
-  }
-
-  static void rank_descending(const int64_t* order, int count, int32_t* rank) {
-    for (int i = 0; i < count; i += 8) {
-      const I mine = _mm512_load_si512(order + i);
-      I better = _mm512_setzero_si512();
-      for (int j = 0; j < count; ++j) {
-        const __mmask8 greater = _mm512_cmpgt_epi64_mask(_mm512_set1_epi64(order[j]), mine);
-        better = _mm512_mask_add_epi64(better, greater, better, _mm512_set1_epi64(1));
-      }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rank + i), _mm512_cvtepi64_epi32(better));
-    }
   }
 };
 

@@ -40,6 +40,8 @@ constexpr int kRowLength = kMaxExperts + 16;  // one row's scratch, with room fo
 struct Scratch {
   alignas(64) float s[kBlock][kRowLength], choice[kBlock][kRowLength], lanes[kBlock][64];
   alignas(64) int32_t candidates[kBlock][kMaxCandidates + 16];
+  alignas(64) float score[kBlock][kMaxCandidates];
+  alignas(64) float value[kBlock][kMaxCandidates + 16];  // choice scores of candidates
   int count[kBlock];
   float bound[kBlock];
 };
@@ -64,8 +66,6 @@ void choose_row(const T* logits, int64_t ahead, const TopkGateParams& p, float* 
   if constexpr (kFunction == KIMI_SCORE_SOFTMAX) score_row<O, T, kFunction>(logits, num_experts, s);
   const auto step = [&](int e, int left, F& lane_top) {
     const F z = O::load(logits + e, left);
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(logits + e) +
-                                                     uintptr_t(ahead) * sizeof(T)));
     if constexpr (kEstimate) {
       const F s = sigmoid_estimate<typename O::Estimates>(z);
       const F a = O::keep_first(bias ? O::add(s, O::load(bias + e, left)) : s, left);
@@ -88,27 +88,26 @@ void choose_row(const T* logits, int64_t ahead, const TopkGateParams& p, float* 
     lane_top = O::max(cleaned, lane_top);  // the second operand where the first is NaN
   };
   int e = 0;
-  for (; e + kBound <= num_experts; e += kBound)
+  for (; e + kBound <= num_experts; e += kBound) {
     for (int v = 0; v < kVectors; ++v) step(e + v * O::kLanes, O::kLanes, top[v]);
+    const uintptr_t next = reinterpret_cast<uintptr_t>(logits + e) + uintptr_t(ahead) * sizeof(T);
+    for (size_t line = 0; line < kBound * sizeof(T); line += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(next + line));
+  }
   for (int v = 0; e < num_experts; e += O::kLanes, ++v) step(e, num_experts - e, top[v]);
   for (int v = 0; v < kVectors; ++v) O::store(lanes + v * O::kLanes, top[v]);
 }
 
-// Scores and choices of the candidates of one row, where estimates were.
+// Scores and choices of the candidates of one row, where estimates were; whole vectors.
 template <class O, class T>
 void score_candidates(const T* logits, const float* bias, const int32_t* candidates, int count,
-                      float* s, float* choice) {
-  alignas(64) float score[kMaxCandidates];
+                      float* score, float* value) {
   static_assert(kMaxCandidates % O::kLanes == 0);
   for (int i = 0; i < count; ++i) score[i] = to_float(logits[candidates[i]]);
   for (int i = count; i % O::kLanes; ++i) score[i] = 0.0f;
   for (int i = 0; i < count; i += O::kLanes)
     O::store(score + i, score_of<O, KIMI_SCORE_SIGMOID>(O::load(score + i)));
-  for (int i = 0; i < count; ++i) {
-    const int32_t id = candidates[i];
-    s[id] = score[i];
-    choice[id] = bias ? score[i] + bias[id] : score[i];
-  }
+  for (int i = 0; i < count; ++i) value[i] = bias ? score[i] + bias[candidates[i]] : score[i];
 }
 
 template <class O, class T, kimi_score_function kFunction, int kBound>
@@ -146,11 +145,12 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
       a.count[i] = O::collect(a.choice[i], experts, a.bound[i], kMaxCandidates, a.candidates[i]);
     };
     each([&](int i, int32_t*) {
+      const int32_t* candidates = a.candidates[i];
       collect(i);
       if (estimate) {
         if (a.bound[i] > -__builtin_inff() && a.count[i] >= k && a.count[i] <= kMaxCandidates)
-          return score_candidates<O>(logits(i), p.expert_bias, a.candidates[i], a.count[i], a.s[i],
-                                     a.choice[i]);
+          return score_candidates<O>(logits(i), p.expert_bias, candidates, a.count[i], a.score[i],
+                                     a.value[i]);
         whole = kWhole;
         choose(std::false_type{}, i);
         a.bound[i] = kth_largest<O, kBound>(a.lanes[i], k);
@@ -158,15 +158,23 @@ void forward_rows(const TopkGateParams& p, int64_t begin, int64_t end, int32_t* 
       }
       if (a.count[i] > kMaxCandidates)
         a.count[i] = collect_fewer<O>(a.choice[i], experts, a.bound[i], k, a.candidates[i]);
+      for (int j = 0; j < a.count[i]; ++j) {
+        a.score[i][j] = a.s[i][candidates[j]];
+        a.value[i][j] = a.choice[i][candidates[j]];
+      }
     });
     each([&](int i, int32_t* indices) {
-      rank<O>(a.choice[i], a.candidates[i], a.count[i], k, indices);
-    });
-    each([&](int i, const int32_t* indices) {
-      float* weights = p.weights + (first + i) * k;
+      int32_t position[kMaxCandidates + 16], id[kMaxCandidates];
+      float score[kMaxCandidates], *weights = p.weights + (first + i) * k;
+      rank<O>(a.value[i], a.count[i], position);
+      for (int j = 0; j < a.count[i]; ++j) {
+        id[position[j]] = a.candidates[i][j];
+        score[position[j]] = a.score[i][j];
+      }
       for (int j = 0; j < k; ++j) {
-        weights[j] = a.s[i][indices[j]];
-        ++counts[indices[j]];
+        indices[j] = id[j];
+        weights[j] = score[j];
+        ++counts[id[j]];
       }
       weigh<O>(p, weights);
     });

@@ -121,6 +121,37 @@ void expect_product(const Named& e, const std::string& what, const Part& p, cons
                converted(s, depth, count, e.is_bf16()), s.rows, count, c.data(), stride);
 }
 
+// As pack_strip packs it, and the product is the same.
+TEST(the_next_strip_is_packed_beside_a_product) {
+  for (const Named& e : engines()) {
+    const BlockEngine& engine = *e.engine;
+    if (!engine.packs_beside) continue;
+    for (int64_t rows : {1, 14, 27, 28, 70})
+      for (int64_t count : {32, 288, 512})
+        for (int64_t now : {1, 96, 512}) {
+          const Matrix p({Storage::kBfloat16}, rows, now, 5),
+              s({Storage::kBfloat16}, 2 * kStripRows, 512, 6);
+          Bytes panel(engine.panel_bytes(rows, now)), strip(engine.strip_bytes());
+          engine.pack_panel(p.x, 0, rows, 0, now, panel.data());
+          engine.pack_strip(s.x, 0, kStripRows, 0, now, strip.data());
+          Bytes want(kStripRows * count * 2), got(kStripRows * count * 2);
+          engine.pack_strip(s.x, kStripRows, kStripRows, 0, count, want.data());
+          const int64_t sums = round_up(rows, engine.panel_rows) * kStripRows;
+          Buffer<float> c(sums), alone(sums);
+          Upcoming next;
+          next.row_bytes = s.x.row_stride * 2;
+          next.data = static_cast<const char*>(s.x.data) + kStripRows * next.row_bytes;
+          next.strip = got.data();
+          next.count = count;
+          engine.multiply(panel.data(), rows, strip.data(), now, next, c.data(), kStripRows, false);
+          engine.multiply(panel.data(), rows, strip.data(), now, {}, alone.data(), kStripRows,
+                          false);
+          CHECK(std::memcmp(got.data(), want.data(), size_t(kStripRows * count * 2)) == 0);
+          CHECK(std::memcmp(c.data(), alone.data(), size_t(sums * 4)) == 0);
+        }
+  }
+}
+
 // Every kind of operand on either side; rows 1..70 and depths 1..600 in turn, often at the edges.
 TEST(products) {
   for (const Named& e : engines()) {

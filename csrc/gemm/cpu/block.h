@@ -59,13 +59,19 @@ float element(const Operand& x, int64_t row, int64_t depth);
 
 constexpr int64_t kStripRows = 32;
 
-// Where the strip that is packed next lies, for engines that fetch it ahead while they multiply:
-// two cache lines a step, at data and data + second; then data += advance, and data += jump too
-// after every `period` steps. Only a hint: nothing is read. data may be nullptr.
+// The strip that is packed next, for engines that fetch it ahead while they multiply: two cache lines
+// a step, at data and data + second; then data += advance, and data += jump too after every `period`
+// steps. Only a hint: nothing is read. data may be nullptr.
+//
+// Or for engines that pack it meanwhile (packs_beside), where `strip` is none: kStripRows rows of bf16,
+// `row_bytes` apart, of `count` depths, which 32 divides; `after` bytes further the strip begins that
+// is fetched.
 struct Upcoming {
   const char* data = nullptr;
   int64_t second = 0, advance = 0, jump = 0;
   int period = 0;
+  void* strip = nullptr;
+  int64_t row_bytes = 0, count = 0, after = 0;
 };
 
 struct BlockEngine {
@@ -101,6 +107,9 @@ struct BlockEngine {
               int64_t count, float* c, int64_t stride);
   void (*spread)(const void* tokens, int64_t num_tokens, const Operand& s, int64_t row,
                  int64_t rows, int64_t count, float* c, int64_t stride);
+  // Whether multiply packs the next strip, as pack_strip would.
+  bool packs_beside = false;
+
   int64_t dot_stride(int64_t count) const { return round_up(count, 64); }  // elements of a token
 
   int64_t packed_depth(int64_t count) const { return round_up(count, depth_multiple); }

@@ -132,8 +132,9 @@ void pack(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t co
 
 struct Dot : Avx2 {
   using Token = float;
-  static constexpr int64_t kSpan = 8, kPassTokens = 3;
-  static constexpr int kRows[] = {8, 6, 4};
+  static constexpr int64_t kSpan = 8, kPassTokens = 4, kOnePass = 3;
+  static constexpr bool kHoldsRows = true;
+  static constexpr int kRows[] = {8, 6, 4, 3};
 
   static F zero() { return set(0.0f); }
   static F multiply_add(F a, F b, F sum) { return fma(a, b, sum); }

@@ -36,6 +36,7 @@ extern const BlockEngine kAvx512Bf16Blocks = {Tile::kRows,
                                               kSpreadTokens,
                                               pack_dot<DotPairs>,
                                               dot<DotPairs>,
-                                              spread<Avx512, bf16, 8>};
+                                              spread<Avx512, bf16, 8>,
+                                              true};
 
 }  // namespace kimi::cpu

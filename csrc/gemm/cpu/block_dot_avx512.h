@@ -18,7 +18,8 @@ constexpr int64_t kDotTokens = 20, kSpreadTokens = 8;
 struct DotSums {
   using F = __m512;
   static constexpr int kRows[] = {8, 8, 8, 6, 4, 4};
-  static constexpr int64_t kPassTokens = 6;
+  static constexpr int64_t kPassTokens = 6, kOnePass = 6;
+  static constexpr bool kHoldsRows = true;
 
   static F zero() { return _mm512_setzero_ps(); }
 

@@ -9,6 +9,8 @@
 //   row<S>(s, row, depth, n)   kSpan of them from                     memory, and rows x tokens of
 //                              either operand                         sums within the registers
 //   multiply_add(w, v, sum)                            store_sums     the lanes of four sums
+//   kHoldsRows                 whether rows may stay in registers in place of the tokens
+//   kOnePass                   tokens beside which the rows of one pass are streams enough
 //
 // Included by engine files only.
 #pragma once
@@ -73,11 +75,12 @@ void pack_dot(const Operand& x, int64_t row, int64_t rows, int64_t count, void* 
                    [&]<Storage S>() { pack_dot_rows<D, S>(x, row, rows, count, tokens); });
 }
 
-// Rows to fetch while others are multiplied.
+// Rows to fetch while others are multiplied; at depth `end` their lines go on `jump` bytes further.
 struct RowsAhead {
   const char* first;
   int64_t stride;
   int64_t rows;  // 0: none
+  int64_t end = -1, jump = 0;
 };
 
 // R rows of S by T tokens.
@@ -91,19 +94,29 @@ void dot_tile(const typename D::Token* x, int64_t x_stride, const Operand& s, in
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) sum[r][t] = D::zero();
+  // Tokens stay in registers beside the sums and rows pass by, or the other way where rows are fewer.
+  constexpr bool kFewRows = D::kHoldsRows && R < T;
+  constexpr int kFew = kFewRows ? R : T, kMany = kFewRows ? T : R;
+  using Vector = decltype(D::load(x));
   const auto step = [&](int64_t d, int64_t n) {
-    decltype(D::load(x)) v[T];
+    Vector v[kFew];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) v[t] = D::load(x + t * x_stride + d);
+    for (int i = 0; i < kFew; ++i)
+      v[i] = kFewRows ? D::template row<S>(s, row + i, d, n) : D::load(x + i * x_stride + d);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const auto w = D::template row<S>(s, row + r, d, n);
+    for (int i = 0; i < kMany; ++i) {
+      const Vector w =
+          kFewRows ? D::load(x + i * x_stride + d) : D::template row<S>(s, row + i, d, n);
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) sum[r][t] = D::multiply_add(w, v[t], sum[r][t]);
+      for (int j = 0; j < kFew; ++j) {
+        auto& to = kFewRows ? sum[j][i] : sum[i][j];
+        to = kFewRows ? D::multiply_add(v[j], w, to) : D::multiply_add(w, v[j], to);
+      }
     }
   };
   int64_t d = 0;
   for (; d + kLine <= count; d += kLine, ahead.first += 64) {
+    if (d == ahead.end) ahead.first += ahead.jump;
     for (int64_t i = 0; i < ahead.rows; ++i)
       __builtin_prefetch(ahead.first + i * ahead.stride, 0, 2);  // the L2 cache
 #pragma GCC unroll 8
@@ -126,7 +139,9 @@ void dot_tokens(const typename D::Token* x, int64_t num_tokens, int64_t passes, 
   constexpr int kRows = D::kRows[T - 1];
   const int64_t x_stride = round_up(count, 64);
   const int64_t smaller = passes * T - num_tokens;
-  const int64_t row_bytes = s.row_stride * (S == Storage::kFloat32 ? 4 : 2);
+  const int64_t size = S == Storage::kFloat32 ? 4 : 2, row_bytes = s.row_stride * size;
+  constexpr int64_t kAhead = 1024;  // bytes
+  const int64_t last_lines = std::max<int64_t>(0, ceil_div(count * size - kAhead, 64)) * 64;
   const int64_t each = passes > 1 ? (kRows + passes - 2) / (passes - 1) : 0;  // rows to fetch
   const auto block = [&]<int R>(std::integral_constant<int, R>, int64_t j) {
     const typename D::Token* from = x;
@@ -136,8 +151,13 @@ void dot_tokens(const typename D::Token* x, int64_t num_tokens, int64_t passes, 
       RowsAhead ahead = {static_cast<const char*>(s.data) + (row + j + R + done) * row_bytes,
                          row_bytes, 0};
       if (S <= Storage::kFloat16 && pass > 0) ahead.rows = std::clamp<int64_t>(left, 0, each);
-      if (S <= Storage::kFloat16 && pass == 0)
-        ahead = {static_cast<const char*>(s.data) + (row + j) * row_bytes + 1024, row_bytes, R};
+      if (S <= Storage::kFloat16 && pass == 0) {
+        ahead = {static_cast<const char*>(s.data) + (row + j) * row_bytes + kAhead, row_bytes, R};
+        if (passes == 1) {  // nobody else fetches the beginnings of the next rows
+          ahead.end = last_lines / size;
+          ahead.jump = R * row_bytes - last_lines - kAhead;
+        }
+      }
       if (pass < passes - smaller) {
         dot_tile<D, S, R, T>(from, x_stride, s, row + j, count, ahead, to, stride);
         from += T * x_stride;
@@ -157,7 +177,8 @@ void dot_tokens(const typename D::Token* x, int64_t num_tokens, int64_t passes, 
 template <class D, int T = D::kPassTokens>
 void dot(const void* tokens, int64_t num_tokens, const Operand& s, int64_t row, int64_t rows,
          int64_t count, float* c, int64_t stride) {
-  const int64_t passes = (num_tokens + D::kPassTokens - 1) / D::kPassTokens;
+  const int64_t passes =
+      num_tokens <= D::kOnePass ? 1 : std::max<int64_t>(2, ceil_div(num_tokens, D::kPassTokens));
   if constexpr (T > 1)
     if ((num_tokens + passes - 1) / passes < T)
       return dot<D, T - 1>(tokens, num_tokens, s, row, rows, count, c, stride);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Block products in plain C++: the definition of the packed forms, [depth][4 or 32 rows] fp32.
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "gemm/cpu/block.h"
@@ -52,10 +53,12 @@ void multiply(const void* panel, int64_t rows, const void* strip, int64_t count,
 // Four lanes, which every processor's compiler has registers for.
 struct Lanes {
   using F = float __attribute__((vector_size(16)));
-  using Words = uint32_t __attribute__((vector_size(16)));
+  using Halves = uint16_t __attribute__((vector_size(16)));
+  using Pair = int64_t __attribute__((vector_size(16)));
   using Token = float;
   static constexpr int kLanes = 4;
-  static constexpr int64_t kSpan = kLanes, kPassTokens = 4;
+  static constexpr int64_t kSpan = kLanes, kPassTokens = 4, kOnePass = 4;
+  static constexpr bool kHoldsRows = false;  // a product without fma takes one more
   static constexpr int kRows[] = {8, 6, 4, 3};
 
   static F set(float x) { return F{x, x, x, x}; }
@@ -63,14 +66,24 @@ struct Lanes {
   static F add(F a, F b) { return a + b; }
   static F fma(F a, F b, F sum) { return a * b + sum; }
   static F multiply_add(F a, F b, F sum) { return fma(a, b, sum); }
+  // The first four become the upper halves of words: one instruction, where a conversion of four is
+  // a dozen.
+  static Halves above_zeros(Halves x) {
+    static_assert(std::endian::native == std::endian::little);
+#if defined(__clang__)
+    return __builtin_shufflevector(Halves{}, x, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return __builtin_shuffle(Halves{}, x, Halves{0, 8, 1, 9, 2, 10, 3, 11});
+#endif
+  }
   template <class T>
   static F load(const T* x) {
     if constexpr (kDtype<T> == KIMI_FLOAT16) return some(x, kLanes);  // many instructions
     F a;
     if constexpr (kDtype<T> == KIMI_BFLOAT16) {
-      uint16_t __attribute__((vector_size(8))) half;
-      std::memcpy(&half, x, sizeof half);
-      const auto word = __builtin_convertvector(half, Words) << 16;
+      int64_t four;  // in a register: memory that was written in halves would be waited for
+      std::memcpy(&four, x, sizeof four);
+      const Halves word = above_zeros(Halves(Pair{four, 0}));
       std::memcpy(&a, &word, sizeof a);
     } else {
       std::memcpy(&a, x, sizeof a);

@@ -19,15 +19,75 @@ int64_t bytes_of(cpu::Storage storage, int64_t elements) {
   }
 }
 
-// The lines that packing strip rows from `row` and depths from `depth` on will read. Depth
-// contiguous: up to 1 KiB of 32 rows; rows contiguous: one or two lines of every depth.
-cpu::Upcoming upcoming(const cpu::Operand& s, int64_t row, int64_t depth) {
-  if (s.row_index || s.depth_index) return {};
-  const int64_t at = row * s.row_stride + depth * s.depth_stride;
-  const char* data = static_cast<const char*>(s.data) + bytes_of(s.storage, at);
-  if (s.depth_stride == 1) return {data, 64, 128, bytes_of(s.storage, s.row_stride) - 1024, 8};
-  const int64_t stride = bytes_of(s.storage, s.depth_stride);
-  if (s.storage == cpu::Storage::kFloat32) return {data, 64, stride, 0, 0};
+// A strip of a block, and where it belongs.
+struct Strip {
+  int64_t row, rows;     // of S
+  int64_t depth, count;  // of the group
+  int64_t panel;         // first depth of the panel that it is multiplied with
+  int64_t col;           // of the block's sums
+};
+
+// The strips of a block in turn: of one panel of depths after the other all rows of S, of these all
+// depths.
+class Strips {
+ public:
+  Strips(const cpu::BlockEngine& engine, const Group& g, const Block& block)
+      : g_(g), block_(block), depth_block_(engine.depth_block) {
+    const int64_t of_block = round_up(block.rows, engine.panel_rows) * depth_block_;
+    const int64_t fits = std::max<int64_t>(1, kPanelBytes / (of_block * engine.element_bytes));
+    panel_ = std::min(fits, ceil_div(g.depth, depth_block_));
+    rows_ = ceil_div(block.cols, cpu::kStripRows);
+  }
+  int64_t size() const { return g_.parts * rows_ * ceil_div(g_.depth, depth_block_); }
+  int64_t panel_depth() const { return panel_ * depth_block_; }
+  Strip operator[](int64_t i) const {
+    const int64_t of_panel = g_.parts * rows_ * panel_, panel = i / of_panel * panel_depth();
+    const int64_t blocks = std::min(panel_, ceil_div(g_.depth - panel, depth_block_));
+    const int64_t part = i % of_panel / blocks / rows_,
+                  col = i % of_panel / blocks % rows_ * cpu::kStripRows,
+                  depth = panel + i % of_panel % blocks * depth_block_;
+    return {g_.s_row + part * g_.part_rows + block_.col + col,
+            std::min(cpu::kStripRows, block_.cols - col),
+            depth,
+            std::min(depth_block_, g_.depth - depth),
+            panel,
+            part * block_.part_stride + col};
+  }
+
+ private:
+  const Group& g_;
+  const Block& block_;
+  int64_t depth_block_, panel_, rows_;  // of a panel: depth blocks
+};
+
+const char* address(const Group& g, const Strip& strip) {
+  const int64_t depth = g.p_depth + strip.depth;
+  const int64_t at = strip.row * g.s.row_stride + depth * g.s.depth_stride;
+  return static_cast<const char*>(g.s.data) + bytes_of(g.s.storage, at);
+}
+
+// What becomes of strip i while the one before is multiplied: packed into `to`, if the engine can, or
+// its lines are fetched. Depth contiguous: up to 1 KiB of 32 rows; rows contiguous: one or two
+// lines of every depth.
+cpu::Upcoming upcoming(const cpu::BlockEngine& engine, const Group& g, const Strips& strips,
+                       int64_t i, char* to) {
+  if (i >= strips.size() || g.s.row_index || g.s.depth_index) return {};
+  const Strip strip = strips[i];
+  const char* data = address(g, strip);
+  const int64_t row = bytes_of(g.s.storage, g.s.row_stride);
+  if (g.s.depth_stride == 1) {
+    cpu::Upcoming next = {data, 64, 128, row - 1024, 8};
+    if (engine.packs_beside && g.s.storage == cpu::Storage::kBfloat16 &&
+        strip.rows == cpu::kStripRows && strip.count % 32 == 0) {
+      next.strip = to;
+      next.row_bytes = row;
+      next.count = strip.count;
+      next.after = i + 1 < strips.size() ? address(g, strips[i + 1]) - data : 0;
+    }
+    return next;
+  }
+  const int64_t stride = bytes_of(g.s.storage, g.s.depth_stride);
+  if (g.s.storage == cpu::Storage::kFloat32) return {data, 64, stride, 0, 0};
   return {data, stride, 2 * stride, 0, 0};
 }
 
@@ -54,36 +114,28 @@ void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block&
     std::memset(c, 0, size_t(block.rows * block.stride) * 4);
     return;
   }
-  const auto s_row = [&](int part) { return g.s_row + part * g.part_rows + block.col; };
   if (const auto few = product_of_few(engine, g, block.rows)) {
     engine.pack_dot(g.p, p_row, block.rows, g.depth, panel);
     for (int part = 0; part < g.parts; ++part)
-      few(panel, block.rows, g.s, s_row(part), block.cols, g.depth, c + part * block.part_stride,
-          block.stride);
+      few(panel, block.rows, g.s, g.s_row + part * g.part_rows + block.col, block.cols, g.depth,
+          c + part * block.part_stride, block.stride);
     return;
   }
+  const Strips strips(engine, g, block);
   const int64_t rows = round_up(block.rows, engine.panel_rows);
-  const int64_t fits = kPanelBytes / (rows * engine.element_bytes) / engine.depth_block;
-  const int64_t panel_depth = std::max<int64_t>(1, fits) * engine.depth_block;
-  for (int64_t d = 0; d < g.depth; d += panel_depth) {
-    const int64_t depth = std::min(panel_depth, g.depth - d);
-    engine.pack_panel(g.p, p_row, block.rows, g.p_depth + d, depth, panel);
-    for (int part = 0; part < g.parts; ++part)
-      for (int64_t col = 0; col < block.cols; col += cpu::kStripRows) {
-        const int64_t cols = std::min(cpu::kStripRows, block.cols - col);
-        for (int64_t b = 0; b < depth; b += engine.depth_block) {
-          const int64_t count = std::min(engine.depth_block, depth - b);
-          engine.pack_strip(g.s, s_row(part) + col, cols, g.p_depth + d + b, count, strip);
-          const bool last = b + count == depth;
-          const int64_t next_row = s_row(part) + col + (last ? cpu::kStripRows : 0);
-          const bool more = !last || col + cpu::kStripRows < block.cols;
-          const cpu::Upcoming next =
-              more ? upcoming(g.s, next_row, g.p_depth + d + (last ? 0 : b + count))
-                   : cpu::Upcoming{};
-          engine.multiply(panel + b * rows * engine.element_bytes, block.rows, strip, count, next,
-                          c + part * block.part_stride + col, block.stride, d + b > 0);
-        }
-      }
+  bool packed = false;
+  for (int64_t i = 0; i < strips.size(); ++i) {
+    const Strip s = strips[i];
+    if (i == 0 || s.panel != strips[i - 1].panel)
+      engine.pack_panel(g.p, p_row, block.rows, g.p_depth + s.panel,
+                        std::min(strips.panel_depth(), g.depth - s.panel), panel);
+    char* const to = strip + i % 2 * engine.strip_bytes();
+    if (!packed) engine.pack_strip(g.s, s.row, s.rows, g.p_depth + s.depth, s.count, to);
+    const cpu::Upcoming next =
+        upcoming(engine, g, strips, i + 1, strip + (i + 1) % 2 * engine.strip_bytes());
+    engine.multiply(panel + (s.depth - s.panel) * rows * engine.element_bytes, block.rows, to,
+                    s.count, next, c + s.col, block.stride, s.depth > 0);
+    packed = next.strip != nullptr;
   }
   if (engine.finish) engine.finish(c, block.rows, block.stride, block.stride);
 }

@@ -57,7 +57,7 @@ struct ThreadMemory {
     Pieces pieces(memory);
     panel = pieces.take(
         std::max({kPanelBytes, kDotBytes, engine.panel_bytes(kBlockRows, engine.depth_block)}));
-    strip = pieces.take(engine.strip_bytes());
+    strip = pieces.take(2 * engine.strip_bytes());
     c = pieces.take<float>(kBlockSums);
     bytes = pieces.bytes();
   }
@@ -90,7 +90,7 @@ class Workspace {
   char* threads_;
 };
 
-// The sums of one block into c; strips are fetched one ahead.
+// The sums of one block into c; the next strip is fetched or packed meanwhile. `strip`: room for two.
 void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block& block, char* panel,
                     char* strip, float* c);
 
