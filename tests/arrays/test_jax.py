@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+import kimi_ops  # noqa: E402
 import kimi_ops.jax as kj  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,6 +185,28 @@ def test_the_losses():
     bias, counts = f(E), jnp.array([1, 2, 3, 6], jnp.int32)
     moved = jax.jit(lambda b: kj.update_expert_bias(b, counts, 0.25))(bias)
     close(moved, bias + 0.25 * jnp.array([1, 1, 0, -1]))
+
+
+def test_the_histogram_of_what_lacks():
+    logits, bias, bounds = f(T, E), f(E) / 8, jnp.array([-1.0, 1.0])
+    options = {"expert_bias": bias, "score_function": "softmax", "valid": jnp.arange(T) > 1}
+    first = jnp.ones((E, 10), jnp.int32)
+    ours = jax.jit(lambda h, z: kj.quantile_histogram(h, z, K, bounds=bounds, **options))
+    theirs = torch.ones(E, 10, dtype=torch.int32)
+    kimi_ops.quantile_histogram_(
+        theirs, torch.tensor(np.asarray(logits)), K, bounds=torch.tensor([-1.0, 1.0]),
+        **{key: torch.tensor(np.asarray(value)) if key != "score_function" else value
+           for key, value in options.items()},
+    )  # fmt: skip
+    assert np.array_equal(ours(first, logits), theirs.numpy()) and (first == 1).all()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="bounds: expected two finite numbers"):
+        jax.block_until_ready(kj.quantile_histogram(first, logits, K, bounds=bounds[::-1]))
+
+
+def test_a_plan_of_other_rows_is_refused():
+    plan = kj.permute_plan(jnp.zeros((T, K), jnp.int32), E)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="unpermute: row_map: expected rows in"):
+        jax.block_until_ready(kj.unpermute(f(3, H), plan))
 
 
 def test_what_the_optimizer_multiplies():

@@ -51,8 +51,8 @@ NUMBERS = {
     "kArray": "AttrType_ARRAY",
     "kScalar": "AttrType_SCALAR",
     "kString": "AttrType_STRING",
-} | {f"k{n}": f"DataType_{n}" for n in ("S32", "S64", "U8", "F16", "F32", "F64", "BF16")}
-NUMBERS["kPred"] = "DataType_PRED"
+} | {f"k{n}": f"DataType_{n}" for n in ("S32", "S64", "U8", "U32", "F16", "F32", "F64", "BF16")}
+NUMBERS |= {"kPred": "DataType_PRED", "kF8": "DataType_F8E4M3FN"}
 
 
 def test_our_structs_are_those_of_xla():
