@@ -3,7 +3,7 @@
 
 Each variant is a CUDA graph, captured while the variable names it; all of a case take turns, so
 that they have the same clock. Their results must be the same bits, but without an epilogue, where
-nothing is written. `outside` is the number of
+nothing is written, and without promotion. `outside` is the number of
 cycles a tile of 128 x 256 in which the tensor cores did nothing: all cycles less 16 (FP8 8) a value
 of depth.
 
@@ -16,6 +16,7 @@ of depth.
     gather, noinc   a layer: tokens permuted, or gathered by the product, by width; and gathered by
                     threads that wait
     epilogue        0: what a tile costs without it, so what hiding it is worth
+    promote         0: what FP8 would reach if sums cost nothing: the ceiling of turns
 
 --list says what the cases take on an H100, *estimated*.
 """
@@ -36,7 +37,8 @@ from benchmarks.measure import Functions, graphed, measure
 VARIABLE = "KIMI_OPS_TRIAL"
 SMS, TILE = 132, 128 * 256
 NEVER = "gather=1000000000"
-NONE = "epilogue=0"
+NONE, HELD = "epilogue=0", "promote=0"
+OTHER = (NONE, HELD)  # whose results are no results
 SAMPLES, SAMPLE_SECONDS, MAKE_SECONDS = 12, 0.02, 1.0  # of a variant, warm-up included; of a case
 LAYERS = (
     (7168, 2048, 4096), (7168, 2048, 256), (7168, 768, 4096), (7168, 384, 4096), (2048, 768, 16384),
@@ -82,7 +84,7 @@ class Case:
             function = self.make()
             result = function().clone()
             first = result if first is None else first
-            if NONE not in variant and not torch.equal(result, first):
+            if variant not in OTHER and not torch.equal(result, first):
                 raise RuntimeError(f"{self.name}: {variant}: other bits than as shipped")
             functions[variant or "as shipped"] = graphed(function, device)
         os.environ[VARIABLE] = ""
@@ -146,7 +148,7 @@ def fp8(name: str, device: str, sizes: list[int], k: int, n: int) -> Case:
     packed, of_rows = kimi_ops.Fp8BlockWeight.quantize(weight), kimi_ops.Fp8Rows.quantize(a)
     peers: Functions = {"ours in bf16": lambda: kimi_ops.grouped_gemm(a, weight.mT, offsets)}
     tiles = sum(s * n / TILE for s in sizes)
-    variants = ["order=1", "order=0", "store=1", "turn=0", "swizzle=8", NONE]
+    variants = ["order=1", "order=0", "store=1", "turn=0", "swizzle=8", *OTHER]
     return Case(
         name,
         variants,

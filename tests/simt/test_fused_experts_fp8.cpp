@@ -16,6 +16,7 @@
 #include "gemm/sm90/job.h"
 #include "grouped_gemm/fp8.h"
 #include "permute_cases.h"
+#include "product_cases.h"
 
 namespace {
 
@@ -23,6 +24,7 @@ using namespace kimi;
 using namespace fp8_tests;
 using fp8::blocks;
 using permute_cases::Plan;
+using product_cases::with_numbers;
 
 // Rows in FP8 with their scales.
 struct Rows {
@@ -61,10 +63,6 @@ void multiply(Rows& a, Weight& b, const std::vector<int32_t>& offsets, Out* out)
       {a.data.data(), a.scale.data(), b.data.data(), b.scale.data(), offsets.data(), nullptr, out,
        a.count, a.width, b.rows, a.width, a.stride, static_cast<int32_t>(b.experts), kDtype<Out>},
       nullptr));
-}
-
-experts::Activation with_numbers(kimi_activation kind) {
-  return {kind, {4, 25, 1, 0, 100, 100, 100}, 1.0f / 4, 1.0f / 25};
 }
 
 // h of [g; u] in fp32, as the kernels compute it.

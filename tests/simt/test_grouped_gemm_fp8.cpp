@@ -175,6 +175,32 @@ TEST(c_leaves_by_tma) {
   gemm::sm90::trial() = {};
 }
 
+// Of a thread's partial sums the first one alone: rows 0..7 of 16, even columns below 8.
+TEST(a_trial_without_promotion) {
+  constexpr int64_t kRows = 16, kN = 16, kK = 256;
+  Buffer<e4m3> a(kRows * kK), b(kN * kK);
+  std::fill_n(a.data(), kRows * kK, e4m3{0x38});
+  std::fill_n(b.data(), kN * kK, e4m3{0x38});
+  Buffer<float> a_scale(2 * kRows), b_scale(2), out(kRows * kN);
+  std::fill_n(a_scale.data(), 2 * kRows, 0.5f);
+  std::fill_n(b_scale.data(), 2, 2.0f);
+  const int32_t offsets[] = {kRows};
+  GroupedGemmFp8Params p{a.data(),   a_scale.data(),
+                         b.data(),   b_scale.data(),
+                         offsets,    nullptr,
+                         out.data(), kRows,
+                         kK,         kN,
+                         kK,         kRows,
+                         1,          KIMI_FLOAT32};
+  gemm::sm90::trial().promote = 0;
+  require_ok(grouped_gemm_fp8_cuda(p, nullptr));
+  gemm::sm90::trial() = {};
+  for (int64_t i = 0; i < kRows * kN; ++i) {
+    const bool first = i / kN < 8 && i % kN < 8 && i % 2 == 0;
+    require(out.data()[i] == (first ? 256.0f : 0.0f), "value " + std::to_string(i));
+  }
+}
+
 TEST(a_row_that_is_not_a_number_stays_in_its_row) {
   constexpr int64_t kRows = 40, kN = 16, kK = 32;
   Buffer<e4m3> a(kRows * kK), b(2 * kN * kK);

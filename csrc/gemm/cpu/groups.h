@@ -5,7 +5,7 @@
 // A task is a block of up to kBlockRows rows and kBlockSums sums of one group's result, all of its
 // depth. Its panel (rows of P) is packed for as much depth as fits kPanelBytes, its strips (rows of
 // S) one after the other; the sums stay in C. A thread, with AVX-512-BF16 and many rows:
-//   panel 280 x 512 x 2 B = 280 KiB    strip 32 x 512 x 2 B = 32 KiB    C 280 x 256 x 4 B = 280 KiB
+//   panel 280 x 512 x 2 B = 280 KiB    2 strips 32 x 512 x 2 B = 64 KiB    C 280 x 256 x 4 B = 280 KiB
 // together 0.6 of a 1 MiB L2. Few rows get a longer panel and more columns instead, so that each
 // row of S is read in one go: its stream from memory is the limit then.
 #pragma once

@@ -113,7 +113,7 @@ __device__ inline void consume(const Product& p, const Trial& trial,
     }
     if (mine && work.depth > 0) {
       if constexpr (X::kScaled)
-        sum_promoted<X>(s, work, consumer, trial.order, turn, ring, d);
+        sum_promoted<X>(s, work, consumer, trial, turn, ring, d);
       else if (X::kHalves && work.half)
         sum_direct<X, X::kBRows / 2>(s, work, consumer, gathered, lead, s.lead[slot.at], ring,
                                      reinterpret_cast<float (&)[X::kSums / 2]>(d));

@@ -11,8 +11,8 @@ struct AffineWork;
 
 namespace kimi::gemm::sm90 {
 
-// What measurements may change, by KIMI_OPS_TRIAL=name=value,...: every value but epilogue=0 gives
-// the same bits.
+// What measurements may change, by KIMI_OPS_TRIAL=name=value,...: every value but epilogue=0 and
+// promote=0 gives the same bits.
 // Where it is set at the first launch it is read again at each one, so that variants take turns.
 struct Trial {
   int32_t swizzle = 16;   // 1..256 row tiles share a column tile before the next one comes
@@ -26,6 +26,7 @@ struct Trial {
   int32_t noinc = 1;      // the barrier of a stage counts gathered copies; 0: threads wait for them
   int32_t store = 0;      // FP8: C by TMA, store.cuh
   int32_t epilogue = 1;   // 0: sums are dropped and nothing is written, to see what that costs
+  int32_t promote = 1;    // FP8; 0: a thread adds one partial sum a block, which is wrong: its cost
 };
 Trial& trial();
 // Of its text. A wrong name or value is said and not obeyed.

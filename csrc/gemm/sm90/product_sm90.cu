@@ -74,7 +74,7 @@ Trial trial_of(const char* text) {
       {"swizzle", &trial.swizzle}, {"turn", &trial.turn},         {"lead", &trial.lead},
       {"boxes", &trial.boxes},     {"prefetch", &trial.prefetch}, {"order", &trial.order},
       {"permute", &trial.permute}, {"gather", &trial.gather},     {"noinc", &trial.noinc},
-      {"store", &trial.store},     {"epilogue", &trial.epilogue},
+      {"store", &trial.store},     {"epilogue", &trial.epilogue}, {"promote", &trial.promote},
   };
   while (text != nullptr && *text != '\0') {
     const char* const end = text + std::strcspn(text, ",");

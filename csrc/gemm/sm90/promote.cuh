@@ -29,6 +29,7 @@
 #include "device/math.cuh"
 #include "device/warp.cuh"
 #include "device/wgmma.cuh"
+#include "gemm/sm90/job.h"
 #include "gemm/sm90/ring.cuh"
 
 namespace kimi::gemm::sm90 {
@@ -57,12 +58,12 @@ __device__ __forceinline__ void release(MBarrier& empty) {
 // Adds the products of a tile's stages to the consumer's 64 rows. `turn`: the parity of the turns
 // so far; there are none where consumer 1 has no rows.
 template <class X>
-__device__ inline void sum_promoted(Shared<X>& s, const Work& work, int consumer, int order,
-                                    uint32_t& turn, Ring<X::kStages>& ring,
+__device__ inline void sum_promoted(Shared<X>& s, const Work& work, int consumer,
+                                    const Trial& trial, uint32_t& turn, Ring<X::kStages>& ring,
                                     float (&total)[X::kSums]) {
   constexpr Major kMajor = Major::kDepth;
   const int row = (work.row & 3) + warp_id() % 4 * 16 + lane_id() / 4;  // of the loaded scales
-  if (work.rows <= kConsumerRows) order = 0;
+  const int order = work.rows > kConsumerRows ? trial.order : 0;
   const auto pass = [&] {
     if (lane_id() == 0) mbarrier_arrive(s.turn[1 - consumer]);
   };
@@ -111,7 +112,10 @@ __device__ inline void sum_promoted(Shared<X>& s, const Work& work, int consumer
         warp_barrier();  // all lanes have their scales
         release<X>(s.empty[ring.at]);
       }
-      promote(reinterpret_cast<float (&)[kSums]>(total[part * kSums]), partial, factor);
+      if (trial.promote != 0)
+        promote(reinterpret_cast<float (&)[kSums]>(total[part * kSums]), partial, factor);
+      else
+        total[part * kSums] = fma_rn(factor[0][0], partial[0], total[part * kSums]);
     }
   }
 }
