@@ -139,6 +139,8 @@ class Sft:
     settings : SftSettings
     text : callable, optional
         Rows of other text, one of 20.
+    pairs : sequence of (ids, learnt)
+        Comparisons for the critic, three of 20 rows where there are any.
     """
 
     def __init__(
@@ -148,8 +150,10 @@ class Sft:
         settings: SftSettings,
         *,
         text: Source | None = None,
+        pairs: Sequence[Example] = (),
     ) -> None:
         self.learner, self.settings, self._text = learner, settings, text
+        self._pairs = pairs
         self._all = trajectories
         self._easy = sorted(trajectories, key=lambda one: len(one[0]))[: len(trajectories) // 2]
         self._rng = random.Random(f"sft {settings.seed}")
@@ -209,6 +213,8 @@ class Sft:
                 return self._text(rng)
             if chance < 0.15:
                 return recall(rng, rng.choice((3, 5, 8)))
+            if chance < 0.3 and self._pairs:
+                return rng.choice(self._pairs)
             return rng.choice(fitting)
 
         return one
