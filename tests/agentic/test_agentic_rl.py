@@ -11,7 +11,7 @@ import torch
 
 import kimi_ops.agentic
 from kimi_ops.agentic import evaluate, rl
-from kimi_ops.agentic.answers import Answers, padded
+from kimi_ops.agentic.answers import Answers
 from kimi_ops.agentic.judge import OVER_BUDGET
 from kimi_ops.agentic.learner import Learner
 from kimi_ops.agentic.progress import Group, agreement
@@ -291,12 +291,6 @@ def test_rows_are_forwarded_in_pieces(monkeypatch):
     part = whole.part(torch.tensor([2, 0]))
     assert part.ids.shape[1] == max(len(rolls[2].ids), len(rolls[0].ids))
     assert part.ids[1, : len(rolls[0].ids)].tolist() == rolls[0].ids
-
-
-def test_examples_side_by_side_weigh_what_is_learnt():
-    ids, weights = padded([([5, 6, 7], [False, True, True]), ([8, 9], [False, True])])
-    assert ids.tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert weights.tolist() == [pytest.approx([1 / 3, 1 / 3]), pytest.approx([1 / 3, 0])]
 
 
 def test_agreement_counts_pairs():

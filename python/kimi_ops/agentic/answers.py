@@ -14,10 +14,9 @@ from torch import Tensor
 
 from kimi_ops.agentic.objective import chosen_log_probs, log_ratios
 from kimi_ops.agentic.rollout import Rollout
-from kimi_ops.agentic.sft import Example
 from kimi_ops.models.kimi_k2 import KimiK2
 
-__all__ = ["Answers", "padded"]
+__all__ = ["Answers"]
 
 PIECE = 8192  # ids of a forward
 
@@ -109,18 +108,3 @@ class Answers:
     def lengths(self) -> Tensor:
         """Own ids [N] of each answer."""
         return self.own.sum(1)
-
-
-def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Examples side by side.
-
-    Returns
-    -------
-    ids : Tensor [N, S + 1] int64
-    weights : Tensor [N, S] float32
-        Of the losses on all ids but the first; they add up to 1.
-    """
-    size = max(len(ids) for ids, _ in examples)
-    ids = torch.tensor([one + [0] * (size - len(one)) for one, _ in examples])
-    learnt = torch.tensor([on + [False] * (size - len(on)) for _, on in examples])[:, 1:].float()
-    return ids, learnt / learnt.sum().clamp(min=1)

@@ -55,9 +55,19 @@ class DemoSettings:
 
 
 def small_config() -> KimiK2Config:
-    """`mini` on bytes, with positions that turn faster: it learns to copy in half the time."""
+    """`mini` on bytes, made to copy: half the width of a head for positions, which turn faster, and
+    fewer experts."""
     return dataclasses.replace(
-        KimiK2Config.mini(), vocab_size=256, rope_theta=10_000.0, rope_scaling=None
+        KimiK2Config.mini(),
+        vocab_size=256,
+        intermediate_size=128,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        routed_scaling_factor=1.41,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=32,
+        rope_theta=1000.0,
+        rope_scaling=None,
     )
 
 

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kimi_ops.agentic.answers import Answers, padded
+from kimi_ops.agentic.answers import Answers
 from kimi_ops.agentic.judge import OVER_BUDGET, reward
 from kimi_ops.agentic.learner import Learner, token_losses
 from kimi_ops.agentic.objective import advantages, squared_loss
 from kimi_ops.agentic.progress import TELL, Group, Learnt, RlStep, agreement
 from kimi_ops.agentic.rollout import Rollout, roll_out
-from kimi_ops.agentic.sft import Example, Source, batch_of
+from kimi_ops.agentic.sft import Example, Source, batch_of, packed
 from kimi_ops.agentic.specs import Tool
 from kimi_ops.agentic.synthesis import PLAIN_SHARE
 from kimi_ops.agentic.tasks import FAMILIES, PLAIN, Task, make_task
@@ -230,7 +230,7 @@ class Rl:
             if place == 0:
                 order = rng.sample(range(len(answers.ids)), len(answers.ids))
             some = order[place :: settings.minibatches]
-            replayed = batch_of(self._replay, rng, 1, settings.replayed)
+            replayed = packed(self._replay, rng, settings.replayed)
             if some:
                 part, compared = answers.part(torch.tensor(some)), pairs[update::updates]
                 loss = partial(self._loss, part, compared, replayed, learnt)
@@ -264,7 +264,7 @@ class Rl:
         self,
         answers: Answers,
         compared: Sequence[Example],
-        replayed: tuple[Tensor, Tensor],
+        replayed: Example,
         learnt: Learnt,
     ) -> Tensor:
         settings, model = self.settings, self.learner.model
@@ -272,16 +272,17 @@ class Rl:
         learnt.squared.append(float(ratios.detach().square().mean()))
         found = squared_loss(ratios, answers.advantage, answers.lengths, settings.tau)
         if compared:
-            found = found + settings.critic * self._likelihood(*padded(compared))
-        found = found + settings.replay * self._likelihood(*replayed)
+            found = found + settings.critic * self._likelihood(compared)
+        found = found + settings.replay * self._likelihood([replayed])
         learnt.largest = max(float(layer.max_logits.max()) for layer in model.attention_layers())
         return found
 
-    def _likelihood(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """Cross entropy of ids, under weights."""
+    def _likelihood(self, examples: Sequence[Example]) -> Tensor:
+        """Cross entropy of what examples teach."""
         device = self.learner.model.lm_head.weight.device
-        ids, weights = ids.to(device), weights.to(device)
-        return (token_losses(self.learner.model(ids[:, :-1]), ids) * weights).sum()
+        ids, learnt, _ = batch_of(examples)
+        losses = token_losses(self.learner.model(ids[:, :-1].to(device)), ids.to(device))
+        return losses[learnt.to(device)].sum() / learnt.sum().clamp(min=1)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on, but for the data."""
