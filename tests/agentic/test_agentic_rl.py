@@ -280,6 +280,17 @@ def test_rows_with_padding_are_rows_alone():
     assert sorted(int(row) for rows in made.pieces() for row in rows) == [0, 1, 2]
 
 
+def test_equal_tries_are_computed_once():
+    tasks = [make_task("lookup", TOOLS, random.Random(seed), fresh=False) for seed in (0, 1, 0, 0)]
+    rolls = as_played(None, TOKENIZER, tasks, temperature=1, seed=0)
+    rolls = [rolls[0], rolls[1], rolls[0], rolls[0]]
+    heat, better = torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.tensor([3.0, 7.0, 3.0, 3.0])
+    made = Answers.of(rolls, heat, better, torch.device("cpu"))
+    assert made.times.tolist() == [3, 1] and made.advantage.tolist() == [3, 7]
+    assert made.temperatures.tolist() == [1, 2] and made.ids.shape[0] == 2
+    assert made.mean(made.advantage) == better.mean()
+
+
 def test_rows_are_forwarded_in_pieces(monkeypatch):
     tasks = [make_task("lookup", TOOLS, random.Random(seed), fresh=False) for seed in range(4)]
     rolls = as_played(None, TOKENIZER, tasks, temperature=1, seed=0)

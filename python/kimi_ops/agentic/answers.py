@@ -6,6 +6,8 @@ Rows are padded behind their ends: attention is causal, so no id of an answer se
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ PIECE = 8192  # ids of a forward
 
 @dataclass(frozen=True)
 class Answers:
-    """N answers.
+    """N different answers.
 
     Attributes
     ----------
@@ -35,6 +37,8 @@ class Answers:
     temperatures : Tensor [N]
         At which they were drawn.
     advantage : Tensor [N]
+    times : Tensor [N]
+        How often each was given.
     old : Tensor [N, S]
         Log probabilities under the policy that wrote them.
     """
@@ -44,20 +48,28 @@ class Answers:
     sizes: Tensor
     temperatures: Tensor
     advantage: Tensor
+    times: Tensor
     old: Tensor
 
     @classmethod
     def of(
         cls, rolls: Sequence[Rollout], temperatures: Tensor, advantage: Tensor, device: torch.device
     ) -> Answers:
-        """Of rollouts; `old` is 0 as yet."""
-        sizes = torch.tensor([len(roll.ids) for roll in rolls])
-        ids = torch.zeros(len(rolls), int(sizes.max()), dtype=torch.int64)
+        """Of rollouts, equal ones once; `old` is 0 as yet."""
+        first: dict[tuple[int, ...], int] = {}
+        for place, roll in enumerate(rolls):
+            first.setdefault(tuple(roll.ids), place)
+        times = Counter(tuple(roll.ids) for roll in rolls)
+        which = torch.tensor(list(first.values()))
+        sizes = torch.tensor([len(ids) for ids in first])
+        ids = torch.zeros(len(first), int(sizes.max()), dtype=torch.int64)
         own = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, roll in enumerate(rolls):
+        for row, roll in enumerate(rolls[place] for place in first.values()):
             ids[row, : len(roll.ids)] = torch.tensor(roll.ids)
             own[row, : len(roll.own)] = torch.tensor(roll.own)
-        made = (ids, own[:, 1:], sizes, temperatures, advantage, torch.zeros(own[:, 1:].shape))
+        often = torch.tensor([times[one] for one in first])
+        old = torch.zeros(own[:, 1:].shape)
+        made = (ids, own[:, 1:], sizes, temperatures[which], advantage[which], often, old)
         return cls(*(one.to(device) for one in made))
 
     def part(self, rows: Tensor) -> Answers:
@@ -65,7 +77,8 @@ class Answers:
         wide = int(self.sizes[rows].max())
         return Answers(
             self.ids[rows, :wide], self.own[rows, : wide - 1], self.sizes[rows],
-            self.temperatures[rows], self.advantage[rows], self.old[rows, : wide - 1],
+            self.temperatures[rows], self.advantage[rows], self.times[rows],
+            self.old[rows, : wide - 1],
         )  # fmt: skip
 
     def pieces(self) -> Iterator[Tensor]:
@@ -92,8 +105,7 @@ class Answers:
             old[rows, : logs.shape[1]] = logs
             total += float(entropies[part.own].sum())
         model.reset_statistics()
-        made = Answers(self.ids, self.own, self.sizes, self.temperatures, self.advantage, old)
-        return made, total / int(self.own.sum())
+        return dataclasses.replace(self, old=old), total / int(self.own.sum())
 
     def ratios(self, model: KimiK2) -> Tensor:
         """s [N] of the model's policy over the old one."""
@@ -108,3 +120,7 @@ class Answers:
     def lengths(self) -> Tensor:
         """Own ids [N] of each answer."""
         return self.own.sum(1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of values [N], over all that were given."""
+        return (values * self.times).sum() / self.times.sum()

@@ -20,7 +20,7 @@ from torch import Tensor
 from kimi_ops.agentic.answers import Answers
 from kimi_ops.agentic.judge import OVER_BUDGET, reward
 from kimi_ops.agentic.learner import Learner, token_losses
-from kimi_ops.agentic.objective import advantages, squared_loss
+from kimi_ops.agentic.objective import advantages, squared_losses
 from kimi_ops.agentic.progress import TELL, Group, Learnt, RlStep, agreement
 from kimi_ops.agentic.rollout import Rollout, roll_out
 from kimi_ops.agentic.sft import Example, Source, batch_of, packed
@@ -87,17 +87,17 @@ class RlSettings:
     groups: int = 8
     told: int = 4
     tries: int = 6
-    epochs: int = 2
+    epochs: int = 1
     minibatches: int = 2
-    lr: float = 0.05
+    lr: float = 0.015
     tau: float = 0.05
     replay: float = 0.1
     critic: float = 0.3
     replayed: int = 640
-    pairs: int = 32
+    pairs: int = 16
     temperature: tuple[float, float] = (1.0, 0.7)
     told_temperature: tuple[float, float] = (1.2, 0.8)
-    limit: int = 1024
+    limit: int = 640
     seed: int = 0
 
     def temperature_of(self, family: str, step: int) -> float:
@@ -269,8 +269,10 @@ class Rl:
     ) -> Tensor:
         settings, model = self.settings, self.learner.model
         ratios = answers.ratios(model)
-        learnt.squared.append(float(ratios.detach().square().mean()))
-        found = squared_loss(ratios, answers.advantage, answers.lengths, settings.tau)
+        learnt.squared.append(float(answers.mean(ratios.detach().square())))
+        found = answers.mean(
+            squared_losses(ratios, answers.advantage, answers.lengths, settings.tau)
+        )
         if compared:
             found = found + settings.critic * self._likelihood(compared)
         found = found + settings.replay * self._likelihood([replayed])
