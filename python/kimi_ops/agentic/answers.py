@@ -7,7 +7,6 @@ Rows are padded behind their ends: attention is causal, so no id of an answer se
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,20 +55,19 @@ class Answers:
         cls, rolls: Sequence[Rollout], temperatures: Tensor, advantage: Tensor, device: torch.device
     ) -> Answers:
         """Of rollouts, equal ones once; `old` is 0 as yet."""
-        first: dict[tuple[int, ...], int] = {}
+        places: dict[tuple[int, ...], list[int]] = {}
         for place, roll in enumerate(rolls):
-            first.setdefault(tuple(roll.ids), place)
-        times = Counter(tuple(roll.ids) for roll in rolls)
-        which = torch.tensor(list(first.values()))
-        sizes = torch.tensor([len(ids) for ids in first])
-        ids = torch.zeros(len(first), int(sizes.max()), dtype=torch.int64)
+            places.setdefault(tuple(roll.ids), []).append(place)
+        which = [some[0] for some in places.values()]
+        times = torch.tensor([len(some) for some in places.values()])
+        sizes = torch.tensor([len(ids) for ids in places])
+        ids = torch.zeros(len(which), int(sizes.max()), dtype=torch.int64)
         own = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, roll in enumerate(rolls[place] for place in first.values()):
+        for row, roll in enumerate(rolls[place] for place in which):
             ids[row, : len(roll.ids)] = torch.tensor(roll.ids)
             own[row, : len(roll.own)] = torch.tensor(roll.own)
-        often = torch.tensor([times[one] for one in first])
         old = torch.zeros(own[:, 1:].shape)
-        made = (ids, own[:, 1:], sizes, temperatures[which], advantage[which], often, old)
+        made = (ids, own[:, 1:], sizes, temperatures[which], advantage[which], times, old)
         return cls(*(one.to(device) for one in made))
 
     def part(self, rows: Tensor) -> Answers:
