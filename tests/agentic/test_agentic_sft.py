@@ -9,10 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kimi_ops.agentic import demo as stages
+from kimi_ops.agentic import demo as command
+from kimi_ops.agentic import stages
 from kimi_ops.agentic.demo import DemoSettings, demo, small_config
 from kimi_ops.agentic.drills import recall, repeats
 from kimi_ops.agentic.learner import Learner, token_losses
+from kimi_ops.agentic.rl import Rl, RlSettings
 from kimi_ops.agentic.sft import Sft, SftSettings, batch_of
 from kimi_ops.cli import app
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
@@ -106,54 +108,90 @@ def test_a_loss_that_is_not_finite_updates_nothing():
     assert all(map(torch.equal, before, learner.model.parameters()))
 
 
-SMALL = DemoSettings(120, SftSettings(steps=4, size=640), 1, 3)
+SMALL = DemoSettings(
+    120,
+    SftSettings(steps=4, size=640),
+    RlSettings(steps=2, groups=2, told=1, tries=2, replayed=32, pairs=2, limit=500),
+    1,
+    3,
+)
 
 
 def test_every_stage_is_run_once(tmp_path, monkeypatch):
     lines: list[str] = []
     results = demo(tmp_path, SMALL, say=lines.append, bar=False, model=tiny)
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert set(results["splits"]) == {"trained", "words", "domains"}
+    assert list(results) == ["sft", "rl"]
+    for stage in results.values():
+        assert {tuple(stage[way]) for way in ("greedy", "sampled")} == {
+            ("trained", "words", "domains")
+        }
     assert lines[0].startswith("synthesis") and any("<|im_user|>user" in line for line in lines)
+    steps = [json.loads(line) for line in (tmp_path / "rl.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
     monkeypatch.setattr(Sft, "step", None)
+    monkeypatch.setattr(Rl, "step", None)
     again = demo(tmp_path, SMALL, say=lines.append, bar=False, model=tiny)
     assert again == results
+    table = lines[-1].splitlines()
+    assert len(table) == 1 + 2 * 2 * 3 and table[-1].startswith("rl")
     with pytest.raises(ValueError, match="expected the settings it was begun with, seed differ"):
         demo(tmp_path, dataclasses.replace(SMALL, seed=4), bar=False, model=tiny)
+    with pytest.raises(ValueError, match="stage: expected synthesis | sft | rl, got 'all'"):
+        demo(tmp_path, SMALL, bar=False, model=tiny, last="all")
 
 
-def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_run_ends_with_the_stage_that_is_named(tmp_path):
+    assert demo(tmp_path, SMALL, say=str, bar=False, model=tiny, last="synthesis") == {}
+    assert not (tmp_path / "sft.pt").exists()
+    results = demo(tmp_path, SMALL, say=str, bar=False, model=tiny, last="sft")
+    assert list(results) == ["sft"] and not (tmp_path / "rl.pt").exists()
+
+
+@pytest.mark.parametrize(("broken", "at"), [(Sft, 4), (Rl, 1)])
+def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(tmp_path, monkeypatch, broken, at):
     settings = dataclasses.replace(SMALL, sft=dataclasses.replace(SMALL.sft, steps=6))
     whole = demo(tmp_path / "whole", settings, say=str, bar=False, model=tiny)
-    monkeypatch.setattr(stages, "SAVE_EVERY", 2)
-    step = Sft.step
+    monkeypatch.setattr(stages, "SAVE_SFT", 2)
+    step = broken.step
 
-    def broken(self):
-        if self.made == 4:
+    def breaks(self):
+        if self.made == at:
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(Sft, "step", broken)
+    monkeypatch.setattr(broken, "step", breaks)
     with pytest.raises(KeyboardInterrupt):
         demo(tmp_path / "broken", settings, say=str, bar=False, model=tiny)
-    monkeypatch.setattr(Sft, "step", step)
+    monkeypatch.setattr(broken, "step", step)
     again = demo(tmp_path / "broken", settings, say=str, bar=False, model=tiny)
-    assert again["splits"] == whole["splits"]
-    one, other = (
-        torch.load(tmp_path / name / "sft.pt", weights_only=True)["model"]
-        for name in ("whole", "broken")
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    for results in (whole, again):
+        for stage in results.values():
+            del stage["seconds"]
+    assert again == whole
+    for name in ("sft.pt", "rl.pt"):
+        one, other = (
+            torch.load(tmp_path / run / name, weights_only=True)["model"]
+            for run in ("whole", "broken")
+        )
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_study_goes_on_from_one_supervised_model(tmp_path):
+    arms = ("refined", "oracle")
+    results = demo(tmp_path, SMALL, say=str, bar=False, model=tiny, arms=arms)
+    assert list(results) == ["sft", "rl", "rl-oracle"]
+    assert (tmp_path / "rl-oracle.jsonl").exists()
 
 
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
-    command = ["agentic", "--out", str(tmp_path), "--attempts", "100", "--episodes", "1"]
+    options = ["agentic", "--out", str(tmp_path), "--attempts", "100", "--episodes", "1"]
     monkeypatch.setattr(
-        stages.demo, "__kwdefaults__", {**stages.demo.__kwdefaults__, "model": tiny}
+        command.demo, "__kwdefaults__", {**command.demo.__kwdefaults__, "model": tiny}
     )
-    ran = CliRunner().invoke(app, [*command, "--steps", "2"])
+    ran = CliRunner().invoke(app, [*options, "--steps", "2", "--stage", "sft"])
     assert ran.exit_code == 0 and "attempts kept" in ran.stdout
-    ran = CliRunner().invoke(app, [*command, "--steps", "3"])
+    ran = CliRunner().invoke(app, [*options, "--steps", "3"])
     assert ran.exit_code == 1 and "sft differ; choose another folder" in ran.stderr
 
 

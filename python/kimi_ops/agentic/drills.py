@@ -8,7 +8,7 @@ import random
 
 from kimi_ops.agentic.words import words
 
-__all__ = ["recall", "repeats"]
+__all__ = ["recall", "repeats", "search"]
 
 Drill = tuple[list[int], list[bool]]  # bytes, and which of them the row's beginning decides
 
@@ -50,4 +50,33 @@ def recall(rng: random.Random, pairs: int) -> Drill:
         key, value = f"{keys[place]}=".encode(), f"{values[place]}.".encode()
         ids += key + value
         learned += [False] * len(key) + [True] * len(value)
+    return ids, learned
+
+
+def search(rng: random.Random, phrases: int) -> Drill:
+    """Phrases of two or three words, as tools are declared, then words of some of them other than
+    the first, each with the phrase that it is of.
+
+    Examples
+    --------
+    >>> import random
+    >>> from kimi_ops.agentic.drills import search
+    >>> text, learned = search(random.Random(1), 2)
+    >>> head, _, asked = bytes(text).decode().partition("\\n")
+    >>> word, _, phrase = asked.splitlines()[0].partition("?")
+    >>> phrase in head.split(" ") and word in phrase
+    True
+    """
+    drawn = words(rng, 3 * phrases, fresh=False)
+    known = []
+    for place in range(phrases):
+        first, second, third = drawn[3 * place : 3 * place + 3]
+        known.append((first, second, third) if rng.random() < 0.5 else (first, second))
+    spelled = [f"{one[0]}_{one[1]}({''.join(one[2:])})" for one in known]
+    ids = list((" ".join(spelled) + "\n").encode())
+    learned = [False] * len(ids)
+    for place in rng.sample(range(phrases), phrases // 2 + 1):
+        key, phrase = f"{rng.choice(known[place][1:])}?".encode(), f"{spelled[place]}\n".encode()
+        ids += key + phrase
+        learned += [False] * len(key) + [True] * len(phrase)
     return ids, learned

@@ -99,6 +99,13 @@ def _size(call: Call) -> int:
     return len(json.dumps(dict(call.arguments))) + len(f"functions.{call.tool}:0") + 6
 
 
+def _ambiguous(one: Tool, other: Tool) -> bool:
+    """Whether one wish can mean both tools, which do not do the same."""
+    texts = {spoken(Wish(tool, "it"), random.Random(0), persona="terse") for tool in (one, other)}
+    places = {(tool.semantics.table, tool.semantics.by) for tool in (one, other)}
+    return len(texts) == 1 and len(places) == 2
+
+
 @dataclass
 class _Scene:
     """Where a family makes up its task."""
@@ -116,13 +123,16 @@ class _Scene:
         return [one for one in drawn if one not in named][:count]
 
     def pick(self, *ops: str, table: str | None = None, **meaning: object) -> Tool | None:
-        """A tool that fits, beside those there are; None where there is none."""
+        """A tool that fits, beside those there are, and is not meant by the words that mean one of
+        them; None where there is none."""
         names = {tool.name for tool in self.tools}
         for _ in range(200):
             tool = self.rng.choice(self.repository)
             if tool.name in names or ops and tool.semantics.op not in ops:
                 continue
             if table is not None and tool.semantics.table != table:
+                continue
+            if any(_ambiguous(tool, other) for other in self.tools):
                 continue
             if all(getattr(tool.semantics, key) == value for key, value in meaning.items()):
                 self.tools.append(tool)
