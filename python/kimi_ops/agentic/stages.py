@@ -60,26 +60,26 @@ class _Stage(Protocol):
 def synthesised(
     place: Place, attempts: int, seed: int, tokenizer: Tokenizer
 ) -> tuple[list[Example], list[Example]]:
-    """The kept attempts as ids, and the comparisons that were made beside them."""
+    """The kept attempts, and comparisons for a critic, as ids."""
     path = place.out / "attempts.jsonl"
     counted = synthesise(path, attempts, seed)
     for funnel in tqdm(  # noqa: B007
         counted, "synthesis", attempts, disable=not place.bar, leave=False
     ):
         pass
-    kept, tried = sum(funnel.kept.values()), sum(funnel.attempts.values())
-    place.say(f"synthesis  {kept} of {tried} attempts kept")
+    good, tried = sum(funnel.kept.values()), sum(funnel.attempts.values())
+    place.say(f"synthesis  {good} of {tried} attempts kept")
     for family, count in sorted(funnel.attempts.items()):
         reasons = [(n, why) for (f, why), n in funnel.reasons.items() if f == family]
         least = ", ".join(f"{n} {why}" for n, why in sorted(reasons, reverse=True))
         place.say(f"  {family:8} {funnel.kept[family]:5} of {count:5}   {least}")
     lines = read_attempts(path)
-    kept_ones = [
+    kept = [
         render(line["messages"], line["tools"], declare=declare_typescript).encode(tokenizer)
         for line in lines
         if not line["reasons"]
     ]
-    return kept_ones, Critic(tokenizer).synthesised(lines)
+    return kept, Critic(tokenizer).synthesised(lines)
 
 
 def supervised(
