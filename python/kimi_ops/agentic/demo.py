@@ -44,7 +44,7 @@ class DemoSettings:
     sft: SftSettings = SftSettings()
     rl: RlSettings = RlSettings()
     episodes: int = 12
-    tries: int = 4
+    tries: int = 2
     seed: int = 0
 
     @classmethod

@@ -89,7 +89,7 @@ class RlSettings:
     tries: int = 6
     epochs: int = 1
     minibatches: int = 2
-    lr: float = 0.015
+    lr: float = 0.06
     tau: float = 0.05
     replay: float = 0.1
     critic: float = 0.3
