@@ -114,11 +114,11 @@ def demo(
         )
     _same_settings(out, settings)
     place, tokenizer, results = Place(out, say, bar), ByteTokenizer(), Results(out)
-    trajectories = synthesised(place, settings.attempts, settings.seed, tokenizer)
+    trajectories, pairs = synthesised(place, settings.attempts, settings.seed, tokenizer)
     if last == "synthesis":
         return results.found
     trained = model(settings.seed)
-    seconds = supervised(place, trained, trajectories, settings.sft)
+    seconds = supervised(place, trained, trajectories, pairs, settings.sft)
     results.add(place, "sft", seconds, trained, settings.episodes)
     for arm in arms if last == "rl" else ():
         name = "rl" if arm == "refined" else f"rl-{arm}"
