@@ -164,11 +164,11 @@ def test_what_code_cannot_read_loses_without_a_comparison():
 
 
 def test_a_real_model_is_antisymmetric_and_rows_do_not_matter(model):
-    groups = [saying(task, "1", "22", "a longer one", "22") for task in tasks("tell", 3)]
+    groups = [saying(task, "1", "22", "a longer one", "22") for task in tasks("tell", 2)]
     model.train()
     rewards = CRITIC.rewards_of(model, groups)
     assert model.training
-    assert [sum(some) / 4 for some in rewards] == pytest.approx([0.5] * 3)
+    assert [sum(some) / 4 for some in rewards] == pytest.approx([0.5] * 2)
     assert all(some[1] == some[3] for some in rewards)
     alone = [Critic(TOKENIZER, rows=1).rewards(model, group) for group in groups]
     for one, other in zip(rewards, alone, strict=True):
@@ -178,6 +178,7 @@ def test_a_real_model_is_antisymmetric_and_rows_do_not_matter(model):
     assert win + lost == pytest.approx(1.0) and win != 0.5
 
 
+@torch.no_grad()
 def test_the_verdict_stands_behind_the_likeliest_reasons(model):
     """As the model has it that reads prompt and reasons at once."""
     shown = Comparison("level of oak?", OAK, WRONG)
@@ -185,8 +186,8 @@ def test_the_verdict_stands_behind_the_likeliest_reasons(model):
     ids = CRITIC.prompt(shown)
     for part in ("g:", " s:", " p:", " j:"):
         ids += part.encode()
-        logits = model(torch.tensor([ids]))[0, -1]
-        ids.append(max(b"AB=", key=lambda one: float(logits[one])))
+        logits = model(torch.tensor([ids]))[0, -1].tolist()
+        ids.append(max(b"AB=", key=lambda one: logits[one]))
     ids += b" > "
     logits = model(torch.tensor([ids]))[0, -1, list(b"AB")]
     (share,) = CRITIC.first_shares(model, [shown])
@@ -279,7 +280,7 @@ def test_nothing_that_trains_can_reach_the_scorer():
 def test_of_two_attempts_code_tells_the_better():
     rng, found = random.Random(0), []
     for family in FAMILIES:
-        for task in tasks(family, 60):
+        for task in tasks(family, 40):
             for system in (task.system, PLAIN):
                 pair = prefer(dataclasses.replace(task, system=system), rng)
                 found += [pair] if pair is not None else []
@@ -296,7 +297,7 @@ def test_of_two_attempts_code_tells_the_better():
     styled = sum(pair.right for pair in found)
     assert 0.25 < styled / len(found) < 0.75
     told = [Answer.of(pair.better.messages).said for pair in found]
-    assert sum(" is " in said for said in told) > 40
+    assert sum(" is " in said for said in told) > 30
 
 
 def test_the_prompts_of_training_are_short_and_without_held_out_words():
@@ -306,7 +307,7 @@ def test_the_prompts_of_training_are_short_and_without_held_out_words():
     verdicts = [TOKENIZER.decode(ids)[-len("A<|im_end|>")] for ids, _ in examples]
     assert verdicts.count("A") == verdicts.count("B")
     sizes = sorted(len(ids) for ids, _ in examples)
-    assert sizes[len(sizes) // 2] < 200 and sizes[-1] < 384
+    assert sizes[len(sizes) // 2] < 256 and sizes[-1] < 480
     held = set(words(random.Random(0), 100, fresh=True))
     text = " ".join(TOKENIZER.decode(ids) for ids, _ in examples)
     assert not held & set(re.findall(r"[a-z]+", text))

@@ -189,8 +189,9 @@ SMALL = DemoSettings(
     120,
     SftSettings(steps=4, size=640),
     RlSettings(steps=2, groups=2, told=1, tries=2, replayed=32, pairs=2, limit=500),
-    1,
-    3,
+    episodes=1,
+    tries=2,
+    seed=3,
 )
 
 
@@ -210,8 +211,8 @@ def test_every_stage_is_run_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Rl, "step", None)
     again = demo(tmp_path, SMALL, say=lines.append, bar=False, model=tiny)
     assert again == results
-    table = lines[-1].splitlines()
-    assert len(table) == 1 + 2 * 2 * 3 and table[-1].startswith("rl")
+    table = next(line for line in lines if "in budget" in line).splitlines()
+    assert len(table) == 1 + 2 * 2 * 3 + 2 and table[-1].startswith("rl          critic")
     with pytest.raises(ValueError, match="expected the settings it was begun with, seed differ"):
         demo(tmp_path, dataclasses.replace(SMALL, seed=4), bar=False, model=tiny)
     with pytest.raises(ValueError, match="stage: expected synthesis | sft | rl, got 'all'"):

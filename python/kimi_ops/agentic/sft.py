@@ -168,7 +168,7 @@ class Sft:
     text : callable, optional
         Rows of other text, one of 20.
     pairs : sequence of (ids, learnt)
-        Comparisons for a critic, in place of one row of trajectories in seven.
+        Comparisons for the critic, three of 20 rows where there are any.
     """
 
     def __init__(

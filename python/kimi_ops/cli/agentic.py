@@ -64,7 +64,7 @@ def agentic(
     arms = tuple(ARMS) if study else ("refined",)
     try:
         demo(out, settings, say=typer.echo, bar=sys.stderr.isatty(), last=stage, arms=arms)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         raise fail(error) from error
 
 
