@@ -16,10 +16,11 @@ import torch
 
 from kimi_ops.agentic.comparison import unequal
 from kimi_ops.agentic.critic import Critic
-from kimi_ops.agentic.judge import plain, reward
+from kimi_ops.agentic.judge import reward
 from kimi_ops.agentic.learner import token_losses
 from kimi_ops.agentic.rollout import Rollout, roll_out
 from kimi_ops.agentic.specs import HELD_OUT_DOMAINS, Tool, is_held_out, repository
+from kimi_ops.agentic.style import plain
 from kimi_ops.agentic.tasks import FAMILIES, Task, make_task
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.chat import Tokenizer
