@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kimi_ops.agentic.objective import advantages, chosen_log_probs, log_ratios, squared_loss
+from kimi_ops.agentic.objective import advantages, chosen_log_probs, log_ratios, squared_losses
 
 OLD = {2: [0.7, 0.3], 3: [0.5, 0.3, 0.2]}
 REWARDS = {2: [0.0, 1.0], 3: [1.0, 0.0, 0.25]}
@@ -28,13 +28,13 @@ def test_the_gradient_is_that_of_the_paper():
     uphill = uphill - tau / 2 * (log_pi() - old).square().mean()
     expected = torch.autograd.grad(uphill, logits)[0]
     s = log_ratios(log_pi()[:, None], old[:, None], torch.ones(k, 1, dtype=torch.bool))
-    loss = squared_loss(s, advantages(rewards[None])[0], torch.ones(k), tau)
+    loss = squared_losses(s, advantages(rewards[None])[0], torch.ones(k), tau).mean()
     torch.testing.assert_close(-torch.autograd.grad(loss, logits)[0], expected)
 
 
 def test_the_weight_of_an_answer_is_over_its_length():
     s = torch.zeros(2, requires_grad=True)
-    squared_loss(s, torch.tensor([1.0, 1.0]), torch.tensor([1.0, 4.0]), 0.1).backward()
+    squared_losses(s, torch.tensor([1.0, 1.0]), torch.tensor([1.0, 4.0]), 0.1).mean().backward()
     assert s.grad is not None and s.grad.tolist() == [-0.5, -0.125]
 
 
@@ -51,7 +51,7 @@ def test_equal_rewards_have_no_gradient():
     rewards = torch.tensor([[1.0, 1, 1], [0, 0, 1], [-0.5, -0.5, -0.5]])
     assert advantages(rewards)[[0, 2]].abs().max() == 0
     s = torch.zeros(3, requires_grad=True)
-    squared_loss(s, advantages(rewards)[0], torch.ones(3), 0.05).backward()
+    squared_losses(s, advantages(rewards)[0], torch.ones(3), 0.05).mean().backward()
     assert s.grad is not None and s.grad.abs().max() == 0
     torch.testing.assert_close(advantages(rewards).sum(-1), torch.zeros(3))
 
@@ -66,11 +66,7 @@ def minimised(arms: int, tau: float, baseline: float) -> torch.Tensor:
     def closure():
         solver.zero_grad()
         s = logits.log_softmax(-1) - old.log()
-        each = [
-            squared_loss(s[i : i + 1], rewards[i : i + 1] - baseline, torch.ones(1), tau)
-            for i in range(arms)
-        ]
-        loss = sum(p * one for p, one in zip(old, each, strict=True))
+        loss = (old * squared_losses(s, rewards - baseline, torch.ones(arms), tau)).sum()
         loss.backward()
         return loss
 
@@ -130,4 +126,4 @@ def test_log_probabilities_are_those_of_the_temperature():
 
 def test_tau_is_above_zero():
     with pytest.raises(ValueError, match="tau: expected a number above 0, got 0"):
-        squared_loss(torch.zeros(1), torch.zeros(1), torch.ones(1), 0)
+        squared_losses(torch.zeros(1), torch.zeros(1), torch.ones(1), 0)

@@ -11,7 +11,7 @@ import torch
 
 import kimi_ops.agentic
 from kimi_ops.agentic import evaluate, rl
-from kimi_ops.agentic.answers import Answers, padded
+from kimi_ops.agentic.answers import Answers
 from kimi_ops.agentic.judge import OVER_BUDGET
 from kimi_ops.agentic.learner import Learner
 from kimi_ops.agentic.progress import Group, agreement
@@ -280,6 +280,17 @@ def test_rows_with_padding_are_rows_alone():
     assert sorted(int(row) for rows in made.pieces() for row in rows) == [0, 1, 2]
 
 
+def test_equal_tries_are_computed_once():
+    tasks = [make_task("lookup", TOOLS, random.Random(seed), fresh=False) for seed in (0, 1, 0, 0)]
+    rolls = as_played(None, TOKENIZER, tasks, temperature=1, seed=0)
+    rolls = [rolls[0], rolls[1], rolls[0], rolls[0]]
+    heat, better = torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.tensor([3.0, 7.0, 3.0, 3.0])
+    made = Answers.of(rolls, heat, better, torch.device("cpu"))
+    assert made.times.tolist() == [3, 1] and made.advantage.tolist() == [3, 7]
+    assert made.temperatures.tolist() == [1, 2] and made.ids.shape[0] == 2
+    assert made.mean(made.advantage) == better.mean()
+
+
 def test_rows_are_forwarded_in_pieces(monkeypatch):
     tasks = [make_task("lookup", TOOLS, random.Random(seed), fresh=False) for seed in range(4)]
     rolls = as_played(None, TOKENIZER, tasks, temperature=1, seed=0)
@@ -291,12 +302,6 @@ def test_rows_are_forwarded_in_pieces(monkeypatch):
     part = whole.part(torch.tensor([2, 0]))
     assert part.ids.shape[1] == max(len(rolls[2].ids), len(rolls[0].ids))
     assert part.ids[1, : len(rolls[0].ids)].tolist() == rolls[0].ids
-
-
-def test_examples_side_by_side_weigh_what_is_learnt():
-    ids, weights = padded([([5, 6, 7], [False, True, True]), ([8, 9], [False, True])])
-    assert ids.tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert weights.tolist() == [pytest.approx([1 / 3, 1 / 3]), pytest.approx([1 / 3, 0])]
 
 
 def test_agreement_counts_pairs():

@@ -6,6 +6,7 @@ Rows are padded behind their ends: attention is causal, so no id of an answer se
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,17 +15,16 @@ from torch import Tensor
 
 from kimi_ops.agentic.objective import chosen_log_probs, log_ratios
 from kimi_ops.agentic.rollout import Rollout
-from kimi_ops.agentic.sft import Example
 from kimi_ops.models.kimi_k2 import KimiK2
 
-__all__ = ["Answers", "padded"]
+__all__ = ["Answers"]
 
 PIECE = 8192  # ids of a forward
 
 
 @dataclass(frozen=True)
 class Answers:
-    """N answers.
+    """N different answers.
 
     Attributes
     ----------
@@ -36,6 +36,8 @@ class Answers:
     temperatures : Tensor [N]
         At which they were drawn.
     advantage : Tensor [N]
+    times : Tensor [N]
+        How often each was given.
     old : Tensor [N, S]
         Log probabilities under the policy that wrote them.
     """
@@ -45,20 +47,27 @@ class Answers:
     sizes: Tensor
     temperatures: Tensor
     advantage: Tensor
+    times: Tensor
     old: Tensor
 
     @classmethod
     def of(
         cls, rolls: Sequence[Rollout], temperatures: Tensor, advantage: Tensor, device: torch.device
     ) -> Answers:
-        """Of rollouts; `old` is 0 as yet."""
-        sizes = torch.tensor([len(roll.ids) for roll in rolls])
-        ids = torch.zeros(len(rolls), int(sizes.max()), dtype=torch.int64)
+        """Of rollouts, equal ones once; `old` is 0 as yet."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, roll in enumerate(rolls):
+            places.setdefault(tuple(roll.ids), []).append(place)
+        which = [some[0] for some in places.values()]
+        times = torch.tensor([len(some) for some in places.values()])
+        sizes = torch.tensor([len(ids) for ids in places])
+        ids = torch.zeros(len(which), int(sizes.max()), dtype=torch.int64)
         own = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, roll in enumerate(rolls):
+        for row, roll in enumerate(rolls[place] for place in which):
             ids[row, : len(roll.ids)] = torch.tensor(roll.ids)
             own[row, : len(roll.own)] = torch.tensor(roll.own)
-        made = (ids, own[:, 1:], sizes, temperatures, advantage, torch.zeros(own[:, 1:].shape))
+        old = torch.zeros(own[:, 1:].shape)
+        made = (ids, own[:, 1:], sizes, temperatures[which], advantage[which], times, old)
         return cls(*(one.to(device) for one in made))
 
     def part(self, rows: Tensor) -> Answers:
@@ -66,7 +75,8 @@ class Answers:
         wide = int(self.sizes[rows].max())
         return Answers(
             self.ids[rows, :wide], self.own[rows, : wide - 1], self.sizes[rows],
-            self.temperatures[rows], self.advantage[rows], self.old[rows, : wide - 1],
+            self.temperatures[rows], self.advantage[rows], self.times[rows],
+            self.old[rows, : wide - 1],
         )  # fmt: skip
 
     def pieces(self) -> Iterator[Tensor]:
@@ -93,8 +103,7 @@ class Answers:
             old[rows, : logs.shape[1]] = logs
             total += float(entropies[part.own].sum())
         model.reset_statistics()
-        made = Answers(self.ids, self.own, self.sizes, self.temperatures, self.advantage, old)
-        return made, total / int(self.own.sum())
+        return dataclasses.replace(self, old=old), total / int(self.own.sum())
 
     def ratios(self, model: KimiK2) -> Tensor:
         """s [N] of the model's policy over the old one."""
@@ -110,17 +119,6 @@ class Answers:
         """Own ids [N] of each answer."""
         return self.own.sum(1)
 
-
-def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Examples side by side.
-
-    Returns
-    -------
-    ids : Tensor [N, S + 1] int64
-    weights : Tensor [N, S] float32
-        Of the losses on all ids but the first; they add up to 1.
-    """
-    size = max(len(ids) for ids, _ in examples)
-    ids = torch.tensor([one + [0] * (size - len(one)) for one, _ in examples])
-    learnt = torch.tensor([on + [False] * (size - len(on)) for _, on in examples])[:, 1:].float()
-    return ids, learnt / learnt.sum().clamp(min=1)
+    def mean(self, values: Tensor) -> Tensor:
+        """Of values [N], over all that were given."""
+        return (values * self.times).sum() / self.times.sum()

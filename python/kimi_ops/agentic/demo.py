@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_ops.agentic.critic import Critic
+from kimi_ops.agentic.figures import draw
 from kimi_ops.agentic.results import Results
 from kimi_ops.agentic.rl import RlSettings
 from kimi_ops.agentic.sft import SftSettings
@@ -33,8 +34,9 @@ class DemoSettings:
         Of the teacher.
     sft : SftSettings
     rl : RlSettings
-    episodes : int
-        Of an evaluation, for each family and split.
+    episodes, tries : int
+        Of an evaluation: tasks for each family and split, and how often each is tried where answers
+        are drawn.
     seed : int
     """
 
@@ -42,13 +44,14 @@ class DemoSettings:
     sft: SftSettings = SftSettings()
     rl: RlSettings = RlSettings()
     episodes: int = 12
+    tries: int = 2
     seed: int = 0
 
     @classmethod
     def quick(cls, seed: int = 0) -> DemoSettings:
         """Every stage, too short to learn much."""
         rl = RlSettings(steps=2, groups=3, told=1, tries=3)
-        return cls(600, SftSettings(steps=60), rl, 1, seed)
+        return cls(600, SftSettings(steps=60), rl, episodes=1, tries=2, seed=seed)
 
 
 def small_config() -> KimiK2Config:
@@ -90,7 +93,7 @@ def demo(
     ----------
     out : Path
         ``attempts.jsonl``; of each stage ``sft.pt`` and ``rl.pt``, to go on from, and the model as
-        a checkpoint, ``sft`` and ``rl``; ``rl.jsonl``, a line a step; ``results.json``.
+        a checkpoint, ``sft`` and ``rl``; ``rl.jsonl``, a line a step; ``results.json``; figures.
     settings : DemoSettings
     say : callable
         Receives the lines for the user.
@@ -107,6 +110,13 @@ def demo(
     -------
     dict
         As in ``results.json``.
+
+    Raises
+    ------
+    ValueError
+        A stage that there is not, a folder of other settings.
+    ImportError
+        matplotlib is not installed; everything else was done.
     """
     if last not in STAGES:
         raise ValueError(
@@ -114,12 +124,12 @@ def demo(
         )
     _same_settings(out, settings)
     place, tokenizer, results = Place(out, say, bar), ByteTokenizer(), Results(out)
-    trajectories = synthesised(place, settings.attempts, settings.seed, tokenizer)
+    trajectories, pairs = synthesised(place, settings.attempts, settings.seed, tokenizer)
     if last == "synthesis":
         return results.found
     trained = model(settings.seed)
-    seconds = supervised(place, trained, trajectories, settings.sft)
-    results.add(place, "sft", seconds, trained, settings.episodes)
+    seconds = supervised(place, trained, trajectories, pairs, settings.sft)
+    results.add(place, "sft", seconds, trained, settings.episodes, settings.tries)
     for arm in arms if last == "rl" else ():
         name = "rl" if arm == "refined" else f"rl-{arm}"
         trained = KimiK2.from_pretrained(out / "sft")
@@ -127,9 +137,11 @@ def demo(
         seconds = reinforced(
             place, trained, tokenizer, critic, trajectories, settings.rl, name=name
         )
-        results.add(place, name, seconds, trained, settings.episodes)
+        results.add(place, name, seconds, trained, settings.episodes, settings.tries)
     say(results.conversation)
     say(results.table())
+    for path in draw(out):
+        say(f"figure     {path}")
     return results.found
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["advantages", "chosen_log_probs", "log_ratios", "squared_loss"]
+__all__ = ["advantages", "chosen_log_probs", "log_ratios", "squared_losses"]
 
 
 def advantages(rewards: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ def log_ratios(new: Tensor, old: Tensor, own: Tensor) -> Tensor:
     return (new - old.detach()).masked_fill(~own, 0.0).sum(-1)
 
 
-def squared_loss(ratios: Tensor, advantage: Tensor, lengths: Tensor, tau: float) -> Tensor:
-    """L as above, 0-dim.
+def squared_losses(ratios: Tensor, advantage: Tensor, lengths: Tensor, tau: float) -> Tensor:
+    """Of each answer its part of L, [N]; L is their mean.
 
     Parameters
     ----------
@@ -66,15 +66,15 @@ def squared_loss(ratios: Tensor, advantage: Tensor, lengths: Tensor, tau: float)
     Examples
     --------
     >>> import torch
-    >>> from kimi_ops.agentic.objective import squared_loss
+    >>> from kimi_ops.agentic.objective import squared_losses
     >>> s = torch.zeros(2, requires_grad=True)
-    >>> squared_loss(s, torch.tensor([0.5, -0.5]), torch.ones(2), tau=0.1).backward()
+    >>> squared_losses(s, torch.tensor([0.5, -0.5]), torch.ones(2), tau=0.1).mean().backward()
     >>> s.grad.tolist()
     [-0.25, 0.25]
     """
     if not tau > 0:
-        raise ValueError(f"squared_loss: tau: expected a number above 0, got {tau}; try 0.05")
-    return ((advantage - tau * ratios).square() / (2 * tau * lengths.clamp(min=1))).mean()
+        raise ValueError(f"squared_losses: tau: expected a number above 0, got {tau}; try 0.05")
+    return (advantage - tau * ratios).square() / (2 * tau * lengths.clamp(min=1))
 
 
 def chosen_log_probs(logits: Tensor, ids: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:

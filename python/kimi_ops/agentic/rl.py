@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kimi_ops.agentic.answers import Answers, padded
+from kimi_ops.agentic.answers import Answers
 from kimi_ops.agentic.judge import OVER_BUDGET, reward
 from kimi_ops.agentic.learner import Learner, token_losses
-from kimi_ops.agentic.objective import advantages, squared_loss
+from kimi_ops.agentic.objective import advantages, squared_losses
 from kimi_ops.agentic.progress import TELL, Group, Learnt, RlStep, agreement
 from kimi_ops.agentic.rollout import Rollout, roll_out
-from kimi_ops.agentic.sft import Example, Source, batch_of
+from kimi_ops.agentic.sft import Example, Source, batch_of, packed
 from kimi_ops.agentic.specs import Tool
 from kimi_ops.agentic.synthesis import PLAIN_SHARE
 from kimi_ops.agentic.tasks import FAMILIES, PLAIN, Task, make_task
@@ -87,17 +87,17 @@ class RlSettings:
     groups: int = 8
     told: int = 4
     tries: int = 6
-    epochs: int = 2
+    epochs: int = 1
     minibatches: int = 2
-    lr: float = 0.05
+    lr: float = 0.06
     tau: float = 0.05
     replay: float = 0.1
     critic: float = 0.3
     replayed: int = 640
-    pairs: int = 32
+    pairs: int = 16
     temperature: tuple[float, float] = (1.0, 0.7)
     told_temperature: tuple[float, float] = (1.2, 0.8)
-    limit: int = 1024
+    limit: int = 640
     seed: int = 0
 
     def temperature_of(self, family: str, step: int) -> float:
@@ -230,7 +230,7 @@ class Rl:
             if place == 0:
                 order = rng.sample(range(len(answers.ids)), len(answers.ids))
             some = order[place :: settings.minibatches]
-            replayed = batch_of(self._replay, rng, 1, settings.replayed)
+            replayed = packed(self._replay, rng, settings.replayed)
             if some:
                 part, compared = answers.part(torch.tensor(some)), pairs[update::updates]
                 loss = partial(self._loss, part, compared, replayed, learnt)
@@ -264,24 +264,27 @@ class Rl:
         self,
         answers: Answers,
         compared: Sequence[Example],
-        replayed: tuple[Tensor, Tensor],
+        replayed: Example,
         learnt: Learnt,
     ) -> Tensor:
         settings, model = self.settings, self.learner.model
         ratios = answers.ratios(model)
-        learnt.squared.append(float(ratios.detach().square().mean()))
-        found = squared_loss(ratios, answers.advantage, answers.lengths, settings.tau)
+        learnt.squared.append(float(answers.mean(ratios.detach().square())))
+        found = answers.mean(
+            squared_losses(ratios, answers.advantage, answers.lengths, settings.tau)
+        )
         if compared:
-            found = found + settings.critic * self._likelihood(*padded(compared))
-        found = found + settings.replay * self._likelihood(*replayed)
+            found = found + settings.critic * self._likelihood(compared)
+        found = found + settings.replay * self._likelihood([replayed])
         learnt.largest = max(float(layer.max_logits.max()) for layer in model.attention_layers())
         return found
 
-    def _likelihood(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """Cross entropy of ids, under weights."""
+    def _likelihood(self, examples: Sequence[Example]) -> Tensor:
+        """Cross entropy of what examples teach."""
         device = self.learner.model.lm_head.weight.device
-        ids, weights = ids.to(device), weights.to(device)
-        return (token_losses(self.learner.model(ids[:, :-1]), ids) * weights).sum()
+        ids, learnt, _ = batch_of(examples)
+        losses = token_losses(self.learner.model(ids[:, :-1].to(device)), ids.to(device))
+        return losses[learnt.to(device)].sum() / learnt.sum().clamp(min=1)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on, but for the data."""

@@ -10,13 +10,16 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kimi_ops.agentic.drills import recall, repeats, search
+from kimi_ops.agentic.drills import choices, recall, repeats, search
 from kimi_ops.agentic.learner import Learner, token_losses
+from kimi_ops.agentic.specs import Tool
+from kimi_ops.agentic.synthesis import training_tools
 
 __all__ = ["Example", "Sft", "SftSettings", "SftStep", "batch_of"]
 
@@ -97,19 +100,32 @@ def _mixed(*sources: Source) -> Source:
     return lambda rng: rng.choice(sources)(rng)
 
 
-def _drill(rng: random.Random) -> Example:
-    """Of any kind, beside trajectories."""
-    if rng.random() < 0.5:
-        return recall(rng, rng.choice((3, 5, 8)))
-    return search(rng, rng.choice((2, 3, 4)))
+@cache
+def _tools() -> list[Tool]:
+    return training_tools()
 
 
+def _short(rng: random.Random) -> Example:
+    return choices(rng, _tools(), rng.choice((2, 2, 3)), short=True)
+
+
+def _long(rng: random.Random) -> Example:
+    return choices(rng, _tools(), rng.choice((2, 2, 3)), short=False)
+
+
+def _far(rng: random.Random) -> Example:
+    return recall(rng, rng.choice((3, 5, 8))) if rng.random() < 0.5 else search(rng, 3)
+
+
+_drill = _mixed(_far, _short, _long, _long)  # beside trajectories
 _CURRICULUM = (
     _Drills("repeats", lambda rng: repeats(rng, 48), 48, 0.25, 0.1),
     _Drills(
         "recall", _mixed(lambda rng: recall(rng, 3), lambda rng: search(rng, 2)), 96, 0.25, 0.12
     ),
-    _Drills("far recall", _drill, 160, 0.3, 0.08),
+    _Drills("far recall", _far, 160, 0.3, 0.08),
+    _Drills("short choices", _mixed(_short, _short, _short, _far), 160, 0.03, 0.15),
+    _Drills("choices", _mixed(_long, _long, _long, _far), 320, 0.02, 0.1),
 )
 
 
@@ -151,6 +167,8 @@ class Sft:
     settings : SftSettings
     text : callable, optional
         Rows of other text, one of 20.
+    pairs : sequence of (ids, learnt)
+        Comparisons for the critic, three of 20 rows where there are any.
     """
 
     def __init__(
@@ -160,8 +178,14 @@ class Sft:
         settings: SftSettings,
         *,
         text: Source | None = None,
+        pairs: Sequence[Example] = (),
     ) -> None:
-        self.learner, self.settings, self._text = learner, settings, text
+        self.learner, self.settings = learner, settings
+        self._beside: list[tuple[Source, float]] = [(_drill, 0.2)]
+        if text is not None:
+            self._beside.append((text, 0.05))
+        if pairs:
+            self._beside.append((lambda rng: rng.choice(pairs), 0.15))
         by_length = sorted(trajectories, key=lambda one: len(one[0]))
         self._all = by_length[: bisect_left(by_length, settings.longest, key=lambda o: len(o[0]))]
         self._rng = random.Random(f"sft {settings.seed}")
@@ -198,7 +222,7 @@ class Sft:
 
         def loss() -> Tensor:
             losses = token_losses(self.learner.model(ids[:, :-1]), ids)
-            own = losses[learnt].sum() / learnt.sum().clamp(min=1)
+            own = ((losses * learnt).sum(1) / learnt.sum(1).clamp(min=1)).mean()
             shown.append(own.detach())
             return own + self.settings.rest * losses[there].mean()
 
@@ -210,15 +234,17 @@ class Sft:
         is forgotten."""
         rng, early = self._rng, self.made < self.settings.easy * self.settings.steps
         known = self._all[: (len(self._all) + 1) // 2] if early else self._all
-        end = rng.randrange(len(known)) + 1
-        length = len(known[end - 1][0]) - 1
-        rows = list(known[max(0, end - max(1, self.settings.size // length)) : end])
+        last = rng.randrange(len(known))
+        length = len(known[last][0]) - 1
+        count = max(1, self.settings.size // length)
+        first = max(0, last + 1 - count)
+        rows = list(known[first : first + count])
         for place in range(len(rows)):
             chance = rng.random()
-            if chance < 0.05 and self._text is not None:
-                rows[place] = packed(self._text, rng, length)
-            elif chance < 0.15:
-                rows[place] = packed(_drill, rng, length)
+            for source, share in self._beside:
+                if 0 <= chance < share:
+                    rows[place] = packed(source, rng, length)
+                chance -= share
         return rows
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from kimi_ops.agentic.critic import Critic
 from kimi_ops.agentic.learner import Learner
 from kimi_ops.agentic.progress import RlStep
 from kimi_ops.agentic.rl import Judges, Rl, RlSettings
@@ -56,32 +57,40 @@ class _Stage(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def synthesised(place: Place, attempts: int, seed: int, tokenizer: Tokenizer) -> list[Example]:
-    """The kept attempts as ids."""
+def synthesised(
+    place: Place, attempts: int, seed: int, tokenizer: Tokenizer
+) -> tuple[list[Example], list[Example]]:
+    """The kept attempts, and comparisons for a critic, as ids."""
     path = place.out / "attempts.jsonl"
     counted = synthesise(path, attempts, seed)
     for funnel in tqdm(  # noqa: B007
         counted, "synthesis", attempts, disable=not place.bar, leave=False
     ):
         pass
-    kept, tried = sum(funnel.kept.values()), sum(funnel.attempts.values())
-    place.say(f"synthesis  {kept} of {tried} attempts kept")
+    good, tried = sum(funnel.kept.values()), sum(funnel.attempts.values())
+    place.say(f"synthesis  {good} of {tried} attempts kept")
     for family, count in sorted(funnel.attempts.items()):
         reasons = [(n, why) for (f, why), n in funnel.reasons.items() if f == family]
         least = ", ".join(f"{n} {why}" for n, why in sorted(reasons, reverse=True))
         place.say(f"  {family:8} {funnel.kept[family]:5} of {count:5}   {least}")
-    return [
+    lines = read_attempts(path)
+    kept = [
         render(line["messages"], line["tools"], declare=declare_typescript).encode(tokenizer)
-        for line in read_attempts(path)
+        for line in lines
         if not line["reasons"]
     ]
+    return kept, Critic(tokenizer).synthesised(lines)
 
 
 def supervised(
-    place: Place, model: KimiK2, trajectories: list[Example], settings: SftSettings
+    place: Place,
+    model: KimiK2,
+    trajectories: list[Example],
+    pairs: list[Example],
+    settings: SftSettings,
 ) -> float:
-    """Train the model on trajectories; the seconds it took in all."""
-    stage = Sft(Learner(model, LR), trajectories, settings, text=text())
+    """Train the model on trajectories and comparisons; the seconds it took in all."""
+    stage = Sft(Learner(model, LR), trajectories, settings, text=text(), pairs=pairs)
     recent: deque[float] = deque(maxlen=50)
 
     def note(made: SftStep) -> str:

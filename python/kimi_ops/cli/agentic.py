@@ -36,6 +36,10 @@ def agentic(
         bool,
         typer.Option("--study", help="Reinforcement under every judge."),
     ] = False,
+    lookups: Annotated[
+        bool,
+        typer.Option("--lookups", help="Teach single look-ups alone, and say how many are right."),
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Every stage, too short to learn much.")
     ] = False,
@@ -47,6 +51,8 @@ def agentic(
     from kimi_ops.agentic.demo import DemoSettings, demo
     from kimi_ops.agentic.study import ARMS
 
+    if lookups:
+        return _lookups(seed, steps, episodes)
     settings = DemoSettings.quick(seed) if quick else DemoSettings(seed=seed)
     settings = dataclasses.replace(
         settings,
@@ -58,5 +64,19 @@ def agentic(
     arms = tuple(ARMS) if study else ("refined",)
     try:
         demo(out, settings, say=typer.echo, bar=sys.stderr.isatty(), last=stage, arms=arms)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         raise fail(error) from error
+
+
+def _lookups(seed: int, steps: int | None, episodes: int | None) -> None:
+    from kimi_ops.agentic.demo import small_model
+    from kimi_ops.agentic.lookups import SETTINGS, lookups
+
+    settings = dataclasses.replace(SETTINGS, steps=steps or SETTINGS.steps, seed=seed)
+    lookups(
+        small_model(seed),
+        settings,
+        episodes=episodes or 48,
+        say=typer.echo,
+        bar=sys.stderr.isatty(),
+    )
