@@ -201,7 +201,7 @@ class Agreement:
     bias : float
         Mean probability of the first place, less 1/2.
     pairs : int
-        Different ones.
+        Of tries that say something different.
     """
 
     accuracy: float
@@ -226,19 +226,21 @@ def agreement(
     worth : callable
         What a try is worth.
     """
-    shown = list(
-        dict.fromkeys(
-            comparison
-            for group in groups
-            for comparison, *_ in unequal(group, [worth(roll) for roll in group])
-        )
+    pairs = Counter(
+        comparison
+        for group in groups
+        for comparison, *_ in unequal(group, [worth(roll) for roll in group])
     )
-    swapped = [one.swapped for one in shown]
-    shares = critic.first_shares(model, [*shown, *swapped])
-    two = list(zip(shares[: len(shown)], shares[len(shown) :], strict=True))
-    right = sum((first > second) + 0.5 * (first == second) for first, second in two)
-    count = max(1, len(shown))
-    return Agreement(right / count, sum(shares) / (2 * count) - 0.5 * bool(shown), len(shown))
+    shown = list(pairs)
+    shares = critic.first_shares(model, [*shown, *(one.swapped for one in shown)])
+    right = liked = 0.0
+    for count, first, second in zip(
+        pairs.values(), shares[: len(shown)], shares[len(shown) :], strict=True
+    ):
+        right += count * ((first > second) + 0.5 * (first == second))
+        liked += count * (first + second - 1) / 2
+    total = max(1, pairs.total())
+    return Agreement(right / total, liked / total, pairs.total())
 
 
 @torch.no_grad()
