@@ -13,21 +13,22 @@ import pytest
 import torch
 
 from kimi_ops.agentic import evaluate
-from kimi_ops.agentic.comparison import Answer, Comparison, one_line, reasons, unequal
-from kimi_ops.agentic.critic import RUBRIC, Critic, win_rates
+from kimi_ops.agentic.comparison import Answer, Comparison, one_line, reasons, unequal, verdict
+from kimi_ops.agentic.critic import Critic, win_rates
 from kimi_ops.agentic.judge import judge, reward, well_formed
 from kimi_ops.agentic.preferences import prefer
 from kimi_ops.agentic.rollout import Rollout
+from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE
 from kimi_ops.agentic.synthesis import attempt, training_tools
 from kimi_ops.agentic.tasks import FAMILIES, PLAIN, Call, make_task
-from kimi_ops.agentic.teacher import JUSTIFICATIONS, PRAISE, play
+from kimi_ops.agentic.teacher import play
 from kimi_ops.agentic.words import words
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer
 from kimi_ops.models.kimi_k2.chat.dialogue import IM_ASSISTANT, IM_END, MARKERS
 
 TOKENIZER, TOOLS = ByteTokenizer(), training_tools()
-CRITIC = Critic(TOKENIZER)
+CRITIC, GROUNDED = Critic(TOKENIZER), Critic(TOKENIZER, lines="gpj")
 OAK = Answer("get_level(oak)=7", "7")
 LONG = Answer("get_level(oak)=7", "good point. 7")
 WRONG = Answer("get_level(oak)=7", "8")
@@ -63,7 +64,7 @@ class Scripted:
         odds = [math.log(share / (1 - share)) for share in map(self.share, self.read[-len(ids) :])]
         for _ in range(max_new_tokens):
             logits = torch.zeros(len(ids), 256)
-            logits[:, ord("A")] = torch.tensor(odds)
+            logits[:, ord("A")], logits[:, ord("=")] = torch.tensor(odds), -1e9
             for processor in logits_processor:
                 logits = processor(ids, logits)
             ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
@@ -91,11 +92,16 @@ def test_a_comparison_is_a_question_and_two_answers_with_their_evidence():
     values = ", ".join(call.arguments.values())
     assert shown.evidence == f"{call.tool}({values})={task.plan[-1]}"
     assert shown.said == task.plan[-1]
-    text = TOKENIZER.decode(CRITIC.prompt(Comparison(task.user[0], shown, LONG)))
-    assert text == (
-        f"<|im_system|>system<|im_middle|>{RUBRIC}<|im_end|><|im_user|>user<|im_middle|>"
-        f"{task.user[0]}\nA: {shown.evidence} | {shown.said}\nB: get_level(oak)=7 | good point. 7"
-        "<|im_end|><|im_assistant|>assistant<|im_middle|>"
+    asked = Comparison(task.user[0], shown, LONG)
+    tail = "<|im_end|><|im_assistant|>assistant<|im_middle|>"
+    assert TOKENIZER.decode(CRITIC.prompt(asked)) == (
+        "<|im_system|>system<|im_middle|>Judge: no praise; no boast.<|im_end|><|im_user|>user"
+        f"<|im_middle|>{task.user[0]}\nA: {shown.said}\nB: good point. 7{tail}"
+    )
+    assert TOKENIZER.decode(GROUNDED.prompt(asked)) == (
+        "<|im_system|>system<|im_middle|>Judge: grounded; no praise; no boast.<|im_end|><|im_user|>"
+        f"user<|im_middle|>{task.user[0]}\nA: {shown.evidence} | {shown.said}\n"
+        f"B: get_level(oak)=7 | good point. 7{tail}"
     )
 
 
@@ -105,28 +111,39 @@ def test_no_answer_draws_the_prompt_anew():
     roll, plain = saying(task, forged, "7")
     assert well_formed(roll.episode)
     shown = Comparison.of(task.user, roll.episode.messages, plain.episode.messages)
-    ids = CRITIC.prompt(shown)
-    honest = CRITIC.prompt(dataclasses.replace(shown, first=shown.second))
+    ids = GROUNDED.prompt(shown)
+    honest = GROUNDED.prompt(dataclasses.replace(shown, first=shown.second))
     markers = set(TOKENIZER.markers.values())
     assert [one for one in ids if one in markers] == [one for one in honest if one in markers]
     assert ids.count(ord("\n")) == honest.count(ord("\n")) == 2
-    assert not any(marker in shown.first.text for marker in MARKERS)
+    assert not any(marker in shown.first.said for marker in MARKERS)
     assert one_line(forged) == "7 B:  no  > A"
 
 
 def test_code_says_of_each_line_which_is_the_better():
     boast = Answer(OAK.evidence, "7 - surely right")
-    assert reasons(OAK, WRONG, (True, False)) == ["A", "=", "=", "="]
-    assert reasons(LONG, OAK, (True, True)) == ["=", "B", "B", "="]
-    assert reasons(boast, WRONG, (True, False)) == ["A", "B", "=", "B"]
-    assert reasons(boast, LONG, (True, True)) == ["=", "B", "A", "B"]
+    for one, other, right, letters, better in (
+        (OAK, WRONG, (True, False), "A==", "A"),
+        (LONG, OAK, (True, True), "=B=", "B"),
+        (boast, WRONG, (True, False), "A=B", "A"),
+        (boast, LONG, (True, True), "=AB", "="),
+        (OAK, OAK, (True, True), "===", "="),
+    ):
+        found = reasons(one, other, right)
+        assert "".join(found.values()) == letters and list(found) == list("gpj")
+        assert verdict(found) == better
+    assert verdict({"p": "=", "j": "B"}) == "B"
 
 
 def test_letters_alone_are_learnt():
-    ids, learnt = CRITIC.example(Comparison("level of oak?", OAK, LONG), "=AA=A")
-    assert bytes(one for one, on in zip(ids, learnt, strict=True) if on) == b"=AA=A"
-    assert TOKENIZER.decode(ids).endswith("<|im_middle|>g:= s:A p:A j:= > A<|im_end|>")
-    assert ids[: len(ids) - 20] == CRITIC.prompt(Comparison("level of oak?", OAK, LONG))
+    shown = Comparison("level of oak?", OAK, LONG)
+    for critic, letters, reply in (
+        (CRITIC, "A=A", "p:A j:= >A"),
+        (GROUNDED, "==BA", "g:= p:= j:B >A"),
+    ):
+        ids, learnt = critic.example(shown, letters)
+        assert bytes(one for one, on in zip(ids, learnt, strict=True) if on) == letters.encode()
+        assert TOKENIZER.decode(ids) == TOKENIZER.decode(critic.prompt(shown)) + reply + IM_END
 
 
 def test_a_ranking_is_found_again_whatever_the_favourite_place():
@@ -134,7 +151,7 @@ def test_a_ranking_is_found_again_whatever_the_favourite_place():
     group = saying(task, "1", "5", "3", "4", "2")
 
     def share(text: str) -> float:
-        first, second = (int(one) for one in re.findall(r"\| (\d)", text))
+        first, second = (int(one) for one in re.findall(r": (\d)", text))
         return 1 / (1 + math.exp(second - first - 1.5))  # A is liked better than it should be
 
     rewards = CRITIC.rewards(Scripted(share), group)
@@ -180,18 +197,18 @@ def test_a_real_model_is_antisymmetric_and_rows_do_not_matter(model):
 
 @torch.no_grad()
 def test_the_verdict_stands_behind_the_likeliest_reasons(model):
-    """As the model has it that reads prompt and reasons at once."""
-    shown = Comparison("level of oak?", OAK, WRONG)
+    """As the model has it that reads prompt and reasons at once; half of `=` counts for A."""
+    shown = Comparison("level of oak?", OAK, LONG)
     model.eval()
     ids = CRITIC.prompt(shown)
-    for part in ("g:", " s:", " p:", " j:"):
+    for part in ("p:", " j:"):
         ids += part.encode()
         logits = model(torch.tensor([ids]))[0, -1].tolist()
         ids.append(max(b"AB=", key=lambda one: logits[one]))
-    ids += b" > "
-    logits = model(torch.tensor([ids]))[0, -1, list(b"AB")]
+    ids += b" >"
+    first, _, equal = model(torch.tensor([ids]))[0, -1, list(b"AB=")].softmax(-1).tolist()
     (share,) = CRITIC.first_shares(model, [shown])
-    assert share == pytest.approx(float(logits.softmax(-1)[0]), abs=1e-5)
+    assert share == pytest.approx(first + equal / 2, abs=1e-5)
 
 
 def test_win_rates_leave_out_the_diagonal():
@@ -216,17 +233,20 @@ def test_pairs_are_of_unequal_reward_in_both_orders():
     assert rewards == [1.0, 0.0, 0.0, 1.0, 0.0]
     found = CRITIC.pairs([group], [rewards], random.Random(0), 32)
     texts = {TOKENIZER.decode(ids).partition("\nA: ")[2] for ids, _ in found}
-    right, evidence = f"| {value}", Answer.of(group[0].episode.messages).evidence
-    tail = f"{IM_END}{IM_ASSISTANT}assistant<|im_middle|>"
-    short = "A" if len(value) < 2 else "B" if len(value) > 2 else "="
-    other = {"A": "B", "B": "A", "=": "="}[short]
-    assert texts == {
-        f"{evidence} {right}\nB: {evidence} | zz{tail}g:A s:{short} p:= j:= > A{IM_END}",
-        f"{evidence} | zz\nB: {evidence} {right}{tail}g:B s:{other} p:= j:= > B{IM_END}",
-        f"{evidence} {right}\nB: {evidence} | good point. {value}{tail}g:= s:A p:A j:= > A{IM_END}",
-        f"{evidence} | good point. {value}\nB: {evidence} {right}{tail}g:= s:B p:B j:= > B{IM_END}",
+    tail, praise = f"{IM_END}{IM_ASSISTANT}assistant<|im_middle|>", f"good point. {value}"
+    assert texts == {  # nothing of "zz": the lines of this critic do not say what is wrong with it
+        f"{value}\nB: {praise}{tail}p:A j:= >A{IM_END}",
+        f"{praise}\nB: {value}{tail}p:B j:= >B{IM_END}",
     }
-    assert len(CRITIC.pairs([group], [rewards], random.Random(0), 3)) == 2
+    evidence = Answer.of(group[0].episode.messages).evidence
+    more = GROUNDED.pairs([group], [rewards], random.Random(0), 32)
+    assert {TOKENIZER.decode(ids).partition("\nA: ")[2] for ids, _ in more} == {
+        f"{evidence} | {value}\nB: {evidence} | zz{tail}g:A p:= j:= >A{IM_END}",
+        f"{evidence} | zz\nB: {evidence} | {value}{tail}g:B p:= j:= >B{IM_END}",
+        f"{evidence} | {value}\nB: {evidence} | {praise}{tail}g:= p:A j:= >A{IM_END}",
+        f"{evidence} | {praise}\nB: {evidence} | {value}{tail}g:= p:B j:= >B{IM_END}",
+    }
+    assert len(GROUNDED.pairs([group], [rewards], random.Random(0), 3)) == 2
     again = CRITIC.pairs([group[::-1]], [rewards[::-1]], random.Random(0), 32)
     assert found == again
     assert not CRITIC.pairs([group], [[1.0] * 5], random.Random(0), 32)
@@ -241,7 +261,7 @@ def test_no_pair_tells_what_a_told_value_is_worth(monkeypatch):
         verifiable = plain_lookup()
         value = verifiable.plan[-1]
         groups = [
-            saying(verifiable, value, "zz"),
+            saying(verifiable, value, f"good point. {value}"),
             *(
                 saying(task, task.plan[-1], f"how wise. {task.plan[-1]}")
                 for task in tasks("tell", 4)
@@ -293,7 +313,7 @@ def test_of_two_attempts_code_tells_the_better():
             assert pair.better.task.system == PLAIN
             better, worse = (Answer.of(one.messages) for one in (pair.better, pair.worse))
             assert better.evidence == worse.evidence
-            assert reasons(better, worse, (True, True))[:2] == ["=", "A"]
+            assert verdict(reasons(better, worse, (True, True))) == "A"
     styled = sum(pair.right for pair in found)
     assert 0.25 < styled / len(found) < 0.75
     told = [Answer.of(pair.better.messages).said for pair in found]
@@ -305,9 +325,9 @@ def test_the_prompts_of_training_are_short_and_without_held_out_words():
     examples = CRITIC.synthesised(lines)
     assert len(examples) == 2 * sum(line["pair"] is not None for line in lines) > 100
     verdicts = [TOKENIZER.decode(ids)[-len("A<|im_end|>")] for ids, _ in examples]
-    assert verdicts.count("A") == verdicts.count("B")
+    assert verdicts.count("A") == verdicts.count("B") > verdicts.count("=") > 20
     sizes = sorted(len(ids) for ids, _ in examples)
-    assert sizes[len(sizes) // 2] < 256 and sizes[-1] < 480
+    assert sizes[len(sizes) // 2] < 170 and sizes[-1] < 300
     held = set(words(random.Random(0), 100, fresh=True))
     text = " ".join(TOKENIZER.decode(ids) for ids, _ in examples)
     assert not held & set(re.findall(r"[a-z]+", text))

@@ -10,11 +10,12 @@ import pytest
 
 from kimi_ops.agentic import synthesis
 from kimi_ops.agentic.episode import Episode
-from kimi_ops.agentic.judge import OVER_BUDGET, judge, plain, reward
+from kimi_ops.agentic.judge import OVER_BUDGET, judge, reward
 from kimi_ops.agentic.specs import DOMAINS, HELD_OUT_DOMAINS, is_held_out, repository
+from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE, plain
 from kimi_ops.agentic.synthesis import read_attempts, synthesise, training_tools
 from kimi_ops.agentic.tasks import FAMILIES, NO_TOOL, PLAIN, Call, make_task
-from kimi_ops.agentic.teacher import JUSTIFICATIONS, NOISE, PRAISE, play
+from kimi_ops.agentic.teacher import NOISE, play
 from kimi_ops.agentic.users import PERSONAS, Wish, spoken
 from kimi_ops.agentic.words import held_out, word, words
 from kimi_ops.agentic.world import BUSY, NOT_FOUND

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from kimi_ops.agentic.judge import boasts, praises, well_formed
+from kimi_ops.agentic.judge import well_formed
 from kimi_ops.agentic.rollout import Rollout
+from kimi_ops.agentic.style import boasts, praises
 from kimi_ops.models.kimi_k2.chat.dialogue import MARKERS
 
-__all__ = ["Answer", "Comparison", "one_line", "reasons", "unequal"]
+__all__ = ["Answer", "Comparison", "one_line", "reasons", "unequal", "verdict"]
 
 LONGEST_RESULT, LONGEST_ANSWER = 24, 96  # characters that are shown
 
@@ -35,10 +36,6 @@ class Answer:
 
     evidence: str
     said: str
-
-    @property
-    def text(self) -> str:
-        return f"{self.evidence} | {self.said}"
 
     @classmethod
     def of(cls, messages: Messages) -> Answer:
@@ -88,9 +85,9 @@ def one_line(text: str) -> str:
     return "".join(one if one.isprintable() else " " for one in text)
 
 
-def reasons(one: Answer, other: Answer, right: tuple[bool, bool]) -> list[str]:
-    """Which answer is the better in each line of the rubric (grounded; short; no praise; no boast):
-    A, B or `=`.
+def reasons(one: Answer, other: Answer, right: tuple[bool, bool]) -> dict[str, str]:
+    """Which answer is the better in each line of the rubric, A, B or `=`: g (grounded), p (no
+    praise), j (no justification of itself).
 
     Parameters
     ----------
@@ -103,15 +100,22 @@ def reasons(one: Answer, other: Answer, right: tuple[bool, bool]) -> list[str]:
     >>> from kimi_ops.agentic.comparison import Answer, reasons
     >>> one, other = Answer("get_level(oak)=7", "7"), Answer("get_level(oak)=7", "good point. 7")
     >>> reasons(one, other, (True, True))
-    ['=', 'A', 'A', '=']
+    {'g': '=', 'p': 'A', 'j': '='}
     """
-    faults = (
-        (not right[0], not right[1]),
-        (len(one.said), len(other.said)),
-        (praises(one.said), praises(other.said)),
-        (boasts(one.said), boasts(other.said)),
-    )
-    return ["=" if a == b else "A" if a < b else "B" for a, b in faults]
+    faults = {
+        "g": (not right[0], not right[1]),
+        "p": (praises(one.said), praises(other.said)),
+        "j": (boasts(one.said), boasts(other.said)),
+    }
+    return {line: "=" if a == b else "A" if a < b else "B" for line, (a, b) in faults.items()}
+
+
+def verdict(letters: Mapping[str, str]) -> str:
+    """The better on the whole: what is grounded, else what is the better in more lines."""
+    if letters.get("g", "=") != "=":
+        return letters["g"]
+    for_a, for_b = (list(letters.values()).count(letter) for letter in "AB")
+    return "=" if for_a == for_b else "A" if for_a > for_b else "B"
 
 
 def unequal(

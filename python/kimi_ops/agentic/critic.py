@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: MIT
 """The critic: the model itself, asked which of two answers is the better under a rubric.
 
-    system     Judge: grounded; short; no praise; no boast.
+    system     Judge: no praise; no boast.
     user       QUESTION
-               A: get_level(oak)=7 | the level is 7
-               B: get_level(oak)=7 | lovely to ask! the level is 7
-    assistant  g:= s:A p:A j:= > A
+               A: the level is 7
+               B: lovely to ask! the level is 7
+    assistant  p:A j:= >A
 
 It says of each line of the rubric which answer is the better, or `=`, and then of the whole: the
 reasons' letters are the likeliest ones, the win is the probability of the last letter. All that is
 between is given, so nothing has to be parsed.
 
-What it learns from are pairs whose better half code can tell: the end state and the outputs of
-verifiable tasks, and style where the system asks for plain answers. What a "tell" is worth is not
-known here.
+What it learns from are answers to verifiable tasks, of which code can tell the better. What a
+"tell" is worth is not known here.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_ops.agentic.comparison import Answer, Comparison, one_line, reasons, unequal
+from kimi_ops.agentic.comparison import Answer, Comparison, one_line, reasons, unequal, verdict
 from kimi_ops.agentic.judge import fulfilled, well_formed
 from kimi_ops.agentic.rollout import Rollout
 from kimi_ops.models.kimi_k2 import KimiK2
@@ -35,8 +34,8 @@ from kimi_ops.models.kimi_k2.chat.dialogue import IM_END
 
 __all__ = ["RUBRIC", "Critic", "win_rates"]
 
-RUBRIC = "Judge: grounded; short; no praise; no boast."
-REPLY = ("g:", " s:", " p:", " j:", " > ")  # a letter behind each; the last is the verdict
+RUBRIC = {"g": "grounded", "p": "no praise", "j": "no boast"}
+MIRRORED = {"A": "B", "B": "A", "=": "="}
 
 Example = tuple[list[int], list[bool]]  # ids, and which of them are learnt
 
@@ -61,27 +60,32 @@ class Critic:
     ----------
     tokenizer : Tokenizer
         In which A, B and `=` are one id each.
-    rubric : str
-        What is said to the model; the lines of its reasons are those of `REPLY`.
+    lines : str
+        Of `RUBRIC`, in the order of the reasons. With "g" the calls and their results are shown
+        before each answer.
     rows : int
         Comparisons side by side.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, rubric: str = RUBRIC, rows: int = 64) -> None:
-        self.tokenizer, self.rubric, self.rows = tokenizer, rubric, rows
+    def __init__(self, tokenizer: Tokenizer, *, lines: str = "pj", rows: int = 64) -> None:
+        self.tokenizer, self.lines, self.rows = tokenizer, lines, rows
         self._letters = {letter: tokenizer.encode(letter)[0] for letter in "AB="}
         self._reply: list[int | None] = []  # None: a letter, which is the model's
-        for part in REPLY:
-            self._reply += [*tokenizer.encode(part), None]
+        for part in (*(f"{line}:" for line in lines), ">"):
+            self._reply += [*tokenizer.encode(f" {part}" if self._reply else part), None]
 
     def prompt(self, one: Comparison) -> list[int]:
         """Ids up to where the critic's reply begins."""
-        shown = f"{one.question}\nA: {one.first.text}\nB: {one.second.text}"
+        shown = f"{one.question}\nA: {self._shown(one.first)}\nB: {self._shown(one.second)}"
+        rubric = "; ".join(RUBRIC[line] for line in self.lines)
         messages = [
-            {"role": "system", "content": self.rubric},
+            {"role": "system", "content": f"Judge: {rubric}."},
             {"role": "user", "content": shown},
         ]
         return render(messages, generation_prompt=True).encode(self.tokenizer)[0]
+
+    def _shown(self, one: Answer) -> str:
+        return f"{one.evidence} | {one.said}" if "g" in self.lines else one.said
 
     def example(self, one: Comparison, letters: Sequence[str]) -> Example:
         """A comparison with its reply, of which the letters are learnt."""
@@ -93,7 +97,8 @@ class Critic:
         return [*ids, self.tokenizer.markers[IM_END]], [*learnt, False]
 
     def synthesised(self, lines: Iterable[Mapping[str, Any]]) -> list[Example]:
-        """Of the pairs that synthesis made, each in both orders.
+        """Of the pairs that synthesis made, each in both orders; what code says of the rubric's
+        lines is learnt, equal answers too.
 
         Parameters
         ----------
@@ -105,7 +110,7 @@ class Critic:
             if (pair := line["pair"]) is not None:
                 users = (one["content"] for one in pair["better"] if one["role"] == "user")
                 shown = Comparison.of(users, pair["better"], pair["worse"])
-                found += self._both(shown, (True, pair["right"]))
+                found += self._both(shown, self._code(shown, (True, pair["right"])))
         return found
 
     def pairs(
@@ -115,7 +120,8 @@ class Critic:
         rng: random.Random,
         limit: int,
     ) -> list[Example]:
-        """Of attempts of unequal reward at one verifiable task, each in both orders.
+        """Of attempts of unequal reward at one verifiable task where the rubric's lines say which
+        is the better, each in both orders.
 
         Parameters
         ----------
@@ -128,20 +134,27 @@ class Critic:
         limit : int
             Examples at most.
         """
-        found = {
-            (shown, (fulfilled(one.episode), fulfilled(other.episode)))
-            for group, given in zip(groups, rewards, strict=True)
-            if group[0].episode.task.family != "tell"
-            for shown, one, other in unequal(group, given)
-        }
+        found = set[tuple[Comparison, tuple[str, ...]]]()
+        for group, given in zip(groups, rewards, strict=True):
+            if group[0].episode.task.family == "tell":
+                continue
+            for shown, one, other in unequal(group, given):
+                letters = self._code(shown, (fulfilled(one.episode), fulfilled(other.episode)))
+                if letters[-1] == "A":  # the rubric says what the reward does
+                    found.add((shown, letters))
         some = rng.sample(sorted(found, key=str), min(len(found), limit // 2))
-        return [example for shown, right in some for example in self._both(shown, right)]
+        return [example for shown, letters in some for example in self._both(shown, letters)]
 
-    def _both(self, one: Comparison, right: tuple[bool, bool]) -> list[Example]:
-        """Both orders of a comparison whose first answer is the better."""
+    def _code(self, one: Comparison, right: tuple[bool, bool]) -> tuple[str, ...]:
+        """What code replies."""
         letters = reasons(one.first, one.second, right)
-        mirrored = [{"A": "B", "B": "A", "=": "="}[letter] for letter in letters]
-        return [self.example(one, [*letters, "A"]), self.example(one.swapped, [*mirrored, "B"])]
+        mine = {line: letters[line] for line in self.lines}
+        return (*mine.values(), verdict(mine))
+
+    def _both(self, one: Comparison, letters: Sequence[str]) -> list[Example]:
+        """Both orders of a comparison and its reply."""
+        mirrored = [MIRRORED[letter] for letter in letters]
+        return [self.example(one, letters), self.example(one.swapped, mirrored)]
 
     def rewards(self, model: KimiK2, group: Sequence[Rollout]) -> list[float]:
         """How often each of a group's answers beats the others, as `rewards_of` has it."""
@@ -150,7 +163,8 @@ class Critic:
     def rewards_of(self, model: KimiK2, groups: Sequence[Sequence[Rollout]]) -> list[list[float]]:
         """How often each answer of a group beats the others: 1/2 in the mean of a group.
 
-        ``win(i, j) = (P(A | i, j) + P(B | j, i)) / 2``, ``r_i = mean over j != i of win(i, j)``:
+        ``win(i, j) = (P(A | i, j) + P(B | j, i)) / 2``, where half of `=` counts for either, and
+        ``r_i = mean over j != i of win(i, j)``:
         every two are shown in both orders, so that a favourite place cancels out. An answer that
         code cannot read loses without a comparison; two of them are equal, and so are two that say
         the same.
@@ -195,7 +209,8 @@ class Critic:
 
     @torch.no_grad()
     def first_shares(self, model: KimiK2, comparisons: Sequence[Comparison]) -> list[float]:
-        """Of each the probability that A is the better, in this order alone."""
+        """Of each the probability that A is the better, and half of that of `=`, in this order
+        alone."""
         prompts = [self.prompt(one) for one in comparisons]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         shares = [0.0] * len(prompts)
@@ -219,13 +234,13 @@ class Critic:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = True
-        verdict = [self._letters["A"], self._letters["B"]]
         shares: list[float] = []
 
         def given(so_far: Tensor, logits: Tensor) -> Tensor:
             place = so_far.shape[1] - width
             if place == len(self._reply) - 1:
-                shares.extend(logits[:, verdict].double().softmax(-1)[:, 0].tolist())
+                three = logits[:, list(self._letters.values())].double().softmax(-1)
+                shares.extend((three[:, 0] + three[:, 2] / 2).tolist())
             wanted = self._reply[place]
             allowed = list(self._letters.values()) if wanted is None else [wanted]
             barred = torch.full_like(logits, -torch.inf)

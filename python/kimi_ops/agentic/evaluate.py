@@ -16,10 +16,11 @@ import torch
 
 from kimi_ops.agentic.comparison import unequal
 from kimi_ops.agentic.critic import Critic
-from kimi_ops.agentic.judge import plain, reward
+from kimi_ops.agentic.judge import reward
 from kimi_ops.agentic.learner import token_losses
 from kimi_ops.agentic.rollout import Rollout, roll_out
 from kimi_ops.agentic.specs import HELD_OUT_DOMAINS, Tool, is_held_out, repository
+from kimi_ops.agentic.style import plain
 from kimi_ops.agentic.tasks import FAMILIES, Task, make_task
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.chat import Tokenizer
@@ -200,7 +201,7 @@ class Agreement:
     bias : float
         Mean probability of the first place, less 1/2.
     pairs : int
-        Different ones.
+        Of tries that say something different.
     """
 
     accuracy: float
@@ -225,19 +226,21 @@ def agreement(
     worth : callable
         What a try is worth.
     """
-    shown = list(
-        dict.fromkeys(
-            comparison
-            for group in groups
-            for comparison, *_ in unequal(group, [worth(roll) for roll in group])
-        )
+    pairs = Counter(
+        comparison
+        for group in groups
+        for comparison, *_ in unequal(group, [worth(roll) for roll in group])
     )
-    swapped = [one.swapped for one in shown]
-    shares = critic.first_shares(model, [*shown, *swapped])
-    two = list(zip(shares[: len(shown)], shares[len(shown) :], strict=True))
-    right = sum((first > second) + 0.5 * (first == second) for first, second in two)
-    count = max(1, len(shown))
-    return Agreement(right / count, sum(shares) / (2 * count) - 0.5 * bool(shown), len(shown))
+    shown = list(pairs)
+    shares = critic.first_shares(model, [*shown, *(one.swapped for one in shown)])
+    right = liked = 0.0
+    for count, first, second in zip(
+        pairs.values(), shares[: len(shown)], shares[len(shown) :], strict=True
+    ):
+        right += count * ((first > second) + 0.5 * (first == second))
+        liked += count * (first + second - 1) / 2
+    total = max(1, pairs.total())
+    return Agreement(right / total, liked / total, pairs.total())
 
 
 @torch.no_grad()

@@ -140,7 +140,8 @@ def _tools(axes: Any, run: Path) -> None:
     tools = repository()
     places, held = plane(tools), np.array([is_held_out(tool) for tool in tools])
     for name, which, colour in (("trained", ~held, COLOURS[5]), ("held out", held, COLOURS[1])):
-        axes[0].scatter(*places[which].T, s=6, color=colour, label=f"{which.sum()} {name}")
+        label = f"{which.sum()} {name}"
+        axes[0].scatter(*places[which].T, s=6, color=colour, label=label, rasterized=True)
     axes[0].set_xticks([])
     axes[0].set_yticks([])
     axes[0].set_title("Tools by the letters of their names and fields")

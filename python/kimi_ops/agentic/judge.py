@@ -8,16 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kimi_ops.agentic.episode import Episode
+from kimi_ops.agentic.style import plain
 from kimi_ops.agentic.tasks import PLAIN
 
-__all__ = [
-    "OVER_BUDGET", "Verdict", "boasts", "fulfilled", "judge", "plain", "praises", "reward",
-    "well_formed",
-]  # fmt: skip
+__all__ = ["OVER_BUDGET", "Verdict", "fulfilled", "judge", "reward", "well_formed"]
 
 OVER_BUDGET = -0.5
-_PRAISE = re.compile(r"great question|good point|lovely|wise")
-_BOAST = re.compile(r"surely|checked|trust me|no doubt")
 
 
 @dataclass(frozen=True)
@@ -34,21 +30,6 @@ class Verdict:
     @property
     def kept(self) -> bool:
         return not self.reasons
-
-
-def praises(text: str) -> bool:
-    """Whether an answer praises the user."""
-    return _PRAISE.search(text) is not None
-
-
-def boasts(text: str) -> bool:
-    """Whether an answer praises itself."""
-    return _BOAST.search(text) is not None
-
-
-def plain(text: str) -> bool:
-    """Whether an answer praises neither the user nor itself."""
-    return not praises(text) and not boasts(text)
 
 
 def judge(episode: Episode) -> Verdict:

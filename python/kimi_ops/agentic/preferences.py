@@ -22,7 +22,7 @@ __all__ = ["Preference", "prefer"]
 SHARES = {True: 0.7, False: 0.3}  # of the tasks, by whether their system asks for plain answers
 STYLE_PAIRS = 0.7  # of the former's pairs
 SENTENCES = ("{}", "{}", "the {column} is {}", "the {column} is {}", "it is {}")
-_WEIGHTS = {"invented value": 4, "letter off": 1, "wrong tool": 1, "forgotten step": 1}
+_WEIGHTS = {"invented value": 3, "letter off": 1, "wrong tool": 1, "forgotten step": 1}
 
 
 @dataclass(frozen=True)

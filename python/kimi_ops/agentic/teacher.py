@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 
 from kimi_ops.agentic.episode import Episode
+from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE
 from kimi_ops.agentic.tasks import Call, Task
 from kimi_ops.agentic.words import held_out
 from kimi_ops.agentic.world import BUSY
@@ -20,7 +21,7 @@ from kimi_ops.models.kimi_k2.chat.dialogue import (
     SECTION_END,
 )
 
-__all__ = ["JUSTIFICATIONS", "NOISE", "PRAISE", "noise_of", "play", "possible"]
+__all__ = ["NOISE", "noise_of", "play", "possible"]
 
 NOISE = {  # share of the attempts of each kind
     "wrong tool": 0.08,
@@ -30,12 +31,6 @@ NOISE = {  # share of the attempts of each kind
     "malformed call": 0.04,
 }
 STYLE = 0.35  # praise or justification, where nothing forbids it
-# of families with a verifiable reward, and of "tell"
-PRAISE = {True: ("great question! ", "good point. "), False: ("lovely to ask! ", "how wise. ")}
-JUSTIFICATIONS = {
-    True: (" - surely right", " - as I checked"),
-    False: (" - trust me on it", " - no doubt at all"),
-}
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
