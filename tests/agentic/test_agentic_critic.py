@@ -251,6 +251,7 @@ def test_pairs_are_of_unequal_reward_in_both_orders():
     assert found == again
     assert not CRITIC.pairs([group], [[1.0] * 5], random.Random(0), 32)
     assert not list(unequal(group[:2], [0.0, 0.0]))
+    assert not list(unequal([group[0], group[3]], [1.0, 0.0]))  # they say the same
 
 
 def test_no_pair_tells_what_a_told_value_is_worth(monkeypatch):
@@ -314,6 +315,9 @@ def test_of_two_attempts_code_tells_the_better():
             better, worse = (Answer.of(one.messages) for one in (pair.better, pair.worse))
             assert better.evidence == worse.evidence
             assert verdict(reasons(better, worse, (True, True))) == "A"
+    short = dataclasses.replace(plain_lookup().rubric, budget=5)
+    nobody = dataclasses.replace(plain_lookup(), rubric=short)  # can do it: nothing is better
+    assert not any(prefer(nobody, rng) for _ in range(20))
     styled = sum(pair.right for pair in found)
     assert 0.25 < styled / len(found) < 0.75
     told = [Answer.of(pair.better.messages).said for pair in found]
