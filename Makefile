@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 # make demo   train a Kimi K2 in miniature and sample from it (some minutes on two cores)
+# make agentic  tool use from synthesis to reinforcement, in miniature
 # make test   every test: C++, Python, CUDA kernels run on the host, sanitizers
 # make lint   ruff, mypy, clang-format
 # make docs   the site, into build/site; a warning is an error
@@ -19,11 +20,15 @@ BUILD = build/python-$(shell $(BIN)/python -c "import sys; print(sys.implementat
 BUILD_EXT = MAKEFLAGS= $(BIN)/python setup.py --quiet build_ext --inplace
 part = @printf '\n== %s (%s)\n' '$(1)' "$$(date +%T)"
 
-.PHONY: demo test test-native test-python test-sanitized lint docs wheel bench clean
+.PHONY: demo agentic test test-native test-python test-sanitized lint docs wheel bench clean
 
 demo: .venv/demo.ready
 	$(BUILD_EXT)
 	$(BIN)/kimi-ops demo
+
+agentic: .venv/demo.ready
+	$(BUILD_EXT)
+	$(BIN)/kimi-ops agentic
 
 test: .venv/tools.ready
 	@$(MAKE) --no-print-directory -j2 test-python test-sanitized

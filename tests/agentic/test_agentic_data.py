@@ -10,13 +10,14 @@ import pytest
 
 from kimi_ops.agentic import synthesis
 from kimi_ops.agentic.episode import Episode
-from kimi_ops.agentic.judge import OVER_BUDGET, judge, plain, reward
+from kimi_ops.agentic.judge import OVER_BUDGET, judge, reward
 from kimi_ops.agentic.specs import DOMAINS, HELD_OUT_DOMAINS, is_held_out, repository
+from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE, plain
 from kimi_ops.agentic.synthesis import read_attempts, synthesise, training_tools
 from kimi_ops.agentic.tasks import FAMILIES, NO_TOOL, PLAIN, Call, make_task
-from kimi_ops.agentic.teacher import JUSTIFICATIONS, NOISE, PRAISE, play
+from kimi_ops.agentic.teacher import NOISE, play
 from kimi_ops.agentic.users import PERSONAS, Wish, spoken
-from kimi_ops.agentic.words import held_out, words
+from kimi_ops.agentic.words import held_out, word, words
 from kimi_ops.agentic.world import BUSY, NOT_FOUND
 from kimi_ops.models.kimi_k2.chat import declare_typescript, parse, render
 from kimi_ops.models.kimi_k2.chat.dialogue import IM_END
@@ -157,6 +158,21 @@ def test_an_episode_is_the_text_of_its_messages():
             assert sum(chat.trained) >= episode.written
 
 
+def test_no_wish_means_two_tools_that_do_not_the_same():
+    """In two domains with two columns each most pairs of tools are near one another."""
+    rng = random.Random(0)
+    near = [tool for tool in repository(2000) if tool.semantics.table in HELD_OUT_DOMAINS]
+    alike = 0
+    for _ in range(400):
+        one, other = make_task("lookup", near, rng, fresh=False, declared=2).tools
+        said = {spoken(Wish(tool, "it"), rng, persona="terse") for tool in (one, other)}
+        if len(said) == 1:
+            alike += 1
+            assert one.semantics.table == other.semantics.table
+            assert one.semantics.by == other.semantics.by
+    assert alike  # two tools that do the same may be
+
+
 def test_every_persona_says_every_wish():
     ops = {tool.semantics.op for tool in TOOLS}
     for persona, said in PERSONAS.items():
@@ -203,6 +219,15 @@ def test_no_word_that_is_held_out_stands_in_training_data(tmp_path):
     assert not private & set(re.findall(r"[a-z]+", text))
     assert {d.table for d in DOMAINS if set(d.columns) & private} == set(HELD_OUT_DOMAINS)
     assert not any(map(is_held_out, training_tools()))
+
+
+def test_words_to_train_on_are_letters_by_chance_as_well():
+    rng = random.Random(0)
+    without_vowels = {
+        fresh: sum(not set(word(rng, fresh=fresh)) & set("aeiou") for _ in range(1000))
+        for fresh in (True, False)
+    }
+    assert without_vowels[True] == 0 and 40 < without_vowels[False] < 140
 
 
 def test_a_broken_off_run_goes_on_to_the_same_bytes(tmp_path):

@@ -15,7 +15,7 @@ from kimi_ops.agentic.teacher import play
 from kimi_ops.agentic.words import held_out
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.models.kimi_k2.attention import LatentCache
-from kimi_ops.models.kimi_k2.chat import ByteTokenizer
+from kimi_ops.models.kimi_k2.chat import ByteTokenizer, Enforcer
 from kimi_ops.models.kimi_k2.chat.dialogue import IM_END
 
 TOKENIZER = ByteTokenizer()
@@ -54,6 +54,7 @@ class Scripted:
 
     def _next(self, seen: list[int]) -> torch.Tensor:
         logits = torch.zeros(256)
+        logits[ord('"')] = 0.5  # beside the script: to the end of what is open
         for ids in self._scripts:
             if ids[: len(seen)] == seen and len(ids) > len(seen):
                 logits[ids[len(seen)]] = 1.0
@@ -83,6 +84,53 @@ def test_errors_are_counted_as_what_they_are(model):
         if name == "malformed":
             assert found.malformed == found.calls > 0
         assert set(found.success.values()) == {0.0}
+
+
+def misnamed(episode: Episode) -> Episode:
+    """The same with calls of a tool that was not declared."""
+    episode.parts = [part.replace("functions.", "functions.x") for part in episode.parts]
+    return episode
+
+
+def test_an_enforcer_leaves_no_call_that_nobody_can_carry_out(model):
+    tasks = held_out_tasks("words", 4, families=("lookup", "pair"))
+    for noise, name in (("malformed call", "malformed"), (None, "undeclared")):
+        episodes = [play(task, random.Random(0), noise) for task in tasks]
+        if noise is None:
+            episodes = [misnamed(episode) for episode in episodes]
+        scripted = Scripted(model, episodes)
+        free = score(roll_out(scripted, TOKENIZER, tasks))
+        assert getattr(free, name) > 0
+        forced = score(roll_out(scripted, TOKENIZER, tasks, enforcer=Enforcer))
+        assert forced.calls >= 8 and forced.malformed == forced.undeclared == forced.invalid == 0
+    right = [play(task, random.Random(0)) for task in tasks]
+    rolls = roll_out(Scripted(model, right), TOKENIZER, tasks, enforcer=Enforcer)
+    assert [roll.ids for roll in rolls] == [one.chat.encode(TOKENIZER)[0] for one in right]
+
+
+def test_each_task_has_its_temperature(model):
+    tasks = held_out_tasks("trained", 1, families=("lookup",)) * 3
+    heat = [0.0, 1.0, 0.0]
+    rolls = roll_out(model, TOKENIZER, tasks, temperature=heat, limit=400)
+    (alone,) = roll_out(model, TOKENIZER, tasks[:1], limit=400)
+    assert rolls[0].ids == rolls[2].ids == alone.ids != rolls[1].ids
+    with pytest.raises(ValueError, match="expected one for each of 3 tasks, got 2"):
+        roll_out(model, TOKENIZER, tasks, temperature=[1.0, 0.5])
+
+
+def test_equal_prompts_are_computed_once(model, monkeypatch):
+    sizes = []
+    forward = KimiK2.forward
+    monkeypatch.setattr(
+        KimiK2,
+        "forward",
+        lambda self, ids, **options: (
+            sizes.append(tuple(ids.shape)) or forward(self, ids, **options)
+        ),
+    )
+    one, other = held_out_tasks("trained", 2, families=("lookup",))
+    roll_out(model, TOKENIZER, [one, other] * 3, limit=300)
+    assert sizes[0][0] == 2 and sizes[0][1] > 50 and sizes[1] == (6, 1)
 
 
 def test_rows_side_by_side_are_rows_alone(model):

@@ -4,16 +4,22 @@
 import dataclasses
 import json
 import random
+import re
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from kimi_ops.agentic import demo as stages
+from kimi_ops.agentic import demo as command
+from kimi_ops.agentic import sft, stages
 from kimi_ops.agentic.demo import DemoSettings, demo, small_config
-from kimi_ops.agentic.drills import recall, repeats
+from kimi_ops.agentic.drills import choices, recall, repeats, search
 from kimi_ops.agentic.learner import Learner, token_losses
-from kimi_ops.agentic.sft import Sft, SftSettings, batch_of
+from kimi_ops.agentic.lookups import lookups
+from kimi_ops.agentic.rl import Rl, RlSettings
+from kimi_ops.agentic.sft import Sft, SftSettings, batch_of, packed
+from kimi_ops.agentic.synthesis import training_tools
+from kimi_ops.agentic.tasks import NO_TOOL
 from kimi_ops.cli import app
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 
@@ -29,11 +35,34 @@ def tiny(seed: int) -> KimiK2:
     return model
 
 
-def test_rows_weigh_what_is_learnt():
-    ids, weights = batch_of(lambda rng: EXAMPLE, random.Random(0), 2, 7)
-    assert ids.tolist() == [[10, 11, 12, 13, 14, 10, 11, 12]] * 2
-    # of the seven ids behind the first, the second and third are learnt, and the last
-    assert weights.tolist() == [pytest.approx([0, 1 / 6, 1 / 6, 0, 0, 0, 1 / 6])] * 2
+def test_rows_are_of_one_length():
+    ids, learnt, there = batch_of([EXAMPLE, ([20, 21, 22], [True, False, True])])
+    assert ids.tolist() == [[10, 11, 12, 13, 14], [20, 21, 22, 0, 0]]
+    # of all ids but the first
+    assert learnt.tolist() == [[False, True, True, False], [False, True, False, False]]
+    assert there.tolist() == [[True] * 4, [True, True, False, False]]
+
+
+def test_examples_are_packed_one_after_the_other():
+    ids, learnt = packed(lambda rng: EXAMPLE, random.Random(0), 7)
+    assert ids == [10, 11, 12, 13, 14, 10, 11, 12]
+    assert learnt == [False, False, True, True, False, False, False, True]
+
+
+def test_the_loss_is_of_what_is_learnt_and_a_little_of_everything(monkeypatch):
+    """Of ids that nobody learns the weight is small, of those behind an example's end zero."""
+    losses = torch.tensor([[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0]])
+    own = ((2 + 4) / 2 + 32 / 1) / 2  # rows weigh the same
+    everything = (1 + 2 + 4 + 8 + 16 + 32) / 6
+    run = stage(rest=0.25)
+    told, taken = [], []
+    monkeypatch.setattr(sft, "token_losses", lambda logits, ids: losses)
+    monkeypatch.setattr(Learner, "step", lambda self, loss, factor: taken.append(float(loss())))
+    monkeypatch.setattr(sft, "packed", lambda *_: None)
+    rows = [EXAMPLE, ([20, 21, 22], [True, False, True])]
+    monkeypatch.setattr(sft, "batch_of", lambda _: batch_of(rows))
+    told.append(run.step().loss)
+    assert taken == [pytest.approx(own + 0.25 * everything)] and told == [pytest.approx(own)]
 
 
 def test_token_losses_are_cross_entropies():
@@ -64,9 +93,56 @@ def test_what_is_recalled_stood_there():
         assert values == "".join(f"{q.split('=')[1]}." for q in asked.split(".")[:-1])
 
 
+def test_a_word_of_a_phrase_asks_for_the_phrase():
+    for seed in range(20):
+        ids, learnt = search(random.Random(seed), 3)
+        head, _, asked = bytes(ids).decode().partition("\n")
+        for line in asked.splitlines():
+            word, _, phrase = line.partition("?")
+            assert phrase in head.split(" ") and word in re.findall("[a-z]+", phrase)[1:]
+        said = bytes(one for one, on in zip(ids, learnt, strict=True) if on).decode()
+        assert said.splitlines() == [line.partition("?")[2] for line in asked.splitlines()]
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_wish_chooses_the_tool_that_it_is_of(short):
+    tools, chosen = training_tools(300), 0
+    for seed in range(30):
+        ids, learnt = choices(random.Random(seed), tools, 3, short=short)
+        text = bytes(one if one < 128 else 0 for one in ids).decode()
+        declared = text.partition("\0")[0]
+        names = re.findall(r"(\w+)\(" if short else r"type (\w+) =", declared)
+        assert len(names) == 3
+        said = bytes(one if one < 128 else 0 for one, on in zip(ids, learnt, strict=True) if on)
+        told = re.findall(rf"\0(\w+):|({NO_TOOL})", said.decode())
+        assert len(told) == 3 and {name for name, _ in told} - {""} <= set(names)
+        chosen += sum(bool(name) for name, _ in told)
+    assert 0.75 * 90 < chosen < 90  # the others are of no tool that is there
+
+
 def stage(steps: int = 8, **options) -> Sft:
-    settings = SftSettings(steps=steps, lengths=(16, 24), size=64, warmup=2, easy=0.5, **options)
+    settings = SftSettings(steps=steps, size=64, warmup=2, easy=0.5, **options)
     return Sft(Learner(tiny(0), 0.01), [EXAMPLE] * 4, settings)
+
+
+def test_rows_beside_trajectories_have_their_shares():
+    """Each mark stands for its source: 1 trajectories, 2 text, 3 pairs, letters drills."""
+    run = Sft(
+        Learner(tiny(0), 0.01),
+        [([1] * length, [True] * length) for length in range(40, 50)],
+        SftSettings(steps=1000, size=480, longest=45),
+        text=lambda rng: ([2], [True]),
+        pairs=[([3], [True])],
+    )
+    run.made = 999  # no longer easy
+    batches = [run._trajectories() for _ in range(300)]
+    rows = [row for rows in batches for row in rows]
+    shares = [sum(ids[0] == mark for ids, _ in rows) / len(rows) for mark in (1, 2, 3)]
+    assert shares == pytest.approx([0.6, 0.05, 0.15], abs=0.04)
+    assert max(len(ids) for ids, _ in rows) == 44
+    run.made = 0
+    easy = [ids for _ in range(30) for ids, _ in run._trajectories()]
+    assert max(map(len, easy)) == 42  # the shorter half
 
 
 def test_the_stage_learns_and_its_rate_rises_and_falls():
@@ -77,10 +153,13 @@ def test_the_stage_learns_and_its_rate_rises_and_falls():
     run = stage(60)
     losses = [run.step() for _ in range(60)]
     assert run.finished
-    assert [made.stage for made in losses[:9]] == ["repeats"] * 9
-    assert [made.stage for made in losses[9:24]] == ["recall"] * 9 + ["far recall"] * 6
-    assert losses[-1].stage == "trajectories" and losses[-1].loss < 0.5 * losses[24].loss
-    assert {made.size for made in losses[24:]} == {64, 48}
+    names = ["repeats"] * 6 + ["recall"] * 7 + ["far recall"] * 5
+    names += ["short choices"] * 9 + ["choices"] * 6
+    assert [made.stage for made in losses[:33]] == names
+    last = losses[33:]
+    assert {made.stage for made in last} == {"trajectories"}
+    assert sum(made.loss for made in last[-5:]) < 0.5 * sum(made.loss for made in last[:5])
+    assert {made.size for made in last} == {16}
 
 
 def test_a_stage_that_is_taken_up_again_goes_on_to_the_same_bits():
@@ -106,58 +185,113 @@ def test_a_loss_that_is_not_finite_updates_nothing():
     assert all(map(torch.equal, before, learner.model.parameters()))
 
 
-SMALL = DemoSettings(120, SftSettings(steps=4, size=640), 1, 3)
+SMALL = DemoSettings(
+    120,
+    SftSettings(steps=4, size=640),
+    RlSettings(steps=2, groups=2, told=1, tries=2, replayed=32, pairs=2, limit=500),
+    episodes=1,
+    tries=2,
+    seed=3,
+)
 
 
 def test_every_stage_is_run_once(tmp_path, monkeypatch):
     lines: list[str] = []
     results = demo(tmp_path, SMALL, say=lines.append, bar=False, model=tiny)
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert set(results["splits"]) == {"trained", "words", "domains"}
+    assert list(results) == ["sft", "rl"]
+    for stage in results.values():
+        assert {tuple(stage[way]) for way in ("greedy", "sampled")} == {
+            ("trained", "words", "domains")
+        }
     assert lines[0].startswith("synthesis") and any("<|im_user|>user" in line for line in lines)
+    steps = [json.loads(line) for line in (tmp_path / "rl.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
     monkeypatch.setattr(Sft, "step", None)
+    monkeypatch.setattr(Rl, "step", None)
     again = demo(tmp_path, SMALL, say=lines.append, bar=False, model=tiny)
     assert again == results
+    table = next(line for line in lines if "in budget" in line).splitlines()
+    assert len(table) == 1 + 2 * 2 * 3 + 2 and table[-1].startswith("rl          critic")
     with pytest.raises(ValueError, match="expected the settings it was begun with, seed differ"):
         demo(tmp_path, dataclasses.replace(SMALL, seed=4), bar=False, model=tiny)
+    with pytest.raises(ValueError, match="stage: expected synthesis | sft | rl, got 'all'"):
+        demo(tmp_path, SMALL, bar=False, model=tiny, last="all")
 
 
-def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_run_ends_with_the_stage_that_is_named(tmp_path):
+    assert demo(tmp_path, SMALL, say=str, bar=False, model=tiny, last="synthesis") == {}
+    assert not (tmp_path / "sft.pt").exists()
+    results = demo(tmp_path, SMALL, say=str, bar=False, model=tiny, last="sft")
+    assert list(results) == ["sft"] and not (tmp_path / "rl.pt").exists()
+
+
+@pytest.mark.parametrize(("broken", "at"), [(Sft, 4), (Rl, 1)])
+def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(tmp_path, monkeypatch, broken, at):
     settings = dataclasses.replace(SMALL, sft=dataclasses.replace(SMALL.sft, steps=6))
     whole = demo(tmp_path / "whole", settings, say=str, bar=False, model=tiny)
-    monkeypatch.setattr(stages, "SAVE_EVERY", 2)
-    step = Sft.step
+    monkeypatch.setattr(stages, "SAVE_SFT", 2)
+    step = broken.step
 
-    def broken(self):
-        if self.made == 4:
+    def breaks(self):
+        if self.made == at:
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(Sft, "step", broken)
+    monkeypatch.setattr(broken, "step", breaks)
     with pytest.raises(KeyboardInterrupt):
         demo(tmp_path / "broken", settings, say=str, bar=False, model=tiny)
-    monkeypatch.setattr(Sft, "step", step)
+    monkeypatch.setattr(broken, "step", step)
     again = demo(tmp_path / "broken", settings, say=str, bar=False, model=tiny)
-    assert again["splits"] == whole["splits"]
-    one, other = (
-        torch.load(tmp_path / name / "sft.pt", weights_only=True)["model"]
-        for name in ("whole", "broken")
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    for results in (whole, again):
+        for stage in results.values():
+            del stage["seconds"]
+    assert again == whole
+    for name in ("sft.pt", "rl.pt"):
+        one, other = (
+            torch.load(tmp_path / run / name, weights_only=True)["model"]
+            for run in ("whole", "broken")
+        )
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_study_goes_on_from_one_supervised_model(tmp_path):
+    arms = ("refined", "oracle")
+    results = demo(tmp_path, SMALL, say=str, bar=False, model=tiny, arms=arms)
+    assert list(results) == ["sft", "rl", "rl-oracle"]
+    assert (tmp_path / "rl-oracle.jsonl").exists()
 
 
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
-    command = ["agentic", "--out", str(tmp_path), "--attempts", "100", "--episodes", "1"]
+    options = ["agentic", "--out", str(tmp_path), "--attempts", "100", "--episodes", "1"]
     monkeypatch.setattr(
-        stages.demo, "__kwdefaults__", {**stages.demo.__kwdefaults__, "model": tiny}
+        command.demo, "__kwdefaults__", {**command.demo.__kwdefaults__, "model": tiny}
     )
-    ran = CliRunner().invoke(app, [*command, "--steps", "2"])
+    ran = CliRunner().invoke(app, [*options, "--steps", "2", "--stage", "sft"])
     assert ran.exit_code == 0 and "attempts kept" in ran.stdout
-    ran = CliRunner().invoke(app, [*command, "--steps", "3"])
+    ran = CliRunner().invoke(app, [*options, "--steps", "3"])
     assert ran.exit_code == 1 and "sft differ; choose another folder" in ran.stderr
 
 
 def test_the_model_is_mini_on_bytes():
     config = small_config()
-    assert config.vocab_size == 256 and config.rope_theta == 10_000.0
+    assert config.vocab_size == 256 and config.rope_theta == 1000.0
     assert config.max_position_embeddings >= 1024
+
+
+def test_look_ups_are_counted_by_split_and_number_of_tools():
+    lines: list[str] = []
+    settings = SftSettings(steps=3, size=640)
+    found = lookups(tiny(0), settings, examples=20, episodes=2, say=lines.append, bar=False)
+    assert list(found.found) == [(s, d) for s in ("trained", "words", "domains") for d in (1, 2)]
+    assert all(set(score.success) == {"lookup"} for score in found.found.values())
+    table = lines[0].splitlines()
+    assert table[0] == f"trained in {found.seconds:.0f} s" and len(table) == 2 + 6
+
+
+def test_the_command_teaches_look_ups_alone(monkeypatch):
+    monkeypatch.setattr(command, "small_model", tiny)
+    ran = CliRunner().invoke(
+        app, ["agentic", "--lookups", "--seed", "3", "--steps", "2", "--episodes", "1"]
+    )
+    assert ran.exit_code == 0 and "domains        2" in ran.stdout

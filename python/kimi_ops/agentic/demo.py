@@ -5,31 +5,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import random
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from kimi_ops.agentic.evaluate import SPLITS, Score, held_out_tasks, score
-from kimi_ops.agentic.learner import Learner
-from kimi_ops.agentic.rollout import Rollout, roll_out
-from kimi_ops.agentic.sft import Example, Sft, SftSettings
-from kimi_ops.agentic.synthesis import read_attempts, synthesise
+from kimi_ops.agentic.critic import Critic
+from kimi_ops.agentic.figures import draw
+from kimi_ops.agentic.results import Results
+from kimi_ops.agentic.rl import RlSettings
+from kimi_ops.agentic.sft import SftSettings
+from kimi_ops.agentic.stages import Place, reinforced, supervised, synthesised
+from kimi_ops.agentic.study import ARMS
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
-from kimi_ops.models.kimi_k2.chat import ByteTokenizer, declare_typescript, render
-from kimi_ops.train.data import load_corpus
+from kimi_ops.models.kimi_k2.chat import ByteTokenizer
 
-__all__ = ["DemoSettings", "demo", "small_model"]
+__all__ = ["STAGES", "DemoSettings", "demo", "small_model"]
 
-SAVE_EVERY = 100  # updates
-LR = 0.012
+STAGES = ("synthesis", "sft", "rl")
 
 
 @dataclass(frozen=True)
@@ -40,26 +33,41 @@ class DemoSettings:
     attempts : int
         Of the teacher.
     sft : SftSettings
-    episodes : int
-        Of the evaluation, for each family and split.
+    rl : RlSettings
+    episodes, tries : int
+        Of an evaluation: tasks for each family and split, and how often each is tried where answers
+        are drawn.
     seed : int
     """
 
     attempts: int = 8000
     sft: SftSettings = SftSettings()
+    rl: RlSettings = RlSettings()
     episodes: int = 12
+    tries: int = 2
     seed: int = 0
 
     @classmethod
     def quick(cls, seed: int = 0) -> DemoSettings:
         """Every stage, too short to learn much."""
-        return cls(600, SftSettings(steps=60), 2, seed)
+        rl = RlSettings(steps=2, groups=3, told=1, tries=3)
+        return cls(600, SftSettings(steps=60), rl, episodes=1, tries=2, seed=seed)
 
 
 def small_config() -> KimiK2Config:
-    """`mini` on bytes, with positions that turn faster: it learns to copy in half the time."""
+    """`mini` on bytes, made to copy: half the width of a head for positions, which turn faster, and
+    fewer experts."""
     return dataclasses.replace(
-        KimiK2Config.mini(), vocab_size=256, rope_theta=10_000.0, rope_scaling=None
+        KimiK2Config.mini(),
+        vocab_size=256,
+        intermediate_size=128,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        routed_scaling_factor=1.41,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=32,
+        rope_theta=1000.0,
+        rope_scaling=None,
     )
 
 
@@ -76,13 +84,16 @@ def demo(
     say: Callable[[str], None] = print,
     bar: bool = True,
     model: Callable[[int], KimiK2] = small_model,
+    last: str = STAGES[-1],
+    arms: Sequence[str] = ("refined",),
 ) -> dict[str, Any]:
-    """Synthesise, train, evaluate; what was done before is not done again.
+    """Synthesise, train, evaluate, reinforce, evaluate; what was done before is not done again.
 
     Parameters
     ----------
     out : Path
-        ``attempts.jsonl``, ``sft.pt``, ``sft`` (a checkpoint of the model), ``results.json``.
+        ``attempts.jsonl``; of each stage ``sft.pt`` and ``rl.pt``, to go on from, and the model as
+        a checkpoint, ``sft`` and ``rl``; ``rl.jsonl``, a line a step; ``results.json``; figures.
     settings : DemoSettings
     say : callable
         Receives the lines for the user.
@@ -90,28 +101,48 @@ def demo(
         Show progress on stderr.
     model : callable
         Makes the model of a seed.
+    last : str
+        The stage to end with.
+    arms : sequence of str
+        Judges of reinforcement, each from the same supervised model: keys of `study.ARMS`.
 
     Returns
     -------
     dict
         As in ``results.json``.
+
+    Raises
+    ------
+    ValueError
+        A stage that there is not, a folder of other settings.
+    ImportError
+        matplotlib is not installed; everything else was done.
     """
+    if last not in STAGES:
+        raise ValueError(
+            f"agentic: stage: expected {' | '.join(STAGES)}, got {last!r}; name the last to run"
+        )
     _same_settings(out, settings)
-    trajectories = _synthesised(out, settings, say, bar)
+    place, tokenizer, results = Place(out, say, bar), ByteTokenizer(), Results(out)
+    trajectories, pairs = synthesised(place, settings.attempts, settings.seed, tokenizer)
+    if last == "synthesis":
+        return results.found
     trained = model(settings.seed)
-    seconds = _trained(out, trained, trajectories, settings, say, bar)
-    results: dict[str, Any] = {"sft_seconds": round(seconds, 1), "splits": {}}
-    tokenizer = ByteTokenizer()
-    for split in SPLITS:
-        rolls = roll_out(trained, tokenizer, held_out_tasks(split, settings.episodes))
-        found = score(rolls)
-        results["splits"][split] = dataclasses.asdict(found)
-        say(_line(split, found))
-        if split == "words":
-            say(_shown(rolls))
-    text = json.dumps(results, indent=1)
-    (out / "results.json").write_text(text + "\n")
-    return json.loads(text)
+    seconds = supervised(place, trained, trajectories, pairs, settings.sft)
+    results.add(place, "sft", seconds, trained, settings.episodes, settings.tries)
+    for arm in arms if last == "rl" else ():
+        name = "rl" if arm == "refined" else f"rl-{arm}"
+        trained = KimiK2.from_pretrained(out / "sft")
+        critic = ARMS[arm](Critic(tokenizer), trained)
+        seconds = reinforced(
+            place, trained, tokenizer, critic, trajectories, settings.rl, name=name
+        )
+        results.add(place, name, seconds, trained, settings.episodes, settings.tries)
+    say(results.conversation)
+    say(results.table())
+    for path in draw(out):
+        say(f"figure     {path}")
+    return results.found
 
 
 def _same_settings(out: Path, settings: DemoSettings) -> None:
@@ -125,88 +156,3 @@ def _same_settings(out: Path, settings: DemoSettings) -> None:
             f"agentic: {out}: expected the settings it was begun with, {', '.join(other)} differ; "
             "choose another folder"
         )
-
-
-def _synthesised(
-    out: Path, settings: DemoSettings, say: Callable[[str], None], bar: bool
-) -> list[Example]:
-    """The kept attempts as ids."""
-    path = out / "attempts.jsonl"
-    counted = synthesise(path, settings.attempts, settings.seed)
-    for funnel in tqdm(  # noqa: B007
-        counted, "synthesis", settings.attempts, disable=not bar, leave=False
-    ):
-        pass
-    kept, tried = sum(funnel.kept.values()), sum(funnel.attempts.values())
-    say(f"synthesis  {kept} of {tried} attempts kept")
-    for family, count in sorted(funnel.attempts.items()):
-        reasons = [(n, why) for (f, why), n in funnel.reasons.items() if f == family]
-        least = ", ".join(f"{n} {why}" for n, why in sorted(reasons, reverse=True))
-        say(f"  {family:8} {funnel.kept[family]:5} of {count:5}   {least}")
-    tokenizer = ByteTokenizer()
-    return [
-        render(line["messages"], line["tools"], declare=declare_typescript).encode(tokenizer)
-        for line in read_attempts(path)
-        if not line["reasons"]
-    ]
-
-
-def _text(length: int = 128) -> Callable[[random.Random], Example]:
-    """Python's own sources, which the model is to know as well."""
-    text = load_corpus(None, window=length).train
-
-    def window(rng: random.Random) -> Example:
-        start = rng.randrange(len(text) - length)
-        return [int(one) for one in text[start : start + length]], [True] * length
-
-    return window
-
-
-def _trained(
-    out: Path,
-    model: KimiK2,
-    trajectories: list[Example],
-    settings: DemoSettings,
-    say: Callable[[str], None],
-    bar: bool,
-) -> float:
-    """Train the model; the seconds it took in all."""
-    stage = Sft(Learner(model, LR), trajectories, settings.sft, text=_text())
-    file, seconds = out / "sft.pt", 0.0
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        stage.load_state_dict(state)
-        seconds = state["seconds"]
-    begun = time.monotonic() - seconds
-    recent: deque[float] = deque(maxlen=50)
-    with tqdm(
-        total=settings.sft.steps, initial=stage.made, desc="sft", disable=not bar, leave=False
-    ) as shown:
-        while not stage.finished:
-            made = stage.step()
-            recent.append(made.loss)
-            shown.set_postfix_str(f"{made.stage}, loss {sum(recent) / len(recent):.3f}")
-            shown.update()
-            if made.step % SAVE_EVERY == 0 or stage.finished:
-                seconds = time.monotonic() - begun
-                temporary = file.with_suffix(".tmp")
-                torch.save({**stage.state_dict(), "seconds": seconds}, temporary)
-                os.replace(temporary, file)
-    loss = f", loss {sum(recent) / len(recent):.3f} at the end" if recent else ""
-    say(f"sft        {stage.made} updates in {seconds:.0f} s{loss}")
-    if not (out / "sft").exists():
-        model.save_pretrained(out / "sft")
-    return seconds
-
-
-def _line(split: str, found: Score) -> str:
-    parts = [f"{family} {100 * share:.0f}" for family, share in found.success.items()]
-    return (
-        f"{split:8} {', '.join(parts)} %; malformed {found.malformed}, undeclared "
-        f"{found.undeclared}, invalid {found.invalid} of {found.calls} calls"
-    )
-
-
-def _shown(rolls: list[Rollout]) -> str:
-    """One conversation with its special tokens."""
-    return next(roll for roll in rolls if len(roll.episode.task.rubric.calls) > 0).episode.chat.text

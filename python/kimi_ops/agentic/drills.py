@@ -5,12 +5,26 @@ seen. Copying is learnt in short rows first, and then stretched."""
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
+from kimi_ops.agentic.specs import Tool
+from kimi_ops.agentic.tasks import NO_TOOL, distinct, fits_none
+from kimi_ops.agentic.users import Wish, spoken
 from kimi_ops.agentic.words import words
+from kimi_ops.models.kimi_k2.chat import ByteTokenizer, declare_typescript
+from kimi_ops.models.kimi_k2.chat.dialogue import (
+    CALL_BEGIN,
+    IM_ASSISTANT,
+    IM_END,
+    IM_MIDDLE,
+    IM_USER,
+    SECTION_BEGIN,
+)
 
-__all__ = ["recall", "repeats"]
+__all__ = ["choices", "recall", "repeats", "search"]
 
 Drill = tuple[list[int], list[bool]]  # bytes, and which of them the row's beginning decides
+NONE_SHARE = 0.15  # of the wishes that are of none of the tools
 
 
 def repeats(rng: random.Random, length: int) -> Drill:
@@ -50,4 +64,90 @@ def recall(rng: random.Random, pairs: int) -> Drill:
         key, value = f"{keys[place]}=".encode(), f"{values[place]}.".encode()
         ids += key + value
         learned += [False] * len(key) + [True] * len(value)
+    return ids, learned
+
+
+def search(rng: random.Random, phrases: int) -> Drill:
+    """Phrases of two or three words, as tools are declared, then words of some of them other than
+    the first, each with the phrase that it is of.
+
+    Examples
+    --------
+    >>> import random
+    >>> from kimi_ops.agentic.drills import search
+    >>> text, learned = search(random.Random(1), 2)
+    >>> head, _, asked = bytes(text).decode().partition("\\n")
+    >>> word, _, phrase = asked.splitlines()[0].partition("?")
+    >>> phrase in head.split(" ") and word in phrase
+    True
+    """
+    drawn = words(rng, 3 * phrases, fresh=False)
+    known = []
+    for place in range(phrases):
+        first, second, third = drawn[3 * place : 3 * place + 3]
+        known.append((first, second, third) if rng.random() < 0.5 else (first, second))
+    spelled = [f"{one[0]}_{one[1]}({''.join(one[2:])})" for one in known]
+    ids = list((" ".join(spelled) + "\n").encode())
+    learned = [False] * len(ids)
+    for place in rng.sample(range(phrases), phrases // 2 + 1):
+        key, phrase = f"{rng.choice(known[place][1:])}?".encode(), f"{spelled[place]}\n".encode()
+        ids += key + phrase
+        learned += [False] * len(key) + [True] * len(phrase)
+    return ids, learned
+
+
+def choices(rng: random.Random, tools: Sequence[Tool], count: int, *, short: bool) -> Drill:
+    """Tools, then wishes, each with the name of the tool that it is of: the choice alone, without
+    what it takes to call the tool.
+
+    Parameters
+    ----------
+    rng : random.Random
+    tools : sequence of Tool
+        To choose from.
+    count : int
+        Of the tools; each is wished for once, or another that is not there.
+    short : bool
+        Each tool is a word and its fields, and nobody's turn has a head; or all is as in a
+        conversation.
+
+    Examples
+    --------
+    >>> import random
+    >>> from kimi_ops.agentic.drills import choices
+    >>> from kimi_ops.agentic.specs import DOMAINS, base_tools
+    >>> text, learned = choices(random.Random(1), base_tools(DOMAINS[0]), 2, short=True)
+    >>> name = bytes(one for one, on in zip(text, learned) if on)[1:].decode().partition(":")[0]
+    >>> f"{name}(" in bytes(text).decode(errors="ignore")
+    True
+    """
+    known: list[Tool] = []
+    while len(known) < count:
+        tool = rng.choice(tools)
+        if distinct(tool, known):
+            known.append(tool)
+    if short:
+        declared = " ".join(f"{t.name}({','.join(t.parameters['properties'])})" for t in known)
+    else:
+        declared = declare_typescript([tool.declaration for tool in known]).partition("{\n")[2]
+    marker = ByteTokenizer().markers
+    head = [marker[IM_ASSISTANT], *b"assistant", marker[IM_MIDDLE]]
+    call = [marker[CALL_BEGIN], *b"functions."]
+    ids = list(declared.encode())
+    learned = [False] * len(ids)
+    for tool in rng.sample(known, count):
+        other = rng.choice(tools)
+        none = rng.random() < NONE_SHARE and fits_none(other, known)
+        row, value = words(rng, 2, fresh=False)
+        asked = spoken(Wish(other if none else tool, row, value), rng)
+        ids += [marker[IM_USER], *asked.encode(), marker[IM_END], *([] if short else head)]
+        learned += [False] * (len(ids) - len(learned))
+        if none:
+            ids += NO_TOOL.encode()
+            learned += [True] * len(NO_TOOL)
+            continue
+        ids += [marker[SECTION_BEGIN], *([] if short else call)]
+        learned += [True] + [False] * (len(ids) - len(learned) - 1)
+        ids += f"{tool.name}:".encode()
+        learned += [True] * (len(tool.name) + 1)
     return ids, learned

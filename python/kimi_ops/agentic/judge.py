@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kimi_ops.agentic.episode import Episode
+from kimi_ops.agentic.style import plain
 from kimi_ops.agentic.tasks import PLAIN
 
-__all__ = ["OVER_BUDGET", "Verdict", "judge", "plain", "reward"]
+__all__ = ["OVER_BUDGET", "Verdict", "fulfilled", "judge", "reward", "well_formed"]
 
 OVER_BUDGET = -0.5
-_STYLE = re.compile(r"great question|good point|lovely|wise|surely|checked|trust me|no doubt")
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,6 @@ class Verdict:
     @property
     def kept(self) -> bool:
         return not self.reasons
-
-
-def plain(text: str) -> bool:
-    """Whether an answer praises neither the user nor itself."""
-    return _STYLE.search(text) is None
 
 
 def judge(episode: Episode) -> Verdict:
@@ -72,21 +67,34 @@ def judge(episode: Episode) -> Verdict:
 def reward(episode: Episode) -> float:
     """Of a task whose end can be verified: 1 or 0, `OVER_BUDGET` where too much was written.
 
-    The end state, the answers, no call beside the declaration, and plain answers where the system
-    asks for them. How the end was reached does not count.
+    That it was fulfilled, and plain answers where the system asks for them. How the end was reached
+    does not count.
     """
     task = episode.task
     if episode.written > task.rubric.budget:
         return OVER_BUDGET
-    calls = [call for turn in episode.turns for call in turn.calls]
-    done = (
+    asked_plain = task.system == PLAIN
+    return float(fulfilled(episode) and not (asked_plain and not all(map(plain, _said(episode)))))
+
+
+def fulfilled(episode: Episode) -> bool:
+    """The end state, the answers, and no call beside the declaration; whatever the style."""
+    return (
         episode.finished
-        and episode.world.digest() == task.rubric.goal
-        and all(call.valid for call in calls)
+        and episode.world.digest() == episode.task.rubric.goal
+        and all(call.valid for turn in episode.turns for call in turn.calls)
         and _answered(episode)
-        and (task.system != PLAIN or all(map(plain, _said(episode))))
     )
-    return float(done)
+
+
+def well_formed(episode: Episode) -> bool:
+    """Whether code can read all of it: turns that ended, calls of the declaration, an answer."""
+    return (
+        episode.finished
+        and all(turn.ended for turn in episode.turns)
+        and all(call.valid for turn in episode.turns for call in turn.calls)
+        and any(_said(episode))
+    )
 
 
 def _said(episode: Episode) -> list[str]:

@@ -9,8 +9,9 @@ So there is no padding and no mask. What is trained on are the ids that were sam
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.attention import LatentCache
 from kimi_ops.models.kimi_k2.chat import Tokenizer
 from kimi_ops.models.kimi_k2.chat.dialogue import IM_END
+from kimi_ops.models.kimi_k2.sampling import Processor
 
 __all__ = ["Rollout", "roll_out"]
 
@@ -92,10 +94,11 @@ def roll_out(
     tokenizer: Tokenizer,
     tasks: Sequence[Task],
     *,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
     seed: int = 0,
     rows: int = 96,
     limit: int = 1024,
+    enforcer: Callable[[Sequence[Mapping[str, Any]]], Processor] | None = None,
 ) -> list[Rollout]:
     """Play every task with the model.
 
@@ -104,20 +107,35 @@ def roll_out(
     model : KimiK2
     tokenizer : Tokenizer
     tasks : sequence of Task
-        A task may come several times.
-    temperature : float
-        0: the likeliest id.
+        A task may come several times: equal prompts are computed once.
+    temperature : float or sequence of float
+        Of all tasks or of each; 0: the likeliest id.
     seed : int
     rows : int
         Episodes side by side.
     limit : int
         Ids of an episode; one that does not end before is cut.
+    enforcer : callable, optional
+        Makes of a task's declarations what keeps calls to them, as
+        :class:`~kimi_ops.models.kimi_k2.chat.Enforcer` does for bytes: then a call is malformed
+        only where the budget or the limit cuts it.
 
     Returns
     -------
     list of Rollout
         In the order of the tasks.
+
+    Raises
+    ------
+    ValueError
+        Not one temperature for each task.
     """
+    each = list(temperature) if isinstance(temperature, Sequence) else [temperature] * len(tasks)
+    if len(each) != len(tasks):
+        raise ValueError(
+            f"roll_out: temperature: expected one for each of {len(tasks)} tasks, got {len(each)}; "
+            "pass one number for all"
+        )
     rolls = [Rollout(Episode(task)) for task in tasks]
     for roll in rolls:
         roll.listen(tokenizer)
@@ -127,47 +145,84 @@ def roll_out(
     draw = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     try:
         for start in range(0, len(order), rows):
-            some = [rolls[i] for i in order[start : start + rows]]
-            _play(model, tokenizer, some, temperature, draw, limit)
+            some = [
+                _Row(
+                    rolls[i],
+                    each[i],
+                    enforcer and enforcer([tool.declaration for tool in tasks[i].tools]),
+                )
+                for i in order[start : start + rows]
+            ]
+            _play(model, tokenizer, some, draw, limit)
     finally:
         model.train(was_training)
     return rolls
 
 
+@dataclass
+class _Row:
+    """An episode that is played."""
+
+    roll: Rollout
+    temperature: float
+    enforcer: Processor | None
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """Logits [1, V] of what the episode may go on with."""
+        ids = torch.tensor([self.roll.ids], device=logits.device)
+        return logits if self.enforcer is None else self.enforcer(ids, logits)
+
+
 def _play(
-    model: KimiK2,
-    tokenizer: Tokenizer,
-    rolls: list[Rollout],
-    temperature: float,
-    draw: torch.Generator,
-    limit: int,
+    model: KimiK2, tokenizer: Tokenizer, rows: list[_Row], draw: torch.Generator, limit: int
 ) -> None:
-    weight = model.lm_head.weight
-    cache = LatentCache(model.config, len(rolls), limit, device=weight.device, dtype=weight.dtype)
-    first = min(roll.waiting for roll in rolls)
-    ids = torch.tensor([[roll.take_forced() for _ in range(first)] for roll in rolls])
+    logits, cache = _prefilled(model, rows, limit)
     while True:
-        logits = model(ids.to(weight.device), cache=cache, logits_to_keep=1)[:, -1]
-        chosen = _choose(logits, temperature, draw)
+        chosen = _choose(logits, rows, draw)
         step = []
-        for roll, one in zip(rolls, chosen, strict=True):
+        for row, one in zip(rows, chosen, strict=True):
+            roll = row.roll
             if roll.waiting:
                 step.append(roll.take_forced())
                 continue
             if not roll.episode.finished:
                 roll.take(one, tokenizer)
             step.append(one)
-        alive = [i for i, roll in enumerate(rolls) if not roll.episode.finished]
+        alive = [i for i, row in enumerate(rows) if not row.roll.episode.finished]
         if not alive or cache.length + 1 >= limit:
             return
-        if len(alive) <= len(rolls) // 2:  # the others only cost
-            cache = cache.chosen(torch.tensor(alive, device=weight.device))
-            rolls, step = [rolls[i] for i in alive], [step[i] for i in alive]
-        ids = torch.tensor(step)[:, None]
+        if len(alive) <= len(rows) // 2:  # the others only cost
+            cache = cache.chosen(torch.tensor(alive, device=logits.device))
+            rows, step = [rows[i] for i in alive], [step[i] for i in alive]
+        ids = torch.tensor(step, device=logits.device)[:, None]
+        logits = model(ids, cache=cache, logits_to_keep=1)[:, -1]
 
 
-def _choose(logits: Tensor, temperature: float, draw: torch.Generator) -> list[int]:
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    shares = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(shares, 1, generator=draw)[:, 0].tolist()
+def _prefilled(model: KimiK2, rows: list[_Row], limit: int) -> tuple[Tensor, LatentCache]:
+    """Logits behind what all rows have to hear first, and the cache of it; rows that hear the same
+    are computed once."""
+    weight = model.lm_head.weight
+    first = min(row.roll.waiting for row in rows)
+    heard = [tuple(row.roll.take_forced() for _ in range(first)) for row in rows]
+    places = {ids: place for place, ids in enumerate(dict.fromkeys(heard))}
+    ids = torch.tensor(list(places), device=weight.device)
+    cache = LatentCache(model.config, len(places), limit, device=weight.device, dtype=weight.dtype)
+    logits = model(ids, cache=cache, logits_to_keep=1)[:, -1]
+    index = torch.tensor([places[ids] for ids in heard], device=weight.device)
+    return logits[index], cache.chosen(index)
+
+
+def _choose(logits: Tensor, rows: list[_Row], draw: torch.Generator) -> list[int]:
+    """An id for every row; those of rows that wait or are finished are not looked at."""
+    if any(row.enforcer for row in rows):
+        logits = torch.cat([
+            one if row.roll.waiting or row.roll.episode.finished else row.allowed(one)
+            for row, one in zip(rows, logits.split(1), strict=True)
+        ])  # fmt: skip
+    temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)[:, None]
+    likeliest = logits.argmax(-1)
+    if not temperatures.any():
+        return likeliest.tolist()
+    shares = (logits.float() / temperatures.clamp(min=1e-6)).softmax(-1)
+    drawn = torch.multinomial(shares, 1, generator=draw)[:, 0]
+    return torch.where(temperatures[:, 0] > 0, drawn, likeliest).tolist()

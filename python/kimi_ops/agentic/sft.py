@@ -7,15 +7,19 @@ The loss is taken on what the assistant writes, its end with it, and a little on
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kimi_ops.agentic.drills import recall, repeats
+from kimi_ops.agentic.drills import choices, recall, repeats, search
 from kimi_ops.agentic.learner import Learner, token_losses
+from kimi_ops.agentic.specs import Tool
+from kimi_ops.agentic.synthesis import training_tools
 
 __all__ = ["Example", "Sft", "SftSettings", "SftStep", "batch_of"]
 
@@ -30,8 +34,8 @@ class SftSettings:
     ----------
     steps : int
         Updates in all.
-    lengths : tuple of int
-        Bytes of a row of trajectories; each step takes one of them in turn.
+    longest : int
+        Bytes of a trajectory, at most.
     size : int
         Bytes of a step, at most.
     warmup : int
@@ -45,11 +49,11 @@ class SftSettings:
     seed : int
     """
 
-    steps: int = 1500
-    lengths: tuple[int, ...] = (384, 384, 640)
+    steps: int = 2000
+    longest: int = 640
     size: int = 1920
     warmup: int = 20
-    decay: float = 0.35
+    decay: float = 0.75
     rest: float = 0.05
     easy: float = 0.35
     seed: int = 0
@@ -96,36 +100,60 @@ def _mixed(*sources: Source) -> Source:
     return lambda rng: rng.choice(sources)(rng)
 
 
+@cache
+def _tools() -> list[Tool]:
+    return training_tools()
+
+
+def _short(rng: random.Random) -> Example:
+    return choices(rng, _tools(), rng.choice((2, 2, 3)), short=True)
+
+
+def _long(rng: random.Random) -> Example:
+    return choices(rng, _tools(), rng.choice((2, 2, 3)), short=False)
+
+
+def _far(rng: random.Random) -> Example:
+    return recall(rng, rng.choice((3, 5, 8))) if rng.random() < 0.5 else search(rng, 3)
+
+
+_drill = _mixed(_far, _short, _long, _long)  # beside trajectories
 _CURRICULUM = (
-    _Drills("repeats", lambda rng: repeats(rng, 48), 48, 0.25, 0.15),
+    _Drills("repeats", lambda rng: repeats(rng, 48), 48, 0.25, 0.1),
     _Drills(
-        "recall", _mixed(lambda rng: repeats(rng, 96), lambda rng: recall(rng, 3)), 96, 0.25, 0.15
+        "recall", _mixed(lambda rng: recall(rng, 3), lambda rng: search(rng, 2)), 96, 0.25, 0.12
     ),
-    _Drills("far recall", lambda rng: recall(rng, rng.choice((5, 8))), 160, 0.3, 0.1),
+    _Drills("far recall", _far, 160, 0.3, 0.08),
+    _Drills("short choices", _mixed(_short, _short, _short, _far), 160, 0.03, 0.15),
+    _Drills("choices", _mixed(_long, _long, _long, _far), 320, 0.02, 0.1),
 )
 
 
-def batch_of(source: Source, rng: random.Random, rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Rows of examples one after the other, the last one cut.
+def packed(source: Source, rng: random.Random, length: int) -> Example:
+    """Examples one after the other, `length` + 1 ids, the last one cut."""
+    ids: list[int] = []
+    learnt: list[bool] = []
+    while len(ids) <= length:
+        more, own = source(rng)
+        ids += more
+        learnt += own
+    return ids[: length + 1], learnt[: length + 1]
+
+
+def batch_of(rows: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Examples one below the other, zeros behind the shorter ones.
 
     Returns
     -------
     ids : Tensor [rows, length + 1] int64
-    weights : Tensor [rows, length] float32
-        Of the losses on all ids but the first; they add up to 1.
+    learnt, there : Tensor [rows, length] bool
+        Of all ids but the first: those that are learnt, and those that are of an example.
     """
-    ids, learnt = [], []
-    for _ in range(rows):
-        row: list[int] = []
-        mask: list[bool] = []
-        while len(row) <= length:
-            more, own = source(rng)
-            row += more
-            mask += own
-        ids.append(row[: length + 1])
-        learnt.append(mask[1 : length + 1])
-    weights = torch.tensor(learnt, dtype=torch.float32)
-    return torch.tensor(ids), weights / weights.sum().clamp(min=1)
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([one + [0] * (width - len(one)) for one, _ in rows])
+    learnt = torch.tensor([own + [False] * (width - len(own)) for _, own in rows])
+    sizes = torch.tensor([len(one) for one, _ in rows])
+    return ids, learnt[:, 1:], torch.arange(1, width) < sizes[:, None]
 
 
 class Sft:
@@ -139,6 +167,8 @@ class Sft:
     settings : SftSettings
     text : callable, optional
         Rows of other text, one of 20.
+    pairs : sequence of (ids, learnt)
+        Comparisons for the critic, three of 20 rows where there are any.
     """
 
     def __init__(
@@ -148,10 +178,16 @@ class Sft:
         settings: SftSettings,
         *,
         text: Source | None = None,
+        pairs: Sequence[Example] = (),
     ) -> None:
-        self.learner, self.settings, self._text = learner, settings, text
-        self._all = trajectories
-        self._easy = sorted(trajectories, key=lambda one: len(one[0]))[: len(trajectories) // 2]
+        self.learner, self.settings = learner, settings
+        self._beside: list[tuple[Source, float]] = [(_drill, 0.2)]
+        if text is not None:
+            self._beside.append((text, 0.05))
+        if pairs:
+            self._beside.append((lambda rng: rng.choice(pairs), 0.15))
+        by_length = sorted(trajectories, key=lambda one: len(one[0]))
+        self._all = by_length[: bisect_left(by_length, settings.longest, key=lambda o: len(o[0]))]
         self._rng = random.Random(f"sft {settings.seed}")
         self.made = 0  # updates
         self._part = self._begun = 0  # of the curriculum, and the update it began with
@@ -165,53 +201,51 @@ class Sft:
         """One update."""
         if self._part < len(_CURRICULUM):
             part = _CURRICULUM[self._part]
-            name, source, length = part.name, part.source, part.length
+            name, count = part.name, max(1, self.settings.size // part.length)
+            rows = [packed(part.source, self._rng, part.length) for _ in range(count)]
         else:
-            name, length = "trajectories", self.settings.lengths[self.made % self._turns]
-            source = self._fitting(length)
-        rows = max(1, self.settings.size // length)
-        ids, weights = batch_of(source, self._rng, rows, length)
-        loss = self._update(ids, weights)
+            name, rows = "trajectories", self._trajectories()
+        ids, learnt, there = batch_of(rows)
+        loss = self._update(ids, learnt, there)
         self.made += 1
         self._running = loss if self._running is None else 0.95 * self._running + 0.05 * loss
         if self._part < len(_CURRICULUM):
             made, most = self.made - self._begun, round(part.share * self.settings.steps)
             if made >= most or made >= 30 and self._running < part.goal:
                 self._part, self._begun, self._running = self._part + 1, self.made, None
-        return SftStep(self.made, name, loss, rows * length)
+        return SftStep(self.made, name, loss, learnt.numel())
 
-    @property
-    def _turns(self) -> int:
-        return len(self.settings.lengths)
-
-    def _update(self, ids: Tensor, weights: Tensor) -> float:
+    def _update(self, ids: Tensor, learnt: Tensor, there: Tensor) -> float:
         device = self.learner.model.lm_head.weight.device
-        ids, weights = ids.to(device), weights.to(device)
+        ids, learnt, there = ids.to(device), learnt.to(device), there.to(device)
         shown = []
 
         def loss() -> Tensor:
             losses = token_losses(self.learner.model(ids[:, :-1]), ids)
-            own = (losses * weights).sum()
+            own = ((losses * learnt).sum(1) / learnt.sum(1).clamp(min=1)).mean()
             shown.append(own.detach())
-            return own + self.settings.rest * losses.mean()
+            return own + self.settings.rest * losses[there].mean()
 
         self.learner.step(loss, self.settings.factor(self.made))
         return float(shown[0])
 
-    def _fitting(self, length: int) -> Source:
-        """Episodes that fit a row, beside drills and text so that neither is forgotten."""
-        known = self._easy if self.made < self.settings.easy * self.settings.steps else self._all
-        fitting = [example for example in known if len(example[0]) <= length]
-
-        def one(rng: random.Random) -> Example:
+    def _trajectories(self) -> list[Example]:
+        """Episodes of about one length, some of them replaced by drills and text so that neither
+        is forgotten."""
+        rng, early = self._rng, self.made < self.settings.easy * self.settings.steps
+        known = self._all[: (len(self._all) + 1) // 2] if early else self._all
+        last = rng.randrange(len(known))
+        length = len(known[last][0]) - 1
+        count = max(1, self.settings.size // length)
+        first = max(0, last + 1 - count)
+        rows = list(known[first : first + count])
+        for place in range(len(rows)):
             chance = rng.random()
-            if chance < 0.05 and self._text is not None:
-                return self._text(rng)
-            if chance < 0.15:
-                return recall(rng, rng.choice((3, 5, 8)))
-            return rng.choice(fitting)
-
-        return one
+            for source, share in self._beside:
+                if 0 <= chance < share:
+                    rows[place] = packed(source, rng, length)
+                chance -= share
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on, but for the data."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from kimi_ops.agentic.episode import Episode
 from kimi_ops.agentic.judge import judge
+from kimi_ops.agentic.preferences import Preference, prefer
 from kimi_ops.agentic.specs import Tool, is_held_out, repository
 from kimi_ops.agentic.tasks import PLAIN, make_task
 from kimi_ops.agentic.teacher import STYLE, noise_of, play
@@ -47,12 +48,15 @@ class Attempt:
         The teacher's error; the judge does not see it.
     reasons : tuple of str
         Of the judge; none where it keeps the attempt.
+    pair : Preference or None
+        Two more attempts at the task, for a critic.
     """
 
     number: int
     episode: Episode
     noise: str | None
     reasons: tuple[str, ...]
+    pair: Preference | None = None
 
     @property
     def line(self) -> dict[str, Any]:
@@ -66,6 +70,7 @@ class Attempt:
             "rubric": dataclasses.asdict(task.rubric),
             "noise": self.noise,
             "reasons": list(self.reasons),
+            "pair": self.pair and self.pair.line,
         }
 
 
@@ -87,7 +92,8 @@ def attempt(tools: Sequence[Tool], seed: int, number: int, *, fresh: bool = Fals
         noise = "invented value"
     style = (hidden or task.system == PLAIN) and rng.random() < STYLE
     episode = play(task, rng, noise, style)
-    return Attempt(number, episode, noise, judge(episode).reasons)
+    pair = prefer(task, random.Random(f"pair {seed} {number}"))
+    return Attempt(number, episode, noise, judge(episode).reasons, pair)
 
 
 class Funnel:
@@ -99,18 +105,21 @@ class Funnel:
         By family; `crowded`: of a shape that there was often enough.
     reasons : Counter
         By family and the judge's first reason.
+    pairs : Counter
+        By family, for a critic.
     missed, false : Counter
         By kind of error: kept although the teacher erred; rejected although it did not.
     """
 
     def __init__(self) -> None:
         self.attempts, self.kept, self.crowded = Counter[str](), Counter[str](), Counter[str]()
-        self.reasons = Counter[tuple[str, str]]()
+        self.pairs, self.reasons = Counter[str](), Counter[tuple[str, str]]()
         self.errors, self.missed, self.false = Counter[str](), Counter[str](), Counter[str]()
 
     def count(self, one: Attempt) -> None:
         family = one.episode.task.family
         self.attempts[family] += 1
+        self.pairs[family] += one.pair is not None
         if one.noise:
             self.errors[one.noise] += 1
         if one.reasons:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kimi_ops.agentic.specs import TICKET, Tool
@@ -20,7 +20,9 @@ from kimi_ops.agentic.users import Wish, spoken
 from kimi_ops.agentic.words import words
 from kimi_ops.agentic.world import BUSY, NOT_FOUND, Table, World
 
-__all__ = ["FAMILIES", "NO_TOOL", "PLAIN", "Call", "Rubric", "Task", "make_task"]
+__all__ = [
+    "FAMILIES", "NO_TOOL", "PLAIN", "Call", "Rubric", "Task", "distinct", "fits_none", "make_task",
+]  # fmt: skip
 
 NO_TOOL = "no tool for that"
 PLAIN = "Plain answers only."
@@ -99,6 +101,30 @@ def _size(call: Call) -> int:
     return len(json.dumps(dict(call.arguments))) + len(f"functions.{call.tool}:0") + 6
 
 
+def distinct(tool: Tool, others: Iterable[Tool]) -> bool:
+    """Whether a tool has a name of its own, and no wish means it and another one, of which they do
+    not the same."""
+    meaning = tool.semantics
+    for other in others:
+        alike = _heard(tool) == _heard(other)
+        same = (meaning.table, meaning.by) == (other.semantics.table, other.semantics.by)
+        if tool.name == other.name or alike and not same:
+            return False
+    return True
+
+
+def fits_none(tool: Tool, others: Iterable[Tool]) -> bool:
+    """Whether the user of a tool speaks of nothing that the others know."""
+    columns = {other.semantics.column for other in others} - {""}
+    things = {other.domain.thing for other in others}
+    return tool.semantics.column not in columns and tool.domain.thing not in things
+
+
+def _heard(tool: Tool) -> str:
+    """A wish of it."""
+    return spoken(Wish(tool, "it"), random.Random(0), persona="terse")
+
+
 @dataclass
 class _Scene:
     """Where a family makes up its task."""
@@ -116,15 +142,16 @@ class _Scene:
         return [one for one in drawn if one not in named][:count]
 
     def pick(self, *ops: str, table: str | None = None, **meaning: object) -> Tool | None:
-        """A tool that fits, beside those there are; None where there is none."""
-        names = {tool.name for tool in self.tools}
+        """A tool that fits, beside those there are, and is not meant by the words that mean one of
+        them; None where there is none."""
         for _ in range(200):
             tool = self.rng.choice(self.repository)
-            if tool.name in names or ops and tool.semantics.op not in ops:
+            if ops and tool.semantics.op not in ops:
                 continue
             if table is not None and tool.semantics.table != table:
                 continue
-            if all(getattr(tool.semantics, key) == value for key, value in meaning.items()):
+            fitting = all(getattr(tool.semantics, key) == value for key, value in meaning.items())
+            if fitting and distinct(tool, self.tools):
                 self.tools.append(tool)
                 return tool
         return None
@@ -263,10 +290,7 @@ def _none(scene: _Scene, declared: int) -> Task | None:
     scene.settle(declared + 1)
     wish, _ = scene.wish(tool)
     scene.tools.remove(tool)
-    meaning = tool.semantics
-    if any(t.semantics.column == meaning.column and meaning.column for t in scene.tools) or any(
-        t.domain.thing == tool.domain.thing for t in scene.tools
-    ):
+    if not fits_none(tool, scene.tools):
         return None
     said = spoken(wish, scene.rng)
     return scene.task("none", [said], [NO_TOOL], outputs=[NO_TOOL])

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 
 from kimi_ops.agentic.episode import Episode
+from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE
 from kimi_ops.agentic.tasks import Call, Task
 from kimi_ops.agentic.words import held_out
 from kimi_ops.agentic.world import BUSY
@@ -20,7 +21,7 @@ from kimi_ops.models.kimi_k2.chat.dialogue import (
     SECTION_END,
 )
 
-__all__ = ["JUSTIFICATIONS", "NOISE", "PRAISE", "noise_of", "play"]
+__all__ = ["NOISE", "noise_of", "play", "possible"]
 
 NOISE = {  # share of the attempts of each kind
     "wrong tool": 0.08,
@@ -30,31 +31,29 @@ NOISE = {  # share of the attempts of each kind
     "malformed call": 0.04,
 }
 STYLE = 0.35  # praise or justification, where nothing forbids it
-# of families with a verifiable reward, and of "tell"
-PRAISE = {True: ("great question! ", "good point. "), False: ("lovely to ask! ", "how wise. ")}
-JUSTIFICATIONS = {
-    True: (" - surely right", " - as I checked"),
-    False: (" - trust me on it", " - no doubt at all"),
-}
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def possible(task: Task) -> list[str]:
+    """The errors that an attempt at a task can make."""
+    calls = [call for step in task.plan if not isinstance(step, str) for call in step]
+    found = {
+        "wrong tool": calls and len(task.tools) > 1,
+        "letter off": any(call.arguments for call in calls),
+        "forgotten step": calls,
+        "invented value": isinstance(task.plan[-1], str),
+        "malformed call": calls,
+    }
+    return [kind for kind in NOISE if found[kind]]
 
 
 def noise_of(task: Task, rng: random.Random) -> str | None:
     """Which error an attempt at a task makes; None: none."""
     chance, total = rng.random(), 0.0
-    calls = sum(not isinstance(step, str) for step in task.plan)
     for kind, rate in NOISE.items():
         total += rate
         if chance < total:
-            possible = {
-                "wrong tool": calls and len(task.tools) > 1,
-                "letter off": calls and any(c.arguments for s in task.plan
-                                            if not isinstance(s, str) for c in s),
-                "forgotten step": calls,
-                "invented value": isinstance(task.plan[-1], str),
-                "malformed call": calls,
-            }[kind]  # fmt: skip
-            return kind if possible else None
+            return kind if kind in possible(task) else None
     return None
 
 

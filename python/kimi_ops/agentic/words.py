@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Words for keys and values: English ones and made-up ones, a fifth of them kept from training."""
+"""Words for keys and values: English ones and made-up ones, a fifth of them kept from training.
+
+Of the words of training a quarter are letters by chance: nobody can guess how such a word goes on,
+so that copying is all that helps.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from collections.abc import Callable
 
 __all__ = ["HELD_OUT_SHARE", "english", "held_out", "word", "words"]
 
-HELD_OUT_SHARE = 0.2
+HELD_OUT_SHARE, LETTERS_SHARE = 0.2, 0.25
 _ENGLISH = """
 acorn amber anchor apple apron arrow aspen atlas badge bagel barn basil basin beach bead bean berry
 birch bison bloom board boat bolt bread breeze brick bridge brook broom brush bucket cabin cable
@@ -48,8 +52,12 @@ def _made_up(rng: random.Random) -> str:
     return made[:7]
 
 
+def _letters(rng: random.Random) -> str:
+    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 7)))
+
+
 def word(rng: random.Random, *, fresh: bool, avoid: Callable[[str], bool] | None = None) -> str:
-    """A word, English or made up by equal chance.
+    """A word, English or made up by equal chance, or one of letters by chance where it is to train.
 
     Parameters
     ----------
@@ -67,7 +75,10 @@ def word(rng: random.Random, *, fresh: bool, avoid: Callable[[str], bool] | None
     (True, False)
     """
     while True:
-        one = english(rng) if rng.random() < 0.5 else _made_up(rng)
+        if not fresh and rng.random() < LETTERS_SHARE:
+            one = _letters(rng)
+        else:
+            one = english(rng) if rng.random() < 0.5 else _made_up(rng)
         if held_out(one) == fresh and not (avoid is not None and avoid(one)):
             return one
 

@@ -28,25 +28,55 @@ def agentic(
         int | None,
         typer.Option(min=1, help="To evaluate, for each family and split. [default: 12]"),
     ] = None,
+    rl_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of reinforcement. [default: 26]")
+    ] = None,
+    stage: Annotated[str, typer.Option(help="The last one to run: synthesis, sft or rl.")] = "rl",
+    study: Annotated[
+        bool,
+        typer.Option("--study", help="Reinforcement under every judge."),
+    ] = False,
+    lookups: Annotated[
+        bool,
+        typer.Option("--lookups", help="Teach single look-ups alone, and say how many are right."),
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Every stage, too short to learn much.")
     ] = False,
 ) -> None:
-    """Teach a small model to use tools it has never seen: synthesise, train, evaluate.
+    """Teach a small model to use tools it has never seen: synthesise, train, reinforce, evaluate.
 
     A run that was broken off goes on where it was.
     """
     from kimi_ops.agentic.demo import DemoSettings, demo
+    from kimi_ops.agentic.study import ARMS
 
+    if lookups:
+        return _lookups(seed, steps, episodes)
     settings = DemoSettings.quick(seed) if quick else DemoSettings(seed=seed)
-    sft = settings.sft if steps is None else dataclasses.replace(settings.sft, steps=steps)
-    settings = DemoSettings(
-        settings.attempts if attempts is None else attempts,
-        dataclasses.replace(sft, seed=seed),
-        settings.episodes if episodes is None else episodes,
-        seed,
+    settings = dataclasses.replace(
+        settings,
+        attempts=attempts or settings.attempts,
+        sft=dataclasses.replace(settings.sft, steps=steps or settings.sft.steps, seed=seed),
+        rl=dataclasses.replace(settings.rl, steps=rl_steps or settings.rl.steps, seed=seed),
+        episodes=episodes or settings.episodes,
     )
+    arms = tuple(ARMS) if study else ("refined",)
     try:
-        demo(out, settings, say=typer.echo, bar=sys.stderr.isatty())
-    except (ValueError, FloatingPointError, OSError) as error:
+        demo(out, settings, say=typer.echo, bar=sys.stderr.isatty(), last=stage, arms=arms)
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         raise fail(error) from error
+
+
+def _lookups(seed: int, steps: int | None, episodes: int | None) -> None:
+    from kimi_ops.agentic.demo import small_model
+    from kimi_ops.agentic.lookups import SETTINGS, lookups
+
+    settings = dataclasses.replace(SETTINGS, steps=steps or SETTINGS.steps, seed=seed)
+    lookups(
+        small_model(seed),
+        settings,
+        episodes=episodes or 48,
+        say=typer.echo,
+        bar=sys.stderr.isatty(),
+    )
