@@ -36,7 +36,7 @@ def repeats(rng: random.Random, length: int) -> Drill:
     >>> from kimi_ops.agentic.drills import repeats
     >>> text, learned = repeats(random.Random(1), 20)
     >>> bytes(text), learned.index(True)
-    (b'wool.wool.wool.wool.', 5)
+    (b'trit.trit.trit.trit.', 5)
     """
     count = 1 if length < 64 else rng.randint(1, 3)
     phrase = f"{' '.join(words(rng, count, fresh=False))}.".encode()
@@ -117,8 +117,8 @@ def choices(rng: random.Random, tools: Sequence[Tool], count: int, *, short: boo
     >>> from kimi_ops.agentic.drills import choices
     >>> from kimi_ops.agentic.specs import DOMAINS, base_tools
     >>> text, learned = choices(random.Random(1), base_tools(DOMAINS[0]), 2, short=True)
-    >>> name = bytes(one for one, on in zip(text, learned) if on)[1:].decode().partition(":")[0]
-    >>> f"{name}(" in bytes(text).decode(errors="ignore")
+    >>> answers = bytes(one for one, on in zip(text, learned) if on).decode(errors="ignore")
+    >>> answers.partition(":")[0] in bytes(text).decode(errors="ignore").split("(")[0]
     True
     """
     known: list[Tool] = []

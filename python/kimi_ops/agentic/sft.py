@@ -49,7 +49,7 @@ class SftSettings:
     seed : int
     """
 
-    steps: int = 2000
+    steps: int = 1800
     longest: int = 640
     size: int = 1920
     warmup: int = 20
@@ -124,8 +124,6 @@ _CURRICULUM = (
         "recall", _mixed(lambda rng: recall(rng, 3), lambda rng: search(rng, 2)), 96, 0.25, 0.12
     ),
     _Drills("far recall", _far, 160, 0.3, 0.08),
-    _Drills("short choices", _mixed(_short, _short, _short, _far), 160, 0.03, 0.15),
-    _Drills("choices", _mixed(_long, _long, _long, _far), 320, 0.02, 0.1),
 )
 
 

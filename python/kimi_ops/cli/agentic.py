@@ -22,7 +22,7 @@ def agentic(
         int | None, typer.Option(min=100, help="Of the teacher. [default: 8000]")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Updates of the supervised stage. [default: 1500]")
+        int | None, typer.Option(min=1, help="Updates of the supervised stage. [default: 1800]")
     ] = None,
     episodes: Annotated[
         int | None,
