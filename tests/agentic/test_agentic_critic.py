@@ -29,9 +29,9 @@ from kimi_ops.models.kimi_k2.chat.dialogue import IM_ASSISTANT, IM_END, MARKERS
 
 TOKENIZER, TOOLS = ByteTokenizer(), training_tools()
 CRITIC, GROUNDED = Critic(TOKENIZER), Critic(TOKENIZER, lines="gpj")
-OAK = Answer("get_level(oak)=7", "7")
-LONG = Answer("get_level(oak)=7", "good point. 7")
-WRONG = Answer("get_level(oak)=7", "8")
+OAK = Answer("level_get(oak)=7", "7")
+LONG = Answer("level_get(oak)=7", "good point. 7")
+WRONG = Answer("level_get(oak)=7", "8")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_comparison_is_a_question_and_two_answers_with_their_evidence():
     assert TOKENIZER.decode(GROUNDED.prompt(asked)) == (
         "<|im_system|>system<|im_middle|>Judge: grounded; no praise; no boast.<|im_end|><|im_user|>"
         f"user<|im_middle|>{task.user[0]}\nA: {shown.evidence} | {shown.said}\n"
-        f"B: get_level(oak)=7 | good point. 7{tail}"
+        f"B: level_get(oak)=7 | good point. 7{tail}"
     )
 
 

@@ -58,7 +58,8 @@ def test_families_are_what_they_are_called():
             tool.semantics.looked_up for tool in task.tools
         )
     for task in tasks("none", 20):
-        assert not task.rubric.calls and task.plan == (NO_TOOL,)
+        (answer,) = task.plan
+        assert not task.rubric.calls and answer.endswith(f": {NO_TOOL}")
     faults = tasks("fault", 40)
     assert {task.world.busy for task in faults} == {0, 1, 2}
     assert {NOT_FOUND} == {task.plan[-1] for task in faults if not task.world.busy}
@@ -69,6 +70,23 @@ def test_families_are_what_they_are_called():
         assert [len(step) for step in task.plan if not isinstance(step, str)] == [2]
     for task in tasks("tell", 20):
         assert task.rubric.outputs == ()
+
+
+def test_the_teacher_says_what_a_call_is_about_in_words_of_the_user():
+    """The words that the name of the tool begins with: then choosing is copying."""
+    for family in FAMILIES:
+        for task in tasks(family, 20):
+            episode = play(task, random.Random(0))
+            said = re.findall(r"\w+", " ".join(task.user))
+            for turn in episode.turns:
+                about = [call.name.rpartition("_")[0] for call in turn.calls]
+                if about:
+                    assert turn.content == ", ".join(about)
+                if family in ("lookup", "write", "fault", "pair", "tell"):
+                    assert set(about) <= set(said)
+            if family == "none":
+                about, _, answer = episode.turns[0].content.partition(": ")
+                assert about in said and answer == NO_TOOL
 
 
 @pytest.mark.parametrize("noise", NOISE)

@@ -70,6 +70,6 @@ def test_tools_lie_where_their_letters_are():
     np.testing.assert_allclose(places[-1], places[3], atol=1e-8)
     first, second = places.var(0)
     assert first > second > 0
-    setters = np.array([tool.name.startswith("set_") for tool in [*tools, tools[3]]])
+    setters = np.array([tool.name.endswith("_set") for tool in [*tools, tools[3]]])
     apart = np.linalg.norm(places[setters].mean(0) - places[~setters].mean(0))
     assert apart > 0.3 * np.sqrt(second)

@@ -35,44 +35,44 @@ def lamps(busy: int = 0, **rows: str) -> World:
 def test_every_op_reads_and_changes_what_it_says():
     world = lamps()
     before = world.digest()
-    assert world.call("get_level", {"lamp": "oak"}) == "7"
-    assert world.call("get_level", {"lamp": "ash"}) == NOT_FOUND
-    assert world.call("find_lamp", {"level": "3"}) == "elm"
-    assert world.call("find_lamp", {"level": "9"}) == NOT_FOUND
-    assert world.call("count_lamps", {"level": "3"}) == "1"
-    assert world.call("sum_level", {}) == "10"
+    assert world.call("level_get", {"lamp": "oak"}) == "7"
+    assert world.call("level_get", {"lamp": "ash"}) == NOT_FOUND
+    assert world.call("lamp_find", {"level": "3"}) == "elm"
+    assert world.call("lamp_find", {"level": "9"}) == NOT_FOUND
+    assert world.call("lamps_count", {"level": "3"}) == "1"
+    assert world.call("level_sum", {}) == "10"
     assert world.digest() == before
-    assert world.call("set_level", {"lamp": "oak", "level": "3"}) == DONE
-    assert world.call("count_lamps", {"level": "3"}) == "2"
-    assert world.call("move_lamp", {"lamp": "oak", "level": "3"}) == "already there"
-    assert world.call("move_lamp", {"lamp": "oak", "level": "4"}) == DONE
-    assert world.call("add_lamp", {"lamp": "oak"}) == "already there"
-    assert world.call("add_lamp", {"lamp": "ash"}) == DONE
+    assert world.call("level_set", {"lamp": "oak", "level": "3"}) == DONE
+    assert world.call("lamps_count", {"level": "3"}) == "2"
+    assert world.call("lamp_move", {"lamp": "oak", "level": "3"}) == "already there"
+    assert world.call("lamp_move", {"lamp": "oak", "level": "4"}) == DONE
+    assert world.call("lamp_add", {"lamp": "oak"}) == "already there"
+    assert world.call("lamp_add", {"lamp": "ash"}) == DONE
     assert world.tables["lamps"]["ash"] == {"color": "", "level": "", TICKET: ""}
-    assert world.call("cancel_lamp", {"lamp": "elm"}) == DONE
+    assert world.call("lamp_cancel", {"lamp": "elm"}) == DONE
     assert sorted(world.tables["lamps"]) == ["ash", "oak"]
 
 
 def test_the_digest_is_of_the_end_and_not_of_the_way():
     one, other = lamps(), lamps()
-    one.call("set_level", {"lamp": "oak", "level": "1"})
-    one.call("set_level", {"lamp": "elm", "level": "2"})
-    other.call("set_level", {"lamp": "elm", "level": "2"})
-    other.call("get_level", {"lamp": "oak"})
+    one.call("level_set", {"lamp": "oak", "level": "1"})
+    one.call("level_set", {"lamp": "elm", "level": "2"})
+    other.call("level_set", {"lamp": "elm", "level": "2"})
+    other.call("level_get", {"lamp": "oak"})
     assert one.digest() != other.digest()
-    other.call("set_level", {"lamp": "oak", "level": "1"})
+    other.call("level_set", {"lamp": "oak", "level": "1"})
     assert one.digest() == other.digest()
     copied = one.copy()
-    copied.call("cancel_lamp", {"lamp": "oak"})
+    copied.call("lamp_cancel", {"lamp": "oak"})
     assert one.digest() == other.digest() != copied.digest()
 
 
 def test_faults_come_as_often_as_they_were_asked_for():
     world = lamps(busy=2)
     copied = world.copy()
-    asked = [world.call("get_level", {"lamp": "oak"}) for _ in range(3)]
+    asked = [world.call("level_get", {"lamp": "oak"}) for _ in range(3)]
     assert asked == [BUSY, BUSY, "7"]
-    assert [copied.call("get_level", {"lamp": "oak"}) for _ in range(3)] == asked
+    assert [copied.call("level_get", {"lamp": "oak"}) for _ in range(3)] == asked
 
 
 def test_what_is_wrong_with_a_call_is_its_answer():
@@ -81,7 +81,7 @@ def test_what_is_wrong_with_a_call_is_its_answer():
     assert world.answer(broken) == "error: the arguments are no JSON"
     undeclared = ToolCall("functions.x:0", "x", "{}", {}, complaints=("x is not declared",))
     assert world.answer(undeclared) == "error: x is not declared"
-    good = ToolCall("functions.get_level:0", "get_level", "{}", {"lamp": "elm"})
+    good = ToolCall("functions.level_get:0", "level_get", "{}", {"lamp": "elm"})
     assert world.answer(good) == "3"
 
 
@@ -91,44 +91,44 @@ def evolved(name: str, operator: str):
 
 def test_evolved_tools_do_what_they_declare():
     world = lamps()
-    world.tools = evolved("get_level", "split")
+    world.tools = evolved("level_get", "split")
     first, second = world.tools
     assert first.semantics.column == TICKET and second.parameters["required"] == [TICKET]
     ticket = world.call(first.name, {"lamp": "elm"})
     assert ticket == "t3" and world.call(second.name, {TICKET: ticket}) == "3"
 
-    world.tools = evolved("set_level", "merge")
+    world.tools = evolved("level_set", "merge")
     name = world.tools[0].name
     assert world.call(name, {"lamp": "elm"}) == "3"
     assert world.call(name, {"lamp": "elm", "level": "8"}) == DONE
     assert world.call(name, {"lamp": "elm"}) == "8"
 
-    world.tools = [*evolved("set_level", "precondition"), TOOLS["get_level"]]
-    assert world.call("set_level", {"lamp": "oak", "level": "1"}) == "error: look it up first"
-    world.call("get_level", {"lamp": "oak"})
-    assert world.call("set_level", {"lamp": "oak", "level": "1"}) == DONE
+    world.tools = [*evolved("level_set", "precondition"), TOOLS["level_get"]]
+    assert world.call("level_set", {"lamp": "oak", "level": "1"}) == "error: look it up first"
+    world.call("level_get", {"lamp": "oak"})
+    assert world.call("level_set", {"lamp": "oak", "level": "1"}) == DONE
 
-    world.tools = evolved("get_color", "optional")
+    world.tools = evolved("color_get", "optional")
     field = world.tools[0].semantics.fallback
-    assert world.call("get_color", {"lamp": "ash", field: "red"}) == "red"
-    assert world.call("get_color", {"lamp": "ash"}) == NOT_FOUND
+    assert world.call("color_get", {"lamp": "ash", field: "red"}) == "red"
+    assert world.call("color_get", {"lamp": "ash"}) == NOT_FOUND
 
-    (narrow,) = evolved("set_level", "enum")
+    (narrow,) = evolved("level_set", "enum")
     choices = narrow.parameters["properties"]["level"]["enum"]
     assert len(choices) == 3
     assert check_arguments({"lamp": "oak", "level": "1"}, narrow.parameters)
     assert not check_arguments({"lamp": "oak", "level": choices[1]}, narrow.parameters)
 
-    (renamed,) = evolved("get_level", "rename field")
+    (renamed,) = evolved("level_get", "rename field")
     new = renamed.semantics.column
-    assert renamed.name == f"get_{new}" and new in renamed.domain.columns
-    (verb,) = evolved("get_level", "rename verb")
-    assert verb.name != "get_level" and verb.name.endswith("_level")
+    assert renamed.name == f"{new}_get" and new in renamed.domain.columns
+    (verb,) = evolved("level_get", "rename verb")
+    assert verb.name != "level_get" and verb.name.startswith("level_")
 
 
 def test_operators_leave_alone_what_they_have_nothing_to_do_with():
     for operator in ("optional", "split", "merge", "enum", "precondition"):
-        assert not OPERATORS[operator](TOOLS["sum_level"], random.Random(0))
+        assert not OPERATORS[operator](TOOLS["level_sum"], random.Random(0))
 
 
 def test_the_repository_has_no_two_alike_and_every_operator():

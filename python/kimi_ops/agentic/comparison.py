@@ -98,7 +98,7 @@ def reasons(one: Answer, other: Answer, right: tuple[bool, bool]) -> dict[str, s
     Examples
     --------
     >>> from kimi_ops.agentic.comparison import Answer, reasons
-    >>> one, other = Answer("get_level(oak)=7", "7"), Answer("get_level(oak)=7", "good point. 7")
+    >>> one, other = Answer("level_get(oak)=7", "7"), Answer("level_get(oak)=7", "good point. 7")
     >>> reasons(one, other, (True, True))
     {'g': '=', 'p': 'A', 'j': '='}
     """

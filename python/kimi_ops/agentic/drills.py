@@ -4,15 +4,17 @@ seen. Copying is learnt in short rows first, and then stretched."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
 from kimi_ops.agentic.specs import Tool
-from kimi_ops.agentic.tasks import NO_TOOL, distinct, fits_none
+from kimi_ops.agentic.tasks import NO_TOOL, distinct, fits_none, subject
 from kimi_ops.agentic.users import Wish, spoken
 from kimi_ops.agentic.words import words
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer, declare_typescript
 from kimi_ops.models.kimi_k2.chat.dialogue import (
+    ARGUMENT_BEGIN,
     CALL_BEGIN,
     IM_ASSISTANT,
     IM_END,
@@ -25,6 +27,7 @@ __all__ = ["choices", "recall", "repeats", "search"]
 
 Drill = tuple[list[int], list[bool]]  # bytes, and which of them the row's beginning decides
 NONE_SHARE = 0.15  # of the wishes that are of none of the tools
+UNHEARD_SHARE = 0.4  # of the tools whose verb is a word
 
 
 def repeats(rng: random.Random, length: int) -> Drill:
@@ -97,8 +100,8 @@ def search(rng: random.Random, phrases: int) -> Drill:
 
 
 def choices(rng: random.Random, tools: Sequence[Tool], count: int, *, short: bool) -> Drill:
-    """Tools, then wishes, each with the name of the tool that it is of: the choice alone, without
-    what it takes to call the tool.
+    """Tools, then wishes, each with what it is about, its tool's name and that tool's first field:
+    the choice alone, without the rest of a call.
 
     Parameters
     ----------
@@ -125,7 +128,7 @@ def choices(rng: random.Random, tools: Sequence[Tool], count: int, *, short: boo
     while len(known) < count:
         tool = rng.choice(tools)
         if distinct(tool, known):
-            known.append(tool)
+            known.append(_unheard(tool, rng) if rng.random() < UNHEARD_SHARE else tool)
     if short:
         declared = " ".join(f"{t.name}({','.join(t.parameters['properties'])})" for t in known)
     else:
@@ -142,12 +145,25 @@ def choices(rng: random.Random, tools: Sequence[Tool], count: int, *, short: boo
         asked = spoken(Wish(other if none else tool, row, value), rng)
         ids += [marker[IM_USER], *asked.encode(), marker[IM_END], *([] if short else head)]
         learned += [False] * (len(ids) - len(learned))
+        about = subject((other if none else tool).name)
         if none:
-            ids += NO_TOOL.encode()
-            learned += [True] * len(NO_TOOL)
+            ids += f"{about}: {NO_TOOL}".encode()
+            learned += [True] * (len(ids) - len(learned))
             continue
-        ids += [marker[SECTION_BEGIN], *([] if short else call)]
-        learned += [True] + [False] * (len(ids) - len(learned) - 1)
+        ids += [*about.encode(), marker[SECTION_BEGIN]]
+        learned += [True] * (len(ids) - len(learned))
+        ids += [] if short else call
+        learned += [False] * (len(ids) - len(learned))
         ids += f"{tool.name}:".encode()
-        learned += [True] * (len(tool.name) + 1)
+        learned += [True] * (len(ids) - len(learned))
+        ids += [] if short else [ord("0"), marker[ARGUMENT_BEGIN], *b'{"']
+        learned += [False] * (len(ids) - len(learned))
+        ids += "".join(f'{field}"' for field in tool.parameters["required"][:1]).encode()
+        learned += [True] * (len(ids) - len(learned))
     return ids, learned
+
+
+def _unheard(tool: Tool, rng: random.Random) -> Tool:
+    """With a verb that is none, so that a name has to be read and cannot be known."""
+    (verb,) = words(rng, 1, fresh=False)
+    return dataclasses.replace(tool, name=f"{subject(tool.name)}_{verb}")

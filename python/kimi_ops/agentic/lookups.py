@@ -23,7 +23,7 @@ from kimi_ops.models.kimi_k2.chat import ByteTokenizer
 
 __all__ = ["SETTINGS", "Lookups", "lookups"]
 
-SETTINGS = SftSettings(steps=1700)
+SETTINGS = SftSettings(steps=1300)
 DECLARED = (1, 2)  # tools
 
 

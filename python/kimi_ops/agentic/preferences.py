@@ -14,7 +14,7 @@ from typing import Any
 
 from kimi_ops.agentic.episode import Episode
 from kimi_ops.agentic.judge import judge, reward, well_formed
-from kimi_ops.agentic.tasks import NO_TOOL, PLAIN, Task
+from kimi_ops.agentic.tasks import PLAIN, Task
 from kimi_ops.agentic.teacher import STYLE, play, possible
 
 __all__ = ["Preference", "prefer"]
@@ -91,7 +91,7 @@ def _in_a_sentence(task: Task, rng: random.Random) -> Task:
     """The last answer as it is, or told in words."""
     said = task.plan[-1]
     assert isinstance(said, str)
-    if said == NO_TOOL:
+    if not task.rubric.calls:
         return task
     called = task.rubric.calls[-1].tool
     meaning = next(tool.semantics for tool in task.tools if tool.name == called)

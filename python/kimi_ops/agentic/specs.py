@@ -167,20 +167,20 @@ def base_tools(domain: Domain) -> list[Tool]:
     """Those that a domain begins with."""
     thing, table = domain.thing, domain.table
     tools = [
-        Tool(f"add_{thing}", _schema(thing), Semantics("add", table, thing), domain),
-        Tool(f"cancel_{thing}", _schema(thing), Semantics("cancel", table, thing), domain),
+        Tool(f"{thing}_add", _schema(thing), Semantics("add", table, thing), domain),
+        Tool(f"{thing}_cancel", _schema(thing), Semantics("cancel", table, thing), domain),
     ]
     for column in domain.columns:
         by = Semantics("get", table, key=thing, column=column)
         both = dataclasses.replace(by, value=column)
         of = Semantics("find", table, column=column, value=column)
         tools += [
-            Tool(f"get_{column}", _schema(thing), by, domain),
-            Tool(f"set_{column}", _schema(thing, column), _op(both, "set"), domain),
-            Tool(f"move_{thing}", _schema(thing, column), _op(both, "move"), domain),
-            Tool(f"find_{thing}", _schema(column), of, domain),
-            Tool(f"count_{table}", _schema(column), _op(of, "count"), domain),
-            Tool(f"sum_{column}", _schema(), Semantics("sum", table, column=column), domain),
+            Tool(f"{column}_get", _schema(thing), by, domain),
+            Tool(f"{column}_set", _schema(thing, column), _op(both, "set"), domain),
+            Tool(f"{thing}_move", _schema(thing, column), _op(both, "move"), domain),
+            Tool(f"{thing}_find", _schema(column), of, domain),
+            Tool(f"{table}_count", _schema(column), _op(of, "count"), domain),
+            Tool(f"{column}_sum", _schema(), Semantics("sum", table, column=column), domain),
         ]
     return tools
 
@@ -193,9 +193,9 @@ def _op(semantics: Semantics, op: str) -> Semantics:
 
 
 def _rename_verb(tool: Tool, rng: random.Random) -> Sequence[Tool]:
-    old, _, rest = tool.name.partition("_")
+    rest, _, old = tool.name.rpartition("_")
     verbs = [verb for verb in _VERBS.get(tool.semantics.op, ()) if verb != old]
-    return [dataclasses.replace(tool, name=f"{rng.choice(verbs)}_{rest}")] if verbs else []
+    return [dataclasses.replace(tool, name=f"{rest}_{rng.choice(verbs)}")] if verbs else []
 
 
 def _rename_field(tool: Tool, rng: random.Random) -> Sequence[Tool]:
@@ -224,8 +224,8 @@ def _rename_field(tool: Tool, rng: random.Random) -> Sequence[Tool]:
         "properties": properties,
         "required": list(map(renamed, tool.parameters["required"])),
     }
-    verb, _, rest = tool.name.partition("_")
-    name = f"{verb}_{renamed(rest)}"
+    rest, _, verb = tool.name.rpartition("_")
+    name = f"{renamed(rest)}_{verb}"
     return [Tool(name, parameters, semantics, domain, tool.lineage, tool.note)]
 
 
@@ -266,7 +266,7 @@ def _split(tool: Tool, rng: random.Random) -> Sequence[Tool]:
     second = dataclasses.replace(meaning, key=TICKET, by=TICKET)
     return [
         dataclasses.replace(
-            tool, name=f"find_{TICKET}", parameters=_schema(thing), semantics=first
+            tool, name=f"{TICKET}_find", parameters=_schema(thing), semantics=first
         ),
         dataclasses.replace(tool, parameters=_schema(TICKET), semantics=second),
     ]
@@ -278,7 +278,7 @@ def _merge(tool: Tool, rng: random.Random) -> Sequence[Tool]:
     if meaning.op != "set" or meaning.looked_up:
         return []
     parameters = {**tool.parameters, "required": [meaning.key]}
-    name = f"use_{tool.name.partition('_')[2]}"
+    name = f"{tool.name.rpartition('_')[0]}_use"
     return [
         dataclasses.replace(tool, name=name, parameters=parameters, semantics=_op(meaning, "use"))
     ]

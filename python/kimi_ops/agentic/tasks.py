@@ -22,6 +22,7 @@ from kimi_ops.agentic.world import BUSY, NOT_FOUND, Table, World
 
 __all__ = [
     "FAMILIES", "NO_TOOL", "PLAIN", "Call", "Rubric", "Task", "distinct", "fits_none", "make_task",
+    "subject",
 ]  # fmt: skip
 
 NO_TOOL = "no tool for that"
@@ -96,9 +97,22 @@ class Task:
     plan: tuple[Step, ...]
 
 
+def subject(name: str) -> str:
+    """What a tool is about, which is also a word of the wish: its name without the verb.
+
+    Examples
+    --------
+    >>> from kimi_ops.agentic.tasks import subject
+    >>> subject("status_get")
+    'status'
+    """
+    return name.rpartition("_")[0]
+
+
 def _size(call: Call) -> int:
-    """Bytes of a call in its section."""
-    return len(json.dumps(dict(call.arguments))) + len(f"functions.{call.tool}:0") + 6
+    """Bytes of a call in its section, and of its subject before."""
+    arguments = json.dumps(dict(call.arguments))
+    return len(f"{subject(call.tool)}, functions.{call.tool}:0{arguments}") + 6
 
 
 def distinct(tool: Tool, others: Iterable[Tool]) -> bool:
@@ -292,8 +306,8 @@ def _none(scene: _Scene, declared: int) -> Task | None:
     scene.tools.remove(tool)
     if not fits_none(tool, scene.tools):
         return None
-    said = spoken(wish, scene.rng)
-    return scene.task("none", [said], [NO_TOOL], outputs=[NO_TOOL])
+    said, answer = spoken(wish, scene.rng), f"{subject(tool.name)}: {NO_TOOL}"
+    return scene.task("none", [said], [answer], outputs=[NO_TOOL])
 
 
 def _fault(scene: _Scene, declared: int) -> Task | None:

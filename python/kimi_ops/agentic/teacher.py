@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from kimi_ops.agentic.episode import Episode
 from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE
-from kimi_ops.agentic.tasks import Call, Task
+from kimi_ops.agentic.tasks import Call, Task, subject
 from kimi_ops.agentic.words import held_out
 from kimi_ops.agentic.world import BUSY
 from kimi_ops.models.kimi_k2.chat.dialogue import (
@@ -102,7 +102,9 @@ def play(task: Task, rng: random.Random, noise: str | None = None, style: bool =
 
 
 def _section(calls: Sequence[Call], number: int, broken: bool) -> list[str]:
-    parts = ["", SECTION_BEGIN, ""]
+    """A turn of calls. What they are about is said before: a subject is copied from the wish, and
+    the declaration that it stands in is found by it; a name at once would have to be both."""
+    parts = [", ".join(subject(call.tool) for call in calls), SECTION_BEGIN, ""]
     for offset, call in enumerate(calls):
         arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
         written = arguments[:-1] if broken and offset == 0 else arguments
