@@ -46,7 +46,8 @@ class Answer:
             if message["role"] == "tool":
                 given.append(message["content"][:LONGEST_RESULT])
             elif message["role"] == "assistant":
-                said.append(message["content"])
+                if not message.get("tool_calls"):  # else it is what the calls are about
+                    said.append(message["content"])
                 for call in message.get("tool_calls", ()):
                     function = call["function"]
                     values = ", ".join(map(str, json.loads(function["arguments"]).values()))
