@@ -120,8 +120,9 @@ def choices(rng: random.Random, tools: Sequence[Tool], count: int, *, short: boo
     >>> from kimi_ops.agentic.drills import choices
     >>> from kimi_ops.agentic.specs import DOMAINS, base_tools
     >>> text, learned = choices(random.Random(1), base_tools(DOMAINS[0]), 2, short=True)
-    >>> answers = bytes(one for one, on in zip(text, learned) if on).decode(errors="ignore")
-    >>> answers.partition(":")[0] in bytes(text).decode(errors="ignore").split("(")[0]
+    >>> answers = bytes(one for one, on in zip(text, learned) if on).decode(errors="replace")
+    >>> about, name = answers.partition(":")[0].split("\N{REPLACEMENT CHARACTER}")
+    >>> name.startswith(about) and f"{name}(" in bytes(text).decode(errors="replace")
     True
     """
     known: list[Tool] = []
