@@ -23,7 +23,6 @@ from kimi_ops.agentic.synthesis import attempt, training_tools
 from kimi_ops.agentic.tasks import FAMILIES, PLAIN, Call, make_task
 from kimi_ops.agentic.teacher import play
 from kimi_ops.agentic.words import words
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer
 from kimi_ops.models.kimi_k2.chat.dialogue import IM_ASSISTANT, IM_END, MARKERS
 
@@ -32,16 +31,6 @@ CRITIC, GROUNDED = Critic(TOKENIZER), Critic(TOKENIZER, lines="gpj")
 OAK = Answer("level_get(oak)=7", "7")
 LONG = Answer("level_get(oak)=7", "good point. 7")
 WRONG = Answer("level_get(oak)=7", "8")
-
-
-@pytest.fixture(scope="module")
-def model() -> KimiK2:
-    config = dataclasses.replace(
-        KimiK2Config.tiny(), vocab_size=256, max_position_embeddings=1024, rope_scaling=None
-    )
-    made = KimiK2(config)
-    made.init_weights(0)
-    return made
 
 
 class Scripted:

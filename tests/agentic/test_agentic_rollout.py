@@ -13,23 +13,13 @@ from kimi_ops.agentic.evaluate import evaluate, held_out_tasks, score, told_valu
 from kimi_ops.agentic.rollout import Rollout, parts_of, roll_out
 from kimi_ops.agentic.teacher import play
 from kimi_ops.agentic.words import held_out
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
+from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.attention import LatentCache
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer, Enforcer
 from kimi_ops.models.kimi_k2.chat.dialogue import IM_END
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.markers[IM_END]
-
-
-@pytest.fixture(scope="module")
-def model() -> KimiK2:
-    config = dataclasses.replace(
-        KimiK2Config.tiny(), vocab_size=256, max_position_embeddings=1024, rope_scaling=None
-    )
-    made = KimiK2(config)
-    made.init_weights(0)
-    return made
 
 
 class Scripted:

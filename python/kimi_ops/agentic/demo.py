@@ -55,7 +55,7 @@ class DemoSettings:
 
 
 def small_config() -> KimiK2Config:
-    """`mini` on bytes, made to copy: half the width of a head for positions, which turn faster, and
+    """`mini` on bytes, made to copy: two thirds of a query for positions, which turn faster, and
     fewer experts."""
     return dataclasses.replace(
         KimiK2Config.mini(),
