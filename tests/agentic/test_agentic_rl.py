@@ -246,16 +246,17 @@ def test_arms_judge_as_they_say():
     assert shuffled.pairs([], [], None, 2) == oracle.pairs([], [], None, 2) == [EXAMPLE] * 2
 
 
-def test_temperatures_fall_and_families_that_go_well_come_seldom():
+def test_temperatures_fall_and_families_of_even_odds_come_most():
     settings = RlSettings(steps=11)
     assert [settings.temperature_of("lookup", step) for step in (0, 5, 10)] == pytest.approx(
         [1.0, 0.85, 0.7]
     )
     assert [settings.temperature_of("tell", step) for step in (0, 10)] == [1.2, 0.8]
     run = stage(RlSettings(groups=60, told=1))
-    run._success = dict.fromkeys(run._success, 1.0) | {"chain": 0.1}
+    run._success = dict.fromkeys(run._success, 1.0) | {"chain": 0.5, "pair": 0.0}
     families = [task.family for task in run._tasks(random.Random(0))]
-    assert families.count("chain") > 30 and families[-1] == "tell" and len(families) == 61
+    assert families.count("chain") > 30 > 10 > families.count("pair")
+    assert families[-1] == "tell" and len(families) == 61
     plain = [task.system for task in run._tasks(random.Random(1))].count(rl.PLAIN)
     assert 5 <= plain <= 28
 

@@ -34,7 +34,7 @@ __all__ = ["Judges", "Rl", "RlSettings"]
 
 VERIFIABLE = tuple(family for family in FAMILIES if family != TELL)
 MEMORY = 0.7  # of a family's success, for which groups it is drawn
-SELDOM = 0.05  # weight of a family that never fails
+SELDOM = 0.05  # weight of a family that never fails, or always, where 1 is even odds
 
 
 class Judges(Protocol):
@@ -174,9 +174,11 @@ class Rl:
         return made
 
     def _tasks(self, rng: random.Random) -> list[Task]:
-        """Prompts; families that go well come seldom."""
-        failing = [max(SELDOM, 1 - self._success[family]) for family in VERIFIABLE]
-        families = rng.choices(VERIFIABLE, failing, k=self.settings.groups)
+        """Prompts; what always goes well, or never yet, comes seldom: a group of equal rewards
+        teaches nothing."""
+        odds = [self._success[family] for family in VERIFIABLE]
+        weights = [max(SELDOM, 4 * share * (1 - share)) for share in odds]
+        families = rng.choices(VERIFIABLE, weights, k=self.settings.groups)
         tasks = []
         for family in [*families, *[TELL] * self.settings.told]:
             declared = rng.choice((1, 2, 2, 3))
