@@ -58,10 +58,12 @@ void forward(const Case& c) {
     p.num_rows = problem.rows, p.k = c.k, p.n = c.n, p.num_experts = problem.experts;
     p.dtype = c.dtype, p.b_storage = kimi_storage(c.dtype), p.out_dtype = c.out_dtype;
     const Workspace workspace(p, kimi_grouped_gemm_workspace_bytes);
-    p.a = a.data.get(), p.b = b.data.get(), p.offsets = problem.offsets.data();
+    if (c.k > 0) p.a = a.data.get(), p.b = b.data.get();  // empty ones may be NULL,
+    p.offsets = problem.offsets.data();
     p.bias = c.bias ? bias.data.get() : nullptr;
     p.out = out.data.get();
-    p.a_row_stride = c.k, p.a_k_stride = 1, p.b_expert_stride = c.k * c.n;
+    p.a_row_stride = c.k, p.a_k_stride = 1;
+    p.b_expert_stride = std::max<int64_t>(c.k, 1) * c.n;  // and have the strides of torch's
     p.b_k_stride = c.transposed ? 1 : c.n, p.b_n_stride = c.transposed ? c.k : 1;
     check(kimi_grouped_gemm(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_OK, "grouped_gemm");
     for (int32_t e = 0; e < problem.experts; ++e)
@@ -137,6 +139,7 @@ int main() {
         forward({sizes, 3, k, n, dtype, dtype, transposed, true});
         wgrad({sizes, 3, k, n, dtype, KIMI_FLOAT32, transposed, false}, true);
       }
+      forward({sizes, 3, 0, 9, dtype, dtype, transposed, true});
       forward({many, 0, 600, 34, dtype, KIMI_FLOAT32, transposed, false});
       wgrad({many, 1, 34, 70, dtype, dtype, transposed, false}, false);
     }

@@ -52,7 +52,7 @@ struct PackPairs {
         row_bytes(next.row_bytes),
         after(next.after),
         lines(next.strip ? next.count : 0),
-        written(static_cast<const char*>(next.strip) + 16 * kStripRows * 4) {}
+        written(lines ? reinterpret_cast<const char*>(to + 16 * kStripRows) : nullptr) {}
 
   void step() {
     if (lines == 0) return;

@@ -16,7 +16,7 @@ inline cpu::Operand matrix_of(const kimi_expert_weights& w, int64_t e, int64_t r
   s.depth_stride = transposed ? w.row_stride : w.column_stride;
   if ((transposed ? rows : columns) == 1) s.depth_stride = 1;
   const char* data = static_cast<const char*>(w.data);
-  const int64_t at = e * w.expert_stride;
+  const int64_t at = data ? e * w.expert_stride : 0;  // empty weights may have no memory
   if (w.storage == KIMI_STORAGE_FP8_BLOCK) {
     s.data = data + at;
     s.scale_stride = ceil_div(columns, kFp8Block);
