@@ -100,10 +100,10 @@ inline void load(void* shared, const TensorMap& map, MBarrier& full, const char*
   if (blocks == 0 || blocks >> simt::cluster_blocks() != 0)
     simt::fail(std::string(what) + ": blocks: names none or more than the " +
                std::to_string(simt::cluster_blocks()) + " of the cluster");
-  simt::statistics().loads += 1;
+  simt::count(&simt::Statistics::loads, 1);
   for (int b = 0; b < simt::cluster_blocks(); ++b)
     if (blocks >> b & 1) {
-      simt::statistics().loaded_bytes += box.bytes();
+      simt::count(&simt::Statistics::loaded_bytes, box.bytes());
       char* const there = static_cast<char*>(simt::in_peer(shared, b));
       MBarrier* const barrier = static_cast<MBarrier*>(simt::in_peer(&full, b));
       simt::check_fenced(there, box.bytes(), what);
@@ -135,7 +135,7 @@ void add_all(char* global, const char* values, size_t bytes) {
 inline void store(const TensorMap& map, const void* shared, const char* what, bool add, int rank,
                   int32_t x, int32_t y, int32_t z) {
   const Box box = box_at(map, shared, what, rank, x, y, z);
-  simt::statistics().stored_bytes += box.bytes();
+  simt::count(&simt::Statistics::stored_bytes, box.bytes());
   if (add && map.strides_bytes[0] == 1) simt::fail(std::string(what) + ": bytes cannot be added");
   char* const from = const_cast<char*>(static_cast<const char*>(shared));
   simt::check_fenced(from, box.bytes(), what);
@@ -163,7 +163,7 @@ inline void tma_prefetch(const TensorMap&) {}
 inline void tma_prefetch_box(const TensorMap& map, int32_t x, int32_t y, int32_t z) {
   if (map.rank != 3 || x * map.strides_bytes[0] % 16 != 0)
     simt::fail("tma_prefetch_box: expected a tensor map of rank 3 and x on 16 bytes");
-  simt::statistics().prefetched_bytes += detail::bytes_inside(map, {x, y, z});
+  simt::count(&simt::Statistics::prefetched_bytes, detail::bytes_inside(map, {x, y, z}));
 }
 inline void tma_load(void* shared, const TensorMap& map, MBarrier& full, int32_t x, int32_t y) {
   detail::load(shared, map, full, "tma_load", 2, x, y, 0, detail::own_block());

@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
           sigmoid ? sigmoid_slope<CudaOps>(z, u) : sqrtsoftplus_slope<CudaOps>(z, u);
       float mine = softmax ? du : mul_rn(du, slope);
       const uint32_t same = warp_match(slot ? id : -1 - lane);  // of given ids two may be one
-      if (warp_ballot((same & ((1u << lane) - 1)) != 0) != 0) {
+      const bool again = (same & ((1u << lane) - 1)) != 0;
+      if (warp_ballot(again) != 0) {
         float sum = -0.0f;
         for (int k = 0; k < p.top_k; ++k) {
           const float other = warp_broadcast(mine, k);
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
         }
         mine = sum;
       }
-      if (slot) gradient[id] = mine;
+      if (slot && !again) gradient[id] = mine;
     }
     warp_barrier();
     for (int e = lane; e < num_experts; e += kWarpSize) {

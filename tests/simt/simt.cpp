@@ -386,7 +386,9 @@ void park_spinning(std::string (*describe)(const void*), const void* context,
 }  // namespace detail
 
 Settings& settings() { return detail::Runner::instance().settings; }
-Statistics& statistics() { return detail::Runner::instance().statistics; }
+void count(uint64_t Statistics::* what, uint64_t by) {
+  detail::Runner::instance().statistics.*what += by;
+}
 Statistics last_statistics() { return detail::Runner::instance().statistics; }
 uint64_t launches() { return detail::Runner::instance().statistics.launches; }
 

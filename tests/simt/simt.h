@@ -132,8 +132,8 @@ void check_global16(const void* address, const char* what);
 
 }  // namespace detail
 
-/// For primitives: what the launch has counted so far.
-Statistics& statistics();
+/// For primitives: the launch counts `by` more of `what`. The model's own memory, whichever thread it is.
+void count(uint64_t Statistics::* what, uint64_t by);
 
 /// Throws simt::Error naming the running thread.
 [[noreturn]] void fail(const std::string& message);
