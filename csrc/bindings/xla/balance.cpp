@@ -70,7 +70,7 @@ Status sequence_balance_loss_backward(Frame& f) {
   kimi_sequence_balance_loss_backward_params p = {};
   p.grad_loss = f.next("grad_loss", {kF32}, {}).as<float>();
   KIMI_RETURN_IF_ERROR(set_loss(f, p));
-  p.grad_logits = f.out(kFloats, {p.num_tokens, p.num_experts}).data;
+  set_grad_logits(f, p);
   return f.run(kimi_sequence_balance_loss_backward, p);
 }
 
@@ -107,7 +107,7 @@ Status z_loss_backward(Frame& f) {
   p.log_sum_exp = f.next("log_sum_exp", {kF32}, {p.num_tokens}).as<float>();
   p.valid_tokens = f.next("valid_tokens", {kS32}, {}).as<int32_t>();
   p.coefficient = float(f.number("coefficient"));
-  p.grad_logits = f.out(kFloats, {p.num_tokens, p.num_experts}).data;
+  set_grad_logits(f, p);
   return f.run(kimi_z_loss_backward, p);
 }
 

@@ -169,6 +169,16 @@ int Frame::choice(const char* name, std::initializer_list<const char*> names) co
   refuse(std::string(name) + ": expected one of " + all + ", got " + (value ? *value : "no text"));
 }
 
+void Frame::check_all_taken() const {
+  const auto check = [&](const char* what, size_t taken, size_t given) {
+    if (taken < given)
+      refuse(std::string(what) + ": expected " + std::to_string(taken) + ", got " +
+             std::to_string(given));
+  };
+  check("arrays", next_argument_, arguments.size());
+  check("results", next_result_, results.size());
+}
+
 void Frame::take_workspace(void*& memory, size_t& bytes) {
   const Tensor& all = out({kU8}, {kAny});
   const size_t past = reinterpret_cast<uintptr_t>(all.data) % kAlignment;

@@ -71,23 +71,26 @@ class Frame {
 
   template <class Params>
   Status run(kimi_status (*call)(const Params*, kimi_device, void*), const Params& p) {
+    check_all_taken();
     return traced ? Status::ok() : status_of(call(&p, device, stream));
   }
   // The workspace is the last result.
   template <class Params>
   Status run(kimi_status (*call)(const Params*, kimi_device, void*), Params& p,
              size_t (*bytes)(const Params*, kimi_device)) {
+    if (!traced) take_workspace(p.workspace, p.workspace_bytes);
+    check_all_taken();
     if (traced) {
       workspace_bytes = bytes(&p, device) + kAlignment;
       return Status::ok();
     }
-    take_workspace(p.workspace, p.workspace_bytes);
     return status_of(call(&p, device, stream));
   }
   [[noreturn]] void refuse(const std::string& text) const;
 
  private:
   static constexpr size_t kAlignment = 64;
+  void check_all_taken() const;
   void take_workspace(void*& memory, size_t& bytes);
   const Tensor& take(const std::string& name);
   const Tensor& checked(const Tensor& tensor, const std::string& name, Types dtypes,

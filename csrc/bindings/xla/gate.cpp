@@ -78,7 +78,7 @@ Status topk_gate_backward(Frame& f) {
   p.indices = f.next("indices", {kS32}, {p.num_tokens, p.top_k}).as<int32_t>();
   if (grad.size(0) != p.num_tokens) f.refuse("grad_weights: expected a row for each token");
   set_weighting(f, p);
-  p.grad_logits = f.out(kFloats, {p.num_tokens, p.num_experts}).data;
+  set_grad_logits(f, p);
   return f.run(kimi_topk_gate_backward, p);
 }
 

@@ -23,6 +23,12 @@ void set_logits(Frame& f, Params& p) {
   p.logits_dtype = native(logits.dtype);
 }
 
+// Their gradient, of their dtype, where they come behind the gradient that it is made of.
+template <class Params>
+void set_grad_logits(Frame& f, Params& p) {
+  p.grad_logits = f.out({f.arguments[1].dtype}, {p.num_tokens, p.num_experts}).data;
+}
+
 template <class Params>
 void set_score(Frame& f, Params& p) {
   p.score_function = kimi_score_function(f.choice("score_function", kScoreFunctions));
