@@ -66,6 +66,19 @@ def test_values_and_gradient_in_fp64(engine, score_function, renormalize):
     assert (x.grad.cpu().double() - exact.grad).norm() < 2e-6 * exact.grad.norm()
 
 
+def test_rows_apart_and_logits_that_are_no_numbers(engine):
+    """A view of wider rows, as many routers make them: its own logits, NaN scored as 0."""
+    wide = random(9, 40)
+    wide[:, 3], wide[2, 17:] = math.nan, math.nan
+    z, ids = wide[:, :17].to(engine.device), some_ids(9, 17, 4).to(engine.device)
+    for score_function in SCORES:
+        options = {"ids": ids, "score_function": score_function}
+        gate, apart = topk_gate(z, **options), topk_gate(z.contiguous(), **options)
+        assert all(torch.equal(a, b) for a, b in zip(gate, apart, strict=True))
+        want = reference.topk_gate(z.cpu(), ids=ids.cpu().long(), score_function=score_function)
+        torch.testing.assert_close(gate.weights.cpu(), want[0], rtol=2e-6, atol=1e-12)
+
+
 def test_a_drifted_id_keeps_its_gradient(engine):
     """Not gathered from what was chosen: an expert that the scores would not choose counts too."""
     z = torch.tensor([[3.0, 2.0, -1.0, 0.0]], device=engine.device, requires_grad=True)
@@ -80,7 +93,7 @@ def test_ids_out_of_range_are_refused(cpu_engine):
     z = torch.zeros(3, 8)
     for bad in (9, -2, 2**31, 2**32, -(2**33)):
         with pytest.raises(ValueError, match=r"ids: expected -1 .. 8, got .*mark slots"):
-            topk_gate(z, ids=torch.tensor([[0], [bad], [1]]))
+            topk_gate(z, ids=torch.tensor([[0, 1], [2, 3], [1, bad]]))
 
 
 def test_nan_and_infinite_logits_of_given_ids(engine):
@@ -189,7 +202,8 @@ def test_leading_shapes(engine):
             assert torch.equal(a.reshape(b.shape), b)
     one = topk_gate(z[0, 0], 4)
     assert torch.equal(one.indices, topk_gate(z[0, :1], 4).indices[0])
-    assert topk_gate(z[:, :0], 4).weights.shape == (3, 0, 4)
+    for none in (topk_gate(z[:, :0], 4), topk_gate(z[:, :0], ids=gate.indices[:, :0])):
+        assert none.weights.shape == (3, 0, 4) and none.tokens_per_expert.tolist() == [0] * 24
 
 
 def test_a_router_of_torch_feeds_the_plan(engine):
