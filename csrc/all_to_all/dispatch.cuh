@@ -10,6 +10,7 @@
 #pragma once
 
 #include "all_to_all/exchange.cuh"
+#include "device/atomic.cuh"
 #include "permute/permute.cuh"
 
 namespace kimi::exchange {
@@ -280,7 +281,9 @@ __device__ inline void leave_empty(const DispatchParams& p) {
       fill(p.loads, int64_t{p.peers.world} * p.num_experts, 0);
       fill(p.report, kReportHead + p.peers.world, int64_t{0});
     }
-    for (int64_t row = thread; receives && row < p.num_rows; row += kThreads) p.y_source[row] = -1;
+    // Each block all of them, since its own rows may be any; beside others, so by atomics: -1 is ones.
+    for (int64_t row = thread; receives && row < p.num_rows; row += kThreads)
+      atomic_or(reinterpret_cast<uint32_t*>(&p.y_source[row]), ~0u);
   }
   if (!receives) return;
   const int jobs =
