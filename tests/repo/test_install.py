@@ -210,7 +210,8 @@ def test_missing_native_module_is_explained(installed):
 
 
 def test_cuda_on_without_nvcc_is_an_error(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH")}
+    own = ("CUDACXX", "CUDA_PATH", "CMAKE_C_COMPILER_LAUNCHER", "CMAKE_CXX_COMPILER_LAUNCHER")
+    environment = {k: v for k, v in os.environ.items() if k not in own}
     environment["PATH"] = f"{Path(sys.executable).parent}:{tmp_path}"
     for tool in ("cc", "c++", "g++", "gcc", "ld", "as", "ar", "ranlib", "nm", "cmake", "ninja"):
         found = subprocess.run(["which", tool], capture_output=True, text=True).stdout.strip()
