@@ -81,8 +81,9 @@ Status check_sizes(const char* op, const Params& p, kimi_device device) {
   return Status::ok();
 }
 
+// `empty`: there is no element, and may be no memory.
 inline Status check_weights(const char* op, const char* name, const kimi_expert_weights& w,
-                            kimi_dtype dtype, bool may_be_quantised) {
+                            kimi_dtype dtype, bool may_be_quantised, bool empty) {
   const bool quantised =
       w.storage == KIMI_STORAGE_FP8_BLOCK || w.storage == KIMI_STORAGE_INT4_GROUP;
   if (int(w.storage) != int(dtype) && !(quantised && may_be_quantised))
@@ -90,7 +91,7 @@ inline Status check_weights(const char* op, const char* name, const kimi_expert_
                    may_be_quantised ? " or a quantised storage" : "", ", got storage ",
                    int(w.storage),
                    may_be_quantised ? "; convert it" : "; convert or dequantise it");
-  if (quantised && (!w.scale || w.column_stride != 1))
+  if (quantised && ((!w.scale && !empty) || w.column_stride != 1))
     return invalid(op, ": ", name,
                    ": expected a scale and contiguous columns beside quantised weights,"
                    " got ",
