@@ -71,3 +71,15 @@ print(_C.num_threads())
         env={"PYTHONPATH": str(ROOT / "python"), "OMP_WAIT_POLICY": "passive"},
     )  # fmt: skip
     assert result.stdout.split() == ["2"], result.stderr
+
+
+@pytest.mark.parametrize("rows, columns", [(0, 8), (0, 256), (3, 0)])
+def test_stored_forms_of_no_element(rows, columns):
+    x, stack = np.zeros((rows, columns), np.float32), np.zeros((2, rows, columns), np.float32)
+    forms = (
+        kn.Fp8Rows.quantize(x),
+        kn.Fp8BlockWeight.quantize(stack),
+        kn.Int4GroupWeight.quantize(stack),
+    )
+    for form, shape in zip(forms, (x.shape, stack.shape, stack.shape), strict=True):
+        assert form.shape == form.dequantize().shape == shape
