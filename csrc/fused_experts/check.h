@@ -50,8 +50,9 @@ Status check_activation(const char* op, const Params& p) {
                  "; choose one of these");
 }
 
+// `workspace_bytes`: that the op asks for; on a GPU none where there are no tokens.
 template <class Params>
-Status check_sizes(const char* op, const Params& p, kimi_device device) {
+Status check_sizes(const char* op, const Params& p, kimi_device device, size_t workspace_bytes) {
   if (!sizes_are_good(p))
     return invalid(op,
                    ": T, H, F, E, K, dtype: expected sizes of 0 or more (E, K: 1 or more), T K "
@@ -59,7 +60,8 @@ Status check_sizes(const char* op, const Params& p, kimi_device device) {
                    p.num_tokens, ", ", p.hidden, ", ", p.width, ", ", p.num_experts, ", ", p.top_k,
                    ", ", int(p.dtype), "; split the tokens or convert them");
   KIMI_RETURN_IF_ERROR(check_activation(op, p));
-  if (!p.offsets || !p.workspace || (p.num_tokens > 0 && (!p.source || !p.row_map || !p.weights)))
+  if (!p.offsets || (!p.workspace && workspace_bytes > 0) ||
+      (p.num_tokens > 0 && (!p.source || !p.row_map || !p.weights)))
     return invalid(
         op,
         ": weights, row_map, source, offsets, workspace: expected pointers, got NULL; "

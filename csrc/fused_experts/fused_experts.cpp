@@ -58,7 +58,8 @@ Status check_fp8(const char* op, const FusedExpertsParams& p) {
 Status check(const FusedExpertsParams& p, kimi_device device) {
   const bool on_cpu = device == KIMI_DEVICE_CPU;
   const char* op = "fused_experts";
-  KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p, device));
+  KIMI_RETURN_IF_ERROR(
+      experts::check_sizes(op, p, device, fused_experts_workspace_bytes(p, device)));
   const bool fp8 =
       p.w_gate_up.storage == KIMI_STORAGE_FP8_BLOCK || p.w_down.storage == KIMI_STORAGE_FP8_BLOCK;
   const bool quantised = on_cpu || (fp8 && serves_grouped_gemm_fp8(device));
