@@ -8,7 +8,7 @@ import torch
 from rounding import error
 from torch import Tensor
 
-from kimi_ops import Fp8BlockWeight, fused_experts, topk_gate
+from kimi_ops import Fp8BlockWeight, fused_experts, permute_plan, topk_gate
 
 
 def activation(name: str, gate: Tensor, up: Tensor) -> Tensor:
@@ -192,6 +192,19 @@ def test_no_hidden_and_no_width(engine):
     assert not y.any() and w_down.grad.shape == (3, 6, 0)
     none = fused_experts(x[:, :0], x.new_ones(3, 0, 0), x.new_ones(3, 0, 0), weights, indices)
     assert none.shape == (4, 0)
+
+
+def test_of_no_hidden_size_the_backward_gets_the_biases(engine):
+    """They are all of [g; u], which is there to be read."""
+    weights, indices = (t.to(engine.device) for t in tensors(4, 3, 2, 6, 5)[3:])
+    bias = torch.arange(30.0, device=engine.device).view(3, 10)
+    x, w_gate_up, w_down = bias.new_ones(4, 0), bias.new_ones(3, 10, 0), bias.new_ones(3, 0, 5)
+    plan = permute_plan(indices, 3)
+    arguments = x, w_gate_up, w_down, weights, plan.row_map, plan.source, plan.offsets
+    _, gate_up = torch.ops.kimi_ops.fused_experts(
+        *arguments, None, None, bias, None, "silu", [], False, True
+    )
+    assert torch.equal(gate_up, bias[indices.flatten()[plan.source.long()].long()])
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "situ"])
