@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from kimi_ops import topk_gate
 from kimi_ops.nn import Experts, MoE, Router
 from tests.nn.parts import EXPERTS, HIDDEN, TOP_K, WIDTH, layer
 
@@ -52,3 +53,45 @@ def test_no_tokens(shape):
 def test_tokens_that_do_not_fit_are_refused(error, text, x, valid):
     with pytest.raises(error, match=text):
         layer()(x, valid)
+
+
+def test_recompute_keeps_no_first_product():
+    def kept(recompute):
+        sizes = []
+        experts = Experts(EXPERTS, HIDDEN, WIDTH, recompute=recompute)
+        gate = topk_gate(torch.randn(5, EXPERTS), TOP_K)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.append(x.numel()) or x, lambda x: x
+        ):
+            experts(torch.randn(5, HIDDEN), gate)
+        return sum(sizes)
+
+    assert kept(False) - kept(True) == 5 * TOP_K * 2 * WIDTH
+
+
+@pytest.mark.parametrize("form", ["fp8", "int4"])
+def test_stored_experts_have_the_biases(form):
+    experts = Experts(EXPERTS, HIDDEN, WIDTH, bias=True).requires_grad_(False)
+    for parameter in experts.parameters():
+        parameter.normal_()
+    gate, x = topk_gate(torch.randn(5, EXPERTS), TOP_K), torch.randn(5, HIDDEN)
+    stored = experts.stored(form)
+    plain = Experts(EXPERTS, HIDDEN, WIDTH, bias=True).requires_grad_(False)
+    plain.load_state_dict(experts.state_dict())
+    plain.gate_up_proj.copy_(stored.gate_up_proj.dequantize(torch.float32))
+    plain.down_proj.copy_(stored.down_proj.dequantize(torch.float32))
+    torch.testing.assert_close(stored(x, gate), plain(x, gate), rtol=1e-4, atol=1e-4)
+
+
+def test_a_router_asked_for_no_plan_gives_none():
+    for router in (Router(HIDDEN, EXPERTS, TOP_K), Router(HIDDEN, EXPERTS, TOP_K).double()):
+        assert router(torch.randn(5, HIDDEN))[2] is None
+
+
+def test_parameters_are_drawn_as_those_of_linear_layers():
+    experts, router = Experts(EXPERTS, HIDDEN, WIDTH), Router(HIDDEN, 64, TOP_K, bias=True)
+    for drawn, inputs in (
+        (experts.gate_up_proj, HIDDEN), (experts.down_proj, WIDTH), (router.weight, HIDDEN),
+        (router.bias, HIDDEN),
+    ):  # fmt: skip
+        assert 0.8 < drawn.abs().max() * inputs**0.5 <= 1
