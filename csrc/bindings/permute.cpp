@@ -110,7 +110,7 @@ PyObject* unpermute(Call& call) {
   p.x = x.data();
   p.num_tokens = plan.tokens();
   p.hidden = y.size(1);
-  p.y_stride = y.stride(0);
+  p.y_stride = y.size(0) > 1 ? y.stride(0) : p.hidden;  // that of one row may be anything
   p.top_k = plan.top_k();
   p.dtype = native(y.dtype);
   call.run(kimi_unpermute, p);

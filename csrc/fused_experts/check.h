@@ -50,8 +50,9 @@ Status check_activation(const char* op, const Params& p) {
                  "; choose one of these");
 }
 
+// `workspace_bytes`: that the op asks for; on a GPU none where there are no tokens.
 template <class Params>
-Status check_sizes(const char* op, const Params& p, kimi_device device) {
+Status check_sizes(const char* op, const Params& p, kimi_device device, size_t workspace_bytes) {
   if (!sizes_are_good(p))
     return invalid(op,
                    ": T, H, F, E, K, dtype: expected sizes of 0 or more (E, K: 1 or more), T K "
@@ -59,7 +60,8 @@ Status check_sizes(const char* op, const Params& p, kimi_device device) {
                    p.num_tokens, ", ", p.hidden, ", ", p.width, ", ", p.num_experts, ", ", p.top_k,
                    ", ", int(p.dtype), "; split the tokens or convert them");
   KIMI_RETURN_IF_ERROR(check_activation(op, p));
-  if (!p.offsets || !p.workspace || (p.num_tokens > 0 && (!p.source || !p.row_map || !p.weights)))
+  if (!p.offsets || (!p.workspace && workspace_bytes > 0) ||
+      (p.num_tokens > 0 && (!p.source || !p.row_map || !p.weights)))
     return invalid(
         op,
         ": weights, row_map, source, offsets, workspace: expected pointers, got NULL; "
@@ -81,8 +83,9 @@ Status check_sizes(const char* op, const Params& p, kimi_device device) {
   return Status::ok();
 }
 
+// `empty`: there is no element, and may be no memory.
 inline Status check_weights(const char* op, const char* name, const kimi_expert_weights& w,
-                            kimi_dtype dtype, bool may_be_quantised) {
+                            kimi_dtype dtype, bool may_be_quantised, bool empty) {
   const bool quantised =
       w.storage == KIMI_STORAGE_FP8_BLOCK || w.storage == KIMI_STORAGE_INT4_GROUP;
   if (int(w.storage) != int(dtype) && !(quantised && may_be_quantised))
@@ -90,7 +93,7 @@ inline Status check_weights(const char* op, const char* name, const kimi_expert_
                    may_be_quantised ? " or a quantised storage" : "", ", got storage ",
                    int(w.storage),
                    may_be_quantised ? "; convert it" : "; convert or dequantise it");
-  if (quantised && (!w.scale || w.column_stride != 1))
+  if (quantised && ((!w.scale && !empty) || w.column_stride != 1))
     return invalid(op, ": ", name,
                    ": expected a scale and contiguous columns beside quantised weights,"
                    " got ",

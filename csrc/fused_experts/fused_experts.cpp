@@ -58,12 +58,15 @@ Status check_fp8(const char* op, const FusedExpertsParams& p) {
 Status check(const FusedExpertsParams& p, kimi_device device) {
   const bool on_cpu = device == KIMI_DEVICE_CPU;
   const char* op = "fused_experts";
-  KIMI_RETURN_IF_ERROR(experts::check_sizes(op, p, device));
+  KIMI_RETURN_IF_ERROR(
+      experts::check_sizes(op, p, device, fused_experts_workspace_bytes(p, device)));
   const bool fp8 =
       p.w_gate_up.storage == KIMI_STORAGE_FP8_BLOCK || p.w_down.storage == KIMI_STORAGE_FP8_BLOCK;
   const bool quantised = on_cpu || (fp8 && serves_grouped_gemm_fp8(device));
-  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, quantised));
-  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, quantised));
+  const bool empty = p.hidden == 0 || p.width == 0;
+  KIMI_RETURN_IF_ERROR(
+      experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, quantised, empty));
+  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, quantised, empty));
   if (fp8 && !on_cpu) KIMI_RETURN_IF_ERROR(check_fp8(op, p));
   if (p.weights_first && p.b_down)
     return invalid(op,

@@ -187,11 +187,12 @@ size_t fused_experts_workspace_bytes_cuda(const FusedExpertsParams& p) {
 }
 
 Status fused_experts_cuda(const FusedExpertsParams& p, void* stream) {
-  if (p.num_tokens == 0 || p.hidden == 0) return Status::ok();
-  if (experts::is_fp8(p)) return experts::fp8_forward(p, stream);
+  if (p.num_tokens == 0) return Status::ok();
+  if (experts::is_fp8(p)) return p.hidden > 0 ? experts::fp8_forward(p, stream) : Status::ok();
   const ForwardWorkspace workspace(p, p.workspace);
   KIMI_RETURN_IF_ERROR(gate_up(p, workspace.rows, p.gate_up, workspace.hidden,
                                p.weights_first ? p.weights : nullptr, stream));
+  if (p.hidden == 0) return Status::ok();  // [g; u] alone: the biases
   return sum_of_products(p, rows(workspace.hidden, p.width), weights_of(p.w_down), p.width,
                          p.weights_first ? nullptr : p.weights, p.b_down, workspace.rows, p.y,
                          p.num_tokens * p.width > 0, stream);

@@ -53,7 +53,8 @@ Status check(const GroupedGemmParams& p, kimi_device device) {
     return invalid(op,
                    ": b_storage: expected the dtype of a on CUDA, got quantised weights; "
                    "dequantise them");
-  if (quantised && (!p.b_scale || p.b_k_stride != 1))
+  const bool empty = p.num_experts == 0 || p.k == 0 || p.n == 0;
+  if (quantised && ((!p.b_scale && !empty) || p.b_k_stride != 1))
     return invalid(op, ": b: expected a scale and contiguous K beside quantised weights, got ",
                    p.b_scale ? "a K stride of " : "no scale and a K stride of ", p.b_k_stride,
                    "; pass the weight as it was quantised");

@@ -10,6 +10,8 @@ from typing import Any
 
 def shape(op: str, name: str, value: Any, expected: Sequence[int | str], mend: str = "") -> None:
     """`expected` holds sizes, or letters for sizes that may be anything."""
+    if not hasattr(value, "shape"):
+        raise TypeError(f"{op}: {name}: expected an array, got {type(value).__name__}; make it one")
     fits = len(value.shape) == len(expected) and all(
         isinstance(want, str) or got == want
         for got, want in zip(value.shape, expected, strict=True)

@@ -8,7 +8,7 @@ import torch
 from rounding import error
 from torch import Tensor
 
-from kimi_ops import Fp8BlockWeight, fused_experts, topk_gate
+from kimi_ops import Fp8BlockWeight, fused_experts, permute_plan, topk_gate
 
 
 def activation(name: str, gate: Tensor, up: Tensor) -> Tensor:
@@ -111,15 +111,19 @@ def test_autocast_casts_tokens_and_matrices():
     assert w_down.grad.dtype == torch.float32 and w_down.grad.any()
 
 
-def test_no_tokens_and_no_experts_chosen():
-    x, w_gate_up, w_down, weights, indices = tensors(4, 3, 2, 6, 5)
-    w_gate_up.requires_grad_()
-    empty = fused_experts(x[:0], w_gate_up, w_down, weights[:0], indices[:0])
+def test_no_tokens_and_no_experts_chosen(engine):
+    """Of no tokens a GPU asks for no workspace."""
+    x, w_gate_up, w_down, weights, indices = (t.to(engine.device) for t in tensors(4, 3, 2, 6, 5))
+    biases = {"b_gate_up": torch.ones_like(w_gate_up[:, :, 0]), "b_down": w_down[:, :, 0].clone()}
+    wanted = [w_gate_up, *biases.values()]
+    for parameter in wanted:
+        parameter.requires_grad_()
+    empty = fused_experts(x[:0], w_gate_up, w_down, weights[:0], indices[:0], **biases)
     assert empty.shape == (0, 6)
-    y = fused_experts(x, w_gate_up, w_down, weights, torch.full_like(indices, -1))
+    y = fused_experts(x, w_gate_up, w_down, weights, torch.full_like(indices, -1), **biases)
     assert not y.any()
     (y.sum() + empty.sum()).backward()
-    assert not w_gate_up.grad.any()
+    assert not any(parameter.grad.any() for parameter in wanted)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
@@ -178,14 +182,29 @@ def test_odd_sizes_of_fp8_weights():
     assert error(y, exact(x, *wide, weights, indices)) < 1e-6
 
 
-def test_no_hidden_and_no_width():
-    x, _, _, weights, indices = tensors(4, 3, 2, 6, 5)
-    empty = fused_experts(x[:, :0], torch.ones(3, 10, 0), torch.ones(3, 0, 5), weights, indices)
+def test_no_hidden_and_no_width(engine):
+    x, _, _, weights, indices = (t.to(engine.device) for t in tensors(4, 3, 2, 6, 5))
+    empty = fused_experts(x[:, :0], x.new_ones(3, 10, 0), x.new_ones(3, 0, 5), weights, indices)
     assert empty.shape == (4, 0)
-    w_down = torch.ones(3, 6, 0, requires_grad=True)
-    y = fused_experts(x, torch.ones(3, 0, 6), w_down, weights, indices)
+    w_down = x.new_ones(3, 6, 0).requires_grad_()
+    y = fused_experts(x, x.new_ones(3, 0, 6), w_down, weights, indices)
     y.sum().backward()
     assert not y.any() and w_down.grad.shape == (3, 6, 0)
+    none = fused_experts(x[:, :0], x.new_ones(3, 0, 0), x.new_ones(3, 0, 0), weights, indices)
+    assert none.shape == (4, 0)
+
+
+def test_of_no_hidden_size_the_backward_gets_the_biases(engine):
+    """They are all of [g; u], which is there to be read."""
+    weights, indices = (t.to(engine.device) for t in tensors(4, 3, 2, 6, 5)[3:])
+    bias = torch.arange(30.0, device=engine.device).view(3, 10)
+    x, w_gate_up, w_down = bias.new_ones(4, 0), bias.new_ones(3, 10, 0), bias.new_ones(3, 0, 5)
+    plan = permute_plan(indices, 3)
+    arguments = x, w_gate_up, w_down, weights, plan.row_map, plan.source, plan.offsets
+    _, gate_up = torch.ops.kimi_ops.fused_experts(
+        *arguments, None, None, bias, None, "silu", [], False, True
+    )
+    assert torch.equal(gate_up, bias[indices.flatten()[plan.source.long()].long()])
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "situ"])

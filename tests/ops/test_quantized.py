@@ -374,3 +374,18 @@ def test_bad_calls_of_fused_experts():
     with pytest.raises(ValueError, match=r"w_down: expected shape \[3, 8, 5\], got \[3, 8, 8\]"):
         wrong = Int4GroupWeight.quantize(torch.ones(3, 8, 8))
         fused_experts(x, gate_up, wrong, weights, indices)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows, columns", [(5, 0), (0, 8)])
+def test_weights_without_an_element_are_those_of_a_plain_product(form, rows, columns):
+    weight = form.quantize(torch.zeros(2, rows, columns))
+    y = grouped_gemm(torch.ones(3, columns), weight, ends(1, 2))
+    assert y.shape == (3, rows) and not y.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_without_a_width_give_zeros(form):
+    up, down = form.quantize(torch.zeros(2, 0, 8)), form.quantize(torch.zeros(2, 8, 0))
+    gate = topk_gate(torch.zeros(3, 2), 1)
+    assert not fused_experts(torch.ones(3, 8), up, down, gate.weights, gate.indices).any()

@@ -197,11 +197,15 @@ namespace {
 // XLA's threads have no number of their own; that of the program's was asked when it was traced.
 class Threads {
  public:
-  explicit Threads(int number) : before_(kimi_num_threads()) { kimi_set_num_threads(number); }
-  ~Threads() { kimi_set_num_threads(before_); }
+  explicit Threads(int number) : number_(number), before_(kimi_num_threads()) { choose(number_); }
+  ~Threads() { choose(before_); }
 
  private:
-  int before_;
+  // A thread that has the number already goes on asking OpenMP for its own.
+  void choose(int number) const {
+    if (number_ != before_) kimi_set_num_threads(number);
+  }
+  int number_, before_;
 };
 
 }  // namespace

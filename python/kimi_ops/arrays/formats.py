@@ -84,8 +84,8 @@ class Int4GroupWeight(NamedTuple):
         groups = _blocks(xp, weight.astype("float32"), 2, INT4_GROUP)
         scale = _scale(xp, xp.abs(groups).max(3), INT4_MAX).astype(named("bfloat16"))
         values = xp.clip(xp.round(groups / scale.astype("float32")[..., None]), -INT4_MAX, INT4_MAX)
-        nibbles = (values.astype("int32") + 8).reshape(experts, rows, -1)[:, :, :columns]
-        words = nibbles.reshape(experts, rows, -1, INT4_WORD)
+        nibbles = (values.astype("int32") + 8).reshape(experts, rows, _padded(columns, INT4_GROUP))
+        words = nibbles[:, :, :columns].reshape(experts, rows, columns // INT4_WORD, INT4_WORD)
         shifts = xp.arange(0, 4 * INT4_WORD, 4, dtype="int32")
         return cls((words << shifts).sum(3, dtype="int32"), scale)
 
@@ -93,7 +93,7 @@ class Int4GroupWeight(NamedTuple):
         """[E, N, K] in `dtype`: (nibble - 8) * scale in float32, rounded once."""
         xp, (experts, rows, columns) = _space(self.packed), self.shape
         shifts = xp.arange(0, 4 * INT4_WORD, 4, dtype="int32")
-        values = ((self.packed[..., None] >> shifts) & 15).reshape(experts, rows, -1) - 8
+        values = ((self.packed[..., None] >> shifts) & 15).reshape(experts, rows, columns) - 8
         scale = self.scale.astype("float32").repeat(INT4_GROUP, 2)[:, :, :columns]
         return (values.astype("float32") * scale).astype(dtype)
 
@@ -124,7 +124,7 @@ class Fp8Rows(NamedTuple):
         xp, (rows, columns) = _space(x), x.shape
         blocks = _blocks(xp, x.astype("float32"), 1, FP8_BLOCK)
         scale = _scale(xp, xp.abs(blocks).max(2), FP8_MAX)
-        values = (blocks / scale[..., None]).reshape(rows, -1)[:, :columns]
+        values = (blocks / scale[..., None]).reshape(rows, _padded(columns, FP8_BLOCK))[:, :columns]
         return cls(values.astype(named("float8_e4m3fn")), scale)
 
     def dequantize(self, dtype: Any = "float32") -> Any:
@@ -145,6 +145,10 @@ def _scale(xp: Any, largest: Any, most: float) -> Any:
     """largest / most, rounded once: by a constant XLA would multiply with its reciprocal."""
     divisor = xp.where(largest >= 0, np.float32(most), np.float32(1))
     return xp.maximum(largest / divisor, SMALLEST)
+
+
+def _padded(size: int, block: int) -> int:
+    return size + -size % block
 
 
 def _blocks(xp: Any, x: Any, axis: int, size: int) -> Any:

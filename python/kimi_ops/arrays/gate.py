@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from kimi_ops import _arguments as check
-from kimi_ops.arrays.door import DenseGate, Door, Gate, Plan
+from kimi_ops.arrays.door import DenseGate, Door, Gate, Plan, name_of
 
 EPSILON = 1e-20  # added to the sum of scores
 SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
@@ -52,7 +52,7 @@ class Gates(Door):
         if logits.ndim == 0:
             raise ValueError(f"{op}: logits: expected shape [..., E], got []")
         shape, experts = logits.shape[:-1], logits.shape[-1]
-        xp, rows = self.space(logits), logits.reshape(-1, experts)
+        xp, rows = self.space(logits), logits.reshape(math.prod(shape), experts)
         if valid is not None:
             check.shape(op, "valid", valid, shape)
             valid = self.array(valid).reshape(-1)
@@ -62,8 +62,12 @@ class Gates(Door):
                     f"{op}: mask: expected none beside ids, got both; they are the choice"
                 )
             mask = self.array(mask)
-            if mask.ndim != 1:
-                check.shape(op, "mask", mask, (*shape, experts), "or [E], one for all tokens")
+            if name_of(mask.dtype) != "bool":
+                raise TypeError(
+                    f"{op}: mask: expected bool, got {name_of(mask.dtype)}; compare it with 0"
+                )
+            each = () if mask.ndim == 1 else shape
+            check.shape(op, "mask", mask, (*each, experts), "or [E], one for all tokens")
             mask = xp.broadcast_to(mask.reshape(-1, mask.shape[-1]), rows.shape)
             rows = xp.where(mask, rows, xp.asarray(math.nan, dtype=rows.dtype))
         if ids is None:

@@ -12,7 +12,7 @@ from typing import Any
 from kimi_ops import _arguments as check
 from kimi_ops._forms import fastest_method
 from kimi_ops.arrays.door import Door, name_of
-from kimi_ops.optim.ns_schedule import METHODS, Coefficients, auto_restarts, has_aol, schedule
+from kimi_ops.optim.ns_schedule import METHODS, Coefficients, checked_restarts, has_aol, schedule
 
 Pieces = Sequence[tuple[int, int]]  # of each array: its first piece and the one behind its last
 
@@ -50,25 +50,22 @@ class Optimizer(Door):
         if not check.number(op, "eps", eps) >= 0:
             raise ValueError(f"{op}: eps: expected a number >= 0, got {eps}; 0 guards exact zeros")
         rows = schedule(coefficients, steps)
-        g = self.array(g)
-        if g.ndim < 2:
-            raise ValueError(f"{op}: g: expected [..., m, n], got shape {tuple(g.shape)}")
+        g = _matrices(op, self.array(g), "g")
         m, n = g.shape[-2:]
         if dtype is None:
             fine = "float16" if self.on_gpu else "float32"
             dtype = fine if method == "gram" else "bfloat16"
+        found = list(checked_restarts(rows, method, restarts))
         if method == "auto":
             method = fastest_method(m, n, name_of(dtype), self.on_gpu)
-        found = tuple(restarts) if not isinstance(restarts, str) else ()
-        if restarts == "auto" and method == "gram":
-            found = auto_restarts(rows)
+            found = found if method == "gram" else []
         if g.size == 0:
             return g
         numbers = [number for row in rows for number in row]
         code, aol = METHODS.index(method), has_aol(coefficients)
         stack = g.reshape(-1, m, n) if g.ndim > 2 else g[None]
         x = self.run(
-            op, self.matrices(stack), numbers, list(found), code, self.dtype(dtype), float(eps), aol
+            op, self.matrices(stack), numbers, found, code, self.dtype(dtype), float(eps), aol
         )
         return self.array(x).reshape(g.shape)
 
@@ -88,7 +85,7 @@ class Optimizer(Door):
         array([[ 5., 11.],
                [11., 25.]], dtype=float32)
         """
-        a = self.array(a)
+        a = _matrices("syrk", self.array(a))
         return self._products("syrk", a, a.swapaxes(-1, -2), c, alpha, beta)
 
     def symmetric_matmul(
@@ -96,7 +93,12 @@ class Optimizer(Door):
     ) -> Any:
         """`kimi_ops.symmetric_matmul`: alpha a b + beta c of symmetric matrices [..., M, M], of
         which a and b commute: bit for bit symmetric. Not differentiable."""
-        return self._products("symmetric_matmul", self.array(a), self.array(b), c, alpha, beta)
+        op, a = "symmetric_matmul", self.array(a)
+        if _matrices(op, a).shape[-1] != a.shape[-2]:
+            raise ValueError(
+                f"{op}: a: expected [..., m, m], got shape {tuple(a.shape)}; give a square matrix"
+            )
+        return self._products(op, a, self.array(b), c, alpha, beta)
 
     def _products(self, op: str, a: Any, b: Any, c: Any, alpha: float, beta: float) -> Any:
         check.number(op, "alpha", alpha)
@@ -209,6 +211,14 @@ class Optimizer(Door):
         """min(1, max_norm / norm) [] float32 of the gradients whose `pieces` of `squares` are
         finite."""
         return self.run("clip_factor", squares, _edges(pieces), float(max_norm))
+
+
+def _matrices(op: str, x: Any, name: str = "a") -> Any:
+    if x.ndim < 2:
+        raise ValueError(
+            f"{op}: {name}: expected [..., m, n], got shape {tuple(x.shape)}; give it as a matrix"
+        )
+    return x
 
 
 def _edges(pieces: Pieces) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kimi_ops import _check
 from kimi_ops.moe.balance import sequence_balance_loss, update_expert_bias_, z_loss
 from kimi_ops.moe.topk_gate import TopkGate
 from kimi_ops.nn.checks import Activated
@@ -18,6 +19,15 @@ from kimi_ops.operators.count_once import count_once_, recomputing, seen_by_a_gr
 from kimi_ops.routing import PermutePlan
 
 __all__ = ["Losses", "MoE"]
+
+
+def mask_of(x: Tensor, valid: Tensor | None) -> Tensor | None:
+    """`valid` of x [..., H] beside its tokens, [T]."""
+    if valid is None:
+        return None
+    _check.tensor("MoE", "valid", valid)
+    _check.shape("MoE", "valid", valid, x.shape[:-1], "one for each token of x")
+    return valid.flatten()
 
 
 class Losses(NamedTuple):
@@ -173,8 +183,12 @@ class MoE(nn.Module):
         valid : Tensor [B, S] or [T] bool, optional
             Tokens that are not get no routed expert, are not counted and are in no loss.
         """
+        if x.dim() < 2:
+            raise ValueError(
+                f"MoE: x: expected [..., H] of tokens, got {list(x.shape)}; pass x[None]"
+            )
         tokens, sequences = x.flatten(0, -2), x.shape[:-2].numel()
-        mask = None if valid is None else valid.flatten()
+        mask = mask_of(x, valid)
         logits, gate, plan = self.gate(tokens, mask, planned=True)
         losses = self.losses(logits, gate.indices, sequences, mask)
         self.count(gate)
@@ -198,7 +212,8 @@ class MoE(nn.Module):
         balance = z = None
         if self.training and self.balance_coefficient:
             balance = sequence_balance_loss(
-                logits, indices, num_sequences=sequences if self.per_sequence else 1, valid=valid,
+                logits, indices, valid=valid,
+                num_sequences=max(1, sequences) if self.per_sequence else 1,  # no batch: no tokens
                 score_function=self.gate.options["score_function"],
                 coefficient=self.balance_coefficient,
             )  # fmt: skip
@@ -224,7 +239,8 @@ class MoE(nn.Module):
     def auxiliary_loss(self) -> Tensor:
         """Sum of the losses of the last training forward, 0-dim fp32; 0 where there are none."""
         losses = [loss for loss in (self.balance_loss, self.z_loss) if loss is not None]
-        return sum(losses, torch.zeros((), device=self.gate.weight.device))
+        zero = torch.zeros((), dtype=torch.float32, device=self.gate.weight.device)
+        return sum(losses, zero)
 
     @torch.no_grad()
     def update_bias_(

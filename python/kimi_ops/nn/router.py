@@ -109,7 +109,9 @@ class Router(FixedBuffers):
         router.weight, router.bias = cast(nn.Parameter, linear.weight), linear.bias
         if router.e_score_correction_bias is not None:
             device = linear.weight.device
-            router.e_score_correction_bias = torch.zeros(experts, device=device)
+            router.e_score_correction_bias = torch.zeros(
+                experts, dtype=torch.float32, device=device
+            )
         return router
 
     @torch.no_grad()

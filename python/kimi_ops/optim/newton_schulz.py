@@ -15,7 +15,7 @@ from kimi_ops.optim import engine
 from kimi_ops.optim.ns_schedule import (
     Coefficients,
     Triple,
-    auto_restarts,
+    checked_restarts,
     has_aol,
     schedule,
 )
@@ -213,24 +213,7 @@ def check_options(
             f"newton_schulz: eps: expected a number >= 0, got {eps}; 0 guards exact zeros"
         )
     rows = schedule(coefficients, steps)
-    if restarts == "auto":
-        return rows, () if method in ("standard", "symmetric") else auto_restarts(rows)
-    if isinstance(restarts, str):
-        raise ValueError(
-            f"newton_schulz: restarts: expected 'auto' or steps, got {restarts!r}; choose one"
-        )
-    listed = [_check.integer("newton_schulz", "restarts", step) for step in restarts]
-    if listed and method != "gram":
-        raise ValueError(
-            f"newton_schulz: restarts: only method 'gram' has any, got {tuple(listed)} for "
-            f"{method!r}; pass 'auto' or ()"
-        )
-    if listed != sorted(set(listed)) or not all(0 < step < steps for step in listed):
-        raise ValueError(
-            f"newton_schulz: restarts: expected ascending steps from 1 to {steps - 1}, got "
-            f"{tuple(listed)}; tune_ns_restarts finds good ones"
-        )
-    return rows, tuple(listed)
+    return rows, checked_restarts(rows, method, restarts)
 
 
 def syrk(a: Tensor, *, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:

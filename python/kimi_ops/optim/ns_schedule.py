@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import combinations
 from typing import get_args
 
 from kimi_ops import _arguments as _check
-from kimi_ops.choices import Method, Schedule
+from kimi_ops.choices import AnyMethod, Method, Schedule
 
 Triple = tuple[float, float, float]
 Coefficients = Schedule | Sequence[float] | Sequence[Sequence[float]]
@@ -227,6 +227,30 @@ _MEASURED: dict[tuple[Schedule, int], tuple[int, ...]] = {
     ("cubic", 5): (2,),
     ("deepseek_v4", 10): (2, 4, 6),
 }
+
+
+def checked_restarts(
+    rows: tuple[Triple, ...], method: AnyMethod, restarts: str | Sequence[int]
+) -> tuple[int, ...]:
+    """The steps that the option `restarts` stands for; raises for what no method has."""
+    if restarts == "auto":
+        return () if method in ("standard", "symmetric") else auto_restarts(rows)
+    if isinstance(restarts, str) or not isinstance(restarts, Iterable):
+        raise ValueError(
+            f"newton_schulz: restarts: expected 'auto' or steps, got {restarts!r}; choose one"
+        )
+    listed = [_check.integer("newton_schulz", "restarts", step) for step in restarts]
+    if listed and method != "gram":
+        raise ValueError(
+            f"newton_schulz: restarts: only method 'gram' has any, got {tuple(listed)} for "
+            f"{method!r}; pass 'auto' or ()"
+        )
+    if listed != sorted(set(listed)) or not all(0 < step < len(rows) for step in listed):
+        raise ValueError(
+            f"newton_schulz: restarts: expected ascending steps from 1 to {len(rows) - 1}, got "
+            f"{tuple(listed)}; tune_ns_restarts finds good ones"
+        )
+    return tuple(listed)
 
 
 @lru_cache(maxsize=256)

@@ -368,7 +368,7 @@ class Decoder(nn.Module):
         Already multiplied by `aux_loss_alpha`; zero where that is 0.
         """
         losses = [moe.balance_loss for moe in self.moe_layers() if moe.balance_loss is not None]
-        zero = torch.zeros((), device=self.lm_head.weight.device)
+        zero = torch.zeros((), dtype=torch.float32, device=self.lm_head.weight.device)
         return sum(losses, zero)
 
     def reset_statistics(self) -> None:

@@ -15,7 +15,7 @@ from kimi_ops.models.kimi_k2.layers import MLP, RMSNorm
 from kimi_ops.models.kimi_k2.recompute import Recomputes, fp8_storage
 from kimi_ops.nn import Experts, Router
 from kimi_ops.nn import MoE as Layer
-from kimi_ops.nn.moe import Losses
+from kimi_ops.nn.moe import Losses, mask_of
 from kimi_ops.parallel.results import Pending
 
 
@@ -106,7 +106,7 @@ class MoE(Recomputes, Layer):
         `compute` is the second, up to where results are on their way home, `arrive` the third.
         Another batch may do its parts in between.
         """
-        mask = None if valid is None else valid.flatten()
+        mask = mask_of(x, valid)
         tokens, logits, gate, plan, shared = self.again(self._entered, x, mask, norm)
         losses = self.losses(logits, gate.indices, x.shape[0], mask)
         self.count(gate)

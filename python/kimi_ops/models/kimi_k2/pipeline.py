@@ -157,7 +157,8 @@ class Stage(Decoder):
 
     def reset_statistics(self) -> None:
         super().reset_statistics()
-        self._balance = torch.zeros((), device=next(self.parameters()).device)
+        device = next(self.parameters()).device
+        self._balance = torch.zeros((), dtype=torch.float32, device=device)
 
 
 def load_stage(
