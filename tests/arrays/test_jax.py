@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import kimi_ops  # noqa: E402
 import kimi_ops.jax as kj  # noqa: E402
+from kimi_ops.jax import calls  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 T, H, F, E, K = 12, 16, 10, 4, 2
@@ -184,7 +185,11 @@ def test_the_losses():
     same_gradients(lambda z: kj.z_loss(z, coefficient=0.5), plain, (logits,))
     bias, counts = f(E), jnp.array([1, 2, 3, 6], jnp.int32)
     moved = jax.jit(lambda b: kj.update_expert_bias(b, counts, 0.25))(bias)
-    close(moved, bias + 0.25 * jnp.array([1, 1, 0, -1]))
+    step = bias + 0.25 * jnp.array([1, 1, 0, -1])
+    close(moved, step)
+    close(kj.update_expert_bias(bias, counts, 0.25, centered=True), step - (step - bias).mean())
+    with jax.enable_x64(True):
+        close(kj.update_expert_bias(bias, counts.astype(jnp.int64), 0.25), step)
 
 
 def test_the_histogram_of_what_lacks():
@@ -203,17 +208,42 @@ def test_the_histogram_of_what_lacks():
         jax.block_until_ready(kj.quantile_histogram(first, logits, K, bounds=bounds[::-1]))
 
 
+def refused(message, make):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(make())
+
+
 def test_a_plan_of_other_rows_is_refused():
-    plan = kj.permute_plan(jnp.zeros((T, K), jnp.int32), E)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="unpermute: row_map: expected rows in"):
-        jax.block_until_ready(kj.unpermute(f(3, H), plan))
+    plan, x, y = kj.permute_plan(jnp.zeros((T, K), jnp.int32), E), f(T, H), f(3, H)
+    ids = plan.row_map, plan.source[:3]
+    refused("unpermute: row_map: expected rows in", lambda: kj.unpermute(y, plan))
+    refused("permute: row_map: expected rows in", lambda: calls.call("permute", [y], x, *ids))
+    results, weights = [y, jnp.zeros((T, K))], f(T, K)
+    refused(
+        "unpermute_backward: row_map: expected rows in",
+        lambda: calls.call("unpermute_backward", results, x, y, *ids, weights),
+    )
+
+
+def test_sequences_that_end_before_they_begin_are_refused():
+    indices = jnp.zeros((T, K), jnp.int32)
+    for ends in ([5, 4, T], [5, 6, T + 1]):
+        for op in (
+            lambda: kj.sequence_counts(indices, E, offsets=jnp.array(ends, jnp.int32)),  # noqa: B023
+            lambda: calls.call(
+                "sequence_balance_loss", [jnp.zeros(())], f(T, E), jnp.zeros((3, E), jnp.int32),
+                jnp.zeros(3, jnp.int32), jnp.array(ends, jnp.int32), None, k=K,  # noqa: B023
+                score_function="sigmoid", coefficient=0.1,
+            ),
+        ):  # fmt: skip
+            refused("offsets: expected 0 <= ", op)
 
 
 def test_what_the_optimizer_multiplies():
     g = f(2, 3, 5, 9)
     x = jax.jit(lambda g: kj.newton_schulz(g, steps=12, coefficients=(1.5, -0.5, 0)))(g)
     close(jnp.linalg.svd(x, compute_uv=False), jnp.ones((2, 3, 5)), 1e-2)
-    q, k = f(2, 4, 6, 8), f(2, 2, 6, 8)
+    q, k = f(2, 4, 6, 8), f(2, 2, 6, 8).at[:, :, -1].multiply(9)  # which one query sees
     scores = jnp.einsum("bhid,bhjd->bhij", q, jnp.repeat(k, 2, axis=1)) / 8
     seen = jnp.tril(jnp.ones((6, 6), bool))
     close(kj.attention_max_logits(q, k, 1 / 8), jnp.where(seen, scores, -jnp.inf).max((0, 2, 3)))
@@ -265,3 +295,14 @@ def test_no_torch_is_loaded():
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert result.stdout == "False\n", result.stderr
+
+
+def test_what_is_changed_lies_where_its_result_does():
+    bias, counts = f(E), jnp.array([1, 2, 3, 6], jnp.int32)
+    options = {"rate": 0.25, "centered": 0}
+    refused(
+        "bias: expected the memory of the result",
+        lambda: calls.call("update_expert_bias", [bias], bias, counts, **options),
+    )
+    (moved,) = calls.call("update_expert_bias", [bias], bias, counts, aliases={0: 0}, **options)
+    close(moved, bias + 0.25 * jnp.array([1, 1, 0, -1]))

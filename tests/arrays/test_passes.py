@@ -51,7 +51,7 @@ class Torch:
     def adamw(self, lists, numbers, scale, factors, measure):
         lists, sums = [self.new(x) for x in lists], self.new(SUMS)
         rest = self.new(scale), *(self.new(x) for x in factors)
-        OPS.adamw_(*lists, *numbers, False, True, sums, FLAT, measure, *rest)
+        OPS.adamw_(*lists, *numbers, True, sums, FLAT, measure, *rest)
         return [x for part in (*lists[:1], *lists[2:]) for x in part] + [sums] * measure
 
     def clip_rows(self, weights, maxima, *geometry):
@@ -83,7 +83,7 @@ class NumPy:
 
     def adamw(self, lists, numbers, scale, factors, measure):
         lists, sums = [self.copied(x) for x in lists], SUMS.copy()
-        kn.adamw_(*lists, *numbers, False, True, sums, PIECES, measure, scale, *factors)
+        kn.adamw_(*lists, *numbers, True, sums, PIECES, measure, scale, *factors)
         return [x for part in (*lists[:1], *lists[2:]) for x in part] + [sums] * measure
 
     def clip_rows(self, weights, maxima, *geometry):
@@ -128,9 +128,7 @@ class Jax:
         factors = [x if x is None else F32(x) for x in factors]
         *lists, sums = self.jit(
             lambda x, f: (
-                *self.k.adamw(
-                    *x, *numbers, False, True, self.bits(SUMS), PIECES, measure, scale, *f
-                ),
+                *self.k.adamw(*x, *numbers, True, self.bits(SUMS), PIECES, measure, scale, *f),
                 *([] if measure else [None]),
             )
         )(lists, factors)
@@ -174,24 +172,26 @@ def test_update(ours, factors):
     same(ours.update(*arguments), Torch().update(*arguments))
 
 
-@pytest.mark.parametrize("measure", [False, True])
-def test_adamw(ours, measure):
+@pytest.mark.parametrize(("measure", "maximize"), [(False, True), (True, False)])
+def test_adamw(ours, measure, maximize):
     lists = [arrays(), arrays(), arrays(), arrays(0.0), [np.array(n, F32) for n in (3, 7)]]
-    numbers = 1e-3, 0.9, 0.95, 1e-8, 0.1
-    factors = [np.array(F32(0.3), F64), None]
+    numbers = 1e-3, 0.9, 0.95, 1e-8, 0.1, maximize
+    factors = [np.array(F32(0.3), F64), None if measure else np.array(F32(0.7), F64)]
     arguments = lists, numbers, np.array(0.5, F32), factors, measure
     same(ours.adamw(*arguments), Torch().adamw(*arguments))
 
 
 def test_clip_rows(ours):
     weights, maxima = (
-        [RANDOM.standard_normal((8, 3), F32) for _ in range(2)],
-        np.array([9, 40], F32),
+        [RANDOM.standard_normal((rows, 3), F32) for rows in (8, 5, 6)],
+        np.array([9, 40, 160], F32),
     )
-    geometry = [2, 1], [0, 2, 4, 0, 4, 0, 0, 2, 4, 0, 1, 3], [0.5, 0.5], 10.0
+    places = [0, 2, 4, 0, 4, 0], [0, 2, 4, 3, 1, 3], [1, 1, 6, 0, 2, 4]
+    geometry = [2, 1, 1, 1], [x for place in places for x in place], [0.5, 0.5, 0.25], 10.0
     theirs = Torch().clip_rows(weights, maxima, *geometry)
     same(ours.clip_rows(weights, maxima, *geometry), theirs)
-    assert theirs[0].tolist() == [1.0, 0.25] and not np.array_equal(theirs[1].numpy(), weights[0])
+    assert theirs[0].tolist() == [1.0, 0.25, 0.0625]
+    assert not any(np.array_equal(new, old) for new, old in zip(theirs[1:], weights, strict=True))
 
 
 def test_the_bits_of_a_number():

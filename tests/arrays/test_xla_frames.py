@@ -154,6 +154,8 @@ def test_what_an_op_takes(op, arrays, attributes):
         others.append({key: other for key, other in attributes.items() if key != name})
         if isinstance(value, list):
             others.append(attributes | {name: [*value, 1.0]})
+        if isinstance(value, int):
+            others.append(attributes | {name: value + 2**32})
         for bad in others:
             try:
                 traced(op, arguments, results, bad)
@@ -163,8 +165,64 @@ def test_what_an_op_takes(op, arrays, attributes):
     assert taken == []
 
 
-def test_quantised_weights_are_not_transposed():
-    arrays = "x[R,D] e[G,D,N] f[G,ceil(D/128),ceil(N/128)] i[G] - - -> f[R,N]"
+MUON = FLAGS | {"momentum": 0.9, "nesterov": 1, "maximize": 0}
+MATRICES = FLAGS | {"rates": [0.1, 0.2], "decay": 0.1, "cautious": 1}
+CLIPPED = {
+    "count": 1,
+    "layers": [3, 1],
+    "geometry": [0, 3, 1, 0, 0, 0],
+    "powers": [0.5],
+    "tau": 9.0,
+}
+SUMMED = FLAGS | {"lengths": [400, 3, 63]}
+PLANNED = "f[T,K] i[T,K] i[T*K] i[E]"
+
+# Arrays that agree with each other, and numbers of a good type, that mean nothing.
+REFUSED = [
+    ("grouped_gemm", "x[R,D] e[G,D,N] f[G,ceil(D/128),ceil(N/128)] i[G] - - -> f[R,N]", FORM,
+     "b: expected quantised weights as [E, N"),
+    ("grouped_gemm", "x[R,D] e[G,N,D] - i[G] - - -> f[R,N]", STORED, "b: expected the scale"),
+    ("grouped_gemm", "x[R,M] i[G,N,1] h[G,N,1] i[G] - - -> f[R,N]", STORED,
+     "b: expected a multiple of 8 columns beside INT4 weights, got 13"),
+    ("grouped_gemm", "x[R,D] x[G,D,N] - i[G] x[0,N] - -> f[R,N]", FORM,
+     "bias: expected shape [3, 20]"),
+    ("fused_experts", f"x[T,H] x[E,F,H] - x[E,H,2] - - - {PLANNED} -> x[T,H] x[0,F]",
+     LAYER | {"weights_first": 0}, "w_gate_up: expected shape [E, 2F, H]"),
+    ("fused_experts", f"x[T,H] x[E,2*F,H] - x[E,H,F] - - - {PLANNED} -> x[T,H] x[T,2*F]",
+     LAYER | {"weights_first": 0}, "gate_up: expected a row for each pair, or none"),
+    ("fused_experts", f"x[T,H] x[E,2*F,H] - x[E,H,F] - - - {PLANNED} -> x[T,H] x[0,2*F]",
+     LAYER | {"weights_first": 0, "numbers": [3.0]}, "activation: expected 2 numbers, got 1"),
+    ("fused_experts_backward",
+     f"h[T,H] x[T,H] x[E,2*F,H] - x[E,H,F] - - - {PLANNED} - -> x[T,H] x[E,2*F,H] x[E,H,F] f[T,K]",
+     LAYER, "dy: expected the shape and dtype of x"),
+    ("newton_schulz", "x[G,M,N] -> x[G,M,N]",
+     {"dtype": "float32", "method": "gram", "eps": 1e-7, "aol": 0, "coefficients": []},
+     "coefficients: expected three numbers a step"),
+    ("muon_update", "x[M,Q,2] x[C,B] y[M,Q,2] y[C,B] u[S,2] - - -> x[M,Q,2] x[C,B]", MATRICES,
+     "params: expected matrices"),
+    ("adamw", "x[M] x[M] f[M] f[M] f[2] - - - - -> x[M] f[M] f[M] f[2]",
+     {"count": 1, "measure": 0, "lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8,
+      "weight_decay": 0.1, "maximize": 0, "cautious": 0},
+     "steps: expected a number for each array"),
+    ("clip_rows", "f[3] x[3,C,2] -> f[3] x[3,C,2]", CLIPPED, "weights[0]: expected [rows, in]"),
+    ("clip_rows", "f[3] x[] -> f[3] x[]", CLIPPED, "weights[0]: expected [rows, in]"),
+    ("squares", "u[S,2] -> u[S,2]", SUMMED | {"count": 0}, "x: expected at least one array"),
+    ("clip_factor", "- -> f[]", FLAGS | {"max_norm": 1.0, "pieces": []},
+     "pieces: expected two numbers for each array, got none"),
+    *[(op, arrays, attributes | {"pieces": pieces}, "pieces: expected first < end within 0..4")
+      for op, arrays, attributes in (
+          ("muon_momentum", f"{TWO} {OTHERS} u[S,2] -> f[M,Q] f[C,B] {OTHERS}", MUON),
+          ("clip_factor", "u[S,2] -> f[]", FLAGS | {"max_norm": 1.0}))
+      for pieces in ([-1, 2, 2, 3], [0, 0, 2, 3], [0, 2, 3, 2], [0, 2, 2, 5], [0, 2])],
+    *[("squares", f"u[S,2] {TWO} -> u[S,2]", SUMMED | wrong, "pieces, lengths: expected first, end")
+      for wrong in ({"pieces": [-1, 1, 2, 3]}, {"pieces": [0, 2, 4, 5]}, {"lengths": [400, 3, 62]},
+                    {"lengths": [400, 4, 63]}, {"lengths": [404, -1, 63]}, {"lengths": [400, 3]},
+                    {"pieces": [0, 2, 2, 2]}, {"pieces": [0, 2]})],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "arrays", "attributes", "message"), REFUSED)
+def test_what_means_nothing(op, arrays, attributes, message):
     given = ([array for _, array in side] for side in sides(arrays))
-    with pytest.raises(ValueError, match=r"^grouped_gemm: b: expected quantised weights as \[E, N"):
-        traced("grouped_gemm", *given, FORM)
+    with pytest.raises(ValueError, match=f"^{op}: {re.escape(message)}"):
+        traced(op, *given, attributes)

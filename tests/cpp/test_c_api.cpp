@@ -186,6 +186,79 @@ void test_sizes_are_refused_below_python_too() {
   refuses([](P& p) { p.logits = nullptr; }, "logits, indices: expected pointers, got NULL");
 }
 
+// What the calls beside given ids refuse alike: those of ids from elsewhere, and the backward.
+template <class Params>
+void test_refusals_beside_ids(kimi_status (*op)(const Params*, kimi_device, void*),
+                              const Params& good, const char* expected_ids) {
+  const auto refuses = [&](auto change, const char* text) {
+    Params p = good;
+    change(p);
+    EXPECT(op(&p, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT);
+    EXPECT(error_has(text));
+  };
+  using P = Params;
+  EXPECT(op(&good, KIMI_DEVICE_CPU, nullptr) == KIMI_OK);
+  refuses([](P& p) { p.num_tokens = -1; }, "num_tokens: expected 0 or more, got -1");
+  refuses([](P& p) { p.num_experts = 0; }, "logits.shape[1]: expected 1..1024, got 0");
+  refuses([](P& p) { p.num_experts = 1025; }, "logits.shape[1]: expected 1..1024, got 1025");
+  refuses([](P& p) { p.logits_dtype = kimi_dtype(3); }, "logits_dtype: expected a kimi_dtype");
+  refuses([](P& p) { p.logits_stride = -1; }, "logits_stride: expected 0 or more elements, got -1");
+  refuses([](P& p) { p.logits_stride = 0; }, "logits_stride: expected the distance");
+  refuses([](P& p) { p.score_function = kimi_score_function(3); }, "score_function: expected");
+  refuses([](P& p) { p.scaling_factor = 0; }, "scaling_factor: expected a number other than 0");
+  refuses([](P& p) { p.top_k = 0; }, expected_ids);
+  refuses([](P& p) { p.top_k = 33; }, ": expected 1..32, got 33");
+  refuses([](P& p) { p.num_experts = p.top_k - 1; }, ": expected 1..7, got 8");
+  refuses([](P& p) { p.logits = nullptr; }, "logits, indices: expected pointers, got NULL");
+  refuses([](P& p) { p.indices = nullptr; }, "logits, indices: expected pointers, got NULL");
+}
+
+void test_given_ids_and_the_backward_refuse() {
+  Gate gate;
+  EXPECT(gate.run() == KIMI_OK);
+  std::vector<int32_t> ids = gate.indices;
+  kimi_topk_gate_given_params p = {};
+  p.logits = gate.logits.data(), p.given = ids.data();
+  p.weights = gate.weights.data(), p.indices = gate.indices.data();
+  p.tokens_per_expert = gate.counts.data();
+  p.num_tokens = Gate::kTokens, p.logits_stride = p.num_experts = Gate::kExperts;
+  p.top_k = Gate::kK, p.scaling_factor = 1;
+  test_refusals_beside_ids(kimi_topk_gate_given, p, "ids.shape[1]: expected 1..32, got 0");
+  const auto refused = [](kimi_topk_gate_given_params of, const char* text) {
+    return kimi_topk_gate_given(&of, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT &&
+           error_has(text);
+  };
+  auto without = p;
+  without.given = nullptr;
+  EXPECT(refused(without, "given: expected a pointer, got NULL"));
+  without = p, without.weights = nullptr;
+  EXPECT(refused(without, "weights, tokens_per_expert: expected pointers, got NULL"));
+  without = p, without.tokens_per_expert = nullptr;
+  EXPECT(refused(without, "weights, tokens_per_expert: expected pointers, got NULL"));
+  for (int32_t bad : {-2, Gate::kExperts + 1, INT32_MAX}) {
+    ids.back() = bad;
+    gate.counts.assign(Gate::kExperts, -7);
+    EXPECT(refused(p, "ids: expected -1 .. 96, got") && gate.counts[0] == -7);
+  }
+
+  std::vector<float> gradients(gate.logits.size());
+  kimi_topk_gate_backward_params b = {};
+  b.grad_weights = gate.weights.data(), b.logits = p.logits, b.indices = gate.indices.data();
+  b.grad_logits = gradients.data();
+  b.num_tokens = p.num_tokens, b.logits_stride = p.logits_stride, b.num_experts = p.num_experts;
+  b.top_k = p.top_k, b.scaling_factor = 1;
+  test_refusals_beside_ids(kimi_topk_gate_backward, b, "indices.shape[1]: expected 1..32, got 0");
+  for (const bool of_weights : {true, false}) {
+    auto missing = b;
+    if (of_weights)
+      missing.grad_weights = nullptr;
+    else
+      missing.grad_logits = nullptr;
+    EXPECT(kimi_topk_gate_backward(&missing, KIMI_DEVICE_CPU, nullptr) == KIMI_INVALID_ARGUMENT);
+    EXPECT(error_has("grad_weights, grad_logits: expected pointers, got NULL"));
+  }
+}
+
 void test_losses_refuse_sizes_and_say_their_workspace() {
   const auto refuses = [](auto change, const char* text) {
     kimi_sequence_balance_loss_params p = {};
@@ -381,6 +454,7 @@ bool says_what_is_missing(kimi_status (*op)(const Params*, kimi_device, void*)) 
 // All of it left zero: refused wherever that is not simply the empty call.
 void test_nothing_but_zeros_is_refused() {
   EXPECT(says_what_is_missing(kimi_topk_gate));
+  EXPECT(says_what_is_missing(kimi_topk_gate_given));
   EXPECT(says_what_is_missing(kimi_topk_gate_backward));
   EXPECT(says_what_is_missing(kimi_gate_plan));
   EXPECT(says_what_is_missing(kimi_sequence_balance_loss));
@@ -411,6 +485,7 @@ int main() {
   test_calls_at_once();
   test_backward_leaves_out_slots_without_an_expert();
   test_sizes_are_refused_below_python_too();
+  test_given_ids_and_the_backward_refuse();
   test_losses_refuse_sizes_and_say_their_workspace();
   test_fp8_products_refuse_what_tma_cannot_read();
   test_products_want_memory_of_their_own();

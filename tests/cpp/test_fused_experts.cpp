@@ -12,7 +12,7 @@ struct Case {
   int32_t experts, top_k;
   kimi_dtype dtype;
   kimi_activation activation;
-  bool saved;
+  bool saved, biased = false;
 };
 
 struct Layer {
@@ -21,14 +21,17 @@ struct Layer {
         dy(c.tokens * c.hidden, c.dtype),
         w_gate_up(c.experts * 2 * c.width * c.hidden, c.dtype),
         w_down(c.experts * c.hidden * c.width, c.dtype),
+        b_gate_up(c.experts * 2 * c.width, c.dtype),
+        b_down(c.experts * c.hidden, c.dtype),
         weights(size_t(c.tokens * c.top_k)),
         row_map(weights.size()),
         source(weights.size(), -1),
         offsets(size_t(c.experts)) {
     Random random(7);
-    for (const Tensor* t : {&x, &dy, &w_gate_up, &w_down})
+    for (const Tensor* t : {&x, &dy, &w_gate_up, &w_down, &b_gate_up, &b_down})
       for (int64_t i = 0; i < int64_t(t->size) / (c.dtype == KIMI_FLOAT32 ? 4 : 2); ++i)
-        t->set(i, random.unit() / (t == &x ? 1.0 : 4.0));
+        t->set(i, t == &b_gate_up || t == &b_down ? c.biased * random.unit()
+                                                  : random.unit() / (t == &x ? 1.0 : 4.0));
     for (float& w : weights) w = float(random.unit());
     // Pair i goes to expert i * 5 mod (E + 1); the last one of these stands for a dropped pair.
     std::vector<int32_t> expert(weights.size());
@@ -46,7 +49,7 @@ struct Layer {
     return {w.data.get(), nullptr, rows * columns, columns, 1, kimi_storage(w.dtype)};
   }
 
-  Tensor x, dy, w_gate_up, w_down;
+  Tensor x, dy, w_gate_up, w_down, b_gate_up, b_down;
   std::vector<float> weights;
   std::vector<int32_t> row_map, source, offsets;
 };
@@ -73,7 +76,8 @@ std::vector<double> expected(const Case& c, const Layer& l) {
       const int64_t t = l.source[size_t(r)] / c.top_k;
       std::vector<double> h(size_t(c.width));
       for (int64_t f = 0; f < c.width; ++f) {
-        double g = 0, u = 0;
+        const int64_t at = e * 2 * c.width + f;
+        double g = l.b_gate_up.get(at), u = l.b_gate_up.get(at + c.width);
         for (int64_t i = 0; i < c.hidden; ++i) {
           const double x = l.x.get(t * c.hidden + i);
           g += x * l.w_gate_up.get((e * 2 * c.width + f) * c.hidden + i);
@@ -82,7 +86,7 @@ std::vector<double> expected(const Case& c, const Layer& l) {
         h[size_t(f)] = activation(c.activation, g, u);
       }
       for (int64_t i = 0; i < c.hidden; ++i) {
-        double sum = 0;
+        double sum = l.b_down.get(e * c.hidden + i);
         for (int64_t f = 0; f < c.width; ++f)
           sum += h[size_t(f)] * l.w_down.get((e * c.hidden + i) * c.width + f);
         y[size_t(t * c.hidden + i)] += double(l.weights[size_t(l.source[size_t(r)])]) * sum;
@@ -92,7 +96,7 @@ std::vector<double> expected(const Case& c, const Layer& l) {
 }
 
 struct Results {
-  Tensor y, gate_up, dx, grad_w_gate_up, grad_w_down;
+  Tensor y, gate_up, dx, grad_w_gate_up, grad_w_down, grad_b_gate_up, grad_b_down;
   std::vector<float> grad_weights;
 
   explicit Results(const Case& c)
@@ -101,6 +105,8 @@ struct Results {
         dx(c.tokens * c.hidden, c.dtype),
         grad_w_gate_up(c.experts * 2 * c.width * c.hidden, c.dtype),
         grad_w_down(c.experts * c.hidden * c.width, c.dtype),
+        grad_b_gate_up(c.experts * 2 * c.width, c.dtype),
+        grad_b_down(c.experts * c.hidden, c.dtype),
         grad_weights(size_t(c.tokens * c.top_k)) {}
 };
 
@@ -112,6 +118,8 @@ void fill(Params& p, const Case& c, const Layer& l) {
   p.x = l.x.data.get(), p.x_stride = c.hidden;
   p.w_gate_up = l.matrices(l.w_gate_up, 2 * c.width, c.hidden);
   p.w_down = l.matrices(l.w_down, c.hidden, c.width);
+  p.b_gate_up = c.biased ? l.b_gate_up.data.get() : nullptr;
+  p.b_down = c.biased ? l.b_down.data.get() : nullptr;
   p.weights = l.weights.data(), p.row_map = l.row_map.data();
   p.source = l.source.data(), p.offsets = l.offsets.data();
 }
@@ -130,6 +138,7 @@ void run(const Case& c, const Layer& l, Results& r) {
   const Workspace scratch(b, kimi_fused_experts_backward_workspace_bytes);
   b.dx = r.dx.data.get(), b.grad_w_gate_up = r.grad_w_gate_up.data.get();
   b.grad_w_down = r.grad_w_down.data.get(), b.grad_weights = r.grad_weights.data();
+  b.grad_b_gate_up = r.grad_b_gate_up.data.get(), b.grad_b_down = r.grad_b_down.data.get();
   check(kimi_fused_experts_backward(&b, KIMI_DEVICE_CPU, nullptr) == KIMI_OK, "backward");
 }
 
@@ -164,12 +173,26 @@ void test(const Case& c) {
     check(distance(r.grad_w_gate_up, portable.grad_w_gate_up, 2 * matrix) < tolerance,
           "dw_gate_up");
     check(distance(r.grad_w_down, portable.grad_w_down, matrix) < tolerance, "dw_down");
+    check(distance(r.grad_b_gate_up, portable.grad_b_gate_up, 2 * c.experts * c.width) < tolerance,
+          "db_gate_up");
+    for (int32_t e = 0; e < c.experts; ++e)
+      for (int64_t i = 0; i < c.hidden; ++i) {
+        double sum = 0;
+        for (int32_t row = e ? l.offsets[size_t(e) - 1] : 0; row < l.offsets[size_t(e)]; ++row) {
+          const int32_t pair = l.source[size_t(row)];
+          sum += double(l.weights[size_t(pair)]) * l.dy.get(pair / c.top_k * c.hidden + i);
+        }
+        const double got = r.grad_b_down.get(e * c.hidden + i);
+        check(std::abs(got - sum) < tolerance, "db_down: %g, not %g", got, sum);
+      }
     check(kimi_set_num_threads(1) == KIMI_OK, "set_num_threads");
     run(c, l, one);
     check(kimi_set_num_threads(threads) == KIMI_OK, "set_num_threads");
     check(r.y.same_bits(one.y) && r.dx.same_bits(one.dx) && r.grad_weights == one.grad_weights &&
               r.grad_w_gate_up.same_bits(one.grad_w_gate_up) &&
-              r.grad_w_down.same_bits(one.grad_w_down),
+              r.grad_w_down.same_bits(one.grad_w_down) &&
+              r.grad_b_gate_up.same_bits(one.grad_b_gate_up) &&
+              r.grad_b_down.same_bits(one.grad_b_down),
           "the bits depend on the number of threads");
   });
 }
@@ -185,6 +208,8 @@ int main() {
     test({9, 16, 20, 3, 2, dtype, KIMI_ACTIVATION_GELU_TANH, true});
     test({9, 16, 20, 3, 2, dtype, KIMI_ACTIVATION_RELU2, false});
     test({9, 16, 20, 3, 2, dtype, KIMI_ACTIVATION_SWIGLU, true});
+    test({23, 40, 34, 5, 3, dtype, KIMI_ACTIVATION_SILU, true, true});
+    test({1, 33, 65, 3, 2, dtype, KIMI_ACTIVATION_GELU, false, true});  // an expert without rows
   }
   return report("test_fused_experts");
 }

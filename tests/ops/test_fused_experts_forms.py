@@ -90,7 +90,7 @@ def compare(floats, indices, form, bound, **options) -> None:
     """Value and every gradient with the loop's."""
     ours, theirs = ([t.clone().requires_grad_() for t in floats] for _ in range(2))
     y, want = run(ours, indices, activation=form, **options), exact(*theirs, indices, form)
-    dy = torch.randn(y.shape).to(y.dtype)
+    dy = torch.randn(len(y), 2 * y.shape[1]).to(y.dtype)[:, : y.shape[1]]  # rows apart
     assert error(y, want) < bound
     for name, mine, other in zip(
         ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down"),
@@ -130,6 +130,34 @@ def test_one_bias_alone(gemm_engine):
             strict=True,
         ):  # fmt: skip
             assert error(mine, other) < 6e-6
+
+
+def test_biases_of_many_columns(gemm_engine):
+    """More than a task of the CPU, a block of its products or of CUDA's threads takes."""
+    floats, indices = tensors(tokens=6, experts=2, hidden=528, width=272)
+    compare(floats, indices, of("silu"), 2e-6)
+
+
+def test_sums_of_many_rows(cpu_engine):
+    """So many that their products fit the buffer of sums for some columns at a time."""
+    tokens, hidden = 12_000, 450
+    torch.manual_seed(0)
+    shapes = (tokens, hidden), (2, 2, hidden), (2, hidden, 1), (tokens, 2), (2, hidden)
+    leaves = [(torch.randn(s) / s[-1] ** 0.5).requires_grad_() for s in shapes]
+    x, w_gate_up, w_down, weights, biases = leaves
+    indices = (torch.arange(tokens)[:, None] + torch.arange(2)).int() % 2
+    y = run([*leaves[:4], None, biases], indices)
+    want = torch.zeros(tokens, hidden)
+    for e in range(2):
+        gate, up = (x @ w_gate_up[e].t()).unbind(1)
+        row = (gate * gate.sigmoid() * up)[:, None] * w_down[e, :, 0] + biases[e]
+        want = want + weights.gather(1, (indices == e).int().argmax(1, keepdim=True)) * row
+    assert error(y, want) < 1e-6
+    dy = torch.randn(tokens, hidden)
+    for mine, other in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True
+    ):
+        assert error(mine, other) < 3e-6
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // fused_experts' launches on the host runner, forward and backward, against loops in double
 // precision; workspace and outputs of exactly their bytes.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -24,6 +25,7 @@ struct Case {
   kimi_activation activation;
   bool saved;  // [g; u] by the forward, or computed again
   bool biased = false, weights_first = false;
+  bool shifted = false;  // the bias of [g; u] begins where 16 bytes do not
 };
 
 constexpr kimi_activation_numbers kNumbers = {4, 25, 1.702f, 1, 1.5f, 1.2f, 1};
@@ -61,6 +63,7 @@ struct Values {
 template <class T>
 struct Layer {
   Values<T> x, dy, w_gate_up, w_down, b_gate_up, b_down;
+  std::vector<T> shifted;  // b_gate_up behind one element
   std::vector<float> weights;
 
   Layer(const Case& c, std::mt19937& random)
@@ -70,7 +73,9 @@ struct Layer {
         w_down(c.experts * c.hidden * c.width, 0.3, random),
         b_gate_up(c.experts * 2 * c.width, c.biased ? 1.0 : 0.0, random),
         b_down(c.experts * c.hidden, c.biased && !c.weights_first ? 1.0 : 0.0, random),
+        shifted(b_gate_up.stored.size() + 1),
         weights(c.tokens * c.top_k) {
+    std::copy(b_gate_up.stored.begin(), b_gate_up.stored.end(), shifted.begin() + 1);
     for (float& w : weights) w = std::uniform_real_distribution<float>(0.2f, 2.0f)(random);
   }
 };
@@ -167,7 +172,7 @@ void fill(Params& p, const Case& c, const Layer<T>& l, const Plan& plan) {
   p.x = l.x.stored.data(), p.x_stride = H;
   p.w_gate_up = {l.w_gate_up.stored.data(), nullptr, 2 * F * H, H, 1, storage};
   p.w_down = {l.w_down.stored.data(), nullptr, H * F, F, 1, storage};
-  p.b_gate_up = c.biased ? l.b_gate_up.stored.data() : nullptr;
+  p.b_gate_up = c.shifted ? &l.shifted[1] : c.biased ? l.b_gate_up.stored.data() : nullptr;
   p.b_down = c.biased && !c.weights_first ? l.b_down.stored.data() : nullptr;
   p.weights = l.weights.data(), p.row_map = plan.row_map.data();
   p.source = plan.source.data(), p.offsets = plan.offsets.data();
@@ -236,6 +241,8 @@ constexpr Case kCases[] = {
     {37, 64, 48, 5, 2, KIMI_ACTIVATION_RELU2, true},
     {37, 72, 40, 5, 3, KIMI_ACTIVATION_SILU, true, true},
     {37, 72, 40, 5, 3, KIMI_ACTIVATION_SILU, true, true, true},
+    {37, 72, 40, 5, 3, KIMI_ACTIVATION_SILU, true, false, true},
+    {37, 72, 40, 5, 3, KIMI_ACTIVATION_SILU, true, true, false, true},
 };
 
 template <class T>

@@ -40,7 +40,7 @@ Status update_expert_bias(Frame& f) {
   p.tokens_per_expert = counts.data;
   p.counts_are_int64 = counts.dtype == kS64;
   p.rate = float(f.number("rate"));
-  p.centered = int32_t(f.integer("centered"));
+  p.centered = f.int32("centered");
   p.bias = f.over("bias", bias).as<float>();
   return f.run(kimi_update_expert_bias, p);
 }

@@ -8,7 +8,7 @@ namespace {
 template <class Params>
 void set_weighting(Frame& f, Params& p) {
   set_score(f, p);
-  p.renormalize = int32_t(f.integer("renormalize"));
+  p.renormalize = f.int32("renormalize");
   p.scaling_factor = float(f.number("scaling_factor"));
 }
 

@@ -9,7 +9,7 @@ namespace kimi::xla {
 // b_is_nk: b is [E, N, K], which quantised weights are always, instead of [E, K, N].
 Status grouped_gemm(Frame& f) {
   kimi_grouped_gemm_params p = {};
-  const bool nk = f.integer("b_is_nk") != 0;
+  const bool nk = f.int32("b_is_nk") != 0;
   const Tensor& a = f.next("a", kFloats, {kAny, kAny});
   p.a = a.data;
   p.num_rows = a.size(0);
