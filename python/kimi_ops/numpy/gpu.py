@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Arrays on a GPU inside a call: CuPy's, or another library's that follows the array API's standard.
+"""Arrays on a GPU inside a call: CuPy's, or another library's that follows the array API.
 
 Memory: outputs and workspaces come from the library's own `empty`. The native function lets go of a
-workspace when its kernels are queued, before they have run. That is sound where memory that is freed
-goes to nobody but later work on the same stream, as from CuPy's pools, which keep what was freed
-apart by stream; where freeing waits for the device (cudaFree); or where it is queued on the stream
-(cudaFreeAsync). A library whose `empty` gives freed memory to another stream at once has to wait for
-this one first.
+workspace when its kernels are queued, before they have run. That is sound where freed memory goes
+to nobody but later work on the same stream, as from CuPy's pools, which keep what was freed apart
+by stream; where freeing waits for the device (cudaFree); or where it is queued on the stream
+(cudaFreeAsync). A library whose `empty` gives freed memory to another stream at once has to make
+that stream wait for this one.
 """
 
 import sys
@@ -22,6 +22,8 @@ from kimi_ops.numpy.arrays import NAMED, UNSIGNED, Array, bits, exported, kind, 
 
 CUDA = 2  # DLPack's number
 LEGACY = 1  # its name of the default stream, which is also a cudaStream_t
+
+_OTHERS = {"torch": "kimi_ops", "jax": "kimi_ops.jax", "jaxlib": "kimi_ops.jax"}
 
 _given: ContextVar[int | None] = ContextVar("stream", default=None)
 
@@ -68,16 +70,11 @@ def library(x: Any) -> Any:
     """The namespace of an array on a GPU, whose `empty` gives memory there."""
     name = type(x).__module__.partition(".")[0]
     got = f"got {type(x).__module__}.{type(x).__qualname__} on a GPU"
-    for ours, theirs in (
-        ("kimi_ops", "torch"),
-        ("kimi_ops.jax", "jax"),
-        ("kimi_ops.jax", "jaxlib"),
-    ):
-        if name == theirs:
-            raise TypeError(
-                f"kimi_ops.numpy: expected an array of CuPy, {got}; call the function of {ours}, "
-                "which has its memory and its stream"
-            )
+    if name in _OTHERS:
+        raise TypeError(
+            f"kimi_ops.numpy: expected an array of CuPy, {got}; call the function of "
+            f"{_OTHERS[name]}, which has its memory and its stream"
+        )
     space = namespace(x)
     if not hasattr(space, "empty"):
         raise TypeError(
