@@ -91,8 +91,7 @@ inline void check_out(const Tensor& out, std::initializer_list<int64_t> sizes, c
                         "; allocate it with that shape");
 }
 
-inline const void* bias_of(const Tensor& bias, Type type, int64_t experts, int64_t n,
-                           const Tensor& a) {
+inline const void* bias_of(const Tensor& bias, Type type, int64_t experts, int64_t n) {
   if (!bias) return nullptr;
   return bias.of({type}).shape({experts, n}, "pass one row for each expert").dense().data();
 }

@@ -64,7 +64,7 @@ struct Product {
     if (!is_native(type))
       call.type_error(name, "expected bfloat16, float16 or float32 beside FP8 rows, got ",
                       name_of(type), "; choose one of these");
-    p.bias = bias_of(bias, type, p.num_experts, p.n, a);
+    p.bias = bias_of(bias, type, p.num_experts, p.n);
     p.a = a.data();
     p.a_scale = a_scale.data<float>();
     p.b = b.data();

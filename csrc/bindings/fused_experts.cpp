@@ -101,8 +101,8 @@ struct Layer {
       call.value_error(name_of_ids, "expected shape [T=", tokens(), ", K >= 1], got ",
                        ids.shape_text());
     weights.shape_like(ids);
-    b_gate_up_data = bias_of(b_gate_up, x.dtype, experts(), both(), x);
-    b_down_data = bias_of(b_down, x.dtype, experts(), hidden(), x);
+    b_gate_up_data = bias_of(b_gate_up, x.dtype, experts(), both());
+    b_down_data = bias_of(b_down, x.dtype, experts(), hidden());
   }
 
   template <class Params>

@@ -61,7 +61,7 @@ PyObject* grouped_gemm(Call& call) {
   const Type type = call.type("out_dtype");
   Forward forward(a, b, offsets, call.optional("starts"));
   check_result_type(call, "out_dtype", type, a.dtype);
-  forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2), a);
+  forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2));
   if (!is_native(a.dtype)) return call.not_implemented();
   const Output out = call.empty(type, {a.size(0), b.size(2)});
   multiply(call, forward.p, a, out.data(), type);
@@ -76,7 +76,7 @@ PyObject* grouped_gemm_out(Call& call) {
   Forward forward(a, b, offsets, starts);
   forward.p.accumulate = accumulate;
   check_result_type(call, "out", out.dtype, a.dtype);
-  forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2), a);
+  forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2));
   check_out(out, {a.size(0), b.size(2)}, a);
   out.writable({&a, &b, &offsets, &bias, &starts});
   if (!is_native(a.dtype)) return call.not_implemented();
@@ -185,7 +185,7 @@ PyObject* quantized_gemm(Call& call) {
                      "; pass contiguous copies");
   p.offsets = offsets_of(offsets, data.size(0), a);
   check_result_type(call, "out_dtype", type, a.dtype);
-  p.bias = bias_of(bias, a.dtype, data.size(0), data.size(1), a);
+  p.bias = bias_of(bias, a.dtype, data.size(0), data.size(1));
   if (!is_native(a.dtype)) return call.not_implemented();
   p.n = data.size(1);
   p.num_experts = int32_t(data.size(0));

@@ -84,7 +84,7 @@ Flags flags(Call& call) {
 
 // A number that lies where the tensors do, or None.
 template <class T>
-const T* scalar(const Tensor& given, Type type, const Tensors& tensors) {
+const T* scalar(const Tensor& given, Type type) {
   return given ? given.of({type}).shape({}).data<const T>() : nullptr;
 }
 
@@ -149,8 +149,8 @@ PyObject* muon_update(Call& call) {
   p.directions = read.data();
   p.shapes = shapes.data();
   p.rates = rates.data();
-  p.lr = scalar<double>(lr, kFloat64, params);
-  p.weight_decay = scalar<double>(weight_decay, kFloat64, params);
+  p.lr = scalar<double>(lr, kFloat64);
+  p.weight_decay = scalar<double>(weight_decay, kFloat64);
   p.squares = flags.squares.data<double>();
   p.pieces = flags.pieces.data();
   p.count = int64_t(params.size());
@@ -206,9 +206,9 @@ PyObject* adamw(Call& call) {
   p.exp_avg_sqs = second.data();
   p.steps = counters.data();
   p.sizes = counts.data();
-  p.lr_factor = scalar<double>(lr, kFloat64, params);
-  p.weight_decay_factor = scalar<double>(decay, kFloat64, params);
-  p.scale = scalar<float>(scale, kFloat32, params);
+  p.lr_factor = scalar<double>(lr, kFloat64);
+  p.weight_decay_factor = scalar<double>(decay, kFloat64);
+  p.scale = scalar<float>(scale, kFloat32);
   p.squares = flags.squares.data<double>();
   p.pieces = flags.pieces.data();
   p.count = int64_t(params.size());
