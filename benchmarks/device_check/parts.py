@@ -11,6 +11,7 @@ from benchmarks.device_check.steps import Step
 
 TESTS = "tests/ops"  # those that run on the engines of a GPU
 DOOR = "tests/operators"  # streams and devices of a call
+CUPY = "tests/arrays/test_cupy.py"
 RANKS = "tests/dist/test_peers_cuda.py"  # several on one GPU
 MEMCHECK = ("topk_gate", "permute", "grouped_gemm_torch", "fused_experts_torch")
 MEMCHECK_NAMES = "groups or empty or ties or contract or valid or nan_stays or awkward_sizes"
@@ -61,6 +62,15 @@ def tests(logs: Path, names: str = ON_GPU, paths: list[str] | None = None) -> li
     else:
         print("pytest-xdist is missing: one process, which ends at the first broken context")
     return [Step("tests", [*command, f"--junitxml={logs / 'tests.xml'}"], 140, "tests.xml")]
+
+
+def cupy(logs: Path) -> list[Step]:
+    """The ops on CuPy's arrays, without torch between."""
+    if not importlib.util.find_spec("cupy"):
+        print("cupy is missing: the ops on its arrays are left out; install cupy-cuda13x")
+        return []
+    command = [*pytest_command(ON_GPU, [CUPY]), f"--junitxml={logs / 'cupy.xml'}"]
+    return [Step("cupy", command, 90, "cupy.xml")]
 
 
 def bench(logs: Path) -> list[Step]:
@@ -115,6 +125,7 @@ def sanitize(logs: Path) -> list[Step]:
 
 PARTS: dict[str, Callable[[Path], list[Step]]] = {
     "tests": tests,
+    "cupy": cupy,
     "primitives": lambda logs: [script("primitives", 60, logs)],
     "bench": bench,
     "router": router,
@@ -124,4 +135,4 @@ PARTS: dict[str, Callable[[Path], list[Step]]] = {
     "profile": profile,
     "sanitize": sanitize,
 }
-DEFAULT = ("tests", "primitives", "bench", "host", "train")
+DEFAULT = ("tests", "cupy", "primitives", "bench", "host", "train")

@@ -12,8 +12,7 @@ PyObject* update_expert_bias(Call& call) {
   const Tensor dense = bias.dense();
   kimi_update_expert_bias_params p = {};
   p.bias = dense.data<float>();
-  p.tokens_per_expert =
-      counts.of({kInt32, kInt64}).shape({bias.size(0)}).beside(bias).dense().data();
+  p.tokens_per_expert = counts.of({kInt32, kInt64}).shape({bias.size(0)}).dense().data();
   p.num_experts = bias.size(0);
   p.rate = float(call.number("rate"));
   p.counts_are_int64 = counts.dtype == kInt64;
@@ -28,8 +27,7 @@ template <class Params>
 void set_sequences(Params& p, const Tensor& offsets, const Tensor& valid, const Tensor& rows) {
   Call& call = *rows.call;
   if (offsets) {
-    p.offsets =
-        offsets.of({kInt32}).shape({p.num_sequences}).beside(rows).dense().template data<int32_t>();
+    p.offsets = offsets.of({kInt32}).shape({p.num_sequences}).dense().template data<int32_t>();
     if (call.reads(offsets))
       call.check(check_offsets(std::string(call.op).c_str(),
                                call.on_host(offsets.dense()).template data<int32_t>(),
@@ -65,8 +63,8 @@ Tensor set_loss(Params& p, Call& call) {
   const Tensor tokens = call.tensor("sequence_tokens").of({kInt32}).shape({counts.size(0)});
   const Tensor offsets = call.optional("offsets"), valid = call.optional("valid");
   set_logits(p, logits);
-  p.tokens_per_expert = counts.beside(logits).dense().template data<int32_t>();
-  p.sequence_tokens = tokens.beside(logits).dense().template data<int32_t>();
+  p.tokens_per_expert = counts.dense().template data<int32_t>();
+  p.sequence_tokens = tokens.dense().template data<int32_t>();
   p.num_sequences = counts.size(0);
   set_sequences(p, offsets, valid, logits);
   p.top_k = call.int32("top_k");
@@ -90,7 +88,7 @@ PyObject* sequence_balance_loss_backward(Call& call) {
   const Tensor grad_loss = call.tensor("grad_loss").of({kFloat32}).shape({});
   kimi_sequence_balance_loss_backward_params p = {};
   p.grad_loss = grad_loss.data<float>();
-  const Tensor logits = set_loss(p, call).beside(grad_loss);
+  const Tensor logits = set_loss(p, call);
   const Output grad = call.empty_like(logits);
   p.grad_logits = grad.data();
   call.run(kimi_sequence_balance_loss_backward, p);
@@ -105,9 +103,9 @@ PyObject* quantile_histogram(Call& call) {
   const Tensor cutoffs = call.tensor("cutoffs").of({kFloat32}).shape({logits.size(0)}).dense();
   const Tensor bounds = call.tensor("bounds").of({kFloat32}).shape({2}).dense();
   kimi_quantile_histogram_params p = {};
-  set_logits(p, logits.beside(histogram));
-  p.cutoffs = cutoffs.beside(logits).data<float>();
-  p.bounds = bounds.beside(logits).data<float>();
+  set_logits(p, logits);
+  p.cutoffs = cutoffs.data<float>();
+  p.bounds = bounds.data<float>();
   p.score_function = call.choice<kimi_score_function>("score_function", kScoreFunctions);
   if (const Tensor valid = call.optional("valid")) p.valid = valid_of(valid, logits);
   p.num_bins = int32_t(std::min<int64_t>(histogram.size(1), INT32_MAX));
@@ -143,13 +141,12 @@ PyObject* z_loss(Call& call) {
 PyObject* z_loss_backward(Call& call) {
   const Tensor grad_loss = call.tensor("grad_loss").of({kFloat32}).shape({});
   const Tensor logits = call.tensor("logits").of(kNatives).shape({"T", "E"}).dense_rows();
-  logits.beside(grad_loss);
   const Tensor log_sum_exp = call.tensor("log_sum_exp").of({kFloat32}).shape({logits.size(0)});
   const Tensor valid_tokens = call.tensor("valid_tokens").of({kInt32}).shape({1});
   kimi_z_loss_backward_params p = {};
   p.grad_loss = grad_loss.data<float>();
-  p.log_sum_exp = log_sum_exp.beside(logits).dense().data<float>();
-  p.valid_tokens = valid_tokens.beside(logits).data<int32_t>();
+  p.log_sum_exp = log_sum_exp.dense().data<float>();
+  p.valid_tokens = valid_tokens.data<int32_t>();
   p.coefficient = float(call.number("coefficient"));
   set_logits(p, logits);
   const Output grad = call.empty_like(logits);

@@ -1,49 +1,21 @@
 // SPDX-License-Identifier: MIT
-// A call: its arguments, its memory, and the one call of the C API.
+// A call: its arguments, and the one call of the C API.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <deque>
 #include <map>
 
-#include "bindings/foreign.h"
-#include "bindings/kept.h"
 #include "bindings/tensors.h"
 
 namespace kimi::bindings {
 
 kimi_device device_of_cpu_tensors = KIMI_DEVICE_CPU;
 
-namespace {
-
-std::string shown(PyObject* object) {
-  const Object text = checked(PyObject_Str(object));
-  const char* characters = PyUnicode_AsUTF8(text.get());
-  if (!characters) throw Raised();
-  return characters;
-}
-
-// What the exception that is set says; it is cleared.
-std::string caught() {
-  PyObject *type, *value, *trace;
-  PyErr_Fetch(&type, &value, &trace);
-  const Object held[] = {Object(type), Object(value), Object(trace)};
-  if (!value) return "no reason";
-  const std::string text = shown(value);
-  return text.substr(0, text.find('\n'));  // what follows are frames of the framework
-}
-
-void refuse_allocation(void*, const char*, const char* message) {
-  const bool room = std::string_view(message).find("CUDA out of memory") == std::string_view::npos;
-  PyErr_SetString(room || !torch.out_of_memory ? PyExc_RuntimeError : torch.out_of_memory, message);
-}
-
-}  // namespace
-
 // ---- arguments ---------------------------------------------------------------------------------
 
-Call::Call(const char* op, PyObject* const* arguments, Py_ssize_t)
-    : op(op), arguments_(arguments) {}
+Call::Call(const char* op, PyObject* const* arguments, bool of_torch)
+    : op(op), arguments_(arguments), of_torch_(of_torch) {}
 
 Call::~Call() {
   for (PyObject* object : kept_) Py_DECREF(object);
@@ -66,98 +38,11 @@ Tensor Call::keep(Object object, std::string_view name) {
 
 std::string_view Call::keep(std::string name) { return names_.emplace_back(std::move(name)); }
 
-Tensor Call::view_of(PyObject* object, std::string_view name) {
-  PyTypeObject* type = Py_TYPE(object);
-  const dlpack::Exchange* exchange = torch.is(type) ? torch.exchange : exchange_of(type);
-  if (!exchange || !exchange->view) return foreign(object, name);
-  dlpack::Tensor view;
-  if (exchange->view(object, &view) != 0) {
-    const std::string reason = caught();
-    const Object device(PyObject_GetAttrString(object, "device"));
-    if (!device.get()) PyErr_Clear();
-    if (has_device_ && device.get() && shown(device.get()) != name_of(device_))
-      value_error(name, "expected on ", name_of(device_), " as ", origin_name_, ", got ",
-                  shown(device.get()), "; move it with .to(", origin_name_, ".device)");
-    type_error(name,
-               "expected a dense tensor in the memory of a CPU or a CUDA device, got one that "
-               "DLPack cannot describe: ",
-               reason);
-  }
-  if (!has_device_) {
-    has_device_ = true;
-    device_ = view.device;
-    origin_ = object;
-    origin_name_ = name;
-    exchange_ = exchange;
-  }
-  Tensor tensor{this,       object,       name,
-                view.dtype, view.device,  view.ndim,
-                view.shape, view.strides, static_cast<char*>(view.data) + view.byte_offset};
-  if (!view.data && tensor.count() > 0)
-    type_error(name, "expected a tensor with memory, got ", Py_TYPE(object)->tp_name,
-               " without any; call torch.ops.kimi_ops.", op);
-  return tensor;
-}
-
-// Anything else that speaks DLPack, on a CPU: `object.__dlpack__()`, whose capsule is kept.
-Tensor Call::foreign(PyObject* object, std::string_view name) {
-  const Object method(PyObject_GetAttrString(object, "__dlpack__"));
-  if (!method.get()) {
-    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw Raised();
-    PyErr_Clear();
-    type_error(name, "expected a torch.Tensor, got ", Py_TYPE(object)->tp_name);
-  }
-  const Object none = checked(PyTuple_New(0));
-  const Object options = checked(Py_BuildValue("{s(ii)}", "max_version", int(dlpack::kMajor), 0));
-  PyObject* capsule = PyObject_Call(method.get(), none.get(), options.get());
-  if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {  // a producer before DLPack 1.0
-    PyErr_Clear();
-    capsule = PyObject_CallNoArgs(method.get());
-  }
-  if (!capsule)
-    type_error(name, "expected an array that DLPack can describe, got one of which ",
-               Py_TYPE(object)->tp_name, " says: ", caught());
-  kept_.push_back(capsule);
-  dlpack::Tensor* view = nullptr;
-  bool read_only = false;
-  if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
-    auto* managed =
-        static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
-    if (managed->version.major != dlpack::kMajor)
-      type_error(name, "expected version 1 of DLPack, got ", managed->version.major);
-    read_only = managed->flags & dlpack::kReadOnly;
-    view = &managed->tensor;
-  } else {
-    void* managed = PyCapsule_GetPointer(capsule, "dltensor");
-    if (!managed) type_error(name, "expected a DLPack capsule of __dlpack__, got none: ", caught());
-    view = &static_cast<dlpack::Managed*>(managed)->tensor;
-  }
-  if (view->device.type != dlpack::kCpu)
-    type_error(name, "expected an array in the memory of a CPU, got one on ", name_of(view->device),
-               "; pass it as a torch.Tensor");
-  if (!has_device_) {
-    has_device_ = true;
-    origin_ = object;
-    origin_name_ = name;
-  }
-  const int64_t* strides = view->strides;
-  if (!strides) {
-    std::vector<int64_t>& steps = strides_.emplace_back(view->ndim, 1);
-    for (int i = view->ndim - 2; i >= 0; --i) steps[i] = steps[i + 1] * view->shape[i + 1];
-    strides = steps.data();
-  }
-  Tensor tensor{this,        object,       name,
-                view->dtype, view->device, view->ndim,
-                view->shape, strides,      static_cast<char*>(view->data) + view->byte_offset};
-  tensor.read_only = read_only;
-  return tensor;
-}
-
-Tensor Call::tensor(const char* name) { return view_of(next(), name); }
+Tensor Call::tensor(const char* name) { return argument(next(), name); }
 
 Tensor Call::optional(const char* name) {
   PyObject* object = next();
-  if (object != Py_None) return view_of(object, name);
+  if (object != Py_None) return argument(object, name);
   Tensor none;
   none.call = this;
   none.name = name;
@@ -174,7 +59,7 @@ std::vector<Tensor> Call::tensors(const char* name) {
   tensors.reserve(objects.size());
   for (size_t i = 0; i < objects.size(); ++i) {
     if (i == names.size()) names.push_back(std::string(name) + "[" + std::to_string(i) + "]");
-    tensors.push_back(view_of(objects[i], names[i]));
+    tensors.push_back(argument(objects[i], names[i]));
   }
   return tensors;
 }
@@ -286,69 +171,6 @@ int Call::choose(const char* name, std::initializer_list<const char*> expected) 
   value_error(name, "expected one of ", names, ", got ", shown(text.get()));
 }
 
-// ---- memory ------------------------------------------------------------------------------------
-
-namespace {
-
-dlpack::ManagedVersioned* allocate_in(const dlpack::Exchange* exchange, dlpack::Device device,
-                                      Type type, int ndim, const int64_t* sizes) {
-  dlpack::Tensor like{nullptr, device, ndim, type, const_cast<int64_t*>(sizes), nullptr, 0};
-  dlpack::ManagedVersioned* memory = nullptr;
-  if (exchange->allocate(&like, &memory, nullptr, refuse_allocation) != 0) {
-    if (!PyErr_Occurred()) PyErr_NoMemory();
-    throw Raised();
-  }
-  return memory;
-}
-
-}  // namespace
-
-// Unset memory of the first tensor's framework, dense.
-dlpack::ManagedVersioned* Call::memory(Type type, int ndim, const int64_t* sizes) {
-  int64_t bytes = type.bits * type.lanes / 8;
-  for (int i = 0; i < ndim; ++i) bytes *= sizes[i];
-  const auto allocate = [&](Type t, int n, const int64_t* of) {
-    return exchange_ ? allocate_in(exchange_, device_, t, n, of) : allocate_foreign(t, n, of);
-  };
-  if (bytes < kKeptFrom || device_.type != dlpack::kCpu) return allocate(type, ndim, sizes);
-  return take_kept(type, ndim, sizes, bytes,
-                   [&](int64_t count) { return allocate(kUint8, 1, &count); });
-}
-
-Output Call::allocate(Type type, int ndim, const int64_t* sizes) {
-  // A size that an option sets may be nonsense still: the op says so before it writes.
-  constexpr int kMostDims = 64;  // as many as torch has
-  int64_t clean[kMostDims];
-  if (ndim > kMostDims) value_error("", "expected at most ", kMostDims, " dimensions, got ", ndim);
-  for (int i = 0; i < ndim; ++i) clean[i] = std::max<int64_t>(sizes[i], 0);
-  dlpack::ManagedVersioned* memory = this->memory(type, ndim, clean);
-  void* object = nullptr;
-  char* address = static_cast<char*>(memory->tensor.data) + memory->tensor.byte_offset;
-  if (exchange_) {
-    if (exchange_->to_object(memory, &object) != 0) throw Raised();
-  } else {
-    try {
-      object = object_of_foreign(memory, origin_);
-    } catch (const Raised&) {
-      type_error(origin_name_, "expected an array whose framework takes results of ", name_of(type),
-                 ", got ", Py_TYPE(origin_)->tp_name, ": ", caught(), "; pass a torch.Tensor");
-    }
-  }
-  outputs_.push_back(static_cast<PyObject*>(object));
-  return {outputs_.back(), address};
-}
-
-Tensor Call::empty_tensor(const Tensor& like) {
-  return view_of(empty_like(like).object, like.name);
-}
-
-void* Call::workspace(size_t bytes) {
-  if (bytes == 0) return nullptr;
-  const int64_t size = int64_t(bytes);
-  managed_.push_back(memory(kUint8, 1, &size));
-  return managed_.back()->tensor.data;
-}
-
 // ---- the call ----------------------------------------------------------------------------------
 
 kimi_device Call::device() {
@@ -387,7 +209,11 @@ void Call::run(kimi_status (*function)(const void*, kimi_device, void*), const v
   const kimi_device where = device();
   const Current current(device_);
   void* stream = nullptr;
-  if (device_.type == dlpack::kCuda) exchange_->current_stream(device_.type, device_.id, &stream);
+  if (origin_allocates())
+    stream = PyLong_AsVoidPtr(checked(PyObject_GetAttrString(origin_, "stream")).get());
+  else if (device_.type == dlpack::kCuda)
+    exchange_->current_stream(device_.type, device_.id, &stream);
+  if (PyErr_Occurred()) throw Raised();
   kimi_status status;
   Py_BEGIN_ALLOW_THREADS;
   status = function(arguments, where, stream);

@@ -92,7 +92,6 @@ class RankFlags {
 void* written(const Tensor& out, int64_t rows, const Tensor& like, const Tensor& row_map) {
   out.of({like.dtype})
       .shape({rows, like.size(1)}, "pass a row for each")
-      .beside(like)
       .writable({&like, &row_map});
   if (!out.is_dense())
     out.call->value_error("out", "expected dense rows, got ", out.strides_text());
@@ -102,9 +101,8 @@ void* written(const Tensor& out, int64_t rows, const Tensor& like, const Tensor&
 // permute into `out` [cap, H].
 PyObject* permute_into(Call& call) {
   const Tensor x = call.tensor("x").shape({"T", "H"}).dense_rows();
-  const Tensor row_map =
-      call.tensor("row_map").of({kInt32}).shape({x.size(0), "K"}).beside(x).dense();
-  const Tensor source = call.tensor("source").of({kInt32}).shape({"cap"}).beside(x).dense();
+  const Tensor row_map = call.tensor("row_map").of({kInt32}).shape({x.size(0), "K"}).dense();
+  const Tensor source = call.tensor("source").of({kInt32}).shape({"cap"}).dense();
   const Tensor out = call.tensor("out");
   call.check(permutation::check_row_map("permute_into", row_map.data<int32_t>(), row_map.count(),
                                         source.size(0)));
@@ -125,7 +123,7 @@ PyObject* permute_into(Call& call) {
 // unpermute into `out` [T, H], which may be shared memory.
 PyObject* unpermute_into(Call& call) {
   const Tensor y = call.tensor("y").of(kNatives).shape({"R", "H"}).dense_rows();
-  const Tensor row_map = call.tensor("row_map").of({kInt32}).shape({"T", "K"}).beside(y).dense();
+  const Tensor row_map = call.tensor("row_map").of({kInt32}).shape({"T", "K"}).dense();
   const Tensor weights = call.optional("weights"), out = call.tensor("out");
   call.check(permutation::check_row_map("unpermute_into", row_map.data<int32_t>(), row_map.count(),
                                         y.size(0)));
@@ -135,7 +133,6 @@ PyObject* unpermute_into(Call& call) {
   p.weights = !weights ? nullptr
                        : weights.of({kFloat32})
                              .shape_like(row_map, "pass one for each pair")
-                             .beside(y)
                              .dense()
                              .data<float>();
   p.num_tokens = row_map.size(0);

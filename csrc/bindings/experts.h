@@ -52,8 +52,7 @@ inline Groups groups_of(const Tensor& offsets, const Tensor& starts, int64_t exp
     call.value_error("offsets", "expected shape [", wanted, "], got ", offsets.shape_text(),
                      "; pass one end row for each expert");
   }
-  offsets.beside(rows);
-  if (starts) starts.of({offsets.dtype}).shape({offsets.size(0)}).beside(rows);
+  if (starts) starts.of({offsets.dtype}).shape({offsets.size(0)});
   const bool wide = offsets.dtype == kInt64,
              kernel_reads = !rows.is_cuda() && is_native(rows.dtype);
   if (call.reads(offsets) && (wide || !kernel_reads)) {
@@ -75,18 +74,16 @@ inline const int32_t* offsets_of(const Tensor& offsets, int64_t experts, const T
 // The dtype of a result beside operands of `type`: the same, or the sums in float32.
 inline void check_result_type(Call& call, const char* name, Type type, Type operands) {
   if (type == operands || (type == kFloat32 && operands != kFloat64)) return;
-  const std::string allowed = operands == kFloat64 ? "float64"
-                              : operands == kFloat32
-                                  ? "torch.float32"
-                                  : "torch." + name_of(operands) + " or torch.float32";
-  call.type_error(name, "expected ", allowed, ", got torch.", name_of(type),
-                  "; choose one of these");
+  const std::string allowed = operands == kFloat64   ? "float64"
+                              : operands == kFloat32 ? "float32"
+                                                     : name_of(operands) + " or float32";
+  call.type_error(name, "expected ", allowed, ", got ", name_of(type), "; choose one of these");
 }
 
 inline void check_out(const Tensor& out, std::initializer_list<int64_t> sizes, const Tensor& a) {
   const bool fits =
       out.ndim == int(sizes.size()) && std::equal(sizes.begin(), sizes.end(), out.sizes);
-  if (fits && out.device == a.device) return;
+  if (fits) return;
   std::string wanted;
   for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
   out.call->value_error("out", "expected shape [", wanted, "] on ", a.device_text(), ", got ",
@@ -94,14 +91,9 @@ inline void check_out(const Tensor& out, std::initializer_list<int64_t> sizes, c
                         "; allocate it with that shape");
 }
 
-inline const void* bias_of(const Tensor& bias, Type type, int64_t experts, int64_t n,
-                           const Tensor& a) {
+inline const void* bias_of(const Tensor& bias, Type type, int64_t experts, int64_t n) {
   if (!bias) return nullptr;
-  return bias.of({type})
-      .shape({experts, n}, "pass one row for each expert")
-      .beside(a)
-      .dense()
-      .data();
+  return bias.of({type}).shape({experts, n}, "pass one row for each expert").dense().data();
 }
 
 // The scales of quantised matrices [E, rows, columns]; `name` is what messages call them.
@@ -111,7 +103,7 @@ inline const void* scale_of(const Tensor& scale, const Tensor& data, int64_t col
   scale.of({packed ? kBfloat16 : kFloat32});
   scale.shape({data.size(0), packed ? rows : ceil_div(rows, kFp8Block),
                ceil_div(columns, packed ? kInt4Group : kFp8Block)});
-  return scale.beside(data).data();
+  return scale.data();
 }
 
 }  // namespace kimi::bindings

@@ -52,9 +52,8 @@ struct Product {
     p.k = b.size(2);
     a.shape({"R", p.k}, call.keep("pass rows of the K = " + std::to_string(p.k) + " of b"));
     const int64_t blocks = ceil_div(p.k, kFp8Block);
-    a_scale.of({kFloat32}).shape({a.size(0), blocks}).beside(a);
-    b_scale.of({kFloat32}).shape({b.size(0), ceil_div(p.n, kFp8Block), blocks}).beside(a);
-    b.beside(a);
+    a_scale.of({kFloat32}).shape({a.size(0), blocks});
+    b_scale.of({kFloat32}).shape({b.size(0), ceil_div(p.n, kFp8Block), blocks});
     if (!b.is_dense() || !b_scale.is_dense())
       call.value_error("b", "expected contiguous tensors, got strides ", b.strides_text(), " and ",
                        b_scale.strides_text(), "; call .contiguous()");
@@ -63,11 +62,9 @@ struct Product {
                        "; call .contiguous()");
     p.offsets = offsets_of(offsets, p.num_experts, a);
     if (!is_native(type))
-      call.type_error(name,
-                      "expected torch.bfloat16, torch.float16 or torch.float32 beside FP8 "
-                      "rows, got torch.",
+      call.type_error(name, "expected bfloat16, float16 or float32 beside FP8 rows, got ",
                       name_of(type), "; choose one of these");
-    p.bias = bias_of(bias, type, p.num_experts, p.n, a);
+    p.bias = bias_of(bias, type, p.num_experts, p.n);
     p.a = a.data();
     p.a_scale = a_scale.data<float>();
     p.b = b.data();

@@ -90,6 +90,22 @@ bool inside_of_a_dual_level() {
 
 }  // namespace
 
+std::string shown(PyObject* object) {
+  const Object text = checked(PyObject_Str(object));
+  const char* characters = PyUnicode_AsUTF8(text.get());
+  if (!characters) throw Raised();
+  return characters;
+}
+
+std::string caught() {
+  PyObject *type, *value, *trace;
+  PyErr_Fetch(&type, &value, &trace);
+  const Object held[] = {Object(type), Object(value), Object(trace)};
+  if (!value) return "no reason";
+  const std::string text = shown(value);
+  return text.substr(0, text.find('\n'));  // what follows are frames of the framework
+}
+
 long ask(PyObject* function) {
   if (!function) return 0;
   const Object answer = checked(PyObject_CallNoArgs(function));

@@ -5,6 +5,8 @@
 
 #include <Python.h>
 
+#include <string>
+
 #include "bindings/dlpack.h"
 
 namespace kimi::bindings {
@@ -34,6 +36,10 @@ class Object {
  private:
   PyObject* object_ = nullptr;
 };
+
+std::string shown(PyObject* object);
+// What the exception that is set says; it is cleared.
+std::string caught();
 
 // `owned`, or Raised where it is NULL.
 inline Object checked(PyObject* owned) {

@@ -21,15 +21,14 @@ struct Weights {
     if (is_quantised(data.dtype)) {
       const bool served = !x.is_cuda() || (!packed() && call.served(kimi_grouped_gemm_fp8_served));
       if (x.dtype == kFloat64 || !served)
-        call.type_error(data.name, "expected a Tensor beside torch.", name_of(x.dtype),
+        call.type_error(data.name, "expected ", call.kind(), " beside ", name_of(x.dtype),
                         " tokens on ", x.device_text(), ", got ",
                         packed() ? "Int4GroupWeight" : "Fp8BlockWeight", "; pass ", data.name,
                         ".dequantize(x.dtype)");
     } else if (data.dtype != x.dtype) {
-      call.type_error(data.name, "expected torch.", name_of(x.dtype), " beside torch.",
-                      name_of(x.dtype), " tokens, got torch.", name_of(data.dtype), "; convert it");
+      call.type_error(data.name, "expected ", name_of(x.dtype), " beside ", name_of(x.dtype),
+                      " tokens, got ", name_of(data.dtype), "; convert it");
     }
-    data.beside(x);
   }
 
   // The struct of the C API; `width` columns of a matrix that are in use.
@@ -85,11 +84,8 @@ struct Layer {
     for (const auto& [tensor, type] :
          {std::pair<const Tensor*, Type>(&weights, wide), std::pair(&ids, kInt32)})
       if (tensor->dtype != type)
-        call.type_error(tensor->name, "expected torch.", name_of(type), " beside torch.",
-                        name_of(x.dtype), " tokens, got torch.", name_of(tensor->dtype),
-                        "; convert it");
-    weights.beside(x);
-    ids.beside(x);
+        call.type_error(tensor->name, "expected ", name_of(type), " beside ", name_of(x.dtype),
+                        " tokens, got ", name_of(tensor->dtype), "; convert it");
     x.shape({"T", "H"}, "flatten the batch");
     const Tensor &gate_up = w_gate_up.data, &down = w_down.data;
     if (gate_up.ndim != 3 || both() % 2 || w_gate_up.columns() != hidden())
@@ -105,8 +101,8 @@ struct Layer {
       call.value_error(name_of_ids, "expected shape [T=", tokens(), ", K >= 1], got ",
                        ids.shape_text());
     weights.shape_like(ids);
-    b_gate_up_data = bias_of(b_gate_up, x.dtype, experts(), both(), x);
-    b_down_data = bias_of(b_down, x.dtype, experts(), hidden(), x);
+    b_gate_up_data = bias_of(b_gate_up, x.dtype, experts(), both());
+    b_down_data = bias_of(b_down, x.dtype, experts(), hidden());
   }
 
   template <class Params>
@@ -139,8 +135,8 @@ struct Plan {
 
   template <class Params>
   void set(Params& p, const Layer& layer) {
-    source.of({kInt32}).shape({layer.pairs()}).beside(layer.x);
-    offsets.of({kInt32}).shape({layer.experts()}).beside(layer.x);
+    source.of({kInt32}).shape({layer.pairs()});
+    offsets.of({kInt32}).shape({layer.experts()});
     p.row_map = row_map.dense().data<int32_t>();
     p.source = source.dense().data<int32_t>();
     p.offsets = offsets.dense().data<int32_t>();
@@ -245,9 +241,9 @@ PyObject* fused_experts_backward(Call& call) {
   const Weights* matrices[] = {&layer.w_gate_up, &layer.w_down};
   for (const Weights* w : matrices) w->data.of({layer.x.dtype});
   layer.check(plan.row_map, "row_map");
-  dy.of({layer.x.dtype}).shape_like(layer.x).beside(layer.x);
+  dy.of({layer.x.dtype}).shape_like(layer.x);
   if (gate_up) {
-    gate_up.of({layer.x.dtype}).shape({layer.pairs(), layer.both()}).beside(layer.x);
+    gate_up.of({layer.x.dtype}).shape({layer.pairs(), layer.both()});
     p.gate_up = gate_up.dense().data();
   }
   constexpr int kInputs = 6;

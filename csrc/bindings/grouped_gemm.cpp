@@ -11,7 +11,6 @@ void check_pair(const Tensor& a, const Tensor& b, bool shapes_fit, const char* s
   if (!shapes_fit)
     a.call->value_error(a.call->keep("a, " + std::string(b.name)), "expected shapes ", shapes,
                         ", got ", a.shape_text(), " and ", b.shape_text(), "; reshape them");
-  b.beside(a);
   if (a.dtype == kFloat64 && a.is_cuda())
     a.call->type_error("a", "expected float32 at most on CUDA, got float64; use a.float()");
 }
@@ -62,7 +61,7 @@ PyObject* grouped_gemm(Call& call) {
   const Type type = call.type("out_dtype");
   Forward forward(a, b, offsets, call.optional("starts"));
   check_result_type(call, "out_dtype", type, a.dtype);
-  forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2), a);
+  forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2));
   if (!is_native(a.dtype)) return call.not_implemented();
   const Output out = call.empty(type, {a.size(0), b.size(2)});
   multiply(call, forward.p, a, out.data(), type);
@@ -77,7 +76,7 @@ PyObject* grouped_gemm_out(Call& call) {
   Forward forward(a, b, offsets, starts);
   forward.p.accumulate = accumulate;
   check_result_type(call, "out", out.dtype, a.dtype);
-  forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2), a);
+  forward.p.bias = bias_of(bias, a.dtype, b.size(0), b.size(2));
   check_out(out, {a.size(0), b.size(2)}, a);
   out.writable({&a, &b, &offsets, &bias, &starts});
   if (!is_native(a.dtype)) return call.not_implemented();
@@ -176,17 +175,17 @@ PyObject* quantized_gemm(Call& call) {
     call.value_error("a", "expected shape [R, K=", k, "] beside a quantised weight [", data.size(0),
                      ", ", data.size(1), ", ", k, "] [E, N, K], got ", a.shape_text(),
                      "; reshape it");
-  data.beside(a);
   if (a.is_cuda())
     call.type_error("a", "expected a CPU tensor, got ", a.device_text(), "; dequantise the weight");
   p.b = data.data();
   p.b_scale = scale_of(scale, data, k);
   if (!data.is_dense() || !scale.is_dense())
     call.value_error("data, scale", "expected contiguous tensors, got strides ",
-                     data.strides_text(), " and ", scale.strides_text(), "; call .contiguous()");
+                     data.strides_text(), " and ", scale.strides_text(),
+                     "; pass contiguous copies");
   p.offsets = offsets_of(offsets, data.size(0), a);
   check_result_type(call, "out_dtype", type, a.dtype);
-  p.bias = bias_of(bias, a.dtype, data.size(0), data.size(1), a);
+  p.bias = bias_of(bias, a.dtype, data.size(0), data.size(1));
   if (!is_native(a.dtype)) return call.not_implemented();
   p.n = data.size(1);
   p.num_experts = int32_t(data.size(0));

@@ -22,8 +22,7 @@ void check_lists(Call& call, std::initializer_list<List> lists) {
     if (list.tensors.size() != first.tensors.size())
       call.value_error(list.name, "expected ", first.tensors.size(), " tensors as ", first.name,
                        ", got ", list.tensors.size());
-    for (size_t i = 0; i < list.tensors.size(); ++i)
-      list.tensors[i].shape_like(first.tensors[i]).beside(first.tensors[0]);
+    for (size_t i = 0; i < list.tensors.size(); ++i) list.tensors[i].shape_like(first.tensors[i]);
   }
 }
 
@@ -67,7 +66,7 @@ struct Flags {
 
   void check(Call& call, const Tensors& tensors, bool written) const {
     if (!squares) return;
-    squares.of({kFloat64}).shape({"N"}).beside(tensors[0]);
+    squares.of({kFloat64}).shape({"N"});
     if (!squares.is_dense()) call.value_error("squares", "expected contiguous memory");
     if (written) squares.writable({});
     check_numbers(call, "pieces", pieces, 2 * tensors.size());
@@ -85,8 +84,8 @@ Flags flags(Call& call) {
 
 // A number that lies where the tensors do, or None.
 template <class T>
-const T* scalar(const Tensor& given, Type type, const Tensors& tensors) {
-  return given ? given.of({type}).shape({}).beside(tensors[0]).data<const T>() : nullptr;
+const T* scalar(const Tensor& given, Type type) {
+  return given ? given.of({type}).shape({}).data<const T>() : nullptr;
 }
 
 PyObject* muon_momentum(Call& call) {
@@ -150,8 +149,8 @@ PyObject* muon_update(Call& call) {
   p.directions = read.data();
   p.shapes = shapes.data();
   p.rates = rates.data();
-  p.lr = scalar<double>(lr, kFloat64, params);
-  p.weight_decay = scalar<double>(weight_decay, kFloat64, params);
+  p.lr = scalar<double>(lr, kFloat64);
+  p.weight_decay = scalar<double>(weight_decay, kFloat64);
   p.squares = flags.squares.data<double>();
   p.pieces = flags.pieces.data();
   p.count = int64_t(params.size());
@@ -166,7 +165,7 @@ PyObject* muon_update(Call& call) {
 void check_steps(Call& call, const Tensors& steps, const Tensors& params) {
   if (steps.size() != params.size())
     call.value_error("steps", "expected ", params.size(), " tensors as params, got ", steps.size());
-  for (const Tensor& step : steps) step.of({kFloat32}).shape({}).beside(params[0]).writable({});
+  for (const Tensor& step : steps) step.of({kFloat32}).shape({}).writable({});
 }
 
 PyObject* adamw(Call& call) {
@@ -193,7 +192,7 @@ PyObject* adamw(Call& call) {
   for (const Tensors* states : {&exp_avgs, &exp_avg_sqs})
     if (states->at(0).dtype != kFloat32)
       call.type_error("exp_avgs, exp_avg_sqs", "expected float32, got ",
-                      name_of(states->at(0).dtype), "; cast it with .to(torch.float32)");
+                      name_of(states->at(0).dtype), "; keep them in float32");
   check_steps(call, steps, params);
   const Tensors moved[] = {dense(params), dense(exp_avgs), dense(exp_avg_sqs)}, from = dense(grads);
   const auto targets = addresses<void>(moved[0]);
@@ -207,9 +206,9 @@ PyObject* adamw(Call& call) {
   p.exp_avg_sqs = second.data();
   p.steps = counters.data();
   p.sizes = counts.data();
-  p.lr_factor = scalar<double>(lr, kFloat64, params);
-  p.weight_decay_factor = scalar<double>(decay, kFloat64, params);
-  p.scale = scalar<float>(scale, kFloat32, params);
+  p.lr_factor = scalar<double>(lr, kFloat64);
+  p.weight_decay_factor = scalar<double>(decay, kFloat64);
+  p.scale = scalar<float>(scale, kFloat32);
   p.squares = flags.squares.data<double>();
   p.pieces = flags.pieces.data();
   p.count = int64_t(params.size());
@@ -231,7 +230,6 @@ PyObject* squares(Call& call) {
   const Tensors x = call.tensors("x");
   const std::vector<int64_t> pieces = call.integers("pieces"), lengths = call.integers("lengths");
   check_lists(call, {{"x", x}});
-  x[0].beside(sums);
   Flags{sums, pieces}.check(call, x, true);
   const Tensors from = dense(x);
   std::vector<const void*> sources;
@@ -268,7 +266,7 @@ PyObject* clip_factor(Call& call) {
   const Flags flags = bindings::flags(call);
   kimi_clip_factor_params p = {};
   p.max_norm = call.number("max_norm");
-  if (!flags.squares) call.type_error("squares", "expected a torch.Tensor, got None");
+  if (!flags.squares) call.type_error("squares", "expected ", call.kind(), ", got None");
   if (flags.pieces.empty() || flags.pieces.size() % 2)
     call.value_error("pieces", "expected two numbers for each of 1 tensor or more, got ",
                      flags.pieces.size());

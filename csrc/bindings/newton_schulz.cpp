@@ -8,7 +8,7 @@ namespace {
 
 PyObject* matrix_product(Call& call) {
   const Tensor a = call.tensor("a").of(kNatives).shape({"M", "K"}).apart();
-  const Tensor any_b = call.tensor("b").shape({a.size(1), "N"}).of({a.dtype}).beside(a);
+  const Tensor any_b = call.tensor("b").shape({a.size(1), "N"}).of({a.dtype});
   const Tensor b = any_b.apart();
   const Tensor given = call.optional("c");
   kimi_matrix_product_params p = {};
@@ -17,7 +17,7 @@ PyObject* matrix_product(Call& call) {
   p.symmetric = call.truth();
   if (p.symmetric) b.shape({a.size(1), a.size(0)}, "a symmetric result is square");
   if (given) {
-    const Tensor c = given.of({a.dtype}).shape({a.size(0), b.size(1)}).beside(a).dense_rows();
+    const Tensor c = given.of({a.dtype}).shape({a.size(0), b.size(1)}).dense_rows();
     p.c = c.data();
     p.c_stride = c.stride(0);
   }
@@ -59,12 +59,11 @@ PyObject* newton_schulz(Call& call) {
   if (numbers.size() % 3)
     call.value_error("coefficients", "expected 3 a step, got ", numbers.size(), " numbers");
   if (!is_native(type))
-    call.type_error("dtype", "expected fp32, bf16 or fp16, got torch.", name_of(type),
-                    "; choose one");
+    call.type_error("dtype", "expected fp32, bf16 or fp16, got ", name_of(type), "; choose one");
   if (g.empty()) call.value_error("g", "expected at least one matrix, got none");
   for (Tensor& matrix : g) {
     matrix.of(kNatives).shape({"m", "n"}).shape_like(g[0], "call once for each shape");
-    matrix.of({g[0].dtype}, "call once for each dtype").beside(g[0]);
+    matrix.of({g[0].dtype}, "call once for each dtype");
     if (!Strides(matrix).has_a_line()) matrix = matrix.dense();
   }
   if (std::any_of(g.begin(), g.end(), [&](const Tensor& x) { return Strides(x) != Strides(g[0]); }))

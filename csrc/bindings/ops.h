@@ -70,7 +70,7 @@ void set_logits(Params& p, const Tensor& logits) {
 
 // The mask [T] of rows that count.
 inline const uint8_t* valid_of(const Tensor& valid, const Tensor& rows) {
-  return valid.of({kBool}).shape({rows.size(0)}).beside(rows).dense().data<uint8_t>();
+  return valid.of({kBool}).shape({rows.size(0)}).dense().data<uint8_t>();
 }
 
 }  // namespace kimi::bindings

@@ -54,14 +54,10 @@ struct Maps {
   int64_t rows() const { return source.size(0); }
 };
 
-Maps maps(Call& call, const Tensor& x) {
-  const Tensor row_map = call.tensor("row_map"), source = call.tensor("source");
-  for (const Tensor* map : {&row_map, &source})
-    if (map->of({kInt32}).device != x.device)
-      call.value_error(x.name, "expected on ", map->device_text(), " as the plan, got ",
-                       x.device_text(), "; move it");
-  const Maps plan = {row_map.shape({"T", "K"}).dense(), source.shape({"cap"}).dense()};
-  if (call.reads(row_map)) {
+Maps maps(Call& call) {
+  const Maps plan = {call.tensor("row_map").of({kInt32}).shape({"T", "K"}).dense(),
+                     call.tensor("source").of({kInt32}).shape({"cap"}).dense()};
+  if (call.reads(plan.row_map)) {
     const Tensor rows = call.on_host(plan.row_map);
     call.check(permutation::check_row_map(std::string(call.op).c_str(), rows.data<int32_t>(),
                                           rows.count(), plan.rows()));
@@ -73,14 +69,13 @@ Maps maps(Call& call, const Tensor& x) {
 const float* weights_of(const Tensor& weights, const Maps& plan) {
   return weights.of({kFloat32})
       .shape_like(plan.row_map, "pass one for each pair of the plan")
-      .beside(plan.row_map, "plan.row_map")
       .dense()
       .data<float>();
 }
 
 PyObject* permute(Call& call) {
   Tensor x = call.tensor("x");
-  const Maps plan = maps(call, x);
+  const Maps plan = maps(call);
   x = rows_of(x, plan.tokens(), "T");
   const Output y = call.empty(x.dtype, {plan.rows(), x.size(1)});
   kimi_permute_params p = {};
@@ -99,7 +94,7 @@ PyObject* permute(Call& call) {
 
 PyObject* unpermute(Call& call) {
   Tensor y = call.tensor("y");
-  const Maps plan = maps(call, y);
+  const Maps plan = maps(call);
   const Tensor weights = call.optional("weights");
   y = rows_of(y, plan.rows(), "cap").of(kNatives);
   const Output x = call.empty(y.dtype, {plan.tokens(), y.size(1)});
@@ -120,10 +115,10 @@ PyObject* unpermute(Call& call) {
 PyObject* unpermute_backward(Call& call) {
   const Tensor grad_x = call.tensor("grad_x");
   Tensor y = call.tensor("y");
-  const Maps plan = maps(call, y);
+  const Maps plan = maps(call);
   const Tensor weights = call.tensor("weights");
   y = rows_of(y, plan.rows(), "cap").of(kNatives);
-  const Tensor dx = grad_x.of({y.dtype}).shape({plan.tokens(), y.size(1)}).beside(y).dense_rows();
+  const Tensor dx = grad_x.of({y.dtype}).shape({plan.tokens(), y.size(1)}).dense_rows();
   kimi_unpermute_backward_params p = {};
   p.weights = weights_of(weights, plan);
   const Output grad_y = call.empty_like(y), grad_weights = call.empty_like(weights);
@@ -146,8 +141,8 @@ PyObject* unpermute_backward(Call& call) {
 
 PyObject* sort_chunks(Call& call) {
   Tensor x = call.tensor("x");
-  const Tensor sizes = call.tensor("split_sizes").of({kInt32}).shape({"C"}).beside(x).dense();
-  const Tensor order = call.tensor("order").of({kInt32}).shape_like(sizes).beside(x).dense();
+  const Tensor sizes = call.tensor("split_sizes").of({kInt32}).shape({"C"}).dense();
+  const Tensor order = call.tensor("order").of({kInt32}).shape_like(sizes).dense();
   call.between("split_sizes.shape[0]", sizes.size(0), 0, KIMI_SORT_CHUNKS_MAX);
   x = rows_of(x, x.ndim ? x.size(0) : 0, "R");
   const Output y = call.empty_like(x);

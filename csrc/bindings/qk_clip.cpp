@@ -12,7 +12,7 @@ std::vector<int32_t> narrow(Call& call, const char* name, const std::vector<int6
 
 PyObject* attention_max_logits(Call& call) {
   const Tensor q = call.tensor("q").of(kNatives).shape({"B", "heads", "Sq", "D"}).apart();
-  const Tensor any_k = call.tensor("k").of({q.dtype}).beside(q);
+  const Tensor any_k = call.tensor("k").of({q.dtype});
   const Tensor k = any_k.shape({q.size(0), "kv_heads", "Sk", q.size(3)}).apart();
   kimi_attention_max_logits_params p = {};
   p.q = q.data();
@@ -67,7 +67,7 @@ PyObject* clip_rows(Call& call) {
   std::vector<Tensor> written;
   std::vector<kimi_clip_weight> table;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor& weight = weights[i].of(kNatives).beside(max_logits);
+    const Tensor& weight = weights[i].of(kNatives);
     if (weight.ndim != 1) weight.shape({"rows", "in"});
     weight.writable({&max_logits});
     written.push_back(weight.ndim == 1 ? weight : weight.dense_rows());

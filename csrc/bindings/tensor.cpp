@@ -94,7 +94,10 @@ const Tensor& Tensor::of(Types expected, std::string_view mend) const {
   if (std::find(expected.begin(), expected.end(), dtype) != expected.end()) return *this;
   std::string names, cast;
   for (const Type& type : expected) names += (names.empty() ? "" : ", ") + name_of(type);
-  if (mend.empty()) mend = cast = "cast it with .to(torch." + name_of(*expected.begin()) + ")";
+  const std::string first = name_of(*expected.begin());
+  if (mend.empty())
+    mend = cast = call->speaks_torch() ? "cast it with .to(torch." + first + ")"
+                                       : "cast it with .astype('" + first + "')";
   call->type_error(name, "expected ", names, ", got ", name_of(dtype), "; ", mend);
 }
 
@@ -119,20 +122,13 @@ const Tensor& Tensor::shape_like(const Tensor& other, std::string_view mend) con
                     mend.empty() ? "" : "; ", mend);
 }
 
-const Tensor& Tensor::beside(const Tensor& other, std::string_view like) const {
-  if (device == other.device) return *this;
-  if (like.empty()) like = other.name;
-  call->value_error(name, "expected on ", bindings::name_of(other.device), " as ", like, ", got ",
-                    bindings::name_of(device), "; move it with .to(", like, ".device)");
-}
-
 const Tensor& Tensor::writable(std::initializer_list<const Tensor*> inputs) const {
   for (int i = 0; i < ndim; ++i)
     if (strides[i] == 0 && sizes[i] > 1)
       call->value_error(name,
                         "expected elements with memory of their own, got an expanded tensor of "
                         "strides ",
-                        strides_text(), "; call .contiguous() on it");
+                        strides_text(), "; pass a contiguous copy");
   if (read_only)
     call->value_error(name, "expected an array that may be written, got a read-only one; copy it");
   const auto extent = [](const Tensor& x) {
@@ -147,7 +143,7 @@ const Tensor& Tensor::writable(std::initializer_list<const Tensor*> inputs) cons
     const auto [first, last] = extent(*input);
     if (first < end && begin < last && first < last && begin < end)
       call->value_error(name, "expected memory of its own, got some that ", input->name,
-                        " uses too; pass another tensor");
+                        " uses too; pass another one");
   }
   return *this;
 }

@@ -86,7 +86,6 @@ class Tensor {
   const Tensor& of(Types expected, std::string_view mend = {}) const;  // dtype
   const Tensor& shape(Dims expected, std::string_view mend = {}) const;
   const Tensor& shape_like(const Tensor& other, std::string_view mend = {}) const;
-  const Tensor& beside(const Tensor& other, std::string_view like = {}) const;  // same device
   // Refuses an output whose elements share memory, with each other or with an input.
   const Tensor& writable(std::initializer_list<const Tensor*> inputs) const;
   // Itself, or a copy where its memory is in another order.
@@ -112,13 +111,13 @@ struct Output {
 
 class Call {
  public:
-  Call(const char* op, PyObject* const* arguments, Py_ssize_t count);
+  Call(const char* op, PyObject* const* arguments, bool of_torch);
   Call(const Call&) = delete;
   ~Call();
 
   std::string_view op;  // the prefix of messages
 
-  // The next argument.
+  // The next argument. Tensors lie on one device.
   Tensor tensor(const char* name);
   Tensor optional(const char* name);  // may be None
   std::vector<Tensor> tensors(const char* name);
@@ -161,6 +160,10 @@ class Call {
     params.workspace_bytes = bytes(&params, device());
     params.workspace = workspace(params.workspace_bytes);
   }
+
+  // Whether the caller has torch's tensors, for messages that say how to mend something.
+  bool speaks_torch() const { return has_device_ ? exchange_ != nullptr : of_torch_; }
+  const char* kind() const { return speaks_torch() ? "a torch.Tensor" : "an array"; }
 
   kimi_device device();  // also sets the number of threads, for workspaces that depend on it
   template <class Params>
@@ -216,12 +219,18 @@ class Call {
   int choose(const char* name, std::initializer_list<const char*> expected);
   PyObject* next() { return arguments_[next_++]; }
   std::vector<PyObject*> items(const char* name, const char* what);
+  Tensor argument(PyObject* object, std::string_view name);
   Tensor foreign(PyObject* object, std::string_view name);
+  [[noreturn]] void refuse_device(std::string_view name, const std::string& got) const;
+  // Without a table of functions the memory and the stream of a GPU are the first array's to give.
+  bool origin_allocates() const { return device_.type == dlpack::kCuda && !exchange_; }
+  Object made_by_origin(Type type, int ndim, const int64_t* sizes);
   void run(kimi_status (*function)(const void*, kimi_device, void*), const void* arguments);
   PyObject* handed_over(const Output& output);
   dlpack::ManagedVersioned* memory(Type type, int ndim, const int64_t* sizes);
 
   PyObject* const* arguments_;
+  bool of_torch_;
   Py_ssize_t next_ = 0;
   bool has_device_ = false;
   dlpack::Device device_ = {dlpack::kCpu, 0};
@@ -241,13 +250,13 @@ extern kimi_device device_of_cpu_tensors;
 
 template <class Body>
 PyObject* enter(const char* op, PyObject* const* arguments, Py_ssize_t given, Py_ssize_t expected,
-                const Body& body) {
+                const Body& body, bool of_torch = false) {
   try {
     if (given != expected) {
       PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", op, expected, given);
       return nullptr;
     }
-    Call call(op, arguments, given);
+    Call call(op, arguments, of_torch);
     return body(call);
   } catch (const Raised&) {
   } catch (const std::exception& exception) {
@@ -265,7 +274,7 @@ PyObject* enter_eager(const char* op, PyObject* const* arguments, Py_ssize_t giv
   } catch (const Raised&) {
     return nullptr;
   }
-  PyObject* result = enter(op, arguments, given, expected, body);
+  PyObject* result = enter(op, arguments, given, expected, body, true);
   if (result != Py_NotImplemented) return result;
   Py_DECREF(result);
   return PyLong_FromLong(kOtherwise);

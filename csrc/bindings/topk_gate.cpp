@@ -28,7 +28,7 @@ Gate gate_of(Call& call) {
   call.check(gate::check_options(std::string(call.op).c_str(), p));
   if (bias) {
     bias.of({kFloat32}, "keep the bias in float32: bfloat16 cannot hold steps of 0.001");
-    p.expert_bias = bias.shape({p.num_experts}).beside(logits).dense().data<float>();
+    p.expert_bias = bias.shape({p.num_experts}).dense().data<float>();
   }
   if (valid) p.valid = valid_of(valid, logits);
   const Output weights = call.empty(kFloat32, {p.num_tokens, p.top_k});
@@ -65,7 +65,7 @@ PyObject* topk_gate_given(Call& call) {
   const Tensor logits = call.tensor("logits").of(kNatives).shape({"T", "E"}, kFlatten).dense_rows();
   const Tensor ids = call.tensor("ids").of({kInt32}).shape({logits.size(0), "K"}).dense();
   kimi_topk_gate_given_params p = {};
-  p.given = ids.beside(logits).data<int32_t>();
+  p.given = ids.data<int32_t>();
   p.top_k = int32_t(ids.size(1));
   p.score_function = call.choice<kimi_score_function>("score_function", kScoreFunctions);
   p.renormalize = call.truth();
@@ -90,8 +90,6 @@ PyObject* topk_gate_backward(Call& call) {
   const Tensor grad_weights = call.tensor("grad_weights"), unread = call.tensor("logits");
   const Tensor logits = unread.of(kNatives).shape({"T", "E"}).dense_rows();
   const Tensor indices = call.tensor("indices").of({kInt32}).shape({logits.size(0), "K"}).dense();
-  logits.beside(grad_weights);
-  indices.beside(grad_weights);
   kimi_topk_gate_backward_params p = {};
   p.grad_weights = grad_weights.of({kFloat32}).shape_like(indices).dense().data<float>();
   p.indices = indices.data<int32_t>();

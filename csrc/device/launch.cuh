@@ -29,8 +29,7 @@ struct LaunchConfig {
 
 #if defined(KIMI_HOST_SIMT)
 
-/// Blocks of the kernel that run at the same time on the whole device. Few on the host runner, so
-/// that persistent kernels go round.
+/// Blocks that the whole device runs at a time: few on the host runner, so that kernels go round.
 template <class... Parameters>
 int resident_blocks(void (*)(Parameters...), int /*threads*/, size_t /*smem_bytes*/,
                     int cluster = 1) {
@@ -47,13 +46,14 @@ Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Argumen
                " blocks that are resident, got " + std::to_string(blocks));
   simt::launch(kernel,
                {config.grid, config.block, config.smem_bytes, config.cooperative, config.cluster,
-                config.overlaps && overlap_allowed()},
+                config.overlaps && overlap_allowed(), config.stream},
                arguments...);
   return Status::ok();
 }
 
-inline Status memset_async(void* destination, int byte, size_t bytes, void* /*stream*/) {
+inline Status memset_async(void* destination, int byte, size_t bytes, void* stream) {
   simt::synchronize();
+  simt::queued_on(stream);
   if (bytes > 0) std::memset(destination, byte, bytes);
   return Status::ok();
 }

@@ -73,7 +73,24 @@ def test_every_option_is_there_or_in_the_table(framework):
 def test_both_have_the_same_names():
     kj, kn = pytest.importorskip("kimi_ops.jax"), importlib.import_module("kimi_ops.numpy")
     ours = {name.rstrip("_") for name in kn.__all__ if not name.endswith("_backward")}
-    assert ours - set(kj.__all__) == {"num_threads", "set_num_threads", "fused_experts_planned"}
+    assert ours - set(kj.__all__) == {
+        "num_threads", "set_num_threads", "fused_experts_planned", "stream",
+    }  # fmt: skip
     assert set(kj.__all__) - ours == {"ragged_dot"}
     for name in ("Gate", "Plan", "Fp8BlockWeight"):
         assert getattr(kn, name) is getattr(kj, name)
+
+
+@pytest.mark.parametrize("framework", MODULES)
+def test_options_that_are_names_have_the_types_of_torch_s(framework):
+    module, seen = pytest.importorskip(MODULES[framework]), set()
+    for name in set(kimi_ops.__all__) & set(module.__all__):
+        theirs = getattr(kimi_ops, name)
+        if inspect.isclass(theirs):
+            continue
+        for option, parameter in inspect.signature(theirs).parameters.items():
+            if "Literal" in str(parameter.annotation):
+                ours = inspect.signature(getattr(module, name)).parameters[option]
+                assert str(ours.annotation).split("|")[0] == str(parameter.annotation).split("|")[0]
+                seen.add(option)
+    assert seen >= {"score_function", "select", "by", "method", "coefficients", "activation"}

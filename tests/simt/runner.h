@@ -188,6 +188,7 @@ class Runner {
 
   Settings settings;
   Statistics statistics;
+  std::vector<const void*> streams;
 
  private:
   friend struct Thread;

@@ -64,6 +64,7 @@ void Runner::submit(const LaunchShape& shape, std::function<void()> body) {
   if (shape.dynamic_shared_bytes > kMostShared)
     throw Error("launch: dynamic shared memory: expected at most " + std::to_string(kMostShared) +
                 " bytes, got " + std::to_string(shape.dynamic_shared_bytes));
+  queued_on(shape.stream);
   auto grid = std::make_unique<Grid>();
   grid->shape = shape;
   grid->body = std::move(body);
@@ -391,6 +392,14 @@ void count(uint64_t Statistics::* what, uint64_t by) {
 }
 Statistics last_statistics() { return detail::Runner::instance().statistics; }
 uint64_t launches() { return detail::Runner::instance().statistics.launches; }
+
+void queued_on(const void* stream) {
+  std::vector<const void*>& all = detail::Runner::instance().streams;
+  if (std::find(all.begin(), all.end(), stream) == all.end()) all.push_back(stream);
+}
+std::vector<const void*> take_streams() {
+  return std::exchange(detail::Runner::instance().streams, {});
+}
 
 void overlapped(const std::function<void()>& launches) {
   detail::Runner& runner = detail::Runner::instance();

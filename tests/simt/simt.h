@@ -68,6 +68,7 @@ struct LaunchShape {
   bool cooperative = false;  // every block is live at once, as cudaLaunchCooperativeKernel promises
   unsigned cluster = 1;      // blocks along x that are live at once and reach each other
   bool overlaps = false;     // begins while the launch before it ends: see overlapped()
+  const void* stream = nullptr;
 };
 
 /// Counts of the calling OS thread's last launch, or launches of overlapped().
@@ -87,6 +88,11 @@ Statistics last_statistics();
 
 /// Launches of the calling OS thread so far.
 uint64_t launches();
+
+/// The calling OS thread works on `stream`, as every launch does.
+void queued_on(const void* stream);
+/// The streams that it has worked on since this was called last, each once.
+std::vector<const void*> take_streams();
 
 namespace detail {
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from kimi_ops import _arguments as check
 from kimi_ops.arrays.door import Counts, Door, Gate, name_of
+from kimi_ops.choices import DropRule, ScoreFunction
 
 
 class Balance(Door):
@@ -42,7 +43,7 @@ class Balance(Door):
         valid: Any = None,
         tokens_per_expert: Any = None,
         sequence_tokens: Any = None,
-        score_function: str = "sigmoid",
+        score_function: ScoreFunction = "sigmoid",
         coefficient: float = 1e-4,
     ) -> Any:
         """The loss [] of `kimi_ops.sequence_balance_loss` of logits [T, E] and indices [T, K]."""
@@ -97,7 +98,7 @@ class Balance(Door):
         *,
         bounds: Any,
         expert_bias: Any = None,
-        score_function: str = "sigmoid",
+        score_function: ScoreFunction = "sigmoid",
         valid: Any = None,
     ) -> Any:
         """Adds to histogram [E, bins] int32, as `kimi_ops.quantile_histogram_`, how much the scores
@@ -151,7 +152,13 @@ class Balance(Door):
         return (bias - bias.mean()).astype("float32")
 
     def drop_to_capacity(
-        self, weights: Any, indices: Any, num_experts: int, capacity: int, *, by: str = "weights"
+        self,
+        weights: Any,
+        indices: Any,
+        num_experts: int,
+        capacity: int,
+        *,
+        by: DropRule = "weights",
     ) -> Gate:
         """`kimi_ops.drop_to_capacity`: every expert keeps its `capacity` best pairs of weights and
         indices [T, K], or its first (``by="position"``); dropped ones have id -1 and weight 0.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a framework of arrays brings: its calls of the kernels, and functions of numbers."""
 
+import sys
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -91,6 +92,13 @@ class Door(ABC):
         """Weights of pairs as the kernels take them, float32."""
         short = name_of(x.dtype) in ("bfloat16", "float16")
         return self.array(x).astype("float32") if short else x
+
+
+def namespace(x: Any) -> Any:
+    """The functions of an array's library, or None: those of CuPy had no name for long."""
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    return sys.modules.get("cupy") if type(x).__module__.startswith("cupy") else None
 
 
 def name_of(dtype: Any) -> str:

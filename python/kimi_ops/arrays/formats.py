@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kimi_ops.arrays.door import namespace
+
 FP8_BLOCK = 128
 FP8_MAX = 448.0
 INT4_GROUP = 32
@@ -36,7 +38,7 @@ class Fp8BlockWeight(NamedTuple):
     @classmethod
     def quantize(cls, weight: Any) -> "Fp8BlockWeight":
         """The nearest values to weight [E, N, K] of floats, which are finite."""
-        xp, (_, rows, columns) = _space(weight), _stack(cls, weight)
+        xp, (_, rows, columns) = namespace(weight) or np, _stack(cls, weight)
         blocks = _blocks(xp, _blocks(xp, weight.astype("float32"), 2, FP8_BLOCK), 1, FP8_BLOCK)
         scale = _scale(xp, xp.abs(blocks).max((2, 4)), FP8_MAX)
         experts, across, _, along, _ = blocks.shape
@@ -75,7 +77,7 @@ class Int4GroupWeight(NamedTuple):
     @classmethod
     def quantize(cls, weight: Any) -> "Int4GroupWeight":
         """The nearest values to weight [E, N, K] of floats, which are finite; 8 divides K."""
-        xp, (experts, rows, columns) = _space(weight), _stack(cls, weight)
+        xp, (experts, rows, columns) = namespace(weight) or np, _stack(cls, weight)
         if columns % INT4_WORD:
             raise ValueError(
                 f"{cls.__name__}.quantize: weight: expected K, the last size, as a multiple of 8 "
@@ -91,7 +93,7 @@ class Int4GroupWeight(NamedTuple):
 
     def dequantize(self, dtype: Any = "float32") -> Any:
         """[E, N, K] in `dtype`: (nibble - 8) * scale in float32, rounded once."""
-        xp, (experts, rows, columns) = _space(self.packed), self.shape
+        xp, (experts, rows, columns) = namespace(self.packed) or np, self.shape
         shifts = xp.arange(0, 4 * INT4_WORD, 4, dtype="int32")
         values = ((self.packed[..., None] >> shifts) & 15).reshape(experts, rows, columns) - 8
         scale = self.scale.astype("float32").repeat(INT4_GROUP, 2)[:, :, :columns]
@@ -121,7 +123,7 @@ class Fp8Rows(NamedTuple):
     @classmethod
     def quantize(cls, x: Any) -> "Fp8Rows":
         """The nearest values to rows x [R, K] of floats."""
-        xp, (rows, columns) = _space(x), x.shape
+        xp, (rows, columns) = namespace(x) or np, x.shape
         blocks = _blocks(xp, x.astype("float32"), 1, FP8_BLOCK)
         scale = _scale(xp, xp.abs(blocks).max(2), FP8_MAX)
         values = (blocks / scale[..., None]).reshape(rows, _padded(columns, FP8_BLOCK))[:, :columns]
@@ -166,10 +168,6 @@ def _stack(form: type, weight: Any) -> tuple[int, int, int]:
             f"{list(weight.shape)}; stack the experts' matrices"
         )
     return tuple(weight.shape)
-
-
-def _space(x: Any) -> Any:
-    return x.__array_namespace__() if hasattr(x, "__array_namespace__") else np
 
 
 def named(name: str) -> Any:

@@ -2,13 +2,14 @@
 """The router's choice."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 from kimi_ops import _arguments as check
 from kimi_ops.arrays.door import DenseGate, Door, Gate, Plan, name_of
+from kimi_ops.choices import ScoreFunction, Selection
 
 EPSILON = 1e-20  # added to the sum of scores
-SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
+SCORES = get_args(ScoreFunction)
 
 
 class Gates(Door):
@@ -17,7 +18,7 @@ class Gates(Door):
         logits: Any,
         k: int | None = None,
         *,
-        score_function: str = "sigmoid",
+        score_function: ScoreFunction = "sigmoid",
         expert_bias: Any = None,
         num_groups: int = 1,
         topk_groups: int = 1,
@@ -25,7 +26,7 @@ class Gates(Door):
         renormalize: bool = True,
         scaling_factor: float = 1.0,
         valid: Any = None,
-        select: str = "scores",
+        select: Selection = "scores",
         ids: Any = None,
         mask: Any = None,
     ) -> Gate:
@@ -98,7 +99,7 @@ class Gates(Door):
         logits: Any,
         k: int,
         *,
-        score_function: str = "sigmoid",
+        score_function: ScoreFunction = "sigmoid",
         expert_bias: Any = None,
         num_groups: int = 1,
         topk_groups: int = 1,
@@ -106,7 +107,7 @@ class Gates(Door):
         renormalize: bool = True,
         scaling_factor: float = 1.0,
         valid: Any = None,
-        select: str = "scores",
+        select: Selection = "scores",
     ) -> tuple[Gate, Plan]:
         """`topk_gate` of logits [T, E], and `permute_plan` of its ids, in one call."""
         *gate, row_map, source, offsets = self.run(
@@ -132,7 +133,7 @@ class Gates(Door):
         probs = xp.where(chosen, gate.weights[..., None], 0).sum(-2).astype(logits.dtype)
         return DenseGate(probs, chosen.any(-2), gate.tokens_per_expert)
 
-    def normalized_scores(self, logits: Any, score_function: str = "sigmoid") -> Any:
+    def normalized_scores(self, logits: Any, score_function: ScoreFunction = "sigmoid") -> Any:
         """`kimi_ops.normalized_scores`: ``s / (sum s + 1e-20)`` [..., E] float32.
 
         Examples

@@ -7,11 +7,12 @@ gradients; JAX, which has no float64 unless asked, holds their bits as uint32 [N
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from kimi_ops import _arguments as check
 from kimi_ops._forms import fastest_method
 from kimi_ops.arrays.door import Door, name_of
+from kimi_ops.choices import AnyMethod
 from kimi_ops.optim.ns_schedule import METHODS, Coefficients, checked_restarts, has_aol, schedule
 
 Pieces = Sequence[tuple[int, int]]  # of each array: its first piece and the one behind its last
@@ -24,9 +25,9 @@ class Optimizer(Door):
         *,
         steps: int = 5,
         coefficients: Coefficients = "quintic",
-        method: str = "auto",
+        method: AnyMethod = "auto",
         dtype: Any = None,
-        restarts: str | Sequence[int] = "auto",
+        restarts: Literal["auto"] | Sequence[int] = "auto",
         eps: float = 0.0,
     ) -> Any:
         """`kimi_ops.newton_schulz`: matrices [..., M, N], or a list of such arrays, with singular
@@ -46,7 +47,7 @@ class Optimizer(Door):
         }  # fmt: skip
         if isinstance(g, (list, tuple)):
             return [self.newton_schulz(x, **options) for x in g]
-        check.choice(op, "method", method, ("auto", *METHODS))
+        check.choice(op, "method", method, get_args(AnyMethod))
         if not check.number(op, "eps", eps) >= 0:
             raise ValueError(f"{op}: eps: expected a number >= 0, got {eps}; 0 guards exact zeros")
         rows = schedule(coefficients, steps)
@@ -56,13 +57,13 @@ class Optimizer(Door):
             fine = "float16" if self.on_gpu else "float32"
             dtype = fine if method == "gram" else "bfloat16"
         found = list(checked_restarts(rows, method, restarts))
-        if method == "auto":
-            method = fastest_method(m, n, name_of(dtype), self.on_gpu)
-            found = found if method == "gram" else []
+        form = fastest_method(m, n, name_of(dtype), self.on_gpu) if method == "auto" else method
+        if form != "gram":
+            found = []
         if g.size == 0:
             return g
         numbers = [number for row in rows for number in row]
-        code, aol = METHODS.index(method), has_aol(coefficients)
+        code, aol = METHODS.index(form), has_aol(coefficients)
         stack = g.reshape(-1, m, n) if g.ndim > 2 else g[None]
         x = self.run(
             op, self.matrices(stack), numbers, found, code, self.dtype(dtype), float(eps), aol

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ops on NumPy's arrays, and on any other that speaks DLPack on a CPU, without torch.
+"""The ops on NumPy's arrays, CuPy's, and any other that speaks DLPack, without torch.
 
 Results are NumPy's arrays, or of the framework that the first array is of; bfloat16 is that of
 ml_dtypes. There is no autograd: an op that has a gradient has a ``_backward`` beside it.
@@ -11,6 +11,7 @@ from kimi_ops._library import _C
 from kimi_ops.arrays.door import Counts, DenseGate, Gate, Plan
 from kimi_ops.arrays.formats import Fp8BlockWeight, Fp8Rows, Int4GroupWeight
 from kimi_ops.numpy.door import OPS as _OPS
+from kimi_ops.numpy.gpu import stream
 from kimi_ops.numpy.gradients import (
     fused_experts_backward,
     fused_experts_planned,
@@ -91,6 +92,7 @@ __all__ = [
     "set_num_threads",
     "sort_chunks",
     "squares_",
+    "stream",
     "symmetric_matmul",
     "syrk",
     "topk_gate",

@@ -10,7 +10,8 @@ from kimi_ops.arrays.balance import Balance
 from kimi_ops.arrays.experts import Experts
 from kimi_ops.arrays.gate import Gates
 from kimi_ops.arrays.optimizer import Optimizer
-from kimi_ops.numpy.arrays import adopted, call, kind, space_of
+from kimi_ops.numpy.arrays import kind
+from kimi_ops.numpy.calls import adopted, call, space_of
 
 
 class NumPy(Gates, Balance, Experts, Optimizer):
@@ -25,7 +26,7 @@ class NumPy(Gates, Balance, Experts, Optimizer):
         if op == "muon_momentum_":  # one array holds all
             shapes = [x.shape for x in arguments[0]]
             edges = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-            parts = np.split(result, edges)
+            parts = self.space(result).split(result, edges)
             return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         return result
 
@@ -45,11 +46,12 @@ class NumPy(Gates, Balance, Experts, Optimizer):
         return self.space(x).argsort(x, kind="stable")
 
     def sigmoid(self, x: Any) -> Any:
-        power = np.exp(-np.abs(x))
-        return np.where(x >= 0, 1, power) / (1 + power)
+        xp = self.space(x)
+        power = xp.exp(-xp.abs(x))
+        return xp.where(x >= 0, 1, power) / (1 + power)
 
     def softplus(self, x: Any) -> Any:
-        return np.logaddexp(x, 0)
+        return self.space(x).logaddexp(x, 0)
 
     def erf(self, x: Any) -> Any:
         return np.vectorize(math.erf, otypes=[x.dtype])(x)
@@ -58,7 +60,7 @@ class NumPy(Gates, Balance, Experts, Optimizer):
         return list(stack)
 
     def placed(self, result: Any, out: Any) -> Any:
-        np.copyto(out, result)
+        out[...] = result
         return out
 
     def flat(self, out: Any) -> Any:

@@ -3,8 +3,9 @@
 
 from typing import Any
 
-from kimi_ops.activations import Activation, of
+from kimi_ops.activations import Activation, ActivationName, of
 from kimi_ops.arrays.door import Plan
+from kimi_ops.choices import ScoreFunction
 from kimi_ops.numpy.door import OPS
 
 
@@ -13,7 +14,7 @@ def topk_gate_backward(
     logits: Any,
     indices: Any,
     *,
-    score_function: str = "sigmoid",
+    score_function: ScoreFunction = "sigmoid",
     renormalize: bool = True,
     scaling_factor: float = 1.0,
 ) -> Any:
@@ -32,7 +33,7 @@ def sequence_balance_loss_backward(
     valid: Any = None,
     tokens_per_expert: Any = None,
     sequence_tokens: Any = None,
-    score_function: str = "sigmoid",
+    score_function: ScoreFunction = "sigmoid",
     coefficient: float = 1e-4,
 ) -> Any:
     """The gradient of the logits, from that of the loss []; with the arguments of the loss."""
@@ -59,8 +60,8 @@ def unpermute_backward(grad_x: Any, y: Any, plan: Plan, weights: Any) -> tuple[A
 
 def fused_experts_planned(
     x: Any, w_gate_up: Any, w_down: Any, weights: Any, plan: Plan, *, b_gate_up: Any = None,
-    b_down: Any = None, activation: str | Activation = "silu", weights_first: bool = False,
-    save: bool = False,
+    b_down: Any = None, activation: ActivationName | Activation = "silu",
+    weights_first: bool = False, save: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """`fused_experts` of a plan; with `save` also [g; u] [R, 2F] for the backward, else [0, 2F]."""
     return OPS.run(
@@ -72,7 +73,7 @@ def fused_experts_planned(
 
 def fused_experts_backward(
     dy: Any, x: Any, w_gate_up: Any, w_down: Any, weights: Any, plan: Plan, *, gate_up: Any = None,
-    b_gate_up: Any = None, b_down: Any = None, activation: str | Activation = "silu",
+    b_gate_up: Any = None, b_down: Any = None, activation: ActivationName | Activation = "silu",
 ) -> tuple[Any, ...]:  # fmt: skip
     """The gradients of x, w_gate_up, w_down and weights, then of the biases that are given; of what
     `fused_experts` computes as a whole."""
@@ -86,7 +87,7 @@ def fused_experts_backward(
     return *gradients[:4], *given
 
 
-def _named(activation: str | Activation) -> tuple[str, list[float]]:
+def _named(activation: ActivationName | Activation) -> tuple[str, list[float]]:
     form = of(activation)
     if not form.gated:
         raise ValueError(
