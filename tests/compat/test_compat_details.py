@@ -5,7 +5,7 @@ other one would miss."""
 import pytest
 import torch
 
-from kimi_ops.compat import megatron, vllm
+from kimi_ops.compat import _maps, megatron, vllm
 from kimi_ops.compat import transformer_engine as te
 from kimi_ops.compat.grouped_gemm import backend
 
@@ -77,3 +77,8 @@ def test_gmm_writes_to_c(trans_a):
     c = torch.full_like(want, torch.nan)
     got = backend.gmm(a, b, sizes, trans_a=trans_a, c=c)
     assert got.data_ptr() == c.data_ptr() and torch.equal(c, want)
+
+
+def test_a_dropped_pair_is_the_source_of_no_row():
+    plan = _maps.by_rows(torch.tensor([[1, -1], [0, 2], [-1, -1]]), 4)
+    assert plan.source.tolist() == [2, 0, 3, -1]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kimi_ops import Fp8Rows, LocalWorld
 from kimi_ops.compat.deep_ep import Buffer
+from kimi_ops.parallel.errors import EPMisuse
 
 H, EXPERTS, K = 256, 12, 3
 
@@ -81,7 +82,11 @@ def test_there_and_back(world, dtype):
         assert torch.equal(alone[0], rows) and alone[1:4] == (None, None, [])
         with pytest.raises(ValueError, match="expected a dispatch with topk_idx"):
             buffer.combine(rows, alone[4], row_weights)
+        exchanges = list(buffer._exchanges.values())
         buffer.destroy()
+        for exchange in exchanges:
+            with pytest.raises(EPMisuse, match="it was closed"):
+                exchange.dispatch(x, ids)
 
     LocalWorld(world).run(work)
 

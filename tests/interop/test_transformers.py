@@ -143,13 +143,13 @@ def test_plain_gated_experts_are_one_op(monkeypatch):
 
 @pytest.mark.parametrize("place", ["mixtral:MixtralExperts", "gpt_oss:GptOssExperts"])
 def test_experts_of_other_ranks_add_nothing(place):
-    """Sentinels as transformers' expert parallelism leaves them: the id `num_experts`."""
+    """Sentinels as transformers' expert parallelism leaves them: the id `num_experts`, or more."""
     experts = made(place)
     ids, weights = route(EXPERTS)
     x = torch.randn(TOKENS, HIDDEN)
     away = torch.rand(TOKENS, TOP_K) < 0.4
     away[0] = True
-    sentinel = torch.where(away, EXPERTS, ids)
+    sentinel = torch.where(away, EXPERTS + ids % 3, ids)
     want = outcome(experts, "eager", x, ids, weights.masked_fill(away, 0.0))
     got = outcome(experts, interop.NAME, x, sentinel, weights)
     assert not got[0][0].any() and not got[2][away].any()

@@ -89,9 +89,10 @@ def test_a_router_asked_for_no_plan_gives_none():
 
 
 def test_parameters_are_drawn_as_those_of_linear_layers():
+    torch.manual_seed(0)
     experts, router = Experts(EXPERTS, HIDDEN, WIDTH), Router(HIDDEN, 64, TOP_K, bias=True)
     for drawn, inputs in (
         (experts.gate_up_proj, HIDDEN), (experts.down_proj, WIDTH), (router.weight, HIDDEN),
         (router.bias, HIDDEN),
     ):  # fmt: skip
-        assert 0.8 < drawn.abs().max() * inputs**0.5 <= 1
+        assert 0.9 < drawn.abs().max() * inputs**0.5 <= 1
