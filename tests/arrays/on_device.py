@@ -41,6 +41,8 @@ class Device:
     flags = property(lambda self: self.held.flags)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         value = getattr(self.held, name)
         return _called(value) if callable(value) else _there(value)
 

@@ -2,6 +2,7 @@
 """NumPy's way to the kernels."""
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ class NumPy(Gates, Balance, Experts, Optimizer):
             return arguments[4 if op == "grouped_gemm_out" else 3]
         if op == "muon_momentum_":  # one array holds all
             shapes = [x.shape for x in arguments[0]]
-            edges = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-            parts = self.space(result).split(result, edges)
-            return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+            ends = list(accumulate(map(math.prod, shapes)))
+            return [
+                result[end - math.prod(shape) : end].reshape(shape)
+                for end, shape in zip(ends, shapes, strict=True)
+            ]
         return result
 
     def array(self, x: Any) -> Any:
@@ -54,7 +57,14 @@ class NumPy(Gates, Balance, Experts, Optimizer):
         return self.space(x).logaddexp(x, 0)
 
     def erf(self, x: Any) -> Any:
-        return np.vectorize(math.erf, otypes=[x.dtype])(x)
+        if space_of(x) is None:
+            return np.vectorize(math.erf, otypes=[x.dtype])(x)
+        xp = self.space(x)  # none of the array API: Abramowitz and Stegun 7.1.26, to 1.5e-7
+        t = 1 / (1 + 0.3275911 * xp.abs(x))
+        series = 0.0
+        for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+            series = t * (series + factor)
+        return xp.sign(x) * (1 - series * xp.exp(-x * x))
 
     def matrices(self, stack: Any) -> Any:
         return list(stack)
