@@ -146,9 +146,10 @@ class Optimizer(Door):
         self, grads: Sequence[Any], buffers: Sequence[Any], momentum: float,
         nesterov: bool = True, maximize: bool = False, squares: Any = None, pieces: Pieces = (),
     ) -> Any:  # fmt: skip
-        """buffers = momentum buffers + (1 - momentum) grads, and what Newton-Schulz takes of each: the
-        buffer, or with `nesterov` momentum buffer + (1 - momentum) grad, float32. `maximize` negates the gradients. An array
-        whose `pieces` of `squares` are not all finite is left alone, and its update is zero.
+        """buffers = momentum buffers + (1 - momentum) grads, and what Newton-Schulz takes of each:
+        the buffer, or with `nesterov` momentum buffer + (1 - momentum) grad, float32. `maximize`
+        negates the gradients. An array whose `pieces` of `squares` are not all finite is left
+        alone, and its update is zero.
 
         NumPy changes `buffers` and returns the updates; JAX returns the updates and new buffers.
         """
