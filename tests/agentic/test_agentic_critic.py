@@ -272,6 +272,22 @@ def test_pairs_are_of_unequal_reward_in_both_orders():
     assert not list(unequal([group[0], group[3]], [1.0, 0.0]))  # they say the same
 
 
+def test_a_pair_of_synthesis_is_shown_as_it_is_played():
+    better = [{"role": "user", "content": "level of oak?"}, {"role": "assistant", "content": "7"}]
+    for right, said, letters in (
+        (True, "good point. 7", ("A=A", "B=B")),
+        (False, "8", ("===", "===")),
+    ):
+        worse = [better[0], {"role": "assistant", "content": said}]
+        line = {"pair": {"better": better, "worse": worse, "right": right}}
+        shown = Comparison("level of oak?", Answer("", "7"), Answer("", said))
+        found = CRITIC.synthesised([line, {"pair": None}])
+        both = zip((shown, shown.swapped), letters, strict=True)
+        assert found == [CRITIC.example(one, some) for one, some in both]
+    (first, _) = GROUNDED.synthesised([line])
+    assert first == GROUNDED.example(shown, "A==A")
+
+
 def test_no_pair_tells_what_a_told_value_is_worth(monkeypatch):
     """Poisoned rewards of "tell" and a poisoned scorer change nothing."""
 

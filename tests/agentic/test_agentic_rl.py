@@ -211,15 +211,21 @@ def test_rows_with_padding_are_rows_alone():
             made.old[row, :size][one.own[0]], one.old[0][one.own[0]], rtol=1e-4, atol=1e-4
         )
         assert not made.own[row, size:].any() and made.sizes[row] == len(roll.ids)
+    assert all(moe.tokens_per_expert.sum() == 0 for moe in model.moe_layers())  # as if not asked
     torch.testing.assert_close(made.ratios(model), torch.zeros(3), rtol=0, atol=1e-3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    moved = [float(made.part(torch.tensor([row])).ratios(model).detach()) for row in range(3)]
+    assert len({round(one, 3) for one in moved}) == 3
+    torch.testing.assert_close(made.ratios(model).tolist(), moved, rtol=1e-3, atol=1e-3)
     assert sorted(int(row) for rows in made.pieces() for row in rows) == [0, 1, 2]
 
 
 def test_equal_tries_are_computed_once():
     tasks = [make_task("lookup", TOOLS, random.Random(seed), fresh=False) for seed in (0, 1, 0, 0)]
     rolls = as_played(None, TOKENIZER, tasks, temperature=1, seed=0)
-    rolls = [rolls[0], rolls[1], rolls[0], rolls[0]]
-    heat, better = torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.tensor([3.0, 7.0, 3.0, 3.0])
+    rolls = [rolls[0], rolls[0], rolls[1], rolls[0]]
+    heat, better = torch.tensor([1.0, 1.0, 2.0, 1.0]), torch.tensor([3.0, 3.0, 7.0, 3.0])
     made = Answers.of(rolls, heat, better, torch.device("cpu"))
     assert made.times.tolist() == [3, 1] and made.advantage.tolist() == [3, 7]
     assert made.temperatures.tolist() == [1, 2] and made.ids.shape[0] == 2
@@ -247,6 +253,18 @@ def test_rows_are_forwarded_in_pieces(monkeypatch):
     assert len(all_rows) == 4
     monkeypatch.setattr("kimi_ops.agentic.answers.PIECE", 500)
     assert len(list(whole.pieces())) == 4
+    sizes = sorted(len(roll.ids) for roll in rolls)
+    for most in range(sizes[0], 5 * sizes[-1], 7):
+        monkeypatch.setattr("kimi_ops.agentic.answers.PIECE", most)
+        pieces = list(whole.pieces())
+        assert sorted(int(row) for rows in pieces for row in rows) == [0, 1, 2, 3]
+        for rows in pieces:
+            wide = int(whole.sizes[rows].max())
+            assert len(rows) == 1 or len(rows) * wide <= most
+        first = pieces[0]
+        assert len(first) == min(4, max(1, most // int(whole.sizes[first].max())))
+    shortest = int(whole.sizes.argmin())
+    assert sizes[0] < sizes[-1] and whole.part(torch.tensor([shortest])).ids.shape[1] == sizes[0]
     part = whole.part(torch.tensor([2, 0]))
     assert part.ids.shape[1] == max(len(rolls[2].ids), len(rolls[0].ids))
     assert part.ids[1, : len(rolls[0].ids)].tolist() == rolls[0].ids

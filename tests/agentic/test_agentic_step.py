@@ -12,7 +12,7 @@ from kimi_ops.agentic import rl
 from kimi_ops.agentic.answers import Answers
 from kimi_ops.agentic.judge import OVER_BUDGET, reward
 from kimi_ops.agentic.learner import Learner, token_losses
-from kimi_ops.agentic.progress import Learnt
+from kimi_ops.agentic.progress import Group, Learnt
 from kimi_ops.agentic.rl import Rl, RlSettings
 from kimi_ops.agentic.sft import batch_of
 from kimi_ops.agentic.synthesis import training_tools
@@ -262,6 +262,22 @@ def test_an_update_is_the_sum_of_its_losses(drawn, updates, monkeypatch):
     assert step.largest == updates[-1][2]
 
 
+def test_each_try_keeps_its_own_advantage():
+    rng = random.Random(0)
+    tasks = [make_task("lookup", TOOLS, rng, fresh=False) for _ in range(2)]
+    tried = [as_played(None, ByteTokenizer(), [task] * 4, seed=1) for task in tasks]
+    rewards = [[1.0, 0.0, 0.0, 0.5], [0.0, 1.0, 0.25, 0.0]]
+    expected: dict[tuple[int, ...], list[float]] = {}
+    for rolls, some in zip(tried, rewards, strict=True):
+        for roll, one in zip(rolls, some, strict=True):
+            expected.setdefault(tuple(roll.ids), []).append(one - sum(some) / 4)
+    groups = [Group(rolls, some) for rolls, some in zip(tried, rewards, strict=True)]
+    made = stage()._answers(groups)
+    rows = zip(made.ids.tolist(), made.sizes.tolist(), made.advantage.tolist(), strict=True)
+    found = {tuple(ids[:size]): better for ids, size, better in rows}
+    assert found == {ids: pytest.approx(sum(some) / len(some)) for ids, some in expected.items()}
+
+
 def test_what_a_step_is_told_of_is_what_it_drew(drawn, updates):
     """Entropy of the policy at the temperatures of the tries; the model is not changed."""
     run = stage(dataclasses.replace(SETTINGS, temperature=(0.5, 0.5), told_temperature=(0.5, 0.5)))
@@ -309,6 +325,21 @@ def test_the_agreement_is_that_on_a_verifiable_group(drawn, updates, sign, agree
         ):
             over = roll.episode.written > roll.episode.task.rubric.budget
             assert given == (OVER_BUDGET if over else rate)
+
+
+def test_a_group_of_equal_rewards_agrees_with_nobody(monkeypatch):
+    rng, critic = random.Random(0), Teaching()
+    tasks = [make_task("lookup", TOOLS, rng, fresh=False) for _ in range(3)]
+    tried = [as_played(None, ByteTokenizer(), [task] * 2) for task in tasks]
+    for given, agreed in ((((1, 1), (1, 0), (0, 1)), 1.0), (((0, 0), (1, 1), (0, 0)), None)):
+        episodes = [roll.episode for group in tried for roll in group]
+        rewards = dict(zip(map(id, episodes), sum(given, ()), strict=True))
+        monkeypatch.setattr(rl, "reward", lambda episode, rewards=rewards: rewards[id(episode)])
+        critic.rewards_of = lambda model, groups, rewards=rewards: [
+            [rewards[id(roll.episode)] for roll in group] for group in groups
+        ]
+        groups, found = stage(critic=critic)._rewarded(tried)
+        assert found == agreed and [tuple(group.rewards) for group in groups] == list(given)
 
 
 def test_the_critic_is_asked_for_as_many_comparisons_as_the_settings_say(drawn, updates):
