@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: MIT
 """The critic: what it is shown, what it learns from, and how its verdicts become rewards."""
 
-import ast
 import dataclasses
-import importlib.util
+import json
 import math
 import random
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-from kimi_ops.agentic import evaluate
+from kimi_ops.agentic import evaluate, preferences
 from kimi_ops.agentic.comparison import Answer, Comparison, one_line, reasons, unequal, verdict
 from kimi_ops.agentic.critic import Critic, win_rates
-from kimi_ops.agentic.judge import judge, reward, well_formed
-from kimi_ops.agentic.preferences import prefer
+from kimi_ops.agentic.judge import OVER_BUDGET, judge, reward, well_formed
+from kimi_ops.agentic.preferences import SENTENCES, prefer
 from kimi_ops.agentic.rollout import Rollout
 from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE
 from kimi_ops.agentic.synthesis import attempt, training_tools
 from kimi_ops.agentic.tasks import FAMILIES, PLAIN, Call, make_task
-from kimi_ops.agentic.teacher import play
+from kimi_ops.agentic.teacher import play, possible
 from kimi_ops.agentic.words import words
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer
 from kimi_ops.models.kimi_k2.chat.dialogue import IM_ASSISTANT, IM_END, MARKERS
@@ -31,6 +29,7 @@ CRITIC, GROUNDED = Critic(TOKENIZER), Critic(TOKENIZER, lines="gpj")
 OAK = Answer("level_get(oak)=7", "7")
 LONG = Answer("level_get(oak)=7", "good point. 7")
 WRONG = Answer("level_get(oak)=7", "8")
+WEIGHTS = {"invented value": 3, "letter off": 1, "wrong tool": 1, "forgotten step": 1}
 
 
 class Scripted:
@@ -92,6 +91,36 @@ def test_a_comparison_is_a_question_and_two_answers_with_their_evidence():
         f"user<|im_middle|>{task.user[0]}\nA: {shown.evidence} | {shown.said}\n"
         f"B: level_get(oak)=7 | good point. 7{tail}"
     )
+
+
+def test_what_is_shown_of_an_episode_is_short():
+    """Calls with what they gave, then what was said without calls."""
+
+    def call(name, **arguments):
+        return {"function": {"name": name, "arguments": json.dumps(arguments)}}
+
+    calls = [call("f", thing="oak", count=1), call("g")]
+    messages = [
+        {"role": "user", "content": "what of it?"},
+        {"role": "assistant", "content": "oak", "tool_calls": calls},
+        {"role": "tool", "content": "x" * 30},
+        {"role": "tool", "content": "<|im_end|>7\n"},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "which?"},
+        {"role": "assistant", "content": "y" * 100},
+    ]
+    shown = Answer.of(messages)
+    assert shown.evidence == f"f(oak, 1)={'x' * 24}, g()=7 "
+    assert shown.said == ("which? / " + "y" * 100)[:96]
+    assert Comparison.of(["one", "two\n"], messages, messages).question == "one / two "
+
+
+def test_the_question_is_all_that_the_user_says():
+    (task,) = tasks("ask", 1)
+    model = Scripted(lambda text: 0.5)
+    CRITIC.rewards(model, saying(task, "1", "2"))
+    assert len(task.user) == 2 and len(model.read) == 2
+    assert all(f"user<|im_middle|>{' / '.join(task.user)}\nA: " in text for text in model.read)
 
 
 def test_no_answer_draws_the_prompt_anew():
@@ -173,7 +202,7 @@ def test_a_real_model_is_antisymmetric_and_rows_do_not_matter(model):
     groups = [saying(task, "1", "22", "a longer one", "22") for task in tasks("tell", 2)]
     model.train()
     rewards = CRITIC.rewards_of(model, groups)
-    assert model.training
+    assert model.training and all(moe.tokens_per_expert.sum() == 0 for moe in model.moe_layers())
     assert [sum(some) / 4 for some in rewards] == pytest.approx([0.5] * 2)
     assert all(some[1] == some[3] for some in rewards)
     alone = [Critic(TOKENIZER, rows=1).rewards(model, group) for group in groups]
@@ -236,11 +265,27 @@ def test_pairs_are_of_unequal_reward_in_both_orders():
         f"{evidence} | {praise}\nB: {evidence} | {value}{tail}g:= p:B j:= >B{IM_END}",
     }
     assert len(GROUNDED.pairs([group], [rewards], random.Random(0), 3)) == 2
-    again = CRITIC.pairs([group[::-1]], [rewards[::-1]], random.Random(0), 32)
-    assert found == again
+    again = GROUNDED.pairs([group[::-1]], [rewards[::-1]], random.Random(0), 32)
+    assert more == again
     assert not CRITIC.pairs([group], [[1.0] * 5], random.Random(0), 32)
     assert not list(unequal(group[:2], [0.0, 0.0]))
     assert not list(unequal([group[0], group[3]], [1.0, 0.0]))  # they say the same
+
+
+def test_a_pair_of_synthesis_is_shown_as_it_is_played():
+    better = [{"role": "user", "content": "level of oak?"}, {"role": "assistant", "content": "7"}]
+    for right, said, letters in (
+        (True, "good point. 7", ("A=A", "B=B")),
+        (False, "8", ("===", "===")),
+    ):
+        worse = [better[0], {"role": "assistant", "content": said}]
+        line = {"pair": {"better": better, "worse": worse, "right": right}}
+        shown = Comparison("level of oak?", Answer("", "7"), Answer("", said))
+        found = CRITIC.synthesised([line, {"pair": None}])
+        both = zip((shown, shown.swapped), letters, strict=True)
+        assert found == [CRITIC.example(one, some) for one, some in both]
+    (first, _) = GROUNDED.synthesised([line])
+    assert first == GROUNDED.example(shown, "A==A")
 
 
 def test_no_pair_tells_what_a_told_value_is_worth(monkeypatch):
@@ -270,23 +315,6 @@ def test_no_pair_tells_what_a_told_value_is_worth(monkeypatch):
         assert not any(said in text for said in (*PRAISE[False], *JUSTIFICATIONS[False]))
 
 
-def test_nothing_that_trains_can_reach_the_scorer():
-    def imported(module: str) -> set[str]:
-        path = importlib.util.find_spec(module).origin
-        tree = ast.parse(Path(path).read_text())
-        return {
-            node.module
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("kimi_ops.agentic")
-        }
-
-    reached, waiting = set(), {"kimi_ops.agentic.critic", "kimi_ops.agentic.synthesis"}
-    while waiting:
-        reached.add(module := waiting.pop())
-        waiting |= imported(module) - reached
-    assert "kimi_ops.agentic.judge" in reached and "kimi_ops.agentic.evaluate" not in reached
-
-
 def test_of_two_attempts_code_tells_the_better():
     rng, found = random.Random(0), []
     for family in FAMILIES:
@@ -311,6 +339,59 @@ def test_of_two_attempts_code_tells_the_better():
     assert 0.25 < styled / len(found) < 0.75
     told = [Answer.of(pair.better.messages).said for pair in found]
     assert sum(" is " in said for said in told) > 30
+
+
+@pytest.mark.parametrize(("system", "share"), [(PLAIN, 0.7), ("Use the tools.", 0.3)])
+def test_pairs_have_their_shares(monkeypatch, system, share):
+    """Of tasks; of style where plain answers are asked for; else of errors by their weights, where
+    praise stands on either side."""
+    task = next(task for task in tasks("lookup", 40) if set(possible(task)) >= set(WEIGHTS))
+    task, asked = dataclasses.replace(task, system=system), []
+    episode = play(task, random.Random(0))
+    monkeypatch.setattr(
+        preferences,
+        "play",
+        lambda task, rng, noise=None, style=False: asked.append((noise, style)) or episode,
+    )
+    rng, count = random.Random(0), 1500
+    assert all(prefer(task, rng) is None for _ in range(count))  # two equal attempts: no pair
+    pairs = list(zip(asked[::2], asked[1::2], strict=True))
+    assert len(pairs) / count == pytest.approx(share, abs=0.04)
+    assert {noise for (noise, _), _ in pairs} == {None}
+    style = [one for one in pairs if one[1][0] is None]
+    assert set(style) <= {((None, False), (None, True))}
+    assert len(style) / len(pairs) == pytest.approx(0.7 if system == PLAIN else 0, abs=0.05)
+    erring = [one for one in pairs if one[1][0] is not None]
+    for kind, weight in WEIGHTS.items():
+        found = sum(worse == kind for _, (worse, _) in erring) / len(erring)
+        assert found == pytest.approx(weight / 6, abs=0.06)
+    for side in (0, 1):
+        praising = sum(one[side][1] for one in erring) / len(erring)
+        assert praising == pytest.approx(0 if system == PLAIN else 0.35, abs=0.08)
+    if system != PLAIN:
+        assert any(one[1] != other[1] for one, other in erring)
+
+
+def test_praise_that_spends_the_budget_is_still_only_praise():
+    task = plain_lookup()
+    said = str(task.plan[-1])
+    spent = max(
+        play(dataclasses.replace(task, plan=(*task.plan[:-1], form)), random.Random(0)).written
+        for form in (said, *(one.format(said, column=column(task)) for one in SENTENCES))
+    )
+    short = dataclasses.replace(task, rubric=dataclasses.replace(task.rubric, budget=spent))
+    rng = random.Random(0)
+    found = [pair for pair in (prefer(short, rng) for _ in range(60)) if pair is not None]
+    over = [pair for pair in found if reward(pair.worse) == OVER_BUDGET]
+    assert over and all(pair.right for pair in over if set(judge(pair.worse).reasons) == {"budget"})
+    assert all(judge(pair.worse).reasons for pair in found if not pair.right)
+    told = {Answer.of(pair.better.messages).said for pair in found}
+    assert f"the {column(task)} is {said}" in told and said in told
+
+
+def column(task) -> str:
+    (name,) = (call.tool for call in task.rubric.calls)
+    return next(tool.semantics.column for tool in task.tools if tool.name == name)
 
 
 def test_the_prompts_of_training_are_short_and_without_held_out_words():

@@ -43,6 +43,35 @@ def test_every_picture_is_drawn(run):
         assert f">{family}<" in (run / "success.svg").read_text()
 
 
+def test_bars_of_the_funnel_add_up_however_many_reasons_there_are(tmp_path):
+    """More reasons than colours: the rarest in one bar."""
+    names = ["", *(f"reason {n}" for n in range(10))]
+    rows = [
+        {"family": family, "reasons": [name] if name else []}
+        for family, times in (("lookup", 1), ("write", 3))
+        for n, name in enumerate(names)
+        for _ in range(times * (len(names) - n))
+    ]
+    (tmp_path / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn: dict[str, list[int]] = {}
+
+    class Axes:
+        def barh(self, families, widths, *, left, color, label):
+            assert families == ["lookup", "write"] and label not in drawn
+            assert left.tolist() == [sum(some) for some in zip(*drawn.values(), strict=True)] or (
+                not drawn and left.tolist() == [0, 0]
+            )
+            drawn[label] = widths.tolist()
+
+        def __getattr__(self, name):
+            return lambda *_: None
+
+    figures._funnel([Axes()], tmp_path)
+    assert list(drawn) == ["kept", *names[1:7], "others"]
+    assert drawn["kept"] == [11, 33] and drawn["others"] == [4 + 3 + 2 + 1, 30]
+    assert [sum(some) for some in zip(*drawn.values(), strict=True)] == [66, 198]
+
+
 def test_what_is_not_there_is_not_drawn(run, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_bytes((run / "results.json").read_bytes())
     (again,) = draw(tmp_path)

@@ -33,9 +33,10 @@ def test_the_gradient_is_that_of_the_paper():
 
 
 def test_the_weight_of_an_answer_is_over_its_length():
-    s = torch.zeros(2, requires_grad=True)
-    squared_losses(s, torch.tensor([1.0, 1.0]), torch.tensor([1.0, 4.0]), 0.1).mean().backward()
-    assert s.grad is not None and s.grad.tolist() == [-0.5, -0.125]
+    s = torch.zeros(4, requires_grad=True)
+    lengths = torch.tensor([1, 4, 2, 0])  # an episode may be cut before a word of the model
+    squared_losses(s, torch.ones(4), lengths, 0.1).mean().backward()
+    assert s.grad is not None and s.grad.tolist() == [-0.25, -0.0625, -0.125, -0.25]
 
 
 def test_only_own_ids_count_and_the_old_policy_has_no_gradient():
@@ -122,6 +123,12 @@ def test_log_probabilities_are_those_of_the_temperature():
         torch.testing.assert_close(found[row], drawn.log_prob(ids[row, 1:]))
         torch.testing.assert_close(entropies[row], drawn.entropy())
     assert found.requires_grad and not entropies.requires_grad
+    short = logits.detach().bfloat16()  # of which the sums are not
+    found, entropies = chosen_log_probs(short, ids, torch.ones(2))
+    assert found.dtype == entropies.dtype == torch.float32
+    torch.testing.assert_close(
+        found.exp().sum(), short.float().softmax(-1).gather(-1, ids[:, 1:, None]).sum()
+    )
 
 
 def test_tau_is_above_zero():

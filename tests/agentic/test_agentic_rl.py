@@ -1,78 +1,28 @@
 # SPDX-License-Identifier: MIT
 """Reinforcement: what is learnt from, what is not, and what training can never see."""
 
-import ast
 import dataclasses
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
-import kimi_ops.agentic
 from kimi_ops.agentic import evaluate, rl
 from kimi_ops.agentic.answers import Answers
 from kimi_ops.agentic.judge import OVER_BUDGET
 from kimi_ops.agentic.learner import Learner
 from kimi_ops.agentic.progress import Group, agreement
 from kimi_ops.agentic.rl import Rl, RlSettings
-from kimi_ops.agentic.rollout import Rollout, roll_out
+from kimi_ops.agentic.rollout import roll_out
 from kimi_ops.agentic.study import ARMS
 from kimi_ops.agentic.synthesis import training_tools
 from kimi_ops.agentic.tasks import make_task
-from kimi_ops.agentic.teacher import play
-from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer
+from tests.agentic.agentic_parts import EXAMPLE, Shortest, as_played, tiny
 
 TOKENIZER = ByteTokenizer()
-EXAMPLE = ([*b"one two. one two."], [False] * 9 + [True] * 8)
 SMALL = RlSettings(steps=3, groups=3, told=2, tries=3, replayed=16, pairs=4)
 TOOLS = training_tools(200)
-
-
-def tiny(seed: int = 0) -> KimiK2:
-    config = dataclasses.replace(
-        KimiK2Config.tiny(), vocab_size=256, max_position_embeddings=1024, rope_scaling=None
-    )
-    model = KimiK2(config)
-    model.init_weights(seed)
-    return model
-
-
-class Shortest:
-    """A critic that likes few words, and teaches what it is told to."""
-
-    def __init__(self) -> None:
-        self.judged: list[str] = []
-        self.taught: list[tuple[str, list[float]]] = []
-
-    def rewards_of(self, model, groups):
-        self.judged += [group[0].episode.task.family for group in groups]
-        return [self._rates([roll.episode.written for roll in group]) for group in groups]
-
-    def _rates(self, written):
-        others = len(written) - 1
-        return [
-            sum((a < b) + 0.5 * (a == b) for b in written) / others - 0.5 / others for a in written
-        ]
-
-    def pairs(self, groups, rewards, rng, limit):
-        self.taught += [
-            (group[0].episode.task.family, some)
-            for group, some in zip(groups, rewards, strict=True)
-        ]
-        return [EXAMPLE] * limit
-
-
-def as_played(model, tokenizer, tasks, *, temperature, seed, **options):
-    """What `roll_out` gives, of the teacher: it errs, or talks too much, at every other task."""
-    rng, rolls = random.Random(seed), []
-    for place, task in enumerate(tasks):
-        noise = "invented value" if place % 2 else None
-        episode = play(task, rng, noise, style=place % 3 == 0)
-        ids, own = episode.chat.encode(tokenizer)
-        rolls.append(Rollout(episode, ids, own))
-    return rolls
 
 
 @pytest.fixture
@@ -206,22 +156,6 @@ def test_what_tell_is_worth_never_reaches_training(monkeypatch):
         stage(settings, critic=ARMS["oracle"](Shortest(), tiny())).step()
 
 
-def test_no_module_of_training_leads_to_the_evaluator():
-    folder = Path(kimi_ops.agentic.__file__).parent
-    reached, waiting = set(), ["rl", "sft", "synthesis"]
-    while waiting:
-        name = waiting.pop()
-        if name in reached:
-            continue
-        reached.add(name)
-        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
-            inside = getattr(node, "module", None) or ""
-            if isinstance(node, ast.ImportFrom) and inside.startswith("kimi_ops.agentic."):
-                waiting.append(inside.removeprefix("kimi_ops.agentic."))
-    assert {"judge", "objective", "rollout"} <= reached
-    assert not {"evaluate", "study"} & reached
-
-
 def test_arms_judge_as_they_say():
     model, critic = tiny(), Shortest()
     tasks = [make_task(name, TOOLS, random.Random(3), fresh=False) for name in ("tell", "none")]
@@ -277,19 +211,38 @@ def test_rows_with_padding_are_rows_alone():
             made.old[row, :size][one.own[0]], one.old[0][one.own[0]], rtol=1e-4, atol=1e-4
         )
         assert not made.own[row, size:].any() and made.sizes[row] == len(roll.ids)
+    assert all(moe.tokens_per_expert.sum() == 0 for moe in model.moe_layers())  # as if not asked
     torch.testing.assert_close(made.ratios(model), torch.zeros(3), rtol=0, atol=1e-3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    moved = [float(made.part(torch.tensor([row])).ratios(model).detach()) for row in range(3)]
+    assert len({round(one, 3) for one in moved}) == 3
+    torch.testing.assert_close(made.ratios(model).tolist(), moved, rtol=1e-3, atol=1e-3)
     assert sorted(int(row) for rows in made.pieces() for row in rows) == [0, 1, 2]
 
 
 def test_equal_tries_are_computed_once():
     tasks = [make_task("lookup", TOOLS, random.Random(seed), fresh=False) for seed in (0, 1, 0, 0)]
     rolls = as_played(None, TOKENIZER, tasks, temperature=1, seed=0)
-    rolls = [rolls[0], rolls[1], rolls[0], rolls[0]]
-    heat, better = torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.tensor([3.0, 7.0, 3.0, 3.0])
+    rolls = [rolls[0], rolls[0], rolls[1], rolls[0]]
+    heat, better = torch.tensor([1.0, 1.0, 2.0, 1.0]), torch.tensor([3.0, 3.0, 7.0, 3.0])
     made = Answers.of(rolls, heat, better, torch.device("cpu"))
     assert made.times.tolist() == [3, 1] and made.advantage.tolist() == [3, 7]
     assert made.temperatures.tolist() == [1, 2] and made.ids.shape[0] == 2
     assert made.mean(made.advantage) == better.mean()
+
+
+def test_equal_tries_have_the_mean_of_their_advantages():
+    """Of (A - tau s)^2 the mean over equal tries has the gradient of the mean A; a judge that mixes
+    verdicts up gives equal tries unequal ones."""
+    task = make_task("lookup", TOOLS, random.Random(0), fresh=False)
+    (roll,) = as_played(None, TOKENIZER, [task], temperature=1, seed=0)
+    made = Answers.of([roll] * 2, torch.ones(2), torch.tensor([1.0, -0.5]), torch.device("cpu"))
+    assert made.times.tolist() == [2] and made.advantage.tolist() == [0.25]
+    heat = torch.tensor([1.0, 0.5])  # as likely under the old policy at another temperature: no
+    made = Answers.of([roll] * 2, heat, torch.tensor([1.0, -0.5]), torch.device("cpu"))
+    assert made.times.tolist() == [1, 1] and made.temperatures.tolist() == [1.0, 0.5]
+    assert made.advantage.tolist() == [1.0, -0.5]
 
 
 def test_rows_are_forwarded_in_pieces(monkeypatch):
@@ -300,6 +253,18 @@ def test_rows_are_forwarded_in_pieces(monkeypatch):
     assert len(all_rows) == 4
     monkeypatch.setattr("kimi_ops.agentic.answers.PIECE", 500)
     assert len(list(whole.pieces())) == 4
+    sizes = sorted(len(roll.ids) for roll in rolls)
+    for most in range(sizes[0], 5 * sizes[-1], 7):
+        monkeypatch.setattr("kimi_ops.agentic.answers.PIECE", most)
+        pieces = list(whole.pieces())
+        assert sorted(int(row) for rows in pieces for row in rows) == [0, 1, 2, 3]
+        for rows in pieces:
+            wide = int(whole.sizes[rows].max())
+            assert len(rows) == 1 or len(rows) * wide <= most
+        first = pieces[0]
+        assert len(first) == min(4, max(1, most // int(whole.sizes[first].max())))
+    shortest = int(whole.sizes.argmin())
+    assert sizes[0] < sizes[-1] and whole.part(torch.tensor([shortest])).ids.shape[1] == sizes[0]
     part = whole.part(torch.tensor([2, 0]))
     assert part.ids.shape[1] == max(len(rolls[2].ids), len(rolls[0].ids))
     assert part.ids[1, : len(rolls[0].ids)].tolist() == rolls[0].ids

@@ -36,6 +36,7 @@ class Answers:
     temperatures : Tensor [N]
         At which they were drawn.
     advantage : Tensor [N]
+        Mean of those given alike.
     times : Tensor [N]
         How often each was given.
     old : Tensor [N, S]
@@ -54,20 +55,29 @@ class Answers:
     def of(
         cls, rolls: Sequence[Rollout], temperatures: Tensor, advantage: Tensor, device: torch.device
     ) -> Answers:
-        """Of rollouts, equal ones once; `old` is 0 as yet."""
-        places: dict[tuple[int, ...], list[int]] = {}
-        for place, roll in enumerate(rolls):
-            places.setdefault(tuple(roll.ids), []).append(place)
+        """Of rollouts, those alike once, with the mean of their advantages: its gradient is the
+        mean of theirs. `old` is 0 as yet.
+
+        Parameters
+        ----------
+        rolls : sequence of Rollout
+        temperatures, advantage : Tensor [len(rolls)]
+        device : torch.device
+        """
+        places: dict[tuple[float, tuple[int, ...]], list[int]] = {}
+        for place, (roll, drawn) in enumerate(zip(rolls, temperatures.tolist(), strict=True)):
+            places.setdefault((drawn, tuple(roll.ids)), []).append(place)
         which = [some[0] for some in places.values()]
         times = torch.tensor([len(some) for some in places.values()])
-        sizes = torch.tensor([len(ids) for ids in places])
+        sizes = torch.tensor([len(ids) for _, ids in places])
         ids = torch.zeros(len(which), int(sizes.max()), dtype=torch.int64)
         own = torch.zeros(ids.shape, dtype=torch.bool)
         for row, roll in enumerate(rolls[place] for place in which):
             ids[row, : len(roll.ids)] = torch.tensor(roll.ids)
             own[row, : len(roll.own)] = torch.tensor(roll.own)
         old = torch.zeros(own[:, 1:].shape)
-        made = (ids, own[:, 1:], sizes, temperatures[which], advantage[which], times, old)
+        better = torch.stack([advantage[some].mean() for some in places.values()])
+        made = (ids, own[:, 1:], sizes, temperatures[which], better, times, old)
         return cls(*(one.to(device) for one in made))
 
     def part(self, rows: Tensor) -> Answers:

@@ -134,14 +134,14 @@ class Critic:
         limit : int
             Examples at most.
         """
-        found = set[tuple[Comparison, tuple[str, ...]]]()
+        found: dict[tuple[Comparison, tuple[str, ...]], None] = {}
         for group, given in zip(groups, rewards, strict=True):
             if group[0].episode.task.family == "tell":
                 continue
             for shown, one, other in unequal(group, given):
                 letters = self._code(shown, (fulfilled(one.episode), fulfilled(other.episode)))
                 if letters[-1] == "A":  # the rubric says what the reward does
-                    found.add((shown, letters))
+                    found[shown, letters] = None
         some = rng.sample(sorted(found, key=str), min(len(found), limit // 2))
         return [example for shown, letters in some for example in self._both(shown, letters)]
 

@@ -14,11 +14,13 @@ from kimi_ops.agentic.critic import Critic
 from kimi_ops.agentic.figures import draw
 from kimi_ops.agentic.results import Results
 from kimi_ops.agentic.rl import RlSettings
+from kimi_ops.agentic.settings import at_least
 from kimi_ops.agentic.sft import SftSettings
 from kimi_ops.agentic.stages import Place, reinforced, supervised, synthesised
 from kimi_ops.agentic.study import ARMS
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer
+from kimi_ops.train.checkpoint import replace_file
 
 __all__ = ["STAGES", "DemoSettings", "demo", "small_model"]
 
@@ -46,6 +48,9 @@ class DemoSettings:
     episodes: int = 12
     tries: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, {"attempts": 1, "episodes": 1, "tries": 1})
 
     @classmethod
     def quick(cls, seed: int = 0) -> DemoSettings:
@@ -114,13 +119,18 @@ def demo(
     Raises
     ------
     ValueError
-        A stage that there is not, a folder of other settings.
+        A stage or an arm that there is not, a folder of other settings.
     ImportError
         matplotlib is not installed; everything else was done.
     """
     if last not in STAGES:
         raise ValueError(
             f"agentic: stage: expected {' | '.join(STAGES)}, got {last!r}; name the last to run"
+        )
+    if not arms or not all(arm in ARMS for arm in arms):
+        raise ValueError(
+            f"agentic: arms: expected one or more of {' | '.join(ARMS)}, got {list(arms)}; name "
+            "the judges to reinforce under"
         )
     _same_settings(out, settings)
     place, tokenizer, results = Place(out, say, bar), ByteTokenizer(), Results(out)
@@ -149,9 +159,9 @@ def _same_settings(out: Path, settings: DemoSettings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     file, wanted = out / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
     if not file.exists():
-        file.write_text(json.dumps(wanted, indent=1) + "\n")
+        replace_file(file, (json.dumps(wanted, indent=1) + "\n").encode())
     elif (found := json.loads(file.read_text())) != wanted:
-        other = [name for name in wanted if wanted[name] != found.get(name)]
+        other = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
         raise ValueError(
             f"agentic: {out}: expected the settings it was begun with, {', '.join(other)} differ; "
             "choose another folder"

@@ -101,7 +101,17 @@ def told_value(roll: Rollout) -> float:
 
 
 def split_tools(split: str, specs: int = 2000) -> list[Tool]:
-    """The tools of a split's tasks."""
+    """The tools of a split's tasks.
+
+    Raises
+    ------
+    ValueError
+        A split that there is not.
+    """
+    if split not in SPLITS:
+        raise ValueError(
+            f"agentic: split: expected {' | '.join(SPLITS)}, got {split!r}; name one of them"
+        )
     tools = repository(specs)
     if split == "domains":
         return [tool for tool in tools if tool.semantics.table in HELD_OUT_DOMAINS]
@@ -142,7 +152,17 @@ def evaluate(
         At each task; more than one ask for a temperature.
     temperature, seed, rows
         As of `roll_out`.
+
+    Raises
+    ------
+    ValueError
+        Several tries without a temperature: they would be one.
     """
+    if tries > 1 and temperature == 0:
+        raise ValueError(
+            f"evaluate: temperature: expected a number above 0 for {tries} tries, which would all "
+            "be the same, got 0; pass 1.0, or one try"
+        )
     played = [task for task in tasks for _ in range(tries)]
     rolls = roll_out(model, tokenizer, played, temperature=temperature, seed=seed, rows=rows)
     return score(rolls, tries)
@@ -156,7 +176,21 @@ def worth_of(roll: Rollout) -> float:
 
 
 def score(rolls: Sequence[Rollout], tries: int = 1) -> Score:
-    """Of played episodes, so many in a row of the same task."""
+    """Of played episodes, so many in a row of the same task.
+
+    Raises
+    ------
+    ValueError
+        Episodes that do not come so.
+    """
+    tasks_of = [roll.episode.task for roll in rolls]
+    if len(rolls) % tries or any(
+        task is not tasks_of[place - place % tries] for place, task in enumerate(tasks_of)
+    ):
+        raise ValueError(
+            f"score: rolls: expected {tries} of each task in a row, got {len(rolls)} otherwise; "
+            "play each task so often, or pass how often it was"
+        )
     found = Score()
     worth: dict[str, list[float]] = {}
     tasks, every, some = Counter[str](), Counter[str](), Counter[str]()

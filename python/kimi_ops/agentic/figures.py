@@ -76,9 +76,11 @@ def _funnel(axes: Any, run: Path) -> None:
     families = [family for family in FAMILIES if family in counted]
     reasons = Counter(name for family in families for name in counted[family].elements())
     names = ["kept", *(name for name, _ in reasons.most_common() if name != "kept")]
+    bars = {name: np.array([counted[family][name] for family in families]) for name in names}
+    if len(bars) > len(COLOURS):
+        bars["others"] = sum(bars.pop(name) for name in names[len(COLOURS) - 1 :])
     left = np.zeros(len(families))
-    for name, colour in zip(names, COLOURS, strict=False):
-        widths = np.array([counted[family][name] for family in families])
+    for (name, widths), colour in zip(bars.items(), COLOURS, strict=False):
         axes[0].barh(families, widths, left=left, color=colour, label=name)
         left += widths
     axes[0].invert_yaxis()

@@ -54,7 +54,7 @@ def squared_losses(ratios: Tensor, advantage: Tensor, lengths: Tensor, tau: floa
     ratios, advantage : Tensor [N]
         s and r - m of each answer.
     lengths : Tensor [N]
-        Ids that the model wrote; at least 1.
+        Ids that the model wrote; none count as one.
     tau : float
         How dear it is to leave the policy that wrote the answers; above 0.
 

@@ -18,6 +18,7 @@ from kimi_ops.agentic.stages import Place
 from kimi_ops.agentic.tasks import FAMILIES
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer
+from kimi_ops.train.checkpoint import replace_file
 
 __all__ = ["Results"]
 
@@ -66,7 +67,7 @@ class Results:
         measured["text_loss"] = text_loss(model)
         model.save_pretrained(place.out / stage)
         self.found[stage] = json.loads(json.dumps(measured))
-        self._file.write_text(json.dumps(self.found, indent=1) + "\n")
+        replace_file(self._file, (json.dumps(self.found, indent=1) + "\n").encode())
 
     @property
     def conversation(self) -> str:

@@ -23,6 +23,7 @@ from kimi_ops.agentic.learner import Learner, token_losses
 from kimi_ops.agentic.objective import advantages, squared_losses
 from kimi_ops.agentic.progress import TELL, Group, Learnt, RlStep, agreement
 from kimi_ops.agentic.rollout import Rollout, roll_out
+from kimi_ops.agentic.settings import at_least, positive
 from kimi_ops.agentic.sft import Example, Source, batch_of, packed
 from kimi_ops.agentic.specs import Tool
 from kimi_ops.agentic.synthesis import PLAIN_SHARE
@@ -81,6 +82,11 @@ class RlSettings:
     limit : int
         Ids of an episode.
     seed : int
+
+    Raises
+    ------
+    ValueError
+        A setting with which nothing could be learnt: fewer than two tries, no temperature.
     """
 
     steps: int = 26
@@ -99,6 +105,12 @@ class RlSettings:
     told_temperature: tuple[float, float] = (1.2, 0.8)
     limit: int = 640
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ones = ("steps", "groups", "epochs", "minibatches", "replayed", "limit")
+        at_least(self, dict.fromkeys(ones, 1) | {"tries": 2, "told": 0, "pairs": 0})
+        at_least(self, {"replay": 0.0, "critic": 0.0})
+        positive(self, "lr", "tau", "temperature", "told_temperature")
 
     def temperature_of(self, family: str, step: int) -> float:
         """At a step, from 0."""

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import os
 import random
 import time
 from collections import deque
@@ -25,6 +25,7 @@ from kimi_ops.agentic.sft import Example, Sft, SftSettings, SftStep, Source
 from kimi_ops.agentic.synthesis import read_attempts, synthesise, training_tools
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.chat import Tokenizer, declare_typescript, render
+from kimi_ops.train.checkpoint import replace_file
 from kimi_ops.train.data import load_corpus
 
 __all__ = ["LR", "SAVE_SFT", "Place", "reinforced", "supervised", "synthesised"]
@@ -121,9 +122,11 @@ def reinforced(
     def note(made: RlStep) -> str:
         return f"success {made.success:.2f}, malformed {made.malformed:.2f}"
 
-    seconds = _run(place, name, stage, settings.steps, 1, note)
-    lines = [json.dumps(dataclasses.asdict(made)) for made in stage.history]
-    (place.out / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    def tell() -> None:
+        lines = [json.dumps(dataclasses.asdict(made)) + "\n" for made in stage.history]
+        replace_file(place.out / f"{name}.jsonl", "".join(lines).encode())
+
+    seconds = _run(place, name, stage, settings.steps, 1, note, tell)
     updates = settings.epochs * settings.minibatches
     taught = sum(made.loss is not None for made in stage.history)
     place.say(f"{name:10} {stage.made} steps, {taught * updates} updates, in {seconds:.0f} s")
@@ -131,14 +134,22 @@ def reinforced(
 
 
 def _run(
-    place: Place, name: str, stage: _Stage, steps: int, every: int, note: Callable[[Any], str]
+    place: Place,
+    name: str,
+    stage: _Stage,
+    steps: int,
+    every: int,
+    note: Callable[[Any], str],
+    tell: Callable[[], None] = lambda: None,
 ) -> float:
-    """Take a stage to its end, saved every so many steps; seconds in all."""
+    """Take a stage to its end, saved every so many steps; seconds in all. `tell` writes down what
+    the stage has found so far: where it is taken up, and after each step."""
     file, seconds = place.out / f"{name}.pt", 0.0
     if file.exists():
         state = torch.load(file, weights_only=True)
         stage.load_state_dict(state)
         seconds = state["seconds"]
+    tell()  # a run that ended between the two files of a step has one line too many
     begun = time.monotonic() - seconds
     with tqdm(
         total=steps, initial=stage.made, desc=name, disable=not place.bar, leave=False
@@ -146,11 +157,12 @@ def _run(
         while not stage.finished:
             shown.set_postfix_str(note(stage.step()))
             shown.update()
+            tell()
             if stage.made % every == 0 or stage.finished:
                 seconds = time.monotonic() - begun
-                temporary = file.with_suffix(".tmp")
-                torch.save({**stage.state_dict(), "seconds": seconds}, temporary)
-                os.replace(temporary, file)
+                content = io.BytesIO()
+                torch.save({**stage.state_dict(), "seconds": seconds}, content)
+                replace_file(file, content.getvalue())
     return seconds
 
 
