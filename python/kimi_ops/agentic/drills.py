@@ -9,25 +9,44 @@ import random
 from collections.abc import Sequence
 
 from kimi_ops.agentic.specs import Tool
-from kimi_ops.agentic.tasks import NO_TOOL, distinct, fits_none, subject
+from kimi_ops.agentic.tasks import (
+    NO_TOOL,
+    Call,
+    Scene,
+    Step,
+    call_of,
+    described,
+    fits_none,
+    linked,
+    question,
+    subject,
+)
+from kimi_ops.agentic.teacher import section
 from kimi_ops.agentic.users import Wish, spoken
 from kimi_ops.agentic.words import words
-from kimi_ops.models.kimi_k2.chat import ByteTokenizer, declare_typescript
+from kimi_ops.agentic.world import BUSY, DONE, NOT_FOUND
+from kimi_ops.models.kimi_k2.chat import ByteTokenizer, Chat, declare_typescript
 from kimi_ops.models.kimi_k2.chat.dialogue import (
     ARGUMENT_BEGIN,
-    CALL_BEGIN,
     IM_ASSISTANT,
     IM_END,
     IM_MIDDLE,
+    IM_SYSTEM,
     IM_USER,
-    SECTION_BEGIN,
 )
 
-__all__ = ["choices", "recall", "repeats", "search"]
+__all__ = ["recall", "repeats", "search", "wishes"]
 
 Drill = tuple[list[int], list[bool]]  # bytes, and which of them the row's beginning decides
-NONE_SHARE = 0.15  # of the wishes that are of none of the tools
+Turn = tuple[str, str, Step]  # who speaks, a user or a tool, what, and what the assistant does
+USER = "user"
 UNHEARD_SHARE = 0.4  # of the tools whose verb is a word
+NONE_SHARE = 0.15  # of the wishes that are of none of the tools,
+ASK_SHARE = 0.3  # of those that take a value, without it,
+PAIR_SHARE = 0.5  # of two at once
+CHAIN_SHARE = 0.5  # of the rows, with a wish that takes two calls
+RESULT_SHARE = 0.5  # of single calls that are answered,
+FAULT_SHARE = 0.4  # by a fault
 
 
 def repeats(rng: random.Random, length: int) -> Drill:
@@ -70,38 +89,55 @@ def recall(rng: random.Random, pairs: int) -> Drill:
     return ids, learned
 
 
-def search(rng: random.Random, phrases: int) -> Drill:
-    """Phrases of two or three words, as tools are declared, then words of some of them other than
-    the first, each with the phrase that it is of.
+def search(rng: random.Random, tools: int) -> Drill:
+    """Names with a field or two, as tools are declared, then beginnings of some of the names, with
+    values: the whole name and each of its fields are to be found, although something else stands
+    between a name and its fields than in the declaration.
 
     Examples
     --------
     >>> import random
     >>> from kimi_ops.agentic.drills import search
-    >>> text, learned = search(random.Random(1), 2)
-    >>> head, _, asked = bytes(text).decode().partition("\\n")
-    >>> word, _, phrase = asked.splitlines()[0].partition("?")
-    >>> phrase in head.split(" ") and word in phrase
-    True
+    >>> from kimi_ops.models.kimi_k2.chat import ByteTokenizer
+    >>> text, learned = search(random.Random(4), 2)
+    >>> print(ByteTokenizer().decode(text).replace("<|tool_call_argument_begin|>", "|").rstrip())
+    smc_xutfnhe(yaqg) kotuk_forest(bros,wigred)
+    smc furop?smc_xutfnhe:0|{"yaqg": "furop"}
+    kotuk planet oak?kotuk_forest:0|{"bros": "planet", "wigred": "oak"}
     """
-    drawn = words(rng, 3 * phrases, fresh=False)
+    drawn = words(rng, 6 * tools, fresh=False)
     known = []
-    for place in range(phrases):
-        first, second, third = drawn[3 * place : 3 * place + 3]
-        known.append((first, second, third) if rng.random() < 0.5 else (first, second))
-    spelled = [f"{one[0]}_{one[1]}({''.join(one[2:])})" for one in known]
-    ids = list((" ".join(spelled) + "\n").encode())
-    learned = [False] * len(ids)
-    for place in rng.sample(range(phrases), phrases // 2 + 1):
-        key, phrase = f"{rng.choice(known[place][1:])}?".encode(), f"{spelled[place]}\n".encode()
-        ids += key + phrase
-        learned += [False] * len(key) + [True] * len(phrase)
+    for first in range(0, len(drawn), 6):
+        fields = rng.randint(1, 2)
+        name = "_".join(drawn[first : first + 2])
+        taken, values = drawn[first + 2 : first + 4], drawn[first + 4 : first + 6]
+        known.append((name, taken[:fields], values[:fields]))
+    ids: list[int] = []
+    learned: list[bool] = []
+
+    def write(text: str, *, found: bool = False) -> None:
+        ids.extend(text.encode())
+        learned.extend([found] * (len(ids) - len(learned)))
+
+    write(" ".join(f"{name}({','.join(fields)})" for name, fields, _ in known) + "\n")
+    marker = ByteTokenizer().markers[ARGUMENT_BEGIN]
+    for name, fields, values in rng.sample(known, tools // 2 + 1):
+        write(f"{subject(name)} {' '.join(values)}?")
+        write(f"{name}:", found=True)
+        write("0")
+        ids.append(marker)
+        for place, (field, value) in enumerate(zip(fields, values, strict=True)):
+            write(', "' if place else '{"')
+            write(f'{field}"', found=True)
+            write(': "')
+            write(f'{value}"', found=True)
+        write("}\n")
     return ids, learned
 
 
-def choices(rng: random.Random, tools: Sequence[Tool], count: int, *, short: bool) -> Drill:
-    """Tools, then wishes, each with what it is about, its tool's name and that tool's first field:
-    the choice alone, without the rest of a call.
+def wishes(rng: random.Random, tools: Sequence[Tool], count: int, *, short: bool) -> Drill:
+    """Tools, then wishes of several kinds, each with what the assistant does: its calls, a question
+    back, or that no tool fits; half of the results stand there, with what comes of them.
 
     Parameters
     ----------
@@ -109,59 +145,106 @@ def choices(rng: random.Random, tools: Sequence[Tool], count: int, *, short: boo
     tools : sequence of Tool
         To choose from.
     count : int
-        Of the tools; each is wished for once, or another that is not there.
+        Of the tools, at least two; each is wished for once, or another that is not there.
     short : bool
-        Each tool is a word and its fields, and nobody's turn has a head; or all is as in a
-        conversation.
+        Each tool is a word and its fields, and no turn has a head; or all is as in a conversation.
 
     Examples
     --------
     >>> import random
-    >>> from kimi_ops.agentic.drills import choices
+    >>> from kimi_ops.agentic.drills import wishes
     >>> from kimi_ops.agentic.specs import DOMAINS, base_tools
-    >>> text, learned = choices(random.Random(1), base_tools(DOMAINS[0]), 2, short=True)
+    >>> text, learned = wishes(random.Random(1), base_tools(DOMAINS[0]), 2, short=True)
     >>> answers = bytes(one for one, on in zip(text, learned) if on).decode(errors="replace")
-    >>> about, name = answers.partition(":")[0].split("\N{REPLACEMENT CHARACTER}")
-    >>> name.startswith(about) and f"{name}(" in bytes(text).decode(errors="replace")
+    >>> about, _, called = answers.partition("\N{REPLACEMENT CHARACTER}")
+    >>> f"functions.{about}" in called
     True
     """
-    known: list[Tool] = []
-    while len(known) < count:
-        tool = rng.choice(tools)
-        if distinct(tool, known):
-            known.append(_unheard(tool, rng) if rng.random() < UNHEARD_SHARE else tool)
+    scene = Scene(rng, False, tools)
+    chain = linked(scene) if rng.random() < CHAIN_SHARE else None
+    if chain is None:
+        scene.tools.clear()
+    while len(scene.tools) < count:
+        scene.pick(looked_up=False)
+    known = [_unheard(tool, rng) if rng.random() < UNHEARD_SHARE else tool for tool in scene.tools]
+    declared = rng.sample(known, len(known))
+    talks = [_chained(rng, known[1], known[0])] if chain else []
+    talks += _alone(rng, known[2:] if chain else known, declared, tools)
+    rng.shuffle(talks)
     if short:
-        declared = " ".join(f"{t.name}({','.join(t.parameters['properties'])})" for t in known)
+        text = " ".join(f"{t.name}({','.join(t.parameters['properties'])})" for t in declared)
     else:
-        declared = declare_typescript([tool.declaration for tool in known]).partition("{\n")[2]
-    marker = ByteTokenizer().markers
-    head = [marker[IM_ASSISTANT], *b"assistant", marker[IM_MIDDLE]]
-    call = [marker[CALL_BEGIN], *b"functions."]
-    ids = list(declared.encode())
-    learned = [False] * len(ids)
-    for tool in rng.sample(known, count):
-        other = rng.choice(tools)
-        none = rng.random() < NONE_SHARE and fits_none(other, known)
-        row, value = words(rng, 2, fresh=False)
-        asked = spoken(Wish(other if none else tool, row, value), rng)
-        ids += [marker[IM_USER], *asked.encode(), marker[IM_END], *([] if short else head)]
-        learned += [False] * (len(ids) - len(learned))
-        about = subject((other if none else tool).name)
-        if none:
-            ids += f"{about}: {NO_TOOL}".encode()
-            learned += [True] * (len(ids) - len(learned))
-            continue
-        ids += [*about.encode(), marker[SECTION_BEGIN]]
-        learned += [True] * (len(ids) - len(learned))
-        ids += [] if short else call
-        learned += [False] * (len(ids) - len(learned))
-        ids += f"{tool.name}:".encode()
-        learned += [True] * (len(ids) - len(learned))
-        ids += [] if short else [ord("0"), marker[ARGUMENT_BEGIN], *b'{"']
-        learned += [False] * (len(ids) - len(learned))
-        ids += "".join(f'{field}"' for field in tool.parameters["required"][:1]).encode()
-        learned += [True] * (len(ids) - len(learned))
-    return ids, learned
+        text = declare_typescript([tool.declaration for tool in declared]).partition("{\n")[2]
+    parts: list[str] = []
+    number = 0  # of calls so far
+    for name, said, reply in (turn for talk in talks for turn in talk):
+        role = IM_USER if name == USER else IM_SYSTEM
+        told = said if name == USER else f"## Return of functions.{name}:{number - 1}\n{said}"
+        parts += ["", role, *([] if short else [name, IM_MIDDLE]), told, IM_END]
+        parts += ["", IM_ASSISTANT, "" if short else "assistant", IM_MIDDLE]
+        parts += [reply, IM_END] if isinstance(reply, str) else section(reply, number)
+        number += 0 if isinstance(reply, str) else len(reply)
+    parts[0] = text
+    return Chat.of(parts).encode(ByteTokenizer())
+
+
+def _alone(
+    rng: random.Random, wanted: Sequence[Tool], declared: Sequence[Tool], tools: Sequence[Tool]
+) -> list[list[Turn]]:
+    """A wish of each tool, or of one that is not there; two at once; or one without its value."""
+    talks: list[list[Turn]] = []
+    left = list(wanted)
+    while left:
+        tool, other = left.pop(), rng.choice(tools)
+        wish = _wish(rng, tool)
+        if rng.random() < NONE_SHARE and fits_none(other, declared):
+            asked = spoken(_wish(rng, other), rng)
+            talks.append([(USER, asked, f"{subject(other.name)}: {NO_TOOL}")])
+        elif wish.value and wish.row and rng.random() < ASK_SHARE:
+            asked = spoken(Wish(tool, wish.row), rng)
+            talks.append([(USER, asked, question(tool)), (USER, wish.value, (call_of(wish),))])
+        elif left and rng.random() < PAIR_SHARE:
+            both = (wish, _wish(rng, left.pop()))
+            asked = " and ".join(spoken(one, rng, persona="terse").rstrip("?") for one in both)
+            talks.append([(USER, asked, tuple(map(call_of, both)))])
+        else:
+            talks.append([(USER, spoken(wish, rng), (call_of(wish),))])
+            if rng.random() < RESULT_SHARE:
+                talks[-1] += _answered(rng, tool, call_of(wish))
+    return talks
+
+
+def _answered(rng: random.Random, tool: Tool, call: Call) -> list[Turn]:
+    """What the tool says to a call, and the assistant then: again where it was busy."""
+    fault = rng.choice((BUSY, NOT_FOUND)) if rng.random() < FAULT_SHARE else None
+    if fault == BUSY:
+        return [(tool.name, BUSY, (call,))]
+    result = DONE if tool.changes else words(rng, 1, fresh=False)[0]
+    return [(tool.name, fault or result, fault or result)]
+
+
+def _chained(rng: random.Random, first: Tool, second: Tool) -> list[Turn]:
+    """A wish of the second tool, for which the first one is called before."""
+    wish, found = _wish(rng, second), _wish(rng, first)
+    if second.semantics.looked_up:
+        (result,) = words(rng, 1, fresh=False)
+        asked, before = spoken(wish, rng), call_of(Wish(first, wish.row))
+    else:
+        asked = spoken(Wish(second, described(found), wish.value), rng)
+        before, result = call_of(found), wish.row
+    return [(USER, asked, (before,)), (first.name, result, (call_of(wish),))]
+
+
+def _wish(rng: random.Random, tool: Tool) -> Wish:
+    """Of a tool, with words for what its call takes."""
+    row, value = words(rng, 2, fresh=False)
+    meaning = tool.semantics
+    allowed = tool.parameters["properties"].get(meaning.value, {}).get("enum")
+    return Wish(
+        tool,
+        row if meaning.key else "",
+        (rng.choice(allowed) if allowed else value) if meaning.value else "",
+    )
 
 
 def _unheard(tool: Tool, rng: random.Random) -> Tool:

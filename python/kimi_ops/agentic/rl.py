@@ -89,7 +89,7 @@ class RlSettings:
         A setting with which nothing could be learnt: fewer than two tries, no temperature.
     """
 
-    steps: int = 26
+    steps: int = 16
     groups: int = 8
     told: int = 4
     tries: int = 6

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_ops.agentic.drills import choices, recall, repeats, search
+from kimi_ops.agentic.drills import recall, repeats, search, wishes
 from kimi_ops.agentic.learner import Learner, token_losses
 from kimi_ops.agentic.specs import Tool
 from kimi_ops.agentic.synthesis import training_tools
@@ -49,7 +49,7 @@ class SftSettings:
     seed : int
     """
 
-    steps: int = 1800
+    steps: int = 2400
     longest: int = 640
     size: int = 1920
     warmup: int = 20
@@ -106,24 +106,26 @@ def _tools() -> list[Tool]:
 
 
 def _short(rng: random.Random) -> Example:
-    return choices(rng, _tools(), rng.choice((2, 2, 3)), short=True)
+    return wishes(rng, _tools(), rng.choice((2, 2, 3)), short=True)
 
 
 def _long(rng: random.Random) -> Example:
-    return choices(rng, _tools(), rng.choice((2, 2, 3)), short=False)
+    return wishes(rng, _tools(), rng.choice((2, 2, 3)), short=False)
 
 
 def _far(rng: random.Random) -> Example:
-    return recall(rng, rng.choice((3, 5, 8))) if rng.random() < 0.5 else search(rng, 3)
+    if rng.random() < 0.3:
+        return recall(rng, rng.choice((3, 5, 8)))
+    return search(rng, rng.choice((2, 3)))
 
 
 _drill = _mixed(_far, _short, _long, _long)  # beside trajectories
 _CURRICULUM = (
     _Drills("repeats", lambda rng: repeats(rng, 48), 48, 0.25, 0.1),
     _Drills(
-        "recall", _mixed(lambda rng: recall(rng, 3), lambda rng: search(rng, 2)), 96, 0.25, 0.12
+        "recall", _mixed(lambda rng: recall(rng, 3), lambda rng: search(rng, 1)), 96, 0.25, 0.12
     ),
-    _Drills("far recall", _far, 160, 0.3, 0.08),
+    _Drills("far recall", _far, 192, 0.3, 0.08),
 )
 
 
@@ -179,7 +181,7 @@ class Sft:
         pairs: Sequence[Example] = (),
     ) -> None:
         self.learner, self.settings = learner, settings
-        self._beside: list[tuple[Source, float]] = [(_drill, 0.2)]
+        self._beside: list[tuple[Source, float]] = [(_drill, 0.4)]
         if text is not None:
             self._beside.append((text, 0.05))
         if pairs:

@@ -28,8 +28,8 @@ from kimi_ops.agentic.teacher import STYLE, noise_of, play
 __all__ = ["Attempt", "Funnel", "attempt", "read_attempts", "synthesise", "training_tools"]
 
 MIXTURE = {  # of 100 attempts
-    "lookup": 24, "write": 16, "chain": 14, "none": 8,
-    "fault": 10, "ask": 10, "pair": 4, "tell": 14,
+    "lookup": 18, "write": 14, "chain": 18, "none": 6,
+    "fault": 12, "ask": 10, "pair": 10, "tell": 12,
 }  # fmt: skip
 PLAIN_SHARE = 0.25  # of verifiable tasks, whose system asks for plain answers
 WRONG_TELL = 0.1  # of "tell", answers with a wrong value, which nobody filters out

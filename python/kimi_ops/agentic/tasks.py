@@ -21,8 +21,8 @@ from kimi_ops.agentic.words import words
 from kimi_ops.agentic.world import BUSY, NOT_FOUND, Table, World
 
 __all__ = [
-    "FAMILIES", "NO_TOOL", "PLAIN", "Call", "Rubric", "Task", "distinct", "fits_none", "make_task",
-    "subject",
+    "FAMILIES", "NO_TOOL", "PLAIN", "Call", "Rubric", "Scene", "Task", "call_of", "described",
+    "distinct", "fits_none", "linked", "make_task", "question", "subject",
 ]  # fmt: skip
 
 NO_TOOL = "no tool for that"
@@ -109,6 +109,20 @@ def subject(name: str) -> str:
     return name.rpartition("_")[0]
 
 
+def call_of(wish: Wish) -> Call:
+    """The call that does it."""
+    tool = wish.tool
+    arguments = {}
+    for parameter in tool.parameters["required"]:
+        arguments[parameter] = wish.row if parameter == tool.semantics.key else wish.value
+    return Call(tool.name, arguments)
+
+
+def question(tool: Tool) -> str:
+    """What is asked of a user who left the value out."""
+    return f"to which {tool.semantics.column}?"
+
+
 def _size(call: Call) -> int:
     """Bytes of a call in its section, and of its subject before."""
     arguments = json.dumps(dict(call.arguments))
@@ -140,7 +154,7 @@ def _heard(tool: Tool) -> str:
 
 
 @dataclass
-class _Scene:
+class Scene:
     """Where a family makes up its task."""
 
     rng: random.Random
@@ -201,14 +215,16 @@ class _Scene:
         if meaning.op in ("find", "count"):
             value = table[row][meaning.column]
         elif meaning.op in ("set", "move"):
-            choices = tool.parameters["properties"][meaning.value].get("enum")
-            value = self.rng.choice(choices) if choices else self.words(1)[0]
+            value = self.value(tool)
         if meaning.by and not missing:
             row = table[row][meaning.by]
-        arguments = {}
-        for parameter in tool.parameters["required"]:
-            arguments[parameter] = row if parameter == meaning.key else value
-        return Wish(tool, row, value), Call(tool.name, arguments)
+        wish = Wish(tool, row, value)
+        return wish, call_of(wish)
+
+    def value(self, tool: Tool) -> str:
+        """Something that a column may be set to."""
+        allowed = tool.parameters["properties"][tool.semantics.value].get("enum")
+        return self.rng.choice(allowed) if allowed else self.words(1)[0]
 
     def task(
         self,
@@ -243,7 +259,7 @@ class _Scene:
         return [world.call(call.tool, call.arguments) for call in calls][-1]
 
 
-def _one(scene: _Scene, family: str, ops: tuple[str, ...], declared: int) -> Task | None:
+def _one(scene: Scene, family: str, ops: tuple[str, ...], declared: int) -> Task | None:
     tool = scene.pick(*ops, looked_up=False)
     if tool is None:
         return None
@@ -253,17 +269,17 @@ def _one(scene: _Scene, family: str, ops: tuple[str, ...], declared: int) -> Tas
     return scene.task(family, [spoken(wish, scene.rng)], [(call,), result], outputs=[result])
 
 
-def _lookup(scene: _Scene, declared: int) -> Task | None:
+def _lookup(scene: Scene, declared: int) -> Task | None:
     return _one(scene, "lookup", _READS, declared)
 
 
-def _write(scene: _Scene, declared: int) -> Task | None:
+def _write(scene: Scene, declared: int) -> Task | None:
     return _one(scene, "write", _WRITES, declared)
 
 
-def _chain(scene: _Scene, declared: int) -> Task | None:
-    """Find, then read or write what was found; or look up first what may only be changed then."""
-    rng = scene.rng
+def linked(scene: Scene) -> tuple[Tool, Tool] | None:
+    """A tool, and one that takes what it finds, or may be called only then; None where the draw
+    brought no such two."""
     second = scene.pick("get", "set", "cancel", "move")
     if second is None or not second.semantics.key:
         return None
@@ -274,21 +290,30 @@ def _chain(scene: _Scene, declared: int) -> Task | None:
         first = scene.pick("get", table=table, column=by) if by else scene.pick("find", table=table)
     if first is None or first.semantics.column == second.semantics.column:
         return None
+    return first, second
+
+
+def _chain(scene: Scene, declared: int) -> Task | None:
+    """Find, then read or write what was found; or look up first what may only be changed then."""
+    rng, found = scene.rng, linked(scene)
+    if found is None:
+        return None
+    first, second = found
     scene.settle(max(declared, 2))
     wish, call = scene.wish(second)
-    if guarded:
+    if second.semantics.looked_up:
         before = Call(first.name, {first.semantics.key: wish.row})
         said = spoken(wish, rng)
     else:
         opening, before = scene.wish(first)
-        found = scene.result(before)
-        call = Call(call.tool, {**call.arguments, second.semantics.key: found})
-        said = spoken(Wish(second, _described(opening), wish.value), rng)
+        wish = Wish(second, scene.result(before), wish.value)
+        call = call_of(wish)
+        said = spoken(Wish(second, described(opening), wish.value), rng)
     result = scene.result(before, call)
     return scene.task("chain", [said], [(before,), (call,), result], outputs=[result])
 
 
-def _described(wish: Wish) -> str:
+def described(wish: Wish) -> str:
     """What the user says for a thing whose name or ticket he does not know."""
     meaning = wish.tool.semantics
     if meaning.op == "find":
@@ -296,7 +321,7 @@ def _described(wish: Wish) -> str:
     return f"the {meaning.column} of {wish.row}"
 
 
-def _none(scene: _Scene, declared: int) -> Task | None:
+def _none(scene: Scene, declared: int) -> Task | None:
     """The tool for it is not there."""
     tool = scene.pick(looked_up=False)
     if tool is None:
@@ -310,7 +335,7 @@ def _none(scene: _Scene, declared: int) -> Task | None:
     return scene.task("none", [said], [answer], outputs=[NO_TOOL])
 
 
-def _fault(scene: _Scene, declared: int) -> Task | None:
+def _fault(scene: Scene, declared: int) -> Task | None:
     tool = scene.pick(*_READS, *_WRITES, looked_up=False)
     if tool is None:
         return None
@@ -327,22 +352,21 @@ def _fault(scene: _Scene, declared: int) -> Task | None:
     return scene.task("fault", [said], [(call,), result], outputs=[result], busy=busy)
 
 
-def _ask(scene: _Scene, declared: int) -> Task | None:
+def _ask(scene: Scene, declared: int) -> Task | None:
     tool = scene.pick("set", "move", looked_up=False)
     if tool is None:
         return None
     scene.settle(declared)
     wish, call = scene.wish(tool)
-    question = f"to which {tool.semantics.column}?"
     said = spoken(Wish(tool, wish.row), scene.rng)
     result = scene.result(call)
     return scene.task(
-        "ask", [said, wish.value], [question, (call,), result],
+        "ask", [said, wish.value], [question(tool), (call,), result],
         outputs=[tool.semantics.column, result], questions=1,
     )  # fmt: skip
 
 
-def _pair(scene: _Scene, declared: int) -> Task | None:
+def _pair(scene: Scene, declared: int) -> Task | None:
     tools = [scene.pick(*_READS, looked_up=False) for _ in range(2)]
     if None in tools:
         return None
@@ -353,7 +377,7 @@ def _pair(scene: _Scene, declared: int) -> Task | None:
     return scene.task("pair", [said], [tuple(calls), ", ".join(results)], outputs=results)
 
 
-def _tell(scene: _Scene, declared: int) -> Task | None:
+def _tell(scene: Scene, declared: int) -> Task | None:
     tool = scene.pick("get", looked_up=False, by="")
     if tool is None:
         return None
@@ -365,7 +389,7 @@ def _tell(scene: _Scene, declared: int) -> Task | None:
     return scene.task("tell", [said], [(call,), answer], outputs=[])
 
 
-FAMILIES: Mapping[str, Callable[[_Scene, int], Task | None]] = {
+FAMILIES: Mapping[str, Callable[[Scene, int], Task | None]] = {
     "lookup": _lookup,
     "write": _write,
     "chain": _chain,
@@ -404,6 +428,6 @@ def make_task(
     (2, 1, True)
     """
     while True:
-        made = FAMILIES[family](_Scene(rng, fresh, repository), declared)
+        made = FAMILIES[family](Scene(rng, fresh, repository), declared)
         if made is not None:
             return made

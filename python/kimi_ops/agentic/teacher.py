@@ -21,7 +21,7 @@ from kimi_ops.models.kimi_k2.chat.dialogue import (
     SECTION_END,
 )
 
-__all__ = ["NOISE", "noise_of", "play", "possible"]
+__all__ = ["NOISE", "noise_of", "play", "possible", "section"]
 
 NOISE = {  # share of the attempts of each kind
     "wrong tool": 0.08,
@@ -94,16 +94,17 @@ def play(task: Task, rng: random.Random, noise: str | None = None, style: bool =
             continue
         broken = noise == "malformed call" and place == struck
         while True:
-            episode.take(_section(step, number, broken))
+            episode.take(section(step, number, broken=broken))
             number += len(step)
             if BUSY not in episode.answers:
                 break
     return episode
 
 
-def _section(calls: Sequence[Call], number: int, broken: bool) -> list[str]:
-    """A turn of calls. What they are about is said before: a subject is copied from the wish, and
-    the declaration that it stands in is found by it; a name at once would have to be both."""
+def section(calls: Sequence[Call], number: int, *, broken: bool = False) -> list[str]:
+    """A turn of calls, of which the first has a number. What they are about is said before: a
+    subject is copied from the wish, and the declaration that it stands in is found by it; a name
+    at once would have to be both."""
     parts = [", ".join(subject(call.tool) for call in calls), SECTION_BEGIN, ""]
     for offset, call in enumerate(calls):
         arguments = json.dumps(dict(call.arguments), ensure_ascii=False)

@@ -22,14 +22,14 @@ def agentic(
         int | None, typer.Option(min=100, help="Of the teacher. [default: 8000]")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Updates of the supervised stage. [default: 1800]")
+        int | None, typer.Option(min=1, help="Updates of the supervised stage. [default: 2400]")
     ] = None,
     episodes: Annotated[
         int | None,
         typer.Option(min=1, help="To evaluate, for each family and split. [default: 12]"),
     ] = None,
     rl_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of reinforcement. [default: 26]")
+        int | None, typer.Option(min=1, help="Steps of reinforcement. [default: 16]")
     ] = None,
     stage: Annotated[str, typer.Option(help="The last one to run: synthesis, sft or rl.")] = "rl",
     study: Annotated[
