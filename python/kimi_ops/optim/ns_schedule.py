@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import get_args
 
 from kimi_ops import _arguments as _check
-from kimi_ops.choices import AnyMethod, Method, Schedule
+from kimi_ops.choices import Method, Schedule
 
 Triple = tuple[float, float, float]
 Coefficients = Schedule | Sequence[float] | Sequence[Sequence[float]]
@@ -230,7 +230,7 @@ _MEASURED: dict[tuple[Schedule, int], tuple[int, ...]] = {
 
 
 def checked_restarts(
-    rows: tuple[Triple, ...], method: AnyMethod, restarts: str | Sequence[int]
+    rows: tuple[Triple, ...], method: str, restarts: str | Sequence[int]
 ) -> tuple[int, ...]:
     """The steps that the option `restarts` stands for; raises for what no method has."""
     if restarts == "auto":
