@@ -5,7 +5,7 @@ other one would miss."""
 import pytest
 import torch
 
-from kimi_ops.compat import _maps, megatron, vllm
+from kimi_ops.compat import _maps, deep_gemm, megatron, vllm
 from kimi_ops.compat import transformer_engine as te
 from kimi_ops.compat.grouped_gemm import backend
 
@@ -82,3 +82,12 @@ def test_gmm_writes_to_c(trans_a):
 def test_a_dropped_pair_is_the_source_of_no_row():
     plan = _maps.by_rows(torch.tensor([[1, -1], [0, 2], [-1, -1]]), 4)
     assert plan.source.tolist() == [2, 0, 3, -1]
+
+
+def test_deep_gemm_writes_to_a_d_of_any_strides():
+    a, b = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 5, 4).bfloat16()
+    masked_m, d = torch.tensor([2, 3], dtype=torch.int32), torch.empty(2, 3, 5).bfloat16()
+    deep_gemm.m_grouped_bf16_gemm_nt_masked(a, b, d, masked_m, 3)
+    other = torch.full((2, 5, 3), torch.nan).bfloat16().mT
+    deep_gemm.m_grouped_bf16_gemm_nt_masked(a, b, other, masked_m, 3)
+    assert d.any() and torch.equal(other, d)
