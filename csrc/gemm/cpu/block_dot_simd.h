@@ -119,7 +119,7 @@ void dot_tile(const typename D::Token* x, int64_t x_stride, const Operand& s, in
     if (d == ahead.end) ahead.first += ahead.jump;
     for (int64_t i = 0; i < ahead.rows; ++i)
       __builtin_prefetch(ahead.first + i * ahead.stride, 0, 2);  // the L2 cache
-#pragma GCC unroll 8
+#pragma GCC unroll 1  // steps mixed with each other would need more registers than there are
     for (int64_t i = 0; i < kLine; i += D::kSpan) step(d + i, D::kSpan);
   }
   for (; d < count; d += D::kSpan) step(d, std::min(D::kSpan, count - d));
