@@ -367,7 +367,7 @@ def test_bad_calls(changes, kind, message):
 def test_bad_calls_of_fused_experts():
     gate_up, down = Fp8BlockWeight.quantize(torch.ones(3, 10, 8)), torch.ones(3, 8, 5)
     x, weights, indices = routed(4, 3, 2, 8, torch.float32)
-    with pytest.raises(TypeError, match="fused_experts: w_gate_up: expected a Tensor beside"):
+    with pytest.raises(TypeError, match="fused_experts: w_gate_up: expected a torch.Tensor beside"):
         fused_experts(x.double(), gate_up, down.double(), weights.double(), indices)
     with pytest.raises(ValueError, match=r"w_gate_up: expected shape \[E, 2F, H=7\], got"):
         fused_experts(x[:, :7], gate_up, down, weights, indices)
