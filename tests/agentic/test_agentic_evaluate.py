@@ -58,6 +58,8 @@ def test_several_tries_are_counted_by_task():
     found = score([played(told[0]), played(told[1], style=True)], 2)
     assert found.success == {"tell": 0.75} and found.every == {"tell": 0.0}
     assert found.some == {"tell": 1.0}
+    praised = score([played(told[0], style=True)] * 2, 2)
+    assert praised.success == {"tell": 0.5} and praised.some == {"tell": 0.0}
 
 
 def test_tries_that_do_not_come_in_a_row_are_refused():

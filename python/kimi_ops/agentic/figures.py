@@ -78,7 +78,7 @@ def _funnel(axes: Any, run: Path) -> None:
     names = ["kept", *(name for name, _ in reasons.most_common() if name != "kept")]
     bars = {name: np.array([counted[family][name] for family in families]) for name in names}
     if len(bars) > len(COLOURS):
-        bars["others"] = sum(bars.pop(name) for name in names[len(COLOURS) - 1 :])
+        bars["others"] = np.sum([bars.pop(name) for name in names[len(COLOURS) - 1 :]], axis=0)
     left = np.zeros(len(families))
     for (name, widths), colour in zip(bars.items(), COLOURS, strict=False):
         axes[0].barh(families, widths, left=left, color=colour, label=name)
