@@ -71,9 +71,9 @@ int64_t Tensor::count() const {
 }
 
 bool Tensor::is_dense() const {
+  if (count() == 0) return true;  // whatever its strides, which NumPy makes 0
   int64_t step = 1;
   for (int i = ndim - 1; i >= 0; --i) {
-    if (sizes[i] == 0) return true;
     if (sizes[i] != 1 && strides[i] != step) return false;
     step *= sizes[i];
   }

@@ -395,11 +395,11 @@ def column(task) -> str:
 
 
 def test_the_prompts_of_training_are_short_and_without_held_out_words():
-    lines = [attempt(TOOLS, 0, number).line for number in range(300)]
+    lines = [attempt(TOOLS, 0, number).line for number in range(400)]
     examples = CRITIC.synthesised(lines)
     assert len(examples) == 2 * sum(line["pair"] is not None for line in lines) > 100
     verdicts = [TOKENIZER.decode(ids)[-len("A<|im_end|>")] for ids, _ in examples]
-    assert verdicts.count("A") == verdicts.count("B") > verdicts.count("=") > 20
+    assert verdicts.count("A") == verdicts.count("B") > 60 and verdicts.count("=") > 20
     sizes = sorted(len(ids) for ids, _ in examples)
     assert sizes[len(sizes) // 2] < 170 and sizes[-1] < 300
     held = set(words(random.Random(0), 100, fresh=True))

@@ -176,7 +176,7 @@ def test_rows_beside_trajectories_have_their_shares():
     batches = [run._trajectories() for _ in range(300)]
     rows = [row for rows in batches for row in rows]
     shares = [sum(ids[0] == mark for ids, _ in rows) / len(rows) for mark in (1, 2, 3)]
-    assert shares == pytest.approx([0.6, 0.05, 0.15], abs=0.04)
+    assert shares == pytest.approx([0.4, 0.05, 0.15], abs=0.04)
     assert max(len(ids) for ids, _ in rows) == 44
     run.made = 0
     easy = [ids for _ in range(30) for ids, _ in run._trajectories()]

@@ -163,6 +163,13 @@ def test_empty_arrays():
     assert kn.z_loss(f(0, 8)) == 0
 
 
+def test_an_array_without_an_element_is_dense():
+    """Its strides, which NumPy makes 0, say nothing."""
+    weight = kn.Fp8BlockWeight.quantize(np.zeros((2, 0, 8), np.float32))
+    y = kn.grouped_gemm(np.ones((2, 8), np.float32), weight, np.array([1, 2]))
+    assert y.shape == (2, 0)
+
+
 def test_losses_and_the_optimizer():
     logits, weights = f(6, 8), f(3, 4, 7)
     want = np.log(np.exp(logits.astype(np.float64)).sum(1))
