@@ -108,10 +108,9 @@ def search(rng: random.Random, tools: int) -> Drill:
     drawn = words(rng, 6 * tools, fresh=False)
     known = []
     for first in range(0, len(drawn), 6):
-        fields = rng.randint(1, 2)
-        name = "_".join(drawn[first : first + 2])
-        taken, values = drawn[first + 2 : first + 4], drawn[first + 4 : first + 6]
-        known.append((name, taken[:fields], values[:fields]))
+        one, two, *rest = drawn[first : first + 6]
+        count = rng.randint(1, 2)
+        known.append((f"{one}_{two}", rest[:count], rest[2:][:count]))
     ids: list[int] = []
     learned: list[bool] = []
 
