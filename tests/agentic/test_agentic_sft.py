@@ -21,6 +21,7 @@ from kimi_ops.agentic.rl import Rl, RlSettings
 from kimi_ops.agentic.sft import Sft, SftSettings, batch_of, packed
 from kimi_ops.agentic.synthesis import training_tools
 from kimi_ops.agentic.tasks import NO_TOOL
+from kimi_ops.agentic.world import BUSY
 from kimi_ops.cli import app
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer
 from kimi_ops.models.kimi_k2.chat.dialogue import (
@@ -28,6 +29,7 @@ from kimi_ops.models.kimi_k2.chat.dialogue import (
     IM_ASSISTANT,
     IM_END,
     IM_MIDDLE,
+    IM_SYSTEM,
     IM_USER,
 )
 from tests.agentic.agentic_parts import tiny
@@ -114,48 +116,92 @@ def test_the_beginning_of_a_name_asks_for_it_and_its_fields():
     assert set(fields_of) == {1, 2}
 
 
+TURN = re.compile(
+    rf"({re.escape(IM_USER)}|{re.escape(IM_SYSTEM)})(?:\w+{re.escape(IM_MIDDLE)})?(.*?)"
+    rf"{re.escape(IM_END + IM_ASSISTANT)}(?:assistant)?{re.escape(IM_MIDDLE)}(.*?"
+    rf"{re.escape(IM_END)})",
+    re.DOTALL,
+)
+
+
+def fields_of(declared: str, short: bool) -> dict[str, dict[str, list[str]]]:
+    """Of each declared tool its fields, and what they may be where not everything."""
+    if short:
+        found = re.findall(r"(\w+)\(([\w,]*)\)", declared)
+        return {name: {field: [] for field in inside.split(",")} for name, inside in found}
+    found = re.findall(r"type (\w+) = \(_: \{(.*?)\}\)", declared, re.DOTALL)
+    return {
+        name: {
+            field: re.findall(r'"(\w+)"', kind)
+            for field, kind in re.findall(r"(\w+)\??: (.*)", inside)
+        }
+        for name, inside in found
+    }
+
+
 @pytest.mark.parametrize("short", [True, False])
 def test_a_wish_is_answered_by_its_whole_calls(short):
     """Calls keep to what is declared, say first what they are of, and hold the user's words; of
     all kinds of wishes there are some. The assistant's turns are learnt, with their ends."""
-    tools, tokenizer, kinds = training_tools(300), ByteTokenizer(), Counter()
+    tools, tokenizer, kinds = training_tools(), ByteTokenizer(), Counter()
+    verbs, unheard, places = {tool.name.rpartition("_")[2] for tool in tools}, 0, set()
     for seed in range(60):
         ids, learnt = wishes(random.Random(seed), tools, 3, short=short)
-        text = tokenizer.decode(ids)
-        declared, _, talk = text.partition(IM_USER)
-        form = r"(\w+)\(([\w,]*)\)" if short else r"type (\w+) = \(_: \{(.*?)\}\)"
-        fields = {
-            name: set(re.findall(r"\w+" if short else r"(\w+)\??: ", inside))
-            for name, inside in re.findall(form, declared, re.DOTALL)
-        }
-        assert len(fields) == 3
-        said, turns = "", re.split(re.escape(IM_ASSISTANT) + ".*?" + re.escape(IM_MIDDLE), talk)
-        answers, number = [], 0
-        for place, turn in enumerate(turns):
-            own, end, heard = turn.partition(IM_END) if place else ("", "", turn)
-            answers.append(own + end)
+        declared, _, talk = tokenizer.decode(ids).partition(IM_USER)
+        fields, turns = fields_of(declared, short), TURN.findall(IM_USER + talk)
+        assert len(fields) == 3 and "".join(own for *_, own in turns) == tokenizer.decode(
+            [one for one, on in zip(ids, learnt, strict=True) if on]
+        )
+        unheard += sum(name.rpartition("_")[2] not in verbs for name in fields)
+        heard, number, unsaid, before = "", 0, 0, []
+        talks, asked = [set()], ""  # names called for each wish; what was asked back
+        for role, said, own in turns:
             calls = re.findall(r"functions\.(\w+):(\d+)<.*?>(\{.*?\})<", own)
-            for name, numbered, arguments in calls:
-                assert int(numbered) == number
-                number += 1
-                values = json.loads(arguments)
-                assert set(values) <= fields[name]
-                assert all(value in said for value in values.values())
-            if "## Return of" in said.rpartition(IM_USER)[2]:
-                kinds["after"] += not calls
-            if calls:
-                about = own.partition("<")[0].split(", ")
-                assert about == [name.rpartition("_")[0] for name, *_ in calls]
-                assert all(one in said for one in about)
-                kinds["two calls" if len(calls) == 2 else "call"] += 1
-            kinds["none"] += NO_TOOL in own
-            kinds["asks"] += own.startswith("to which ")
-            kinds["chain"] += "## Return of" in heard
-            said += heard
-        marked = tokenizer.decode([one for one, on in zip(ids, learnt, strict=True) if on])
-        assert marked == "".join(answers)
+            made = [(name, json.loads(arguments)) for name, _, arguments in calls]
+            head, _, result = said.partition("\n")
+            heard += result or said
+            assert [int(n) for _, n, _ in calls] == [*range(number, number + len(calls))]
+            assert own.partition("<")[0] == ", ".join(n.rpartition("_")[0] for n, _ in made) or (
+                not made
+            )
+            for name, arguments in made:
+                said_so = name.rpartition("_")[0] in heard
+                assert said_so or not result  # what only has to be called before is not said
+                unsaid += not said_so
+                for field, value in arguments.items():
+                    allowed = fields[name][field]
+                    assert value in heard and (not allowed or value in allowed)
+            if head.startswith("## Return of "):
+                assert role == IM_SYSTEM
+                assert head == f"## Return of functions.{before[-1][0]}:{number - 1}"
+                if result == BUSY:
+                    assert made == before
+                    kinds["again"] += 1
+                elif made:
+                    assert len(made) == 1 and made[0][0] != before[0][0]
+                    kinds["chain"] += 1
+                    places.add([*fields].index(before[0][0]))
+                    unsaid -= before[0][0].rpartition("_")[0] not in heard
+                else:
+                    assert own == result + IM_END
+                    kinds["after"] += 1
+            elif asked:
+                assert role == IM_USER and made[0][1][asked] == said
+            else:
+                assert role == IM_USER
+                talks.append(set())
+                assert len({name for name, _ in made}) == len(made)
+                kinds["two calls" if len(made) == 2 else "none" if NO_TOOL in own else "call"] += 1
+            asked = "".join(re.findall(r"^to which (\w+)\?", own))
+            kinds["asks"] += bool(asked)
+            talks[-1] |= {name for name, _ in made}
+            number, before = number + len(made), made
+        called = [name for names in talks for name in names]
+        assert len(called) == len(set(called))  # each tool is wished for once
+        assert not unsaid
     assert all(kinds[kind] >= 8 for kind in ("two calls", "none", "asks", "chain", "after")), kinds
-    assert kinds["call"] > 60
+    assert kinds["call"] > 60 and kinds["again"] >= 3
+    assert 0.3 < unheard / (3 * 60) < 0.5 and places == {0, 1, 2}
 
 
 def stage(steps: int = 8, **options) -> Sft:

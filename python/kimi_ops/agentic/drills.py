@@ -44,7 +44,7 @@ UNHEARD_SHARE = 0.4  # of the tools whose verb is a word
 NONE_SHARE = 0.15  # of the wishes that are of none of the tools,
 ASK_SHARE = 0.3  # of those that take a value, without it,
 PAIR_SHARE = 0.5  # of two at once
-CHAIN_SHARE = 0.5  # of the rows, with a wish that takes two calls
+CHAIN_SHARE = 0.5  # of the rows may have a wish that takes two calls, if two tools are drawn so
 RESULT_SHARE = 0.5  # of single calls that are answered,
 FAULT_SHARE = 0.4  # by a fault
 
