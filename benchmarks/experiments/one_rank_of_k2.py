@@ -13,10 +13,11 @@ tokens each. Nothing is sent; `kimi-ops plan` says what sending would take.
 from __future__ import annotations
 
 import argparse
-import resource
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +131,9 @@ def main() -> None:
     if options.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Not ru_maxrss, which a process inherits from the one that starts it.
+        found = re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+        peak = 1024 * int(found[0])
     print(
         f"peak memory {peak / 1e9:.2f} GB, of which weights and gradients {4 * weights / 1e9:.2f}"
     )
