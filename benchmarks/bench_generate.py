@@ -13,17 +13,17 @@ tokens chose; roof: the read bandwidth of this run.
 """
 
 import importlib.util
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from benchmarks.cases import GenerateCase, generate_cases
 from benchmarks.marks import parametrize
-from benchmarks.measure import Functions
 from benchmarks.session import Session, main
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config, LatentCache
 from kimi_ops.models.kimi_k2.decode_graphs import CudaGraphs, DecodeGraphs
 from kimi_ops.models.kimi_k2.parameters import parameter_report
+from kimi_ops.nn import Router
 
 PEERS = ("grouped_mm", "eager")
 
@@ -63,13 +63,19 @@ def peer_model(model: KimiK2, way: str) -> Any:
     return other.eval()
 
 
+def tokens(model: Any, sequences: int, length: int, *, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.config.vocab_size, (sequences, length), generator=generator)
+    return ids.to(model.lm_head.weight.device)
+
+
 class Ours:
     def __init__(self, model: KimiK2, ids: torch.Tensor, length: int) -> None:
         place: dict[str, Any] = {"device": ids.device, "dtype": torch.bfloat16}
         self.model, self.ids, self.length = model, ids, length
         self.cache = LatentCache(model.config, len(ids), length + ids.shape[1], **place)
         if length:
-            self._forward(torch.zeros(len(ids), length, dtype=torch.int64, device=ids.device))
+            self._forward(tokens(model, len(ids), length, seed=2))
         self.graphs = None
         if length and ids.device.type == "cuda":
             self.graphs = DecodeGraphs(model, self.cache, CudaGraphs())
@@ -83,6 +89,20 @@ class Ours:
         self.cache.length = self.length
         return self._forward(self.ids) if self.graphs is None else self.graphs.step(self.ids)
 
+    def experts(self) -> list[int]:
+        """How many experts of each layer the tokens choose."""
+        found: list[int] = []
+        hooks = [
+            part.register_forward_hook(lambda _, x, y: found.append(len(y[1].indices.unique())))
+            for part in self.model.modules()
+            if isinstance(part, Router)
+        ]
+        self.cache.length = self.length
+        self._forward(self.ids)
+        for hook in hooks:
+            hook.remove()
+        return found
+
 
 class Theirs:
     def __init__(self, model: Any, ids: torch.Tensor, length: int) -> None:
@@ -92,7 +112,7 @@ class Theirs:
         self.make = lambda: DynamicCache(config=model.config)
         self.cache = self.make()
         if length:
-            self._forward(torch.zeros(len(ids), length, dtype=torch.int64, device=ids.device))
+            self._forward(tokens(model, len(ids), length, seed=2))
 
     @torch.no_grad()
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -108,23 +128,23 @@ class Theirs:
         return self._forward(self.ids)
 
 
-def functions(case: GenerateCase, model: KimiK2) -> Functions:
-    device = model.lm_head.weight.device
-    shape = (case.sequences, case.prompt if case.prompt else 1)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device)
-    named: Functions = {"kimi_ops": Ours(model, ids, 0 if case.prompt else case.behind)}
+def functions(case: GenerateCase, model: KimiK2) -> dict[str, Ours | Theirs]:
+    ids = tokens(model, case.sequences, case.prompt if case.prompt else 1, seed=1)
+    named: dict[str, Ours | Theirs] = {
+        "kimi_ops": Ours(model, ids, 0 if case.prompt else case.behind)
+    }
     for way in PEERS if importlib.util.find_spec("transformers") else ():
         named[way] = Theirs(peer_model(model, way), ids, 0 if case.prompt else case.behind)
     return named
 
 
-def decode_bytes(case: GenerateCase, model: KimiK2) -> float:
-    """Of the weights that a step reads, with as many experts as its tokens choose on average."""
-    config, parts = model.config, {part.name: part for part in parameter_report(model.config).parts}
+def decode_bytes(ours: Ours) -> float:
+    """Of the weights that a step reads, with the experts that its tokens choose."""
+    config, experts = ours.model.config, ours.experts()
+    parts = {part.name: part for part in parameter_report(config).parts}
     count = sum(part.total for part in parts.values()) - config.vocab_size * config.hidden_size
-    untouched = (1 - config.num_experts_per_tok / config.n_routed_experts) ** case.sequences
-    return 2.0 * (count - untouched * parts["routed experts"].total)
+    touched = sum(experts) / (len(experts) * config.n_routed_experts)
+    return 2.0 * (count - (1 - touched) * parts["routed experts"].total)
 
 
 def compare(session: Session) -> None:
@@ -142,7 +162,8 @@ def compare(session: Session) -> None:
             work = 2.0 * weights * case.sequences * case.prompt
             table.compare(case, named, work, "TFLOP/s", session.peak(torch.bfloat16))
         else:
-            table.compare(case, named, decode_bytes(case, model), "GB/s", session.bandwidth)
+            work = decode_bytes(cast(Ours, named["kimi_ops"]))
+            table.compare(case, named, work, "GB/s", session.bandwidth)
 
 
 @parametrize("case", generate_cases(quick=True), ids=str)

@@ -13,7 +13,7 @@
 // of squares. A call asks for at most 1 GiB or what one matrix takes.
 //
 // Predicted for an H100, not measured: squares 4 bytes an element of fp32 at 2.8 TB/s, divide 6:
-// 52 us for 2048 x 7168; AOL 6 m^2 + 6 m n bytes in fp16: 40 us. The products: docs/performance.md.
+// 52 us for 2048 x 7168; AOL 6 m^2 + 6 m n bytes in fp16: 40 us. The products: docs/performance_gpu.md.
 #include <algorithm>
 #include <utility>
 

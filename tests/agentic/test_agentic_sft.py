@@ -276,7 +276,7 @@ def test_every_stage_is_run_once(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert list(results) == ["sft", "rl"]
     for stage in results.values():
-        assert {tuple(stage[way]) for way in ("greedy", "sampled")} == {
+        assert {tuple(stage[way]) for way in ("greedy", "enforced", "sampled")} == {
             ("trained", "words", "domains")
         }
     assert lines[0].startswith("synthesis") and any("<|im_user|>user" in line for line in lines)
@@ -287,7 +287,7 @@ def test_every_stage_is_run_once(tmp_path, monkeypatch):
     again = demo(tmp_path, SMALL, say=lines.append, bar=False, model=tiny)
     assert again == results
     table = next(line for line in lines if "in budget" in line).splitlines()
-    assert len(table) == 1 + 2 * 2 * 3 + 2 and table[-1].startswith("rl          critic")
+    assert len(table) == 1 + 2 * 3 * 3 + 2 and table[-1].startswith("rl          critic")
     with pytest.raises(ValueError, match="expected the settings it was begun with, seed differ"):
         demo(tmp_path, dataclasses.replace(SMALL, seed=4), bar=False, model=tiny)
     with pytest.raises(ValueError, match="stage: expected synthesis | sft | rl, got 'all'"):

@@ -27,6 +27,7 @@ from benchmarks.options import BENCHMARKS, parse, parser
 from benchmarks.report import Row, Table
 from benchmarks.session import Session
 from kimi_ops.models.kimi_k2.config import KimiK2Config
+from kimi_ops.nn import Router
 from kimi_ops.train.settings import TrainSettings
 from kimi_ops.train.trainer import Trainer
 
@@ -158,6 +159,28 @@ def test_generation_and_its_peers_compute_the_same(case):
         ours, *theirs = (function().float() for function in named.values())
         for other in theirs:
             torch.testing.assert_close(ours, other, rtol=0.05, atol=0.02)
+
+
+def test_a_step_reads_the_experts_that_its_tokens_choose():
+    """All weights but those of the embedding, and of no expert that nobody chose."""
+    case = next(case for case in cases.generate_cases(quick=True) if not case.prompt)
+    model = bench_generate.build(case, "cpu")
+    with torch.no_grad():  # every token to the same experts
+        for part in model.modules():
+            if isinstance(part, Router):
+                part.e_score_correction_bias[: model.config.num_experts_per_tok] = 9.0
+    ours = bench_generate.functions(case, model)["kimi_ops"]
+    chosen = ours.experts()
+    assert chosen == [model.config.num_experts_per_tok] * len(chosen) and chosen
+    expert = sum(
+        parameter[0].numel()
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and "shared" not in name
+    )
+    unread = (model.config.n_routed_experts - model.config.num_experts_per_tok) * expert
+    read = sum(parameter.numel() for parameter in model.parameters()) - unread
+    embedding = model.config.vocab_size * model.config.hidden_size
+    assert bench_generate.decode_bytes(ours) == 2.0 * (read - embedding)
 
 
 def test_cases_have_names_of_their_own_and_fit():

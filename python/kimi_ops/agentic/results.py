@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from kimi_ops.agentic.rollout import Rollout, roll_out
 from kimi_ops.agentic.stages import Place
 from kimi_ops.agentic.tasks import FAMILIES
 from kimi_ops.models.kimi_k2 import KimiK2
-from kimi_ops.models.kimi_k2.chat import ByteTokenizer
+from kimi_ops.models.kimi_k2.chat import ByteTokenizer, Enforcer
 from kimi_ops.train.checkpoint import replace_file
 
-__all__ = ["Results"]
+__all__ = ["Results", "table"]
 
-WAYS = ("greedy", "sampled")
+CRITICS = ("verifiable", TELL)  # pairs of what
+WAYS = ("greedy", "enforced", "sampled")
 
 
 class Results:
@@ -44,20 +46,24 @@ class Results:
     ) -> None:
         """Evaluate the model that a stage made, unless that was done; keep it as a checkpoint.
 
-        Greedy, one try at a task; drawn at temperature 1, several. The critic's accuracy is that on
-        pairs of the latter with held-out words.
+        Greedy, one try at a task; the same with every call held to its declaration; drawn at
+        temperature 1, several. The critic's accuracy is that on pairs of the last with held-out
+        words.
         """
-        if stage in self.found:
+        if set(WAYS) <= set(self.found.get(stage, ())):
             return
         tokenizer, words = ByteTokenizer(), dict[str, list[Rollout]]()
-        measured: dict[str, Any] = {"seconds": round(seconds, 1), "greedy": {}, "sampled": {}}
+        measured: dict[str, Any] = {"seconds": round(seconds, 1), **{way: {} for way in WAYS}}
         with tqdm(
             total=len(SPLITS) * len(WAYS), desc=f"after {stage}", disable=not place.bar, leave=False
         ) as shown:
             for way, split in [(way, split) for way in WAYS for split in SPLITS]:
-                count, temperature = (1, 0.0) if way == "greedy" else (tries, 1.0)
+                count, temperature = (tries, 1.0) if way == "sampled" else (1, 0.0)
                 tasks = [one for one in held_out_tasks(split, episodes) for _ in range(count)]
-                rolls = roll_out(model, tokenizer, tasks, temperature=temperature)
+                enforcer = Enforcer if way == "enforced" else None
+                rolls = roll_out(
+                    model, tokenizer, tasks, temperature=temperature, enforcer=enforcer
+                )
                 measured[way][split] = dataclasses.asdict(score(rolls, count))
                 if split == "words":
                     words[way] = rolls
@@ -75,33 +81,63 @@ class Results:
         return self.found[list(self.found)[-1]]["conversation"]
 
     def table(self) -> str:
-        """In percent: success by stage, way, split and family, calls that nobody can carry out,
-        episodes within their budget; then the critic's accuracy and the loss on text."""
-        heads = [*FAMILIES, "malformed", "undeclared", "in budget"]
-        lines = [" ".join([f"{'':28}", *(f"{head:>{max(6, len(head))}}" for head in heads)])]
-        for stage, way in [(stage, way) for stage in self.found for way in WAYS]:
-            for split, found in self.found[stage][way].items():
-                calls = max(1, found["calls"])
-                shares = [
-                    *(found["success"][family] for family in FAMILIES),
-                    found["malformed"] / calls,
-                    found["undeclared"] / calls,
-                    found["in_budget"],
-                ]
-                cells = (
-                    f"{100 * share:{max(6, len(head))}.1f}"
-                    for head, share in zip(heads, shares, strict=True)
-                )
-                lines.append(" ".join([f"{stage:12}{way:8}{split:8}", *cells]))
-        for stage, measured in self.found.items():
-            judged = ", ".join(
-                f"{name} {100 * one['accuracy']:.1f} % of {one['pairs']} (bias {one['bias']:+.2f})"
-                for name, one in measured["critic"].items()
-            )
+        """As `table`, of this run alone."""
+        return table([self.found])
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """In percent: success by stage, way, split and family, calls that nobody can carry out,
+    episodes within their budget; then the critic's accuracy and the loss on text. Of several runs,
+    which have the same stages, the mean, and below it the least and the most.
+
+    Parameters
+    ----------
+    runs : sequence of mapping
+        As in ``results.json``.
+    """
+    heads = [*FAMILIES, "verifiable", "malformed", "undeclared", "in budget"]
+    widths = [max(7, len(head)) for head in heads]
+    lines = [_line("", [f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)])]
+    for stage, way, split in [(s, way, split) for s in runs[0] for way in WAYS for split in SPLITS]:
+        shares = [_shares(run[stage][way][split]) for run in runs]
+        columns = list(zip(widths, *shares, strict=True))
+        means = [f"{100 * sum(some) / len(some):{width}.1f}" for width, *some in columns]
+        lines.append(_line(f"{stage:12}{way:9}{split}", means))
+        if len(runs) > 1:
+            ranges = (f"{100 * min(some):.0f}-{100 * max(some):.0f}" for _, *some in columns)
             lines.append(
-                f"{stage:12}critic: {judged}; text {measured['text_loss']:.3f} nats a byte"
+                _line("", [f"{one:>{width}}" for one, width in zip(ranges, widths, strict=True)])
             )
-        return "\n".join(lines)
+    for stage in runs[0]:
+        judged = (_critic(name, [run[stage]["critic"][name] for run in runs]) for name in CRITICS)
+        text = sum(run[stage]["text_loss"] for run in runs) / len(runs)
+        lines.append(f"{stage:12}critic: {', '.join(judged)}; text {text:.3f} nats a byte")
+    return "\n".join(lines)
+
+
+def _line(head: str, cells: Sequence[str]) -> str:
+    return " ".join([f"{head:29}", *cells]).rstrip()
+
+
+def _shares(found: Mapping[str, Any]) -> list[float]:
+    calls, success = max(1, found["calls"]), found["success"]
+    known = [success[family] for family in FAMILIES if family != TELL]
+    return [
+        *(success[family] for family in FAMILIES),
+        sum(known) / len(known),
+        found["malformed"] / calls,
+        found["undeclared"] / calls,
+        found["in_budget"],
+    ]
+
+
+def _critic(name: str, some: Sequence[Mapping[str, Any]]) -> str:
+    """Over all pairs of all runs."""
+    pairs = sum(one["pairs"] for one in some)
+    right, bias = (
+        sum(one[key] * one["pairs"] for one in some) / max(1, pairs) for key in ("accuracy", "bias")
+    )
+    return f"{name} {100 * right:.1f} % of {pairs} (bias {bias:+.2f})"
 
 
 def _critics(
@@ -112,7 +148,7 @@ def _critics(
     known = [group for group in groups if group[0].episode.task.family != TELL]
     return {
         name: dataclasses.asdict(agreement(Critic(tokenizer), model, some))
-        for name, some in (("verifiable", known), (TELL, told))
+        for name, some in zip(CRITICS, (known, told), strict=True)
     }
 
 

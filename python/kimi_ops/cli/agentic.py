@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ __all__ = ["agentic"]
 def agentic(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/agentic"),
     seed: Annotated[int, typer.Option(min=0, help="Of data, weights and batches.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(min=1, help="Runs, from --seed on, in folders of their own; and their means."),
+    ] = 1,
     attempts: Annotated[
         int | None, typer.Option(min=100, help="Of the teacher. [default: 8000]")
     ] = None,
@@ -49,21 +53,32 @@ def agentic(
     A run that was broken off goes on where it was.
     """
     from kimi_ops.agentic.demo import DemoSettings, demo
+    from kimi_ops.agentic.results import table
     from kimi_ops.agentic.study import ARMS
 
     if lookups:
         return _lookups(seed, steps, episodes)
-    settings = DemoSettings.quick(seed) if quick else DemoSettings(seed=seed)
-    settings = dataclasses.replace(
-        settings,
-        attempts=attempts or settings.attempts,
-        sft=dataclasses.replace(settings.sft, steps=steps or settings.sft.steps, seed=seed),
-        rl=dataclasses.replace(settings.rl, steps=rl_steps or settings.rl.steps, seed=seed),
-        episodes=episodes or settings.episodes,
-    )
-    arms = tuple(ARMS) if study else ("refined",)
+
+    def run(one: int, folder: Path) -> dict[str, Any]:
+        settings = DemoSettings.quick(one) if quick else DemoSettings(seed=one)
+        settings = dataclasses.replace(
+            settings,
+            attempts=attempts or settings.attempts,
+            sft=dataclasses.replace(settings.sft, steps=steps or settings.sft.steps, seed=one),
+            rl=dataclasses.replace(settings.rl, steps=rl_steps or settings.rl.steps, seed=one),
+            episodes=episodes or settings.episodes,
+        )
+        arms = tuple(ARMS) if study else ("refined",)
+        bar = sys.stderr.isatty()
+        return demo(folder, settings, say=typer.echo, bar=bar, last=stage, arms=arms)
+
     try:
-        demo(out, settings, say=typer.echo, bar=sys.stderr.isatty(), last=stage, arms=arms)
+        if seeds == 1:
+            run(seed, out)
+            return
+        found = [run(one, out / f"seed-{one}") for one in range(seed, seed + seeds)]
+        if stage != "synthesis":
+            typer.echo(f"of {seeds} seeds\n{table(found)}")
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         raise fail(error) from error
 
