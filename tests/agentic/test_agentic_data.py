@@ -11,10 +11,10 @@ import pytest
 from kimi_ops.agentic import synthesis
 from kimi_ops.agentic.episode import Episode
 from kimi_ops.agentic.judge import OVER_BUDGET, judge, reward
-from kimi_ops.agentic.specs import DOMAINS, HELD_OUT_DOMAINS, is_held_out, repository
+from kimi_ops.agentic.specs import DOMAINS, HELD_OUT_DOMAINS, LOOK_UP, is_held_out, repository
 from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE, plain
 from kimi_ops.agentic.synthesis import read_attempts, synthesise, training_tools
-from kimi_ops.agentic.tasks import FAMILIES, NO_TOOL, PLAIN, Call, make_task
+from kimi_ops.agentic.tasks import FAMILIES, NO_TOOL, PLAIN, Call, make_task, subject
 from kimi_ops.agentic.teacher import NOISE, play
 from kimi_ops.agentic.users import PERSONAS, Wish, spoken
 from kimi_ops.agentic.words import held_out, word, words
@@ -73,15 +73,24 @@ def test_families_are_what_they_are_called():
 
 
 def test_the_teacher_says_what_a_call_is_about_in_words_of_the_user():
-    """The words that the name of the tool begins with: then choosing is copying."""
+    """What the declaration says the tool is about: then choosing is copying."""
     for family in FAMILIES:
         for task in tasks(family, 20):
             episode = play(task, random.Random(0))
             said = re.findall(r"\w+", " ".join(task.user))
+            last = subject(task.rubric.calls[-1].tool) if task.rubric.calls else ""
             for turn in episode.turns:
                 about = [call.name.rpartition("_")[0] for call in turn.calls]
                 if about:
-                    assert turn.content == ", ".join(about)
+                    waits, _, usages = turn.content.rpartition(" after ")
+                    assert waits == last * (family == "chain" and turn is episode.turns[0])
+                    described = [
+                        tool.declaration["function"]["description"].removeprefix(f"{LOOK_UP} ")
+                        for call in turn.calls
+                        for tool in task.tools
+                        if tool.name == call.name
+                    ]
+                    assert usages == "; ".join(described)
                 if family in ("lookup", "write", "fault", "pair", "tell"):
                     assert set(about) <= set(said)
             if family == "none":

@@ -19,6 +19,7 @@ from kimi_ops.agentic.learner import Learner, token_losses
 from kimi_ops.agentic.lookups import lookups
 from kimi_ops.agentic.rl import Rl, RlSettings
 from kimi_ops.agentic.sft import Sft, SftSettings, batch_of, packed
+from kimi_ops.agentic.specs import usage
 from kimi_ops.agentic.synthesis import training_tools
 from kimi_ops.agentic.tasks import NO_TOOL
 from kimi_ops.agentic.world import BUSY
@@ -26,6 +27,7 @@ from kimi_ops.cli import app
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer
 from kimi_ops.models.kimi_k2.chat.dialogue import (
     ARGUMENT_BEGIN,
+    CALL_BEGIN,
     IM_ASSISTANT,
     IM_END,
     IM_MIDDLE,
@@ -96,24 +98,27 @@ def test_what_is_recalled_stood_there():
 
 
 def test_the_beginning_of_a_name_asks_for_it_and_its_fields():
-    tokenizer, fields_of = ByteTokenizer(), Counter()
+    tokenizer, counts = ByteTokenizer(), Counter()
     for seed in range(20):
         ids, learnt = search(random.Random(seed), 3)
-        head, _, asked = tokenizer.decode(ids).partition("\n")
-        known = dict(re.findall(r"(\w+)\(([\w,]+)\)", head))
+        lines = tokenizer.decode(ids).splitlines()
+        known, found = fields_of("\n".join(lines[:3]), True), ""
         assert len(known) == 3
-        found = ""
-        for line in asked.splitlines():
-            question, _, call = line.partition("?")
+        for line in lines[3:]:
+            question, _, answer = line.partition("?")
+            said, _, call = answer.partition(CALL_BEGIN)
             about, *values = question.split(" ")
             name, _, arguments = call.partition(f":0{ARGUMENT_BEGIN}")
             assert name.startswith(f"{about}_")
             taken = json.loads(arguments)
-            assert list(taken.values()) == values and ",".join(taken) == known[name]
-            fields_of[len(taken)] += 1
-            found += f"{name}:" + "".join(f'{field}"{value}"' for field, value in taken.items())
+            assert list(taken.values()) == values and list(taken) == list(known[name])
+            counts[len(taken)] += 1
+            assert said == usage(name, taken)
+            found += f"{said}{CALL_BEGIN}{name}:" + "".join(
+                f'{field}"{value}"' for field, value in taken.items()
+            )
         assert tokenizer.decode([one for one, on in zip(ids, learnt, strict=True) if on]) == found
-    assert set(fields_of) == {1, 2}
+    assert set(counts) == {1, 2}
 
 
 TURN = re.compile(
@@ -127,8 +132,8 @@ TURN = re.compile(
 def fields_of(declared: str, short: bool) -> dict[str, dict[str, list[str]]]:
     """Of each declared tool its fields, and what they may be where not everything."""
     if short:
-        found = re.findall(r"(\w+)\(([\w,]*)\)", declared)
-        return {name: {field: [] for field in inside.split(",")} for name, inside in found}
+        found = re.findall(r"(\w+)(?:: ([\w, ]+))? (\1_\w+)", declared.replace("\ntype", ""))
+        return {name: {f: [] for f in said.split(", ") if f} for _, said, name in found}
     found = re.findall(r"type (\w+) = \(_: \{(.*?)\}\)", declared, re.DOTALL)
     return {
         name: {
@@ -153,7 +158,8 @@ def test_a_wish_is_answered_by_its_whole_calls(short):
             [one for one, on in zip(ids, learnt, strict=True) if on]
         )
         unheard += sum(name.rpartition("_")[2] not in verbs for name in fields)
-        heard, number, unsaid, before = "", 0, 0, []
+        usages = fields_of(declared, True)
+        heard, number, unsaid, before, waits = "", 0, 0, [], ""
         talks, asked = [set()], ""  # names called for each wish; what was asked back
         for role, said, own in turns:
             calls = re.findall(r"functions\.(\w+):(\d+)<.*?>(\{.*?\})<", own)
@@ -161,10 +167,10 @@ def test_a_wish_is_answered_by_its_whole_calls(short):
             head, _, result = said.partition("\n")
             heard += result or said
             assert [int(n) for _, n, _ in calls] == [*range(number, number + len(calls))]
-            assert own.partition("<")[0] == ", ".join(n.rpartition("_")[0] for n, _ in made) or (
-                not made
-            )
+            then, _, about = own.partition("<")[0].rpartition(" after ")
+            assert not made or about == "; ".join(usage(*one) for one in made)
             for name, arguments in made:
+                assert list(arguments) == list(usages[name])
                 said_so = name.rpartition("_")[0] in heard
                 assert said_so or not result  # what only has to be called before is not said
                 unsaid += not said_so
@@ -175,15 +181,16 @@ def test_a_wish_is_answered_by_its_whole_calls(short):
                 assert role == IM_SYSTEM
                 assert head == f"## Return of functions.{before[-1][0]}:{number - 1}"
                 if result == BUSY:
-                    assert made == before
+                    assert made == before and not then
                     kinds["again"] += 1
                 elif made:
                     assert len(made) == 1 and made[0][0] != before[0][0]
+                    assert waits == made[0][0].rpartition("_")[0]
                     kinds["chain"] += 1
                     places.add([*fields].index(before[0][0]))
                     unsaid -= before[0][0].rpartition("_")[0] not in heard
                 else:
-                    assert own == result + IM_END
+                    assert own == result + IM_END and not waits
                     kinds["after"] += 1
             elif asked:
                 assert role == IM_USER and made[0][1][asked] == said
@@ -195,7 +202,7 @@ def test_a_wish_is_answered_by_its_whole_calls(short):
             asked = "".join(re.findall(r"^to which (\w+)\?", own))
             kinds["asks"] += bool(asked)
             talks[-1] |= {name for name, _ in made}
-            number, before = number + len(made), made
+            number, before, waits = number + len(made), made, then
         called = [name for names in talks for name in names]
         assert len(called) == len(set(called))  # each tool is wished for once
         assert not unsaid
@@ -237,9 +244,9 @@ def test_the_stage_learns_and_its_rate_rises_and_falls():
     run = stage(60)
     losses = [run.step() for _ in range(60)]
     assert run.finished
-    names = ["repeats"] * 6 + ["recall"] * 7 + ["far recall"] * 5
-    assert [made.stage for made in losses[:18]] == names
-    last = losses[18:]
+    names = ["repeats"] * 6 + ["recall"] * 7 + ["far recall"] * 5 + ["wishes"] * 6
+    assert [made.stage for made in losses[:24]] == names
+    last = losses[24:]
     assert {made.stage for made in last} == {"trajectories"}
     assert sum(made.loss for made in last[-5:]) < 0.5 * sum(made.loss for made in last[:5])
     assert {made.size for made in last} == {8, 16}  # half of the episodes at first

@@ -8,7 +8,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
-from kimi_ops.agentic.specs import Tool
+from kimi_ops.agentic.specs import Tool, usage
 from kimi_ops.agentic.tasks import (
     NO_TOOL,
     Call,
@@ -28,6 +28,7 @@ from kimi_ops.agentic.world import BUSY, DONE, NOT_FOUND
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer, Chat, declare_typescript
 from kimi_ops.models.kimi_k2.chat.dialogue import (
     ARGUMENT_BEGIN,
+    CALL_BEGIN,
     IM_ASSISTANT,
     IM_END,
     IM_MIDDLE,
@@ -90,20 +91,20 @@ def recall(rng: random.Random, pairs: int) -> Drill:
 
 
 def search(rng: random.Random, tools: int) -> Drill:
-    """Names with a field or two, as tools are declared, then beginnings of some of the names, with
-    values: the whole name and each of its fields are to be found, although something else stands
-    between a name and its fields than in the declaration.
+    """What tools are about, their fields and names, then words with values: of which tool the word
+    is, its fields, its name, and the call.
 
     Examples
     --------
-    >>> import random
+    >>> import random, re
     >>> from kimi_ops.agentic.drills import search
     >>> from kimi_ops.models.kimi_k2.chat import ByteTokenizer
     >>> text, learned = search(random.Random(4), 2)
-    >>> print(ByteTokenizer().decode(text).replace("<|tool_call_argument_begin|>", "|").rstrip())
-    smc_xutfnhe(yaqg) kotuk_forest(bros,wigred)
-    smc furop?smc_xutfnhe:0|{"yaqg": "furop"}
-    kotuk planet oak?kotuk_forest:0|{"bros": "planet", "wigred": "oak"}
+    >>> print(re.sub("<.*?>", "|", ByteTokenizer().decode(text)).rstrip())
+    smc: yaqg smc_xutfnhe
+    kotuk: bros, wigred kotuk_forest
+    smc furop?smc: yaqg|smc_xutfnhe:0|{"yaqg": "furop"}
+    kotuk planet oak?kotuk: bros, wigred|kotuk_forest:0|{"bros": "planet", "wigred": "oak"}
     """
     drawn = words(rng, 6 * tools, fresh=False)
     known = []
@@ -118,13 +119,16 @@ def search(rng: random.Random, tools: int) -> Drill:
         ids.extend(text.encode())
         learned.extend([found] * (len(ids) - len(learned)))
 
-    write(" ".join(f"{name}({','.join(fields)})" for name, fields, _ in known) + "\n")
-    marker = ByteTokenizer().markers[ARGUMENT_BEGIN]
+    for name, fields, _ in known:
+        write(f"{usage(name, fields)} {name}\n")
+    markers = ByteTokenizer().markers
     for name, fields, values in rng.sample(known, tools // 2 + 1):
         write(f"{subject(name)} {' '.join(values)}?")
+        write(usage(name, fields), found=True)
+        ids.append(markers[CALL_BEGIN])
         write(f"{name}:", found=True)
         write("0")
-        ids.append(marker)
+        ids.append(markers[ARGUMENT_BEGIN])
         for place, (field, value) in enumerate(zip(fields, values, strict=True)):
             write(', "' if place else '{"')
             write(f'{field}"', found=True)
@@ -156,7 +160,7 @@ def wishes(rng: random.Random, tools: Sequence[Tool], count: int, *, short: bool
     >>> text, learned = wishes(random.Random(1), base_tools(DOMAINS[0]), 2, short=True)
     >>> answers = bytes(one for one, on in zip(text, learned) if on).decode(errors="replace")
     >>> about, _, called = answers.partition("\N{REPLACEMENT CHARACTER}")
-    >>> f"functions.{about}" in called
+    >>> f"functions.{about.partition(':')[0]}" in called
     True
     """
     scene = Scene(rng, False, tools)
@@ -171,7 +175,8 @@ def wishes(rng: random.Random, tools: Sequence[Tool], count: int, *, short: bool
     talks += _alone(rng, known[2:] if chain else known, declared, tools)
     rng.shuffle(talks)
     if short:
-        text = " ".join(f"{t.name}({','.join(t.parameters['properties'])})" for t in declared)
+        about = [(tool.declaration["function"]["description"], tool.name) for tool in declared]
+        text = "\n".join(map(" ".join, about))
     else:
         text = declare_typescript([tool.declaration for tool in declared]).partition("{\n")[2]
     parts: list[str] = []
@@ -227,10 +232,11 @@ def _chained(rng: random.Random, first: Tool, second: Tool) -> list[Turn]:
     wish, found = _wish(rng, second), _wish(rng, first)
     if second.semantics.looked_up:
         (result,) = words(rng, 1, fresh=False)
-        asked, before = spoken(wish, rng), call_of(Wish(first, wish.row))
+        asked, opening = spoken(wish, rng), call_of(Wish(first, wish.row))
     else:
         asked = spoken(Wish(second, described(found), wish.value), rng)
-        before, result = call_of(found), wish.row
+        opening, result = call_of(found), wish.row
+    before = dataclasses.replace(opening, before=second.name)
     return [(USER, asked, (before,)), (first.name, result, (call_of(wish),))]
 
 

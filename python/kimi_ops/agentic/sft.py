@@ -126,6 +126,7 @@ _CURRICULUM = (
         "recall", _mixed(lambda rng: recall(rng, 3), lambda rng: search(rng, 1)), 96, 0.25, 0.12
     ),
     _Drills("far recall", _far, 192, 0.3, 0.08),
+    _Drills("wishes", _short, 256, 0.3, 0.1),
 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "DOMAINS",
     "HELD_OUT_DOMAINS",
     "HELD_OUT_OPERATOR",
+    "LOOK_UP",
     "OPERATORS",
     "TICKET",
     "Domain",
@@ -30,6 +31,7 @@ __all__ = [
     "base_tools",
     "is_held_out",
     "repository",
+    "usage",
 ]
 
 
@@ -65,6 +67,7 @@ def _domains() -> Iterator[Domain]:
 
 DOMAINS = tuple(_domains())
 HELD_OUT_DOMAINS = ("cars", "pets")
+LOOK_UP = "After a look-up:"  # what the declaration of a tool with a precondition says first
 TICKET = "ticket"  # a column that every table has
 _VERBS = {
     "get": ("get", "show", "read", "check", "fetch", "view"),
@@ -127,7 +130,7 @@ class Tool:
     lineage : tuple of str
         The operators that made it from a base tool.
     note : str
-        What the declaration says in words.
+        What the declaration says in words, beside its usage.
     """
 
     name: str
@@ -140,9 +143,8 @@ class Tool:
     @property
     def declaration(self) -> dict[str, Any]:
         """As OpenAI's interface has it."""
-        function = {"name": self.name, "parameters": dict(self.parameters)}
-        if self.note:
-            function["description"] = self.note
+        about = f"{self.note} {usage(self.name, self.parameters['required'])}".lstrip()
+        function = {"name": self.name, "description": about, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
     @property
@@ -153,6 +155,20 @@ class Tool:
     @property
     def changes(self) -> bool:
         return self.semantics.op in ("set", "use", "add", "cancel", "move")
+
+
+def usage(name: str, fields: Iterable[str]) -> str:
+    """What a tool is about, its name without the verb, and its fields in the order of a call, which
+    is not that of the declaration. A declaration describes a tool so, and the assistant says it
+    before a call: fields stand close behind the word that they are found by.
+
+    Examples
+    --------
+    >>> from kimi_ops.agentic.specs import usage
+    >>> usage("status_set", ("order", "status"))
+    'status: order, status'
+    """
+    return ": ".join(filter(None, (name.rpartition("_")[0], ", ".join(fields))))
 
 
 def _schema(*fields: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -254,7 +270,7 @@ def _precondition(tool: Tool, rng: random.Random) -> Sequence[Tool]:
     if tool.semantics.op not in ("set", "move", "cancel") or tool.semantics.looked_up:
         return []
     semantics = dataclasses.replace(tool.semantics, looked_up=True)
-    return [dataclasses.replace(tool, semantics=semantics, note="Only what was looked up.")]
+    return [dataclasses.replace(tool, semantics=semantics, note=LOOK_UP)]
 
 
 def _split(tool: Tool, rng: random.Random) -> Sequence[Tool]:

@@ -10,12 +10,13 @@ none       no tool fits
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kimi_ops.agentic.specs import TICKET, Tool
+from kimi_ops.agentic.specs import TICKET, Tool, usage
 from kimi_ops.agentic.users import Wish, spoken
 from kimi_ops.agentic.words import words
 from kimi_ops.agentic.world import BUSY, NOT_FOUND, Table, World
@@ -35,10 +36,35 @@ _READS, _WRITES = ("get", "find", "count", "sum", "use"), ("set", "add", "cancel
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the plan."""
+    """A call of the plan.
+
+    Attributes
+    ----------
+    tool : str
+    arguments : mapping of str to str
+    before : str
+        The tool for which this call is made first; empty where for none.
+    """
 
     tool: str
     arguments: Mapping[str, str]
+    before: str = ""
+
+    @property
+    def about(self) -> str:
+        """What the assistant says before the call: its usage, which begins with a word of the wish;
+        of a call that another one waits for, first what that one is about.
+
+        Examples
+        --------
+        >>> import dataclasses
+        >>> from kimi_ops.agentic.tasks import Call
+        >>> find = Call("ticket_find", {"deck": "elm"})
+        >>> find.about, dataclasses.replace(find, before="suit_set").about
+        ('ticket: deck', 'suit after ticket: deck')
+        """
+        own = usage(self.tool, self.arguments)
+        return f"{subject(self.before)} after {own}" if self.before else own
 
 
 Step = tuple[Call, ...] | str  # calls of one turn, or what is said
@@ -126,7 +152,7 @@ def question(tool: Tool) -> str:
 def _size(call: Call) -> int:
     """Bytes of a call in its section, and of its subject before."""
     arguments = json.dumps(dict(call.arguments))
-    return len(f"{subject(call.tool)}, functions.{call.tool}:0{arguments}") + 6
+    return len(f"{call.about}, functions.{call.tool}:0{arguments}") + 6
 
 
 def distinct(tool: Tool, others: Iterable[Tool]) -> bool:
@@ -302,10 +328,11 @@ def _chain(scene: Scene, declared: int) -> Task | None:
     scene.settle(max(declared, 2))
     wish, call = scene.wish(second)
     if second.semantics.looked_up:
-        before = Call(first.name, {first.semantics.key: wish.row})
+        before = Call(first.name, {first.semantics.key: wish.row}, second.name)
         said = spoken(wish, rng)
     else:
-        opening, before = scene.wish(first)
+        opening, found_by = scene.wish(first)
+        before = dataclasses.replace(found_by, before=second.name)
         wish = Wish(second, scene.result(before), wish.value)
         call = call_of(wish)
         said = spoken(Wish(second, described(opening), wish.value), rng)

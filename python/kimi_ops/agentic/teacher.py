@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
 
 from kimi_ops.agentic.episode import Episode
 from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE
-from kimi_ops.agentic.tasks import Call, Task, subject
+from kimi_ops.agentic.tasks import Call, Task
 from kimi_ops.agentic.words import held_out
 from kimi_ops.agentic.world import BUSY
 from kimi_ops.models.kimi_k2.chat.dialogue import (
@@ -105,7 +106,7 @@ def section(calls: Sequence[Call], number: int, *, broken: bool = False) -> list
     """A turn of calls, of which the first has a number. What they are about is said before: a
     subject is copied from the wish, and the declaration that it stands in is found by it; a name
     at once would have to be both."""
-    parts = [", ".join(subject(call.tool) for call in calls), SECTION_BEGIN, ""]
+    parts = ["; ".join(call.about for call in calls), SECTION_BEGIN, ""]
     for offset, call in enumerate(calls):
         arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
         written = arguments[:-1] if broken and offset == 0 else arguments
@@ -121,11 +122,11 @@ def _spoiled(step: object, noise: str, task: Task, rng: random.Random) -> tuple[
     call = calls[place]
     if noise == "wrong tool":
         other = rng.choice([tool.name for tool in task.tools if tool.name != call.tool])
-        calls[place] = Call(other, call.arguments)
+        calls[place] = dataclasses.replace(call, tool=other)
     elif call.arguments:
         field = rng.choice(list(call.arguments))
         spoiled = _other(call.arguments[field], rng)
-        calls[place] = Call(call.tool, {**call.arguments, field: spoiled})
+        calls[place] = dataclasses.replace(call, arguments={**call.arguments, field: spoiled})
     return tuple(calls)
 
 
