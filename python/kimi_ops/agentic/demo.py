@@ -60,14 +60,16 @@ class DemoSettings:
 
 
 def small_config() -> KimiK2Config:
-    """`mini` on bytes, made to copy: two thirds of a query for positions, which turn faster, and
-    fewer experts."""
+    """`mini` on bytes, made to copy: two thirds of a query for positions, which turn faster, wider
+    latents, and fewer experts."""
     return dataclasses.replace(
         KimiK2Config.mini(),
         vocab_size=256,
         intermediate_size=128,
         n_routed_experts=8,
         num_experts_per_tok=2,
+        q_lora_rank=96,
+        kv_lora_rank=96,
         routed_scaling_factor=1.41,
         qk_nope_head_dim=16,
         qk_rope_head_dim=32,
