@@ -44,7 +44,7 @@ USER = "user"
 UNHEARD_SHARE = 0.4  # of the tools whose verb is a word
 NONE_SHARE = 0.15  # of the wishes that are of none of the tools,
 ASK_SHARE = 0.3  # of those that take a value, without it,
-PAIR_SHARE = 0.5  # of two at once
+PAIR_SHARE = 0.7  # of two at once
 CHAIN_SHARE = 0.5  # of the rows may have a wish that takes two calls, if two tools are drawn so
 RESULT_SHARE = 0.5  # of single calls that are answered,
 FAULT_SHARE = 0.4  # by a fault
@@ -175,8 +175,7 @@ def wishes(rng: random.Random, tools: Sequence[Tool], count: int, *, short: bool
     talks += _alone(rng, known[2:] if chain else known, declared, tools)
     rng.shuffle(talks)
     if short:
-        about = [(tool.declaration["function"]["description"], tool.name) for tool in declared]
-        text = "\n".join(map(" ".join, about))
+        text = "\n".join(f"{tool.about} {tool.name}" for tool in declared)
     else:
         text = declare_typescript([tool.declaration for tool in declared]).partition("{\n")[2]
     parts: list[str] = []
@@ -236,8 +235,8 @@ def _chained(rng: random.Random, first: Tool, second: Tool) -> list[Turn]:
     else:
         asked = spoken(Wish(second, described(found), wish.value), rng)
         opening, result = call_of(found), wish.row
-    before = dataclasses.replace(opening, before=second.name)
-    return [(USER, asked, (before,)), (first.name, result, (call_of(wish),))]
+    turn = (opening.first_of(second),)
+    return [(USER, asked, turn), (first.name, result, (call_of(wish),))]
 
 
 def _wish(rng: random.Random, tool: Tool) -> Wish:

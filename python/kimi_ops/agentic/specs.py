@@ -67,7 +67,7 @@ def _domains() -> Iterator[Domain]:
 
 DOMAINS = tuple(_domains())
 HELD_OUT_DOMAINS = ("cars", "pets")
-LOOK_UP = "After a look-up:"  # what the declaration of a tool with a precondition says first
+LOOK_UP = "after a look-up"  # what the declaration of a tool with a precondition says
 TICKET = "ticket"  # a column that every table has
 _VERBS = {
     "get": ("get", "show", "read", "check", "fetch", "view"),
@@ -130,7 +130,7 @@ class Tool:
     lineage : tuple of str
         The operators that made it from a base tool.
     note : str
-        What the declaration says in words, beside its usage.
+        What the declaration says of when to call it.
     """
 
     name: str
@@ -143,9 +143,15 @@ class Tool:
     @property
     def declaration(self) -> dict[str, Any]:
         """As OpenAI's interface has it."""
-        about = f"{self.note} {usage(self.name, self.parameters['required'])}".lstrip()
-        function = {"name": self.name, "description": about, "parameters": dict(self.parameters)}
+        function = {
+            "name": self.name, "description": self.about, "parameters": dict(self.parameters),
+        }  # fmt: skip
         return {"type": "function", "function": function}
+
+    @property
+    def about(self) -> str:
+        """Its usage."""
+        return usage(self.name, self.parameters["required"], self.note)
 
     @property
     def shape(self) -> str:
@@ -157,18 +163,21 @@ class Tool:
         return self.semantics.op in ("set", "use", "add", "cancel", "move")
 
 
-def usage(name: str, fields: Iterable[str]) -> str:
+def usage(name: str, fields: Iterable[str], note: str = "") -> str:
     """What a tool is about, its name without the verb, and its fields in the order of a call, which
     is not that of the declaration. A declaration describes a tool so, and the assistant says it
     before a call: fields stand close behind the word that they are found by.
 
     Examples
     --------
-    >>> from kimi_ops.agentic.specs import usage
+    >>> from kimi_ops.agentic.specs import LOOK_UP, usage
     >>> usage("status_set", ("order", "status"))
     'status: order, status'
+    >>> usage("status_set", ("order", "status"), LOOK_UP)
+    'status after a look-up: order, status'
     """
-    return ": ".join(filter(None, (name.rpartition("_")[0], ", ".join(fields))))
+    about = " ".join(filter(None, (name.rpartition("_")[0], note)))
+    return ": ".join(filter(None, (about, ", ".join(fields))))
 
 
 def _schema(*fields: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:

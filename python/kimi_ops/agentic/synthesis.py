@@ -28,8 +28,8 @@ from kimi_ops.agentic.teacher import STYLE, noise_of, play
 __all__ = ["Attempt", "Funnel", "attempt", "read_attempts", "synthesise", "training_tools"]
 
 MIXTURE = {  # of 100 attempts
-    "lookup": 18, "write": 14, "chain": 18, "none": 6,
-    "fault": 12, "ask": 10, "pair": 10, "tell": 12,
+    "lookup": 18, "write": 10, "chain": 22, "none": 6,
+    "fault": 12, "ask": 8, "pair": 14, "tell": 10,
 }  # fmt: skip
 PLAIN_SHARE = 0.25  # of verifiable tasks, whose system asks for plain answers
 WRONG_TELL = 0.1  # of "tell", answers with a wrong value, which nobody filters out

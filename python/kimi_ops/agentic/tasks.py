@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kimi_ops.agentic.specs import TICKET, Tool, usage
+from kimi_ops.agentic.specs import TICKET, Tool
 from kimi_ops.agentic.users import Wish, spoken
 from kimi_ops.agentic.words import words
 from kimi_ops.agentic.world import BUSY, NOT_FOUND, Table, World
@@ -42,29 +42,27 @@ class Call:
     ----------
     tool : str
     arguments : mapping of str to str
-    before : str
-        The tool for which this call is made first; empty where for none.
+    about : str
+        What the assistant says before it: the usage of the tool, which begins with a word of the
+        wish; where another call waits for it, first what that one is about.
     """
 
     tool: str
     arguments: Mapping[str, str]
-    before: str = ""
+    about: str = ""
 
-    @property
-    def about(self) -> str:
-        """What the assistant says before the call: its usage, which begins with a word of the wish;
-        of a call that another one waits for, first what that one is about.
+    def first_of(self, tool: Tool) -> Call:
+        """The same, made so that this tool can be called.
 
         Examples
         --------
-        >>> import dataclasses
+        >>> from kimi_ops.agentic.specs import DOMAINS, base_tools
         >>> from kimi_ops.agentic.tasks import Call
-        >>> find = Call("ticket_find", {"deck": "elm"})
-        >>> find.about, dataclasses.replace(find, before="suit_set").about
-        ('ticket: deck', 'suit after ticket: deck')
+        >>> tool = base_tools(DOMAINS[0])[3]
+        >>> Call("ticket_find", {"order": "elm"}, "ticket: order").first_of(tool).about
+        'status after ticket: order'
         """
-        own = usage(self.tool, self.arguments)
-        return f"{subject(self.before)} after {own}" if self.before else own
+        return dataclasses.replace(self, about=f"{subject(tool.name)} after {self.about}")
 
 
 Step = tuple[Call, ...] | str  # calls of one turn, or what is said
@@ -141,7 +139,7 @@ def call_of(wish: Wish) -> Call:
     arguments = {}
     for parameter in tool.parameters["required"]:
         arguments[parameter] = wish.row if parameter == tool.semantics.key else wish.value
-    return Call(tool.name, arguments)
+    return Call(tool.name, arguments, tool.about)
 
 
 def question(tool: Tool) -> str:
@@ -321,18 +319,18 @@ def linked(scene: Scene) -> tuple[Tool, Tool] | None:
 
 def _chain(scene: Scene, declared: int) -> Task | None:
     """Find, then read or write what was found; or look up first what may only be changed then."""
-    rng, found = scene.rng, linked(scene)
-    if found is None:
+    rng, both = scene.rng, linked(scene)
+    if both is None:
         return None
-    first, second = found
+    first, second = both
     scene.settle(max(declared, 2))
     wish, call = scene.wish(second)
     if second.semantics.looked_up:
-        before = Call(first.name, {first.semantics.key: wish.row}, second.name)
+        before = call_of(Wish(first, wish.row)).first_of(second)
         said = spoken(wish, rng)
     else:
-        opening, found_by = scene.wish(first)
-        before = dataclasses.replace(found_by, before=second.name)
+        opening, found = scene.wish(first)
+        before = found.first_of(second)
         wish = Wish(second, scene.result(before), wish.value)
         call = call_of(wish)
         said = spoken(Wish(second, described(opening), wish.value), rng)
