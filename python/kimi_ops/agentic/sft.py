@@ -50,7 +50,7 @@ class SftSettings:
     """
 
     steps: int = 2400
-    longest: int = 640
+    longest: int = 768
     size: int = 1920
     warmup: int = 20
     decay: float = 0.75

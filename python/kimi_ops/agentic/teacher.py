@@ -118,12 +118,12 @@ def section(calls: Sequence[Call], number: int, *, broken: bool = False) -> list
 def _spoiled(step: object, noise: str, task: Task, rng: random.Random) -> tuple[Call, ...]:
     assert isinstance(step, tuple)
     calls = list(step)
-    place = rng.randrange(len(calls))
+    place = rng.choice([i for i, c in enumerate(calls) if c.arguments or noise == "wrong tool"])
     call = calls[place]
     if noise == "wrong tool":
         other = rng.choice([tool.name for tool in task.tools if tool.name != call.tool])
         calls[place] = dataclasses.replace(call, tool=other)
-    elif call.arguments:
+    else:
         field = rng.choice(list(call.arguments))
         spoiled = _other(call.arguments[field], rng)
         calls[place] = dataclasses.replace(call, arguments={**call.arguments, field: spoiled})
