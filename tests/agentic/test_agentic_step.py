@@ -91,7 +91,7 @@ def test_the_settings_are_those_that_the_figures_were_measured_with():
     assert dataclasses.asdict(RlSettings()) == {
         "steps": 16, "groups": 8, "told": 4, "tries": 6, "epochs": 1, "minibatches": 2, "lr": 0.06,
         "tau": 0.05, "replay": 0.1, "critic": 0.3, "replayed": 640, "pairs": 16,
-        "temperature": (1.0, 0.7), "told_temperature": (1.2, 0.8), "limit": 640, "seed": 0,
+        "temperature": (1.0, 0.7), "told_temperature": (1.2, 0.8), "limit": 768, "seed": 0,
     }  # fmt: skip
 
 

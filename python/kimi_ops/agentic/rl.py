@@ -103,7 +103,7 @@ class RlSettings:
     pairs: int = 16
     temperature: tuple[float, float] = (1.0, 0.7)
     told_temperature: tuple[float, float] = (1.2, 0.8)
-    limit: int = 640
+    limit: int = 768
     seed: int = 0
 
     def __post_init__(self) -> None:
