@@ -20,7 +20,7 @@ set(KIMI_FLAGS_x86 -mxsave)
 set(KIMI_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(KIMI_FLAGS_avx512 ${KIMI_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512cd
     -mprefer-vector-width=512)
-set(KIMI_FLAGS_avx512_bf16 ${KIMI_FLAGS_avx512} -mavx512bf16 -mprfchw)
+set(KIMI_FLAGS_avx512_bf16 ${KIMI_FLAGS_avx512} -mavx512bf16 -mavx512vbmi -mprfchw)
 set(KIMI_FLAGS_amx ${KIMI_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16 -mamx-int8)
 if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
   # GCC's own intrinsics start from a self-initialised undefined vector.

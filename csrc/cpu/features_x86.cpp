@@ -44,7 +44,8 @@ kimi_isa probe_x86() {
   if (!zmm || !has(seven.ebx, kAvx512)) return KIMI_ISA_AVX2;
   constexpr unsigned kAmx = (1u << 24) | (1u << 22);  // edx: AMX-TILE, AMX-BF16
   constexpr unsigned kAvx512Bf16 = 1u << 5;           // leaf 7.1 eax
-  if (!has(seven_one.eax, kAvx512Bf16)) return KIMI_ISA_AVX512;
+  // Every processor with products of bf16 pairs but Cooper Lake has look-ups of 128 bytes too.
+  if (!has(seven_one.eax, kAvx512Bf16) || !has(seven.ecx, bit_AVX512VBMI)) return KIMI_ISA_AVX512;
 #if defined(KIMI_HOST_TILES)
   return KIMI_ISA_AMX;  // the model of the tiles (tests/tiles) needs no more than this
 #endif

@@ -50,6 +50,11 @@ def exact(a: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([*parts, tail])
 
 
+def parts(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    values = weight.data if isinstance(weight, Fp8BlockWeight) else weight.packed
+    return values, weight.scale
+
+
 def value_of(weight: QuantizedWeight, e: int, n: int, k: int) -> float:
     """One value from the stored bits, by the definition."""
     if isinstance(weight, Fp8BlockWeight):
@@ -137,6 +142,39 @@ def test_values_are_rounded_once(form):
     wide = weight.dequantize(torch.float32)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert torch.equal(weight.dequantize(dtype), wide.to(dtype))
+
+
+def every_pattern() -> list[QuantizedWeight]:
+    """[1, 2, 128] and [1, 1, 32]; scales that round nothing."""
+    bits = torch.arange(256).to(torch.uint8)
+    bits[[127, 255]] = 0  # NaN
+    fp8 = Fp8BlockWeight(bits.view(torch.float8_e4m3fn).view(1, 2, 128), torch.full((1, 1, 1), 0.5))
+    words = torch.tensor([0x76543210, 0xFEDCBA98 - 2**32] * 2, dtype=torch.int32)
+    return [fp8, Int4GroupWeight(words.view(1, 1, 4), torch.full((1, 1, 1), 4.0).bfloat16())]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 6, 8, 16, 32])
+def test_products_with_ones_are_the_values(cpu_engine, rows, dtype):
+    """However many rows an expert has: each engine has ways of its own to read few and many."""
+    for weight in every_pattern():
+        _, n, k = weight.shape
+        experts = k // rows + 1
+        a = torch.eye(k).to(dtype).repeat(2, 1)[: experts * rows]
+        many = type(weight)(*(x.expand(experts, *x.shape[1:]).contiguous() for x in parts(weight)))
+        c = grouped_gemm(a, many, ends(*[rows] * experts), out_dtype=torch.float32)
+        whole = weight.dequantize(torch.float32)[0].t().repeat(2, 1)
+        assert torch.equal(c, whole[: experts * rows])
+
+
+@pytest.mark.parametrize("rows", [1, 6, 16, 32])
+def test_a_weight_of_nan_is_nan(cpu_engine, rows):
+    for sign in (0, 128):
+        bits = torch.zeros(1, 8, 64, dtype=torch.uint8)
+        bits[0, 3, 61] = sign + 127
+        weight = Fp8BlockWeight(bits.view(torch.float8_e4m3fn), torch.ones(1, 1, 1))
+        c = grouped_gemm(torch.ones(rows, 64).bfloat16(), weight, ends(rows))
+        assert c[:, 3].isnan().all() and not c[:, :3].any() and not c[:, 4:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -98,10 +98,10 @@ struct BlockEngine {
 
   // Few rows: c[t * stride + j] = sum_d x[t, d] * s[j, d] for t < tokens, j < rows, S read straight
   // from memory, not gathered. x: packed by pack_dot, a token after the other. The sums have an
-  // order of their own. `dot`: depth_stride 1, tokens <= dot_tokens; beyond dot_pass tokens S is
-  // read again from the cache, and quantised storage would be converted again. `spread`: row_stride
-  // 1, the storage of the tokens, tokens <= spread_tokens.
-  int64_t dot_tokens, dot_pass, spread_tokens;
+  // order of their own. `dot`: depth_stride 1, tokens <= dot_tokens, or dot_quantised where every pass
+  // over S converts it again. `spread`: row_stride 1, the storage of the tokens, tokens <=
+  // spread_tokens.
+  int64_t dot_tokens, dot_quantised, spread_tokens;
   void (*pack_dot)(const Operand& x, int64_t row, int64_t rows, int64_t count, void* tokens);
   void (*dot)(const void* tokens, int64_t num_tokens, const Operand& s, int64_t row, int64_t rows,
               int64_t count, float* c, int64_t stride);

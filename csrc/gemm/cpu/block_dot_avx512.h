@@ -19,7 +19,7 @@ struct DotSums {
   using F = __m512;
   static constexpr int kRows[] = {8, 8, 8, 6, 4, 4};
   static constexpr int64_t kPassTokens = 6, kOnePass = 6;
-  static constexpr bool kHoldsRows = true;
+  static constexpr bool kHoldsRows = true, kScales = false;
 
   static F zero() { return _mm512_setzero_ps(); }
 

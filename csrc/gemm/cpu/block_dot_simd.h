@@ -11,6 +11,9 @@
 //   multiply_add(w, v, sum)                            store_sums     the lanes of four sums
 //   kHoldsRows                 whether rows may stay in registers in place of the tokens
 //   kOnePass                   tokens beside which the rows of one pass are streams enough
+//   kScales, add_scaled<S, T>  whether quantised rows are multiplied without their scales, which then
+//     (s, row, depth, n,       come to the sums of 64 depths; a row's 64 depths by T tokens
+//      x, stride, sums)
 //
 // Included by engine files only.
 #pragma once
@@ -38,6 +41,14 @@ __attribute__((noinline)) void read_elements(const Operand& x, int64_t row, int6
 template <class O, Storage S>
 typename O::F row_of(const Operand& x, int64_t row, int64_t depth, int64_t n) {
   if constexpr (S > Storage::kFloat16) {
+    if constexpr (requires { &O::load_e4m3; }) {  // kLanes depths, which share a scale
+      const int64_t at = row * x.row_stride + depth;
+      const uint8_t* bytes = static_cast<const uint8_t*>(x.data);
+      if (n == O::kLanes && S == Storage::kFp8Block)
+        return O::mul(O::load_e4m3(bytes + at), O::set(fp8_scale(x, row, depth)));
+      if (n == O::kLanes && S == Storage::kInt4Group)
+        return O::mul(O::load_int4(bytes + at / 2), O::set(int4_scale(x, row, depth)));
+    }
     alignas(64) float values[O::kLanes];
     read_elements<O>(x, row, depth, n, values);
     return O::load(values);
@@ -75,6 +86,12 @@ void pack_dot(const Operand& x, int64_t row, int64_t rows, int64_t count, void* 
                    [&]<Storage S>() { pack_dot_rows<D, S>(x, row, rows, count, tokens); });
 }
 
+// Depths of a cache line.
+constexpr int64_t depths_of_line(Storage s) {
+  if (s == Storage::kInt4Group) return 128;
+  return s == Storage::kFp8Block ? 64 : s == Storage::kFloat32 ? 16 : 32;
+}
+
 // Rows to fetch while others are multiplied; at depth `end` their lines go on `jump` bytes further.
 struct RowsAhead {
   const char* first;
@@ -87,8 +104,9 @@ struct RowsAhead {
 template <class D, Storage S, int R, int T>
 void dot_tile(const typename D::Token* x, int64_t x_stride, const Operand& s, int64_t row,
               int64_t count, RowsAhead ahead, float* c, int64_t stride) {
-  // Depths of one cache line, of storages that are fetched ahead.
-  constexpr int64_t kLine = std::max<int64_t>(D::kSpan, S == Storage::kFloat32 ? 16 : 32);
+  constexpr bool kScaled = D::kScales && S > Storage::kFloat16;
+  constexpr int64_t kSpan = kScaled ? 64 : D::kSpan;
+  constexpr int64_t kLine = std::max(kSpan, depths_of_line(S));
   typename D::F sum[R][T];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -99,18 +117,24 @@ void dot_tile(const typename D::Token* x, int64_t x_stride, const Operand& s, in
   constexpr int kFew = kFewRows ? R : T, kMany = kFewRows ? T : R;
   using Vector = decltype(D::load(x));
   const auto step = [&](int64_t d, int64_t n) {
-    Vector v[kFew];
+    if constexpr (kScaled) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kFew; ++i)
-      v[i] = kFewRows ? D::template row<S>(s, row + i, d, n) : D::load(x + i * x_stride + d);
+      for (int r = 0; r < R; ++r)
+        D::template add_scaled<S, T>(s, row + r, d, n, x + d, x_stride, sum[r]);
+    } else {
+      Vector v[kFew];
 #pragma GCC unroll 8
-    for (int i = 0; i < kMany; ++i) {
-      const Vector w =
-          kFewRows ? D::load(x + i * x_stride + d) : D::template row<S>(s, row + i, d, n);
+      for (int i = 0; i < kFew; ++i)
+        v[i] = kFewRows ? D::template row<S>(s, row + i, d, n) : D::load(x + i * x_stride + d);
 #pragma GCC unroll 8
-      for (int j = 0; j < kFew; ++j) {
-        auto& to = kFewRows ? sum[j][i] : sum[i][j];
-        to = kFewRows ? D::multiply_add(v[j], w, to) : D::multiply_add(w, v[j], to);
+      for (int i = 0; i < kMany; ++i) {
+        const Vector w =
+            kFewRows ? D::load(x + i * x_stride + d) : D::template row<S>(s, row + i, d, n);
+#pragma GCC unroll 8
+        for (int j = 0; j < kFew; ++j) {
+          auto& to = kFewRows ? sum[j][i] : sum[i][j];
+          to = kFewRows ? D::multiply_add(v[j], w, to) : D::multiply_add(w, v[j], to);
+        }
       }
     }
   };
@@ -120,9 +144,9 @@ void dot_tile(const typename D::Token* x, int64_t x_stride, const Operand& s, in
     for (int64_t i = 0; i < ahead.rows; ++i)
       __builtin_prefetch(ahead.first + i * ahead.stride, 0, 2);  // the L2 cache
 #pragma GCC unroll 1  // steps mixed with each other would need more registers than there are
-    for (int64_t i = 0; i < kLine; i += D::kSpan) step(d + i, D::kSpan);
+    for (int64_t i = 0; i < kLine; i += kSpan) step(d + i, kSpan);
   }
-  for (; d < count; d += D::kSpan) step(d, std::min(D::kSpan, count - d));
+  for (; d < count; d += kSpan) step(d, std::min(kSpan, count - d));
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
@@ -139,9 +163,9 @@ void dot_tokens(const typename D::Token* x, int64_t num_tokens, int64_t passes, 
   constexpr int kRows = D::kRows[T - 1];
   const int64_t x_stride = round_up(count, 64);
   const int64_t smaller = passes * T - num_tokens;
-  const int64_t size = S == Storage::kFloat32 ? 4 : 2, row_bytes = s.row_stride * size;
-  constexpr int64_t kAhead = 1024;  // bytes
-  const int64_t last_lines = std::max<int64_t>(0, ceil_div(count * size - kAhead, 64)) * 64;
+  constexpr int64_t kDepths = depths_of_line(S), kAhead = 1024;  // bytes
+  const int64_t row_bytes = s.row_stride * 64 / kDepths;
+  const int64_t last_line = std::max<int64_t>(0, ceil_div(count, kDepths) - kAhead / 64);
   const int64_t each = passes > 1 ? (kRows + passes - 2) / (passes - 1) : 0;  // rows to fetch
   const auto block = [&]<int R>(std::integral_constant<int, R>, int64_t j) {
     const typename D::Token* from = x;
@@ -150,12 +174,12 @@ void dot_tokens(const typename D::Token* x, int64_t num_tokens, int64_t passes, 
       const int64_t done = (pass - 1) * each, left = std::min<int64_t>(R, rows - j - R) - done;
       RowsAhead ahead = {static_cast<const char*>(s.data) + (row + j + R + done) * row_bytes,
                          row_bytes, 0};
-      if (S <= Storage::kFloat16 && pass > 0) ahead.rows = std::clamp<int64_t>(left, 0, each);
-      if (S <= Storage::kFloat16 && pass == 0) {
+      if (pass > 0) ahead.rows = std::clamp<int64_t>(left, 0, each);
+      if (pass == 0) {
         ahead = {static_cast<const char*>(s.data) + (row + j) * row_bytes + kAhead, row_bytes, R};
         if (passes == 1) {  // nobody else fetches the beginnings of the next rows
-          ahead.end = last_lines / size;
-          ahead.jump = R * row_bytes - last_lines - kAhead;
+          ahead.end = last_line * kDepths;
+          ahead.jump = R * row_bytes - last_line * 64 - kAhead;
         }
       }
       if (pass < passes - smaller) {

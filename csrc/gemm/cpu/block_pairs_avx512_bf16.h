@@ -2,6 +2,7 @@
 // Pairs of bf16 as the compute type of packing and of dot products; shared with the AMX engine.
 #pragma once
 
+#include "gemm/cpu/block_bytes_avx512_bf16.h"
 #include "gemm/cpu/block_dot_avx512.h"
 #include "gemm/cpu/block_pack_avx512.h"
 
@@ -21,6 +22,8 @@ struct Pairs {
     if constexpr (S == Storage::kBfloat16)
       return _mm512_maskz_loadu_epi16(
           first32(n), static_cast<const bf16*>(x.data) + row * x.row_stride + depth);
+    if constexpr (S == Storage::kFp8Block || S == Storage::kInt4Group)
+      return scaled<S>(x, row, depth, n);
     return pair_of_vectors(row16<S>(x, row, depth, n < 16 ? n : 16),
                            n > 16 ? row16<S>(x, row, depth + 16, n - 16) : _mm512_setzero_ps());
   }
@@ -58,6 +61,19 @@ struct Pairs {
   }
 
  private:
+  // n <= 32 depths, which share a scale.
+  template <Storage S>
+  static __m512i scaled(const Operand& x, int64_t row, int64_t depth, int64_t n) {
+    const __m512i values = row64<S>(x, row, depth, n).first;
+    const float by = S == Storage::kFp8Block ? fp8_scale(x, row, depth) : int4_scale(x, row, depth);
+    const auto half = [&](__m256i words) {
+      return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)),
+                           _mm512_set1_ps(by));
+    };
+    const __m512i pairs = pair_of_vectors(half(_mm512_castsi512_si256(values)),
+                                          half(_mm512_extracti64x4_epi64(values, 1)));
+    return _mm512_maskz_mov_epi16(first32(n), pairs);
+  }
   template <Storage S>
   static __m512i half(const Operand& x, int64_t at, __mmask16 n) {
     if (at < 0) return _mm512_setzero_si512();
@@ -68,9 +84,14 @@ struct Pairs {
   }
 };
 
+// Tables convert 64 depths in less time than six tokens are multiplied by them: up to here another
+// pass is faster than packing (measured on Zen 4).
+constexpr int64_t kDotQuantised = 16;
+
 struct DotPairs : DotSums {
   using Token = bf16;
   static constexpr int64_t kSpan = 32;
+  static constexpr bool kScales = true;
 
   static __m512i load(const bf16* x) { return _mm512_loadu_si512(x); }
   static __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
@@ -79,6 +100,35 @@ struct DotPairs : DotSums {
   template <Storage S>
   static __m512i row(const Operand& x, int64_t row, int64_t depth, int64_t n) {
     return Pairs::row<S>(x, row, depth, n);
+  }
+  template <Storage S, int T>
+  static void add_scaled(const Operand& s, int64_t row, int64_t depth, int64_t n, const bf16* x,
+                         int64_t x_stride, __m512 sums[T]) {
+    const Words w = row64<S>(s, row, depth, n);
+    const __m512 zero = _mm512_setzero_ps();
+    if constexpr (S == Storage::kFp8Block) {  // 64 depths never straddle a block
+      const __m512 scale = _mm512_set1_ps(fp8_scale(s, row, depth));
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t, x += x_stride) {
+        const __m512 sum =
+            multiply_add(w.second, load(x + 32), multiply_add(w.first, load(x), zero));
+        sums[t] = _mm512_fmadd_ps(sum, scale, sums[t]);
+      }
+    } else {
+      const bf16* scale =
+          static_cast<const bf16*>(s.scale) + row * s.scale_stride + depth / kInt4Group;
+      uint32_t bits = 0;  // of two scales
+      __builtin_memcpy(&bits, scale, n > 32 ? 4 : 2);
+      const __m512i both = _mm512_set1_epi32(int(bits));
+      const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+      const __m512 second =
+          _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t, x += x_stride) {
+        sums[t] = _mm512_fmadd_ps(multiply_add(w.first, load(x), zero), first, sums[t]);
+        sums[t] = _mm512_fmadd_ps(multiply_add(w.second, load(x + 32), zero), second, sums[t]);
+      }
+    }
   }
 };
 

@@ -58,6 +58,7 @@ struct Lanes {
   using Token = float;
   static constexpr int kLanes = 4;
   static constexpr int64_t kSpan = kLanes, kPassTokens = 4, kOnePass = 4;
+  static constexpr bool kScales = false;
   static constexpr bool kHoldsRows = false;  // a product without fma takes one more
   static constexpr int kRows[] = {8, 6, 4, 3};
 

@@ -97,7 +97,7 @@ cpu::Upcoming upcoming(const cpu::BlockEngine& engine, const Group& g, const Str
 auto product_of_few(const cpu::BlockEngine& engine, const Group& g, int64_t rows) {
   const bool along = g.s.depth_stride == 1, quantised = g.s.storage > cpu::Storage::kFloat16;
   const bool beside = g.s.row_stride == 1 && g.s.storage == g.p.storage;
-  const int64_t most = along    ? quantised ? engine.dot_pass : engine.dot_tokens
+  const int64_t most = along    ? quantised ? engine.dot_quantised : engine.dot_tokens
                        : beside ? engine.spread_tokens
                                 : 0;
   const bool few = !batch_invariant() && !g.over_rows && rows <= most && !g.s.row_index &&
