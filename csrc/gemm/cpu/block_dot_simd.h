@@ -41,14 +41,12 @@ __attribute__((noinline)) void read_elements(const Operand& x, int64_t row, int6
 template <class O, Storage S>
 typename O::F row_of(const Operand& x, int64_t row, int64_t depth, int64_t n) {
   if constexpr (S > Storage::kFloat16) {
-    if constexpr (requires { &O::load_e4m3; }) {  // kLanes depths, which share a scale
-      const int64_t at = row * x.row_stride + depth;
-      const uint8_t* bytes = static_cast<const uint8_t*>(x.data);
-      if (n == O::kLanes && S == Storage::kFp8Block)
-        return O::mul(O::load_e4m3(bytes + at), O::set(fp8_scale(x, row, depth)));
-      if (n == O::kLanes && S == Storage::kInt4Group)
-        return O::mul(O::load_int4(bytes + at / 2), O::set(int4_scale(x, row, depth)));
-    }
+    const int64_t at = row * x.row_stride + depth;  // kLanes depths share a scale
+    const uint8_t* bytes = static_cast<const uint8_t*>(x.data);
+    if (n == O::kLanes && S == Storage::kFp8Block)
+      return O::mul(O::load_e4m3(bytes + at), O::set(fp8_scale(x, row, depth)));
+    if (n == O::kLanes && S == Storage::kInt4Group)
+      return O::mul(O::load_int4(bytes + at / 2), O::set(int4_scale(x, row, depth)));
     alignas(64) float values[O::kLanes];
     read_elements<O>(x, row, depth, n, values);
     return O::load(values);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "gemm/cpu/block.h"
+#include "gemm/cpu/block_bytes.h"
 #include "gemm/cpu/block_dot_simd.h"
 #include "gemm/cpu/block_element.h"
 #include "gemm/cpu/block_spread_simd.h"
@@ -14,8 +15,50 @@ namespace {
 
 constexpr int64_t kRows = 4, kDepthBlock = 256;
 
+struct Values {
+  float e4m3[256], int4[16];
+
+  constexpr Values() : e4m3(), int4() {
+    for (int i = 0; i < 256; ++i) e4m3[i] = above(bf16_of_e4m3(i & 127) | (i & 128) << 8);
+    for (int i = 0; i < 16; ++i) int4[i] = above(bf16_of_nibble(i));
+  }
+  static constexpr float above(int bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
+};
+constexpr Values kValues;
+
+// `count` depths of a quantised row, which share a scale, into every width-th of `to`.
+template <Storage S>
+void unpack(const Operand& x, int64_t row, int64_t depth, int64_t count, int64_t width, float* to) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(x.data);
+  const int64_t at = row * x.row_stride + depth;
+  const float scale =
+      S == Storage::kFp8Block ? fp8_scale(x, row, depth) : int4_scale(x, row, depth);
+  for (int64_t i = 0; i < count; ++i, to += width)
+    if constexpr (S == Storage::kFp8Block)
+      *to = kValues.e4m3[bytes[at + i]] * scale;
+    else
+      *to = kValues.int4[bytes[(at + i) / 2] >> 4 * ((at + i) % 2) & 15] * scale;
+}
+
+template <Storage S, int64_t kGroup>
+void pack_quantised(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count,
+                    int64_t width, float* to) {
+  for (int64_t r = 0; r < width; ++r)
+    for (int64_t d = 0, next; d < count; d = next) {
+      next = std::min(count, round_up(depth + d + 1, kGroup) - depth);
+      if (r < rows)
+        unpack<S>(x, row + r, depth + d, next - d, width, to + d * width + r);
+      else
+        for (int64_t i = d; i < next; ++i) to[i * width + r] = 0.0f;
+    }
+}
+
 void pack(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count, int64_t width,
           float* to) {
+  if (x.storage == Storage::kFp8Block)
+    return pack_quantised<Storage::kFp8Block, kFp8Block>(x, row, rows, depth, count, width, to);
+  if (x.storage == Storage::kInt4Group)
+    return pack_quantised<Storage::kInt4Group, kInt4Group>(x, row, rows, depth, count, width, to);
   for (int64_t d = 0; d < count; ++d)
     for (int64_t r = 0; r < width; ++r)
       to[d * width + r] = r < rows ? read_element(x, row + r, depth + d) : 0.0f;
@@ -64,6 +107,15 @@ struct Lanes {
 
   static F set(float x) { return F{x, x, x, x}; }
   static F zero() { return set(0.0f); }
+  static F mul(F a, F b) { return a * b; }
+  static F load_e4m3(const uint8_t* x) {
+    const float* at = kValues.e4m3;
+    return F{at[x[0]], at[x[1]], at[x[2]], at[x[3]]};
+  }
+  static F load_int4(const uint8_t* x) {
+    const float* at = kValues.int4;
+    return F{at[x[0] & 15], at[x[0] >> 4], at[x[1] & 15], at[x[1] >> 4]};
+  }
   static F add(F a, F b) { return a + b; }
   static F fma(F a, F b, F sum) { return a * b + sum; }
   static F multiply_add(F a, F b, F sum) { return fma(a, b, sum); }
