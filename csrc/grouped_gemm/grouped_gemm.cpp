@@ -195,6 +195,11 @@ Status grouped_gemm_wgrad(const GroupedGemmWgradParams& p, kimi_device device,
   const Wgrad group{p, n_contiguous};
   const int64_t out_bytes = size_of(p.out_dtype);
   const int64_t row_stride = n_contiguous ? p.out_k_stride : p.out_n_stride;
+  if (p.accumulate && p.out_dtype == KIMI_FLOAT32 && !engine.finish) {
+    grouped::add_groups(engine, workspace, p.num_experts, group, static_cast<float*>(p.out),
+                        p.out_expert_stride, row_stride);
+    return Status::ok();
+  }
   const bool around_cache =
       !p.accumulate &&
       double(p.num_experts) * double(p.k) * double(p.n) * out_bytes > cpu::kStreamBytes;

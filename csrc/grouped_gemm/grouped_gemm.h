@@ -10,6 +10,7 @@
 // Sums are fp32: products of bf16 pairs where the processor has them, else of operands converted to
 // fp32; rounded once to the dtype of out. The sum over depth is taken in blocks (gemm/cpu/block.h), in
 // the same order whatever the number of threads; a group of very few rows has an order of its own.
+// A wgrad added to fp32 adds one block of depth after the other.
 //
 // Cost: 2 R K N operations. Forward reads each used expert's matrix once from memory for every 280
 // of its rows, wgrad writes it once.

@@ -85,8 +85,10 @@ Buffer<float> product(const BlockEngine& e, const Part& p, const Part& s, int64_
                  next, c.data() + j, stride, d > 0);
     }
   if (e.finish) e.finish(c.data(), p.rows, s.rows, stride);
-  for (int64_t i = 0; i + 1 < padded_rows; ++i)
-    for (int64_t j = padded_columns; j < stride; ++j)
+  // Columns beyond the strips, and rows beyond the product unless `finish` moves whole groups.
+  for (int64_t i = 0; i < padded_rows; ++i)
+    for (int64_t j = !e.finish && i >= p.rows ? 0 : padded_columns;
+         j < (i + 1 < padded_rows ? stride : padded_columns); ++j)
       CHECK(bits_of(c[i * stride + j]) == kUntouched);
   return c;
 }

@@ -32,6 +32,30 @@ def test_wgrad_of_column_major_rows(gemm_engine, rows, dtype):
         assert error(main, exact) < sum_bound(gemm_engine, rows, dtype, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("k, n", [(1, 5), (33, 64), (95, 31), (300, 97)])
+def test_wgrad_added_to_a_part_of_a_buffer(gemm_engine, k, n, dtype):
+    """Whole numbers, so that sums are exact: groups without rows, of one, of several blocks of
+    depth; rows or columns of the sums contiguous; operands in either order. What lies around the
+    part keeps its values."""
+    sizes = [0, 1, 4, 0, 33] if gemm_engine.slow else [0, 1, 4, 0, 33, 512, 1100, 0]
+    a = torch.randint(-2, 3, (sum(sizes), k)).to(dtype)
+    dc = torch.randint(-2, 3, (sum(sizes), n)).to(dtype)
+    groups = zip(a.double().split(sizes), dc.double().split(sizes), strict=True)
+    exact = torch.stack([left.t() @ right for left, right in groups])
+    for turned in (False, True):
+        if turned:
+            a, dc = a.t().contiguous().t(), dc.t().contiguous().t()
+        for transposed in (False, True):
+            shape = (len(sizes), n + 3, k + 9) if transposed else (len(sizes), k + 3, n + 9)
+            memory = torch.full(shape, 7.0)
+            out = memory[:, 2:-1, 3:-6].mT if transposed else memory[:, 2:-1, 3:-6]
+            grouped_gemm_wgrad(a, dc, ends(*sizes), out=out, accumulate=True)
+            assert torch.equal(out.double(), exact + 7)
+            out.fill_(7.0)
+            assert (memory == 7.0).all(), "elements beside the part were written"
+
+
 def test_gradients_of_a_single_column(gemm_engine):
     a = torch.randn(3000, 8, requires_grad=True)
     b = torch.randn(1, 8, 1, requires_grad=True)

@@ -88,7 +88,7 @@ struct BlockEngine {
   // Packs at most kStripRows rows and depth_block depths.
   void (*pack_strip)(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64_t count,
                      void* strip);
-  // c[i * stride + j] (+)= panel block * strip for i < rows rounded up to panel_rows, j <
+  // c[i * stride + j] (+)= panel block * strip for i < rows (whole groups if there is `finish`), j <
   // kStripRows; `panel` is one depth block of all groups, `count` its depth before rounding.
   void (*multiply)(const void* panel, int64_t rows, const void* strip, int64_t count,
                    const Upcoming& next, float* c, int64_t stride, bool accumulate);

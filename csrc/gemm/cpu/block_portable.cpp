@@ -84,7 +84,7 @@ void multiply(const void* panel, int64_t rows, const void* strip, int64_t count,
   const float* p = static_cast<const float*>(panel);
   const float* s = static_cast<const float*>(strip);
   for (int64_t i = 0; i < rows; i += kRows, p += count * kRows)
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < std::min(kRows, rows - i); ++r) {
       float sum[kStripRows] = {};
       for (int64_t d = 0; d < count; ++d)
         for (int64_t j = 0; j < kStripRows; ++j) sum[j] += p[d * kRows + r] * s[d * kStripRows + j];

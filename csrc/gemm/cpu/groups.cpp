@@ -140,4 +140,35 @@ void multiply_block(const cpu::BlockEngine& engine, const Group& g, const Block&
   if (engine.finish) engine.finish(c, block.rows, block.stride, block.stride);
 }
 
+void add_block(const cpu::BlockEngine& engine, const Group& g, const Block& block,
+               const ThreadMemory& memory, float* out, int64_t stride) {
+  for (int64_t depth = 0; depth < g.depth; depth += engine.depth_block) {
+    const int64_t count = std::min(engine.depth_block, g.depth - depth), at = g.p_depth + depth;
+    const int64_t strip_bytes = engine.packed_depth(count) * cpu::kStripRows * engine.element_bytes;
+    char* strip = memory.panel;
+    for (int64_t j = 0; j < block.cols; j += cpu::kStripRows, strip += strip_bytes)
+      engine.pack_strip(g.s, g.s_row + block.col + j, std::min(cpu::kStripRows, block.cols - j), at,
+                        count, strip);
+    for (int64_t i = 0; i < block.rows; i += engine.panel_rows) {
+      const int64_t row = block.row + i, rows = std::min(engine.panel_rows, block.rows - i);
+      char* const panel = memory.strip;
+      engine.pack_panel(g.p, g.p_row + row, rows, at, count, panel);
+      float* to = out + row * stride + block.col;
+      strip = memory.panel;
+      for (int64_t left = block.cols; left > 0; left -= cpu::kStripRows) {
+        if (left >= cpu::kStripRows) {
+          engine.multiply(panel, rows, strip, count, {}, to, stride, true);
+        } else {
+          engine.multiply(panel, rows, strip, count, {}, memory.c, cpu::kStripRows, false);
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t j = 0; j < left; ++j)
+              to[r * stride + j] += memory.c[r * cpu::kStripRows + j];
+        }
+        to += cpu::kStripRows;
+        strip += strip_bytes;
+      }
+    }
+  }
+}
+
 }  // namespace kimi::grouped
