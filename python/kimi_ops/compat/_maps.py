@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kimi_ops import _check
 from kimi_ops.moe.permute import permute, permute_plan, unpermute
-from kimi_ops.routing import PermutePlan
+from kimi_ops.routing import PermutePlan, as_int32
 
 MOST_EXPERTS = 1024  # of permute_plan: an index map does not say how many there are
 
@@ -43,7 +43,7 @@ def by_rows(row_map: Tensor, rows: int) -> PermutePlan:
 
     Its offsets and counts are empty: nothing that moves rows reads them.
     """
-    row_map = row_map.to(torch.int32).contiguous()
+    row_map = as_int32(row_map).int().contiguous()
     pairs = torch.arange(row_map.numel(), dtype=torch.int32, device=row_map.device)
     place = row_map.flatten().long()
     source = pairs.new_full((rows + 1,), -1)  # the last one takes what is dropped

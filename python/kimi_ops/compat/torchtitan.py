@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kimi_ops import _check
 from kimi_ops.moe.grouped_gemm import grouped_gemm
+from kimi_ops.routing import as_int32
 
 __all__ = ["grouped_mm", "run_experts_grouped_mm"]
 
@@ -71,7 +72,7 @@ def run_experts_grouped_mm(
     op = "run_experts_grouped_mm"
     _check.tensor(op, "num_tokens_per_expert", num_tokens_per_expert)
     _check.shape(op, "num_tokens_per_expert", num_tokens_per_expert, (len(w1),))
-    offs = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
+    offs = as_int32(num_tokens_per_expert.cumsum(0, dtype=torch.int64))
     rows = x.bfloat16()
     gate, up = (grouped_mm(A=rows, B_t=w.bfloat16().mT, offs=offs) for w in (w1, w3))
     return grouped_mm(A=F.silu(gate) * up, B_t=w2.bfloat16().mT, offs=offs).type_as(x)

@@ -18,7 +18,7 @@ from kimi_ops.compat._router_maps import (
     fused_topk_with_score_function,
 )
 from kimi_ops.moe.permute import permute, sort_chunks
-from kimi_ops.routing import PermutePlan
+from kimi_ops.routing import PermutePlan, as_int32
 
 __all__ = [
     "RoutingMapFormat",
@@ -280,7 +280,7 @@ def moe_sort_chunks_by_index_with_probs(
 
 
 def _int32(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.device, torch.int32)
+    return as_int32(value).to(like.device, torch.int32)
 
 
 def _masked(op: str, inp: Tensor, routing_map: Tensor, rows: int) -> PermutePlan:

@@ -19,6 +19,7 @@ from kimi_ops.moe import fused_experts as experts
 from kimi_ops.moe.permute import permute_plan
 from kimi_ops.moe.quantized import QuantizedWeight
 from kimi_ops.moe.topk_gate import topk_gate
+from kimi_ops.routing import as_int32
 
 __all__ = ["fused_experts", "fused_moe", "fused_topk", "grouped_topk", "moe_align_block_size"]
 _SCORES = ("softmax", "sigmoid")
@@ -137,7 +138,7 @@ def moe_align_block_size(
 
     Parameters
     ----------
-    topk_ids : Tensor [T, K] int32 or int64
+    topk_ids : Tensor [T, K] int32, int64 or uint32
         -1 and `num_experts` are dropped pairs.
     block_size, num_experts : int
         With `expert_map` the experts of all ranks.
@@ -167,9 +168,8 @@ def moe_align_block_size(
     ([1, 2, 3, 4, 0, 4, 4], [0, 1, 2, -1], [6])
     """
     op = "moe_align_block_size"
-    _check.tensor(op, "topk_ids", topk_ids)
     _check.between(op, "block_size", block_size, 1, 2**20)
-    ids = topk_ids.int()
+    ids = _ids(op, topk_ids)
     if expert_map is not None and ignore_invalid_experts:
         ids = _local(op, ids, expert_map, num_experts)
     plan = permute_plan(ids, num_experts, align=block_size)
@@ -183,8 +183,8 @@ def moe_align_block_size(
     expert = torch.searchsorted(plan.offsets, first.int(), right=True)
     last, inside = plan.offsets[-1:], first < plan.offsets[-1]
     if expert_map is not None and not ignore_invalid_experts:
-        expert = expert_map[expert.clamp(max=num_experts - 1)]
-    expert = torch.where(inside, expert, -1).int()
+        expert = _known(op, expert_map, num_experts)[expert.clamp(max=num_experts - 1)]
+    expert = as_int32(torch.where(inside, expert, -1))
     return torch.where(source < 0, pairs, source), expert, last.clone()
 
 
@@ -211,7 +211,7 @@ def fused_experts(
     w1 : Tensor [E, 2 F, H], gate rows first, or a quantised weight of this library
     w2 : Tensor [E, H, F], or a quantised weight of this library
     topk_weights : Tensor [T, K], any floating dtype
-    topk_ids : Tensor [T, K] int32 or int64
+    topk_ids : Tensor [T, K] int32, int64 or uint32
         -1 adds nothing.
     inplace : bool
         Write the result into `hidden_states`; not with gradients.
@@ -221,7 +221,7 @@ def fused_experts(
         Weigh the tokens instead of the outputs; one expert a token.
     global_num_experts : int
         Experts of all ranks: the size of `expert_map`.
-    expert_map : Tensor [global_num_experts], optional
+    expert_map : Tensor [global_num_experts] int32 or int64, optional
         Local expert, -1 on other ranks, whose pairs add nothing.
     quant_config
         Not served: pass w1 and w2 as `kimi_ops.Fp8BlockWeight` or `kimi_ops.Int4GroupWeight`.
@@ -246,7 +246,7 @@ def fused_experts(
     name = getattr(activation, "value", activation)
     _check.choice(op, "activation", name, ("silu", "gelu"))
     weights = topk_weights.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    x, ids, local = hidden_states, topk_ids.int(), w1.shape[0]
+    x, ids, local = hidden_states, _ids(op, topk_ids), w1.shape[0]
     if expert_map is None:
         if global_num_experts != -1:
             mend = "pass expert_map where a rank has a part of them"
@@ -316,9 +316,20 @@ def _check_tokens(op: str, hidden_states: Tensor, gating_output: Tensor) -> None
     _check.shape(op, "gating_output", gating_output, (len(hidden_states), "E"))
 
 
+def _ids(op: str, topk_ids: Tensor) -> Tensor:
+    _check.tensor(op, "topk_ids", topk_ids)
+    _check.dtype(op, "topk_ids", topk_ids, (torch.int32, torch.int64, torch.uint32))
+    return as_int32(topk_ids).int()
+
+
+def _known(op: str, expert_map: Tensor, experts: int) -> Tensor:
+    _check.tensor(op, "expert_map", expert_map)
+    _check.dtype(op, "expert_map", expert_map, (torch.int32, torch.int64))
+    _check.shape(op, "expert_map", expert_map, (experts,), "one for each expert of all ranks")
+    return as_int32(expert_map)
+
+
 def _local(op: str, ids: Tensor, expert_map: Tensor, experts: int) -> Tensor:
     """Ids of this rank's experts; -1 for those of others."""
-    _check.tensor(op, "expert_map", expert_map)
-    _check.shape(op, "expert_map", expert_map, (experts,), "one for each expert of all ranks")
-    known = (ids >= 0) & (ids < experts)
-    return torch.where(known, expert_map[torch.where(known, ids, 0).long()].int(), -1)
+    places, known = _known(op, expert_map, experts), (ids >= 0) & (ids < experts)
+    return torch.where(known, places[torch.where(known, ids, 0).long()], -1)

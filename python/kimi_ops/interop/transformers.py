@@ -21,6 +21,7 @@ from kimi_ops.activations import Activation, of, situ, swiglu
 from kimi_ops.moe.fused_experts import fused_experts
 from kimi_ops.moe.grouped_gemm import grouped_gemm
 from kimi_ops.moe.permute import permute, permute_plan, unpermute
+from kimi_ops.routing import as_int32
 
 __all__ = ["NAME", "experts_forward", "register"]
 
@@ -88,7 +89,7 @@ def experts_forward(
     """
     module: Any = experts
     count = module.num_experts
-    ids = top_k_index.to(torch.int32)
+    ids = as_int32(top_k_index)
     ids = torch.where(ids < count, ids, -1)
     x = hidden_states
     if not torch.is_autocast_enabled(x.device.type):  # else it decides

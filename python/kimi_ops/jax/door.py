@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kimi_ops.activations import Activation
 from kimi_ops.arrays.balance import Balance
@@ -41,7 +42,7 @@ class Jax(Gates, Balance, Experts, Optimizer):
         return _FUNCTIONS[op](*given)
 
     def array(self, x: Any) -> Any:
-        return jnp.asarray(x)
+        return _held(x)
 
     def space(self, x: Any) -> Any:
         return jnp
@@ -80,10 +81,24 @@ def _adopted(value: Any) -> Any:
     plain = value is None or isinstance(value, (str, bool, int, float, tuple))
     if plain:
         return value
-    array = jnp.asarray(value)
+    array = _held(value)
     # of whole numbers not even a gradient of nothing passes
     whole = not jnp.issubdtype(array.dtype, jnp.floating)
     return jax.lax.stop_gradient(array) if whole else array
+
+
+def _held(x: Any) -> Any:
+    """`x` as an array of JAX, which drops the upper half of whole numbers of 64 bits in silence."""
+    array = jnp.asarray(x)
+    if isinstance(x, jax.Array) or not jnp.issubdtype(array.dtype, jnp.integer):
+        return array
+    given = np.asarray(x)
+    if given.dtype != array.dtype and not np.array_equal(given, array):
+        raise ValueError(
+            f"kimi_ops.jax: expected whole numbers of {array.dtype}, got {given.min()} .. "
+            f"{given.max()}; JAX holds more with jax_enable_x64 alone"
+        )
+    return array
 
 
 OPS = Jax()

@@ -23,7 +23,7 @@ def ragged_dot(
     """
     if group_offset is not None:
         raise ValueError("ragged_dot: group_offset: expected None, got an offset; slice rhs")
-    offsets = jnp.cumsum(jnp.asarray(group_sizes, jnp.int32), dtype=jnp.int32)
+    offsets = OPS.ids(jnp.cumsum(OPS.array(group_sizes)))
     return OPS.grouped_gemm(
         jnp.asarray(lhs), jnp.asarray(rhs), offsets, out_dtype=preferred_element_type
     )

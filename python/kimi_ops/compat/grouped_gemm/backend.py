@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kimi_ops import _check
 from kimi_ops.moe.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
+from kimi_ops.routing import as_int32
 
 __all__ = ["gmm"]
 
@@ -64,7 +65,7 @@ def gmm(
     _check.dtype("gmm", "batch_sizes", batch_sizes, (torch.int64, torch.int32))
     _check.shape("gmm", "batch_sizes", batch_sizes, ("E",))
     _check.shape("gmm", "a", a, ("R", "K"))
-    offsets = batch_sizes.cumsum(0).to(a.device, torch.int32)
+    offsets = as_int32(batch_sizes.cumsum(0)).to(a.device)
     if trans_a:
         _check.shape("gmm", "b", b, (a.shape[0], "N"))
         return grouped_gemm_wgrad(a, b, offsets, out=c)
