@@ -118,6 +118,12 @@ for _by in ("weights", "position"):
         lambda k, weights, ids, by=_by: k.drop_to_capacity(weights, ids, E, 4, by=by)
     )
 
+_FAULTY = np.where(np.arange(T * K).reshape(T, K) % 3 == 0, np.nan, WEIGHTS)
+_FAULTY[::5] = -np.inf  # in the order of the pairs among NaN
+case("drop_to_capacity of NaN", weights=_FAULTY, ids=IDS)(
+    lambda k, weights, ids: k.drop_to_capacity(weights, ids, E, 4).indices
+)
+
 # ---- rows
 
 for _name, _options in {

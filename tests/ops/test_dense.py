@@ -74,6 +74,13 @@ def test_drop_to_capacity(by, capacity):
     assert torch.equal(w.grad, kept.float())
 
 
+def test_a_weight_of_nan_counts_as_minus_infinity():
+    weights = torch.tensor([[torch.nan], [-torch.inf], [-1.0], [torch.nan], [torch.inf]])
+    ids = torch.zeros(5, 1, dtype=torch.int32)
+    kept = [drop_to_capacity(weights, ids, 1, c).indices.flatten().tolist() for c in range(1, 5)]
+    assert kept == [[-1, -1, -1, -1, 0], [-1, -1, 0, -1, 0], [0, -1, 0, -1, 0], [0, 0, 0, -1, 0]]
+
+
 def test_megatron_s_rule_of_capacity():
     """Its words on dense matrices: the `capacity` largest probabilities of every column."""
     z, k, experts = random(64, 8), 2, 8

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What keeps the experts' loads even and the logits small, and experts of limited capacity."""
 
+import math
 from typing import Any
 
 from kimi_ops import _arguments as check
@@ -162,6 +163,7 @@ class Balance(Door):
     ) -> Gate:
         """`kimi_ops.drop_to_capacity`: every expert keeps its `capacity` best pairs of weights and
         indices [T, K], or its first (``by="position"``); dropped ones have id -1 and weight 0.
+        A weight of NaN counts as -inf.
 
         Examples
         --------
@@ -180,7 +182,9 @@ class Balance(Door):
         xp, pairs = self.space(ids), ids.reshape(-1, 1)
         order = xp.arange(pairs.shape[0])
         if by == "weights":  # from the largest, equal ones in their order
-            order = self.order(-self.constant(weights).astype("float32").reshape(-1))
+            size = self.constant(weights).reshape(-1)
+            size = size if name_of(size.dtype) == "float64" else size.astype("float32")
+            order = self.order(-xp.where(xp.isnan(size), -math.inf, size))
         pairs = pairs[order]
         row_map, _, offsets, counts = map(
             self.array, self.run("permute_plan", pairs, num_experts, 1)

@@ -121,7 +121,7 @@ def drop_to_capacity(
         From `expert_capacity`.
     by : {"weights", "position"}
         Pairs with the largest weights stay, of equal ones the first in the order (token, slot), or
-        the first in that order alone.
+        the first in that order alone. NaN counts as -inf, as in `topk_gate`.
 
     Returns
     -------
@@ -159,7 +159,9 @@ def drop_to_capacity(
     pairs = ids.reshape(-1, 1)
     order = torch.arange(len(pairs), device=ids.device)
     if by == "weights":
-        order = weights.detach().flatten().argsort(descending=True, stable=True)
+        size = weights.detach().flatten()
+        size = size.masked_fill(size.isnan(), -torch.inf)
+        order = size.argsort(descending=True, stable=True)
         pairs = pairs[order]
     plan = permute_plan(pairs, num_experts)
     kept = (plan.row_map >= 0) & (ranks(plan, pairs)[1] < capacity)
