@@ -3,6 +3,7 @@
 #include "all_to_all/all_to_all.h"
 
 #include "common/engine.h"
+#include "common/volume.h"
 
 namespace kimi {
 namespace {
@@ -34,7 +35,7 @@ Status check_common(const char* op, const Params& p, int64_t needed) {
   if (p.num_tokens < 0 || p.num_tokens > p.max_tokens)
     return invalid(op, ": num_tokens: expected 0..max_tokens=", p.max_tokens, ", got ",
                    p.num_tokens);
-  if (int64_t{peers.world} * p.max_tokens * p.top_k > kMostPairs)
+  if (volume(peers.world, p.max_tokens, p.top_k) > kMostPairs)
     return invalid(op, ": max_tokens: expected at most ", kMostPairs,
                    " pairs of all ranks (their ids are int32), got ", p.max_tokens, " tokens of ",
                    peers.world, " ranks with ", p.top_k, " experts; split the tokens");

@@ -5,10 +5,9 @@
 
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <utility>
-#include <vector>
 
+#include "bindings/dense.h"
 #include "bindings/framework.h"
 
 namespace py = pybind11;
@@ -18,11 +17,9 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 
-struct Memory {
-  dlpack::ManagedVersioned managed = {};
-  std::vector<int64_t> sizes, strides;
-  void* address = nullptr;
-  ~Memory() { std::free(address); }
+struct Memory : Dense {
+  using Dense::Dense;
+  ~Memory() { std::free(managed.tensor.data); }
 };
 
 constexpr const char* kUnused = "dltensor_versioned";
@@ -73,25 +70,15 @@ py::object retyped(py::object capsule, int code) {
 
 }  // namespace
 
-dlpack::ManagedVersioned* allocate_foreign(dlpack::DataType type, int ndim, const int64_t* sizes) {
-  auto memory = std::make_unique<Memory>();
-  memory->sizes.assign(sizes, sizes + ndim);
-  memory->strides.assign(size_t(ndim), 1);
-  for (int i = ndim - 2; i >= 0; --i)
-    memory->strides[size_t(i)] = memory->strides[size_t(i) + 1] * sizes[i + 1];
-  size_t bytes = size_t{type.bits} * type.lanes / 8;
-  for (int i = 0; i < ndim; ++i) bytes *= size_t(sizes[i]);
-  bytes = (bytes + kAlignment) / kAlignment * kAlignment;
-  memory->address = std::aligned_alloc(kAlignment, bytes);
-  if (!memory->address) throw std::bad_alloc();
-  dlpack::ManagedVersioned& managed = memory->managed;
-  managed.version = {dlpack::kMajor, 0};
-  managed.context = memory.get();
-  managed.deleter = [](dlpack::ManagedVersioned* self) {
-    delete static_cast<Memory*>(self->context);
+dlpack::ManagedVersioned* allocate_foreign(dlpack::DataType type, int ndim, const int64_t* sizes,
+                                           int64_t bytes) {
+  auto memory = std::make_unique<Memory>(type, ndim, sizes);
+  const size_t whole = (size_t(bytes) + kAlignment) / kAlignment * kAlignment;
+  void*& data = memory->managed.tensor.data = std::aligned_alloc(kAlignment, whole);
+  if (!data) return nullptr;
+  memory->managed.deleter = [](dlpack::ManagedVersioned* self) {
+    delete static_cast<Memory*>(static_cast<Dense*>(self->context));
   };
-  managed.tensor = {memory->address,      {dlpack::kCpu, 0},      ndim, type,
-                    memory->sizes.data(), memory->strides.data(), 0};
   return &memory.release()->managed;
 }
 

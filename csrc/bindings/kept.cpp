@@ -2,13 +2,15 @@
 #include "bindings/kept.h"
 
 #include <algorithm>
+#include <iterator>
+#include <list>
 #include <memory>
 #include <mutex>
-#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "bindings/dense.h"
 #include "kimi_ops.h"
 
 namespace kimi::bindings {
@@ -21,6 +23,8 @@ struct Block {
   dlpack::ManagedVersioned* memory;  // [bytes] uint8
   int64_t bytes;
 };
+// A block goes from list to list with its node: who gives one back needs no memory for it.
+using Blocks = std::list<Block>;
 
 void* address(const Block& block) {
   return static_cast<char*>(block.memory->tensor.data) + block.memory->tensor.byte_offset;
@@ -39,43 +43,47 @@ void lend_to_kernel([[maybe_unused]] const Block& block) {
 
 class Kept {
  public:
-  // The smallest block that fits, or one without memory.
-  Block take(int64_t bytes) {
+  // The smallest block that fits, or none.
+  Blocks take(int64_t bytes) {
+    Blocks taken;
     const std::lock_guard lock(mutex_);
     auto best = idle_.end();
     for (auto b = idle_.begin(); b != idle_.end(); ++b)
-      if (b->bytes >= bytes && b->bytes <= bytes + bytes / kSpare &&
+      if (b->bytes >= bytes && b->bytes - bytes <= bytes / kSpare &&
           (best == idle_.end() || b->bytes < best->bytes))
         best = b;
-    if (best == idle_.end()) return {nullptr, bytes};
-    const Block block = *best;
-    idle_.erase(best);
-    used_ += block.bytes;
-    return block;
+    if (best == idle_.end()) return taken;
+    used_ += best->bytes;
+    taken.splice(taken.end(), idle_, best);
+    return taken;
   }
 
   // Makes room for a new block: the ones that were idle longest go.
   void grow(int64_t bytes) {
-    std::vector<Block> gone;
+    Blocks gone;
     {
       const std::lock_guard lock(mutex_);
       used_ += bytes;
-      most_ = std::max(most_, used_);
+      const int64_t most = std::max(most_, used_);
       int64_t kept = 0;
       auto first = idle_.end();
-      while (first != idle_.begin() && used_ + kept + (first - 1)->bytes <= most_)
+      while (first != idle_.begin() && used_ + kept + std::prev(first)->bytes <= most)
         kept += (--first)->bytes;
-      gone.assign(idle_.begin(), first);
-      idle_.erase(idle_.begin(), first);
+      gone.splice(gone.end(), idle_, idle_.begin(), first);
     }
     free(gone);
   }
 
-  void give_back(const Block& block) {
-    lend_to_kernel(block);
+  void give_back(Blocks& block) {
+    lend_to_kernel(block.front());
     const std::lock_guard lock(mutex_);
-    used_ -= block.bytes;
-    idle_.push_back(block);
+    used_ -= block.front().bytes;
+    idle_.splice(idle_.end(), block);
+  }
+
+  void grown() {
+    const std::lock_guard lock(mutex_);
+    most_ = std::max(most_, used_);
   }
 
   void shrink(int64_t bytes) {
@@ -84,7 +92,7 @@ class Kept {
   }
 
   int64_t release() {
-    std::vector<Block> gone;
+    Blocks gone;
     {
       const std::lock_guard lock(mutex_);
       gone.swap(idle_);
@@ -94,7 +102,7 @@ class Kept {
   }
 
  private:
-  static int64_t free(const std::vector<Block>& blocks) {
+  static int64_t free(const Blocks& blocks) {
     int64_t bytes = 0;
     for (const Block& block : blocks) {
       block.memory->deleter(block.memory);
@@ -104,7 +112,7 @@ class Kept {
   }
 
   std::mutex mutex_;
-  std::vector<Block> idle_;  // in the order in which they were given back
+  Blocks idle_;  // in the order in which they were given back
   int64_t used_ = 0, most_ = 0;
 };
 
@@ -114,10 +122,9 @@ Kept& kept() {
   return all;
 }
 
-struct Memory {
-  dlpack::ManagedVersioned managed = {};
-  std::vector<int64_t> sizes, strides;
-  Block block;
+struct Memory : Dense {
+  using Dense::Dense;
+  Blocks block;  // one
 };
 
 }  // namespace
@@ -125,31 +132,27 @@ struct Memory {
 dlpack::ManagedVersioned* take_kept(
     dlpack::DataType type, int ndim, const int64_t* sizes, int64_t bytes,
     const std::function<dlpack::ManagedVersioned*(int64_t bytes)>& allocate) {
-  auto memory = std::make_unique<Memory>();
-  memory->sizes.assign(sizes, sizes + ndim);
-  memory->strides.assign(size_t(ndim), 1);
-  for (int i = ndim - 2; i >= 0; --i)
-    memory->strides[size_t(i)] = memory->strides[size_t(i) + 1] * sizes[i + 1];
-  Block& block = memory->block = kept().take(bytes);
-  if (!block.memory) {
+  auto memory = std::make_unique<Memory>(type, ndim, sizes);
+  Blocks& block = memory->block = kept().take(bytes);
+  if (block.empty()) {
+    block.push_back({nullptr, bytes});
     kept().grow(bytes);
     try {
-      block.memory = allocate(bytes);
+      block.front().memory = allocate(bytes);
     } catch (...) {
       kept().shrink(bytes);
       throw;
     }
-    kimi_advise_huge_pages(address(block), size_t(bytes));
+    kept().grown();
+    kimi_advise_huge_pages(address(block.front()), size_t(bytes));
   }
   dlpack::ManagedVersioned& managed = memory->managed;
-  managed.version = block.memory->version;
-  managed.context = memory.get();
+  managed.version = block.front().memory->version;
+  managed.tensor.data = address(block.front());
   managed.deleter = [](dlpack::ManagedVersioned* self) {
-    const std::unique_ptr<Memory> gone(static_cast<Memory*>(self->context));
+    const std::unique_ptr<Memory> gone(static_cast<Memory*>(static_cast<Dense*>(self->context)));
     kept().give_back(gone->block);
   };
-  managed.tensor = {address(block),       {dlpack::kCpu, 0},      ndim, type,
-                    memory->sizes.data(), memory->strides.data(), 0};
   return &memory.release()->managed;
 }
 

@@ -2,6 +2,7 @@
 // The memory of a call: what its arguments lie in, and what its outputs and workspaces get.
 #include <algorithm>
 
+#include "bindings/dense.h"
 #include "bindings/foreign.h"
 #include "bindings/kept.h"
 #include "bindings/tensors.h"
@@ -108,9 +109,7 @@ Tensor Call::foreign(PyObject* object, std::string_view name) {
   }
   const int64_t* strides = view->strides;
   if (!strides) {
-    std::vector<int64_t>& steps = strides_.emplace_back(view->ndim, 1);
-    for (int i = view->ndim - 2; i >= 0; --i) steps[i] = steps[i + 1] * view->shape[i + 1];
-    strides = steps.data();
+    strides = strides_.emplace_back(dense_strides(view->ndim, view->shape)).data();
   }
   Tensor tensor{this,        object,       name,
                 view->dtype, view->device, view->ndim,
@@ -145,6 +144,7 @@ dlpack::ManagedVersioned* allocate_in(const dlpack::Exchange* exchange, dlpack::
 // queued its work and not when that is done: its framework may give it to what comes later on the
 // same stream alone (kimi_ops/numpy/gpu.py).
 Object Call::made_by_origin(Type type, int ndim, const int64_t* sizes) {
+  bytes_of(type, ndim, sizes);
   const Object shape = checked(PyTuple_New(ndim));
   for (int i = 0; i < ndim; ++i)
     PyTuple_SET_ITEM(shape.get(), i, checked(PyLong_FromLongLong(sizes[i])).release());
@@ -152,12 +152,27 @@ Object Call::made_by_origin(Type type, int ndim, const int64_t* sizes) {
       PyObject_CallMethod(origin_, "empty", "O(ii)", shape.get(), int(type.code), int(type.bits)));
 }
 
+// Of dense memory; refused where no memory is so large, also so that sums of some are numbers still.
+int64_t Call::bytes_of(Type type, int ndim, const int64_t* sizes) const {
+  int64_t bytes = type.bits * type.lanes / 8;
+  for (int i = 0; i < ndim; ++i) bytes = volume(bytes, sizes[i]);
+  if (bytes > kTooMany / 2)
+    value_error("", "expected results and working memory of less than 2^62 bytes, got a shape ",
+                shape_text(ndim, sizes), " of ", name_of(type), "; make the arguments smaller");
+  return bytes;
+}
+
 // Unset memory of the first tensor's framework, dense.
 dlpack::ManagedVersioned* Call::memory(Type type, int ndim, const int64_t* sizes) {
-  int64_t bytes = type.bits * type.lanes / 8;
-  for (int i = 0; i < ndim; ++i) bytes *= sizes[i];
+  const int64_t bytes = bytes_of(type, ndim, sizes);
   const auto allocate = [&](Type t, int n, const int64_t* of) {
-    return exchange_ ? allocate_in(exchange_, device_, t, n, of) : allocate_foreign(t, n, of);
+    if (exchange_) return allocate_in(exchange_, device_, t, n, of);
+    dlpack::ManagedVersioned* memory = allocate_foreign(t, n, of, bytes);
+    if (!memory)
+      raise(PyExc_MemoryError, "",
+            text_of("expected ", bytes, " bytes of memory for a shape ", shape_text(ndim, sizes),
+                    " of ", name_of(type), ", got none; free some or make the arguments smaller"));
+    return memory;
   };
   if (bytes < kKeptFrom || device_.type != dlpack::kCpu) return allocate(type, ndim, sizes);
   return take_kept(type, ndim, sizes, bytes,

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bindings/tensors.h"
+#include "common/volume.h"
 
 namespace kimi::bindings {
 namespace {
@@ -52,6 +53,10 @@ std::string name_of(Type type) {
   return "DLPack type " + std::to_string(int(type.code)) + " of " + bits + " bits";
 }
 
+std::string shape_text(int ndim, const int64_t* sizes) {
+  return text_of_list(sizes, ndim, '[', ']');
+}
+
 bool is_native(Type type) { return type == kFloat32 || type == kBfloat16 || type == kFloat16; }
 
 kimi_dtype native(Type type) {
@@ -66,7 +71,7 @@ kimi_storage storage(Type type) {
 
 int64_t Tensor::count() const {
   int64_t count = 1;
-  for (int i = 0; i < ndim; ++i) count *= sizes[i];
+  for (int i = 0; i < ndim; ++i) count = volume(count, sizes[i]);
   return count;
 }
 
@@ -75,14 +80,12 @@ bool Tensor::is_dense() const {
   int64_t step = 1;
   for (int i = ndim - 1; i >= 0; --i) {
     if (sizes[i] != 1 && strides[i] != step) return false;
-    step *= sizes[i];
+    step = volume(step, sizes[i]);
   }
   return true;
 }
 
 std::string Tensor::device_text() const { return bindings::name_of(device); }
-
-std::string Tensor::shape_text() const { return text_of_list(sizes, ndim, '[', ']'); }
 
 std::string Tensor::strides_text() const {
   std::string text = text_of_list(strides, ndim, '(', ')');

@@ -37,6 +37,7 @@ using Types = std::initializer_list<Type>;
 
 std::string name_of(Type type);  // as torch writes it: "float32"
 std::string name_of(dlpack::Device device);
+std::string shape_text(int ndim, const int64_t* sizes);
 
 // The C API's name of a float of 16 or 32 bits.
 bool is_native(Type type);
@@ -80,7 +81,7 @@ class Tensor {
     return reinterpret_cast<T*>(address);
   }
   std::string device_text() const;
-  std::string shape_text() const;
+  std::string shape_text() const { return bindings::shape_text(ndim, sizes); }
   std::string strides_text() const;
 
   const Tensor& of(Types expected, std::string_view mend = {}) const;  // dtype
@@ -225,6 +226,7 @@ class Call {
   // Without a table of functions the memory and the stream of a GPU are the first array's to give.
   bool origin_allocates() const { return device_.type == dlpack::kCuda && !exchange_; }
   Object made_by_origin(Type type, int ndim, const int64_t* sizes);
+  int64_t bytes_of(Type type, int ndim, const int64_t* sizes) const;
   void run(kimi_status (*function)(const void*, kimi_device, void*), const void* arguments);
   PyObject* handed_over(const Output& output);
   dlpack::ManagedVersioned* memory(Type type, int ndim, const int64_t* sizes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/integer.h"
+#include "common/volume.h"
 
 namespace kimi {
 
@@ -13,10 +14,12 @@ class Pieces {
   explicit Pieces(void* memory, int64_t align = 64)
       : memory_(static_cast<char*>(memory)), align_(align) {}
 
-  template <class T = char>
-  T* take(int64_t count) {
+  // As many T as the product of the sizes; nobody has memory for kTooMany bytes of them.
+  template <class T = char, class... Sizes>
+  T* take(Sizes... sizes) {
     char* piece = memory_ ? memory_ + bytes_ : nullptr;
-    bytes_ += round_up(count * int64_t(sizeof(T)), align_);
+    const int64_t bytes = volume(sizes..., sizeof(T)), room = kTooMany - bytes_;
+    bytes_ += bytes > room - align_ ? room : round_up(bytes, align_);
     return reinterpret_cast<T*>(piece);
   }
   int64_t bytes() const { return bytes_; }

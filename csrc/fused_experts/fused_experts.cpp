@@ -19,10 +19,9 @@ struct Memory {  // of the workspace
   Memory(const FusedExpertsParams& p, void* workspace) {
     Pieces pieces(workspace);
     const int64_t rows = p.num_tokens * p.top_k;
-    hidden = pieces.take(rows * p.width * size_of(p.dtype));
-    sums = pieces.take<float>(rows * experts::sum_columns(rows, p.hidden));
-    groups =
-        pieces.take(int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts)));
+    hidden = pieces.take(rows, p.width, size_of(p.dtype));
+    sums = pieces.take<float>(rows, experts::sum_columns(rows, p.hidden));
+    groups = pieces.take(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts));
     bytes = pieces.bytes();
   }
 };
@@ -72,7 +71,7 @@ Status check(const FusedExpertsParams& p, kimi_device device) {
     return invalid(op,
                    ": weights_first: expected no b_down beside it, got one; add the weighted "
                    "biases to y");
-  if (p.num_tokens * p.hidden > 0 && (!p.x || !p.y))
+  if (p.num_tokens > 0 && p.hidden > 0 && (!p.x || !p.y))
     return invalid(op, ": x, y: expected pointers, got NULL; only empty ones may be NULL");
   return experts::check_layer_strides(op, p);
 }

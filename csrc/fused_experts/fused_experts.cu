@@ -158,8 +158,8 @@ struct ForwardWorkspace {
 
   ForwardWorkspace(const FusedExpertsParams& p, void* workspace) : pieces(workspace, kAlign) {
     const int64_t pairs = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
-    hidden = pieces.take(pairs * p.width * bytes);
-    rows = pieces.take(pairs * p.hidden * bytes);
+    hidden = pieces.take(pairs, p.width, bytes);
+    rows = pieces.take(pairs, p.hidden, bytes);
   }
 };
 
@@ -171,11 +171,11 @@ struct BackwardWorkspace {
   BackwardWorkspace(const FusedExpertsBackwardParams& p, void* workspace)
       : pieces(workspace, kAlign) {
     const int64_t pairs = p.num_tokens * p.top_k, bytes = size_of(p.dtype);
-    grad_gate_up = pieces.take(pairs * 2 * p.width * bytes);
-    hidden = pieces.take(pairs * p.width * bytes);
-    partial = pieces.take<float>(pairs * partials(p.width));
-    rows = pieces.take(pairs * p.hidden * bytes);
-    gate_up = pieces.take(p.gate_up ? 0 : pairs * 2 * p.width * bytes);
+    grad_gate_up = pieces.take(pairs, 2, p.width, bytes);
+    hidden = pieces.take(pairs, p.width, bytes);
+    partial = pieces.take<float>(pairs, partials(p.width));
+    rows = pieces.take(pairs, p.hidden, bytes);
+    gate_up = pieces.take(p.gate_up ? 0 : pairs, 2, p.width, bytes);
   }
 };
 

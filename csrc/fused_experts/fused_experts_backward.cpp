@@ -24,13 +24,12 @@ struct Memory {        // of the workspace
   Memory(const FusedExpertsBackwardParams& p, void* workspace) {
     Pieces pieces(workspace);
     const int64_t rows = p.num_tokens * p.top_k, size = size_of(p.dtype);
-    grad_gate_up = pieces.take(rows * 2 * p.width * size);
-    hidden = pieces.take(rows * p.width * size);
-    partial = pieces.take<float>(rows * partials(p));
-    sums = pieces.take<float>(rows * experts::sum_columns(rows, p.hidden));
-    gate_up = pieces.take(p.gate_up ? 0 : rows * 2 * p.width * size);
-    groups =
-        pieces.take(int64_t(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts)));
+    grad_gate_up = pieces.take(rows, 2, p.width, size);
+    hidden = pieces.take(rows, p.width, size);
+    partial = pieces.take<float>(rows, partials(p));
+    sums = pieces.take<float>(rows, experts::sum_columns(rows, p.hidden));
+    gate_up = pieces.take(p.gate_up ? 0 : rows, 2, p.width, size);
+    groups = pieces.take(grouped::Workspace::bytes(cpu::block_engine(p.dtype), p.num_experts));
     bytes = pieces.bytes();
   }
 };
@@ -41,7 +40,7 @@ Status check(const FusedExpertsBackwardParams& p, kimi_device device) {
       experts::check_sizes(op, p, device, fused_experts_backward_workspace_bytes(p, device)));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, false, false));
   KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, false, false));
-  if (p.num_tokens * p.hidden > 0 && (!p.dy || !p.x))
+  if (p.num_tokens > 0 && p.hidden > 0 && (!p.dy || !p.x))
     return invalid(op, ": dy, x: expected pointers, got NULL; only empty ones may be NULL");
   if (p.hidden > 0)
     KIMI_RETURN_IF_ERROR(check_strides(op, "dy_stride", {{p.num_tokens, p.dy_stride}}));

@@ -30,10 +30,10 @@ struct Workspace {
       : num_rows(p.num_tokens * p.top_k),
         scale_stride(round_up(num_rows, 4)),
         pieces(workspace, kAlign) {
-    hidden = pieces.take(num_rows * p.width);
-    rows = pieces.take(num_rows * p.hidden * size_of(p.dtype));
-    row_scale = pieces.take<float>(fp8::blocks(p.hidden) * scale_stride);
-    h_scale = pieces.take<float>(fp8::blocks(p.width) * scale_stride);
+    hidden = pieces.take(num_rows, p.width);
+    rows = pieces.take(num_rows, p.hidden, size_of(p.dtype));
+    row_scale = pieces.take<float>(fp8::blocks(p.hidden), scale_stride);
+    h_scale = pieces.take<float>(fp8::blocks(p.width), scale_stride);
   }
 };
 

@@ -45,9 +45,9 @@ struct Memory {  // of the workspace
 
   Memory(const NewtonSchulzParams& p, const ChainShape& s, int threads, void* workspace) {
     Pieces pieces(workspace);
-    x = pieces.take(s.lines * padded(s.length) * size_of(p.dtype));
+    x = pieces.take(s.lines, padded(s.length), size_of(p.dtype));
     for (int64_t i = 0; i < squares_of(p.method); ++i)
-      squares[i] = pieces.take(s.m * padded(s.m) * size_of(p.dtype));
+      squares[i] = pieces.take(s.m, padded(s.m), size_of(p.dtype));
     row_sums = pieces.take<float>(s.m);
     maxima = pieces.take<float>(s.lines);
     const auto bytes_of = [&](int64_t rows, int64_t cols, int64_t depth) {

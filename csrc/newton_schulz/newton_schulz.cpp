@@ -8,6 +8,7 @@
 #include "common/dtype.h"
 #include "common/engine.h"
 #include "common/strides.h"
+#include "common/volume.h"
 #include "newton_schulz/chain.h"
 #include "newton_schulz/product.h"
 
@@ -160,7 +161,7 @@ Status check(const NewtonSchulzParams& p) {
 // Threads that work on one matrix together; 1: each takes matrices of its own.
 int threads_of_a_matrix(const NewtonSchulzParams& p) {
   const int threads = cpu::num_threads();
-  const bool alone = p.num_matrices >= threads && p.rows * p.cols < kSmall;
+  const bool alone = p.num_matrices >= threads && volume(p.rows, p.cols) < kSmall;
   return alone ? 1 : threads;
 }
 
@@ -206,7 +207,8 @@ size_t newton_schulz_workspace_bytes(const NewtonSchulzParams& p,
   if (device == KIMI_DEVICE_CUDA) return newton_schulz_cuda::workspace_bytes(p);
 #endif
   const int threads = threads_of_a_matrix(p);
-  return chain_bytes(p, ChainShape(p), threads) * size_t(threads == 1 ? cpu::num_threads() : 1);
+  return size_t(
+      volume(chain_bytes(p, ChainShape(p), threads), threads == 1 ? cpu::num_threads() : 1));
 }
 
 Status newton_schulz(const NewtonSchulzParams& p, kimi_device device,

@@ -180,10 +180,10 @@ struct Memory {
         blocks(static_cast<int32_t>(ceil_div(tiles_of(s.m, s.n), kTilesOfBlock))) {
     Pieces pieces(workspace, 256);
     const int64_t size = size_of(p.dtype);
-    for (char*& stack : x) stack = pieces.take(count * x_group * size);
-    for (char*& stack : square) stack = pieces.take(count * square_group * size);
-    partial = pieces.take<double>(count * blocks);
-    roots = pieces.take<float>(p.aol ? count * s.m : 0);
+    for (char*& stack : x) stack = pieces.take(count, x_group, size);
+    for (char*& stack : square) stack = pieces.take(count, square_group, size);
+    partial = pieces.take<double>(count, blocks);
+    roots = pieces.take<float>(p.aol ? count : 0, s.m);
     bytes = pieces.bytes();
   }
 };

@@ -31,7 +31,7 @@ struct Cut {
     const int64_t group = engine.panel_rows;
     block_rows = std::max<int64_t>(1, kBlockQueries / group) * group;
     blocks_of_head = ceil_div(p.queries, block_rows);
-    tasks = p.batch * p.heads * blocks_of_head;
+    tasks = volume(p.batch, p.heads, blocks_of_head);
   }
 };
 
@@ -44,7 +44,7 @@ struct Scratch {  // of a thread
     Pieces pieces(memory);
     panel = pieces.take(cut.engine.panel_bytes(cut.block_rows, dim));
     strip = pieces.take(cut.engine.strip_bytes());
-    sums = pieces.take<float>(cut.block_rows * kStripRows);
+    sums = pieces.take<float>(cut.block_rows, kStripRows);
     bytes = pieces.bytes();
   }
 };
@@ -58,7 +58,7 @@ struct Memory {   // of the workspace
     Pieces pieces(workspace);
     maxima = pieces.take<float>(cut.tasks);
     scratch_bytes = Scratch(cut, dim, nullptr).bytes;
-    scratch = pieces.take(cpu::num_threads() * scratch_bytes);
+    scratch = pieces.take(cpu::num_threads(), scratch_bytes);
     bytes = pieces.bytes();
   }
 };
@@ -79,7 +79,7 @@ Status check(const AttentionMaxLogitsParams& p, kimi_device device) {
                    " and ", p.keys);
   if (p.heads > 0 && (!p.max_logits || (device == KIMI_DEVICE_CPU && !p.workspace)))
     return invalid(op, ": expected pointers for max_logits and workspace, got NULL");
-  if (p.batch * p.heads * p.queries * p.keys * p.dim > 0 && (!p.q || !p.k))
+  if (volume(p.batch, p.heads, p.queries, p.keys, p.dim) > 0 && (!p.q || !p.k))
     return invalid(op, ": expected pointers for q and k, got NULL");
   KIMI_RETURN_IF_ERROR(check_strides(op,
                                      "q_batch_stride, q_head_stride, q_row_stride, q_col_stride",

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <exception>
 
+#include "common/volume.h"
+
 namespace kimi::xla {
 namespace {
 
@@ -35,7 +37,7 @@ std::string text_of(const List& dims) {
 
 int64_t Tensor::count() const {
   int64_t count = 1;
-  for (int64_t size : dims) count *= size;
+  for (int64_t size : dims) count = volume(count, size);
   return count;
 }
 

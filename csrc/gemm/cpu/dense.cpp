@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/workspace.h"
+
 namespace kimi::gemm {
 namespace {
 
@@ -35,8 +37,18 @@ struct Layout {
     strip_bytes = round_up(engine.strip_bytes(), 64);
     sums_bytes = panel_rows * kTaskStrips * kStripRows * 4;
   }
-  size_t bytes(int threads) const {
-    return size_t(panels * panel_bytes + strips * blocks * strip_bytes + threads * sums_bytes);
+};
+
+struct Memory {  // of the scratch
+  char *panels, *strips, *sums;
+  int64_t bytes;
+
+  Memory(const Layout& layout, int threads, void* scratch) {
+    Pieces pieces(scratch);
+    panels = pieces.take(layout.panels, layout.panel_bytes);
+    strips = pieces.take(layout.strips, layout.blocks, layout.strip_bytes);
+    sums = pieces.take(threads, layout.sums_bytes);
+    bytes = pieces.bytes();
   }
 };
 
@@ -44,18 +56,18 @@ class Multiplication {
  public:
   Multiplication(const Dense& product, const std::function<void(const DenseBlock&)>& to,
                  void* scratch, int threads)
-      : p(product), sink(to), layout(p.rows, p.cols, p.depth, p.dtype, threads), threads_(threads) {
-    panels_ = static_cast<char*>(scratch);
-    strips_ = panels_ + layout.panels * layout.panel_bytes;
-    sums_ = strips_ + layout.strips * layout.blocks * layout.strip_bytes;
-  }
+      : p(product),
+        sink(to),
+        layout(p.rows, p.cols, p.depth, p.dtype, threads),
+        memory(layout, threads, scratch),
+        threads_(threads) {}
 
   void pack() const {
     tasks(layout.panels + layout.strips, threads_, [&](int64_t task, int) {
       const auto& engine = layout.engine;
       if (task < layout.panels) {
         engine.pack_panel(p.a, task * layout.panel_rows, rows_of(task), 0, p.depth,
-                          panels_ + task * layout.panel_bytes);
+                          memory.panels + task * layout.panel_bytes);
         return;
       }
       const int64_t s = task - layout.panels, row = s * kStripRows;
@@ -78,7 +90,7 @@ class Multiplication {
         task -= in_panel;
       const int64_t first = task * kTaskStrips;
       multiply(q, first, std::min(last_strip(q), first + kTaskStrips),
-               reinterpret_cast<float*>(sums_ + thread * layout.sums_bytes));
+               reinterpret_cast<float*>(memory.sums + thread * layout.sums_bytes));
     });
   }
 
@@ -91,7 +103,7 @@ class Multiplication {
     return std::min(layout.engine.depth_block, p.depth - b * layout.engine.depth_block);
   }
   char* strip(int64_t s, int64_t b) const {
-    return strips_ + (s * layout.blocks + b) * layout.strip_bytes;
+    return memory.strips + (s * layout.blocks + b) * layout.strip_bytes;
   }
   // The first row of the panel that the strip needs, a multiple of a group of rows.
   int64_t first_row(int64_t panel, int64_t s) const {
@@ -108,7 +120,7 @@ class Multiplication {
       return sums + ((s - first) * layout.panel_rows + first_row(panel, s)) * kStripRows;
     };
     if (p.depth == 0) std::memset(sums, 0, size_t(layout.sums_bytes));
-    const char* block = panels_ + panel * layout.panel_bytes;
+    const char* block = memory.panels + panel * layout.panel_bytes;
     for (int64_t b = 0; b < layout.blocks; ++b) {
       const int64_t row_bytes = engine.packed_depth(depth_of(b)) * engine.element_bytes;
       for (int64_t s = first; s < last; ++s) {
@@ -129,15 +141,15 @@ class Multiplication {
   const Dense& p;
   const std::function<void(const DenseBlock&)>& sink;
   const Layout layout;
+  const Memory memory;
   const int threads_;
-  char *panels_, *strips_, *sums_;
 };
 
 }  // namespace
 
 size_t dense_scratch_bytes(int64_t rows, int64_t cols, int64_t depth, kimi_dtype dtype,
                            int threads) {
-  return Layout(rows, cols, depth, dtype, threads).bytes(threads);
+  return size_t(Memory(Layout(rows, cols, depth, dtype, threads), threads, nullptr).bytes);
 }
 
 void multiply_dense(const Dense& p, const std::function<void(const DenseBlock&)>& sink,

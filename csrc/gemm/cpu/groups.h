@@ -61,7 +61,7 @@ struct ThreadMemory {
     Pieces pieces(memory);
     panel = pieces.take(std::max({kPanelBytes, kDotBytes, kStripsBytes,
                                   engine.panel_bytes(kBlockRows, engine.depth_block)}));
-    strip = pieces.take(2 * engine.strip_bytes());
+    strip = pieces.take(2, engine.strip_bytes());
     c = pieces.take<float>(kBlockSums);
     bytes = pieces.bytes();
   }
@@ -79,7 +79,7 @@ class Workspace {
         order_(pieces_.take<int32_t>(groups)),
         first_task_(pieces_.take<int64_t>(int64_t{groups} + 1)),
         thread_bytes_(ThreadMemory(engine, nullptr).bytes),
-        threads_(pieces_.take(cpu::num_threads() * thread_bytes_)) {}
+        threads_(pieces_.take(cpu::num_threads(), thread_bytes_)) {}
 
   int32_t* order() const { return order_; }
   int64_t* first_task() const { return first_task_; }  // [groups + 1]
