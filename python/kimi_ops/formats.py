@@ -154,7 +154,9 @@ def dequantize_mxfp4(packed: Tensor, scale: Tensor) -> Tensor:
 def mxfp4_parts(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The e2m1 values [N, K] float32, and the exponents [N, K / 32] float32 of their groups."""
     nibbles = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1).long()
-    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=packed.device)
+    magnitudes = torch.tensor(
+        [0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float32, device=packed.device
+    )
     values = torch.cat([magnitudes, -magnitudes])[nibbles]
     return values, (scale.float() - 127).masked_fill(scale == 255, torch.nan)
 

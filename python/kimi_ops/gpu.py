@@ -112,7 +112,9 @@ def _try_gpu(device: str = "cuda") -> None:
     torch.cuda.init()  # raises with the reason, of which torch.cuda.is_available() makes False
     if not _native._C.cuda_architectures():
         raise RuntimeError("this build has no CUDA kernels")
-    logits = torch.tensor([[0.0, 2.0, 1.0]], device=device) + 0  # a kernel of torch
+    logits = (
+        torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.float32, device=device) + 0
+    )  # a kernel of torch
     chosen = topk_gate(logits, 2).indices.tolist()
     if chosen != [[1, 2]]:
         raise RuntimeError(f"a kernel gave the wrong result, {chosen} for [[1, 2]]")

@@ -77,6 +77,10 @@ def whole(*shape: int, high: int, low: int = 0, seed: int = 0) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
+def numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
 def wanted(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
@@ -189,7 +193,7 @@ def quantile_histogram_(dtype, score):
     histogram = torch.ones(37, 50, dtype=torch.int32)
     kimi_ops.quantile_histogram_(
         histogram, uniform(40, 37, dtype=dtype) * 4, 4, expert_bias=uniform(37) / 8,
-        bounds=torch.tensor([-0.75, 1.0]), score_function=score, valid=torch.arange(40) % 5 != 0,
+        bounds=numbers(-0.75, 1.0), score_function=score, valid=torch.arange(40) % 5 != 0,
     )  # fmt: skip
     return (histogram,)
 
@@ -278,7 +282,7 @@ def grouped_gemm_out(dtype):
     """Into fp32, into a strided tensor, and a weight gradient added to what is there."""
     a, b = uniform(13, 17, dtype=dtype), uniform(3, 17, 9, dtype=dtype)
     dc, offsets = uniform(13, 9, dtype=dtype, seed=1), ends(4, 4, 12)
-    out = strided(torch.zeros(13, 9))
+    out = strided(torch.zeros(13, 9, dtype=torch.float32))
     kimi_ops.grouped_gemm(a, b, offsets, out=out)
     wide = kimi_ops.grouped_gemm(a, b, offsets, out_dtype=torch.float32)
     dw = uniform(3, 17, 9)
@@ -394,7 +398,7 @@ def attention_max_logits(dtype, causal):
 
 @case(dtype=DTYPES, layout=("mla", "mha", "query_only", "group_max"), engines=CPU)
 def qk_clip_(dtype, layout):
-    maxima = torch.tensor([50.0, 150.0, 100.0, 1000.0])
+    maxima = numbers(50.0, 150.0, 100.0, 1000.0)
     q, k = uniform(4 * 6, 19, dtype=dtype), strided(uniform(4 * 6, 19, dtype=dtype, seed=1))
     geometry = {"layout": layout, "head_dim": 6}
     if layout == "mla":
@@ -413,8 +417,8 @@ def optimizer_passes(dtype, grad, cautious):
     grads = [uniform(*shape, dtype=grad, seed=1) for shape in shapes]
     buffers = [uniform(*shape, seed=2) for shape in shapes]
     squares = [uniform(*shape, seed=3).abs() for shape in shapes]
-    steps = [torch.tensor(float(count)) for count in (0, 1, 29)]
-    sums, edges = torch.tensor([1.0, 4.0, 9.0]).double(), [0, 1, 1, 2, 2, 3]
+    steps = [numbers(count)[0] for count in (0, 1, 29)]
+    sums, edges = numbers(1.0, 4.0, 9.0).double(), [0, 1, 1, 2, 2, 3]
     sums[1] = torch.inf if cautious else 4.0
     flags, scale = (sums, edges), ops.clip_factor(sums, edges, 3.0)
     updates = ops.muon_momentum_(grads, buffers, 0.95, cautious, not cautious, *flags)

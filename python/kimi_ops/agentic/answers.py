@@ -75,7 +75,7 @@ class Answers:
         for row, roll in enumerate(rolls[place] for place in which):
             ids[row, : len(roll.ids)] = torch.tensor(roll.ids)
             own[row, : len(roll.own)] = torch.tensor(roll.own)
-        old = torch.zeros(own[:, 1:].shape)
+        old = torch.zeros(own[:, 1:].shape, dtype=torch.float32)
         better = torch.stack([advantage[some].mean() for some in places.values()])
         made = (ids, own[:, 1:], sizes, temperatures[which], better, times, old)
         return cls(*(one.to(device) for one in made))

@@ -254,8 +254,8 @@ class Rl:
     def _answers(self, groups: Sequence[Group]) -> Answers:
         """The tries of groups that say what is better."""
         kept = [group for group in groups if group.unequal]
-        better = advantages(torch.tensor([group.rewards for group in kept]))
-        drawn = torch.tensor([self._temperature(group.task) for group in kept])
+        better = advantages(torch.tensor([group.rewards for group in kept], dtype=torch.float32))
+        drawn = torch.tensor([self._temperature(group.task) for group in kept], dtype=torch.float32)
         return Answers.of(
             [roll for group in kept for roll in group.rolls],
             drawn.repeat_interleave(self.settings.tries),

@@ -219,7 +219,7 @@ def _choose(logits: Tensor, rows: list[_Row], draw: torch.Generator) -> list[int
             one if row.roll.waiting or row.roll.episode.finished else row.allowed(one)
             for row, one in zip(rows, logits.split(1), strict=True)
         ])  # fmt: skip
-    temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)[:, None]
+    temperatures = logits.new_tensor([[row.temperature] for row in rows], dtype=torch.float32)
     likeliest = logits.argmax(-1)
     if not temperatures.any():
         return likeliest.tolist()

@@ -133,13 +133,13 @@ def _activation(expert: nn.Module, names: Sequence[str], wanted: Activated | Non
     if any(parameter.is_meta for parameter in expert.parameters()):
         expert = expert.to_empty(device="cpu")
     expert = expert.float().eval()
-    generator = torch.Generator().manual_seed(0)
+    generator, dtype = torch.Generator().manual_seed(0), torch.float32
     for parameter in expert.parameters():
         spread = 2 / parameter.shape[-1] ** 0.5 if parameter.dim() else 1.0
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) * spread)
     *gates, down = _matrices(expert, names, 0)
     *ups, down_bias = _biases(expert, names)
-    x = torch.randn(_ROWS, down.shape[0], generator=generator).to(down.device)
+    x = torch.randn(_ROWS, down.shape[0], generator=generator, dtype=dtype).to(down.device)
     theirs = expert(x)
     products = [F.linear(x, w, bias) for w, bias in zip(gates, ups, strict=True)]
     gate, up = torch.cat(products, dim=1).chunk(2, dim=1)

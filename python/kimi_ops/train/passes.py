@@ -45,7 +45,7 @@ class Whole:
 
     def step(self, share: Tensor) -> tuple[Tensor, Tensor]:
         micro_batches = share.split(self._rows)
-        total, auxiliary = torch.zeros(2, device=share.device).unbind()
+        total, auxiliary = torch.zeros(2, dtype=torch.float32, device=share.device).unbind()
         for n in range(0, len(micro_batches), self._at_once):
             some = micro_batches[n : n + self._at_once]
             for loss, balance in self._backward(some, len(micro_batches)):

@@ -48,7 +48,7 @@ class Staged:
         schedule = self._schedule(self._ranks.schedule, len(share) // count, count, self._mean)
         with _own_errors():
             schedule.step(*self._input(share), **self._target(share, losses), return_outputs=False)
-        total = torch.zeros((), device=share.device)
+        total = torch.zeros((), dtype=torch.float32, device=share.device)
         for loss in losses:
             total += loss.detach()
         return total, self._stage.auxiliary_loss()

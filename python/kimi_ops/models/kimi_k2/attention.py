@@ -168,8 +168,10 @@ class Attention(FixedBuffers, Recomputes):
         expanded = heads * (self.qk_nope_head_dim + self.v_head_dim)
         self.kv_b_proj = Linear(rank, expanded, bias=False, **factory)
         self.o_proj = Linear(heads * self.v_head_dim, hidden, bias=bias, **factory)
-        statistic = torch.full([heads], -torch.inf, device=factory.get("device"))
-        self.register_buffer("max_logits", statistic.float(), persistent=False)
+        statistic = torch.full(
+            [heads], -torch.inf, dtype=torch.float32, device=factory.get("device")
+        )
+        self.register_buffer("max_logits", statistic, persistent=False)
 
     def forward(
         self,

@@ -82,7 +82,8 @@ def scales(name: str, shards: Shards) -> Tensor:
     if shards.header(name)[1] not in _EXPONENTS:
         return values
     exponents = values.view(torch.uint8).int() - 127
-    powers = torch.ldexp(torch.ones(exponents.shape, device="cpu"), exponents)
+    ones = torch.ones(exponents.shape, dtype=torch.float32, device="cpu")
+    powers = torch.ldexp(ones, exponents)
     return powers.masked_fill(exponents == 128, torch.nan)
 
 
