@@ -232,6 +232,19 @@ def test_bfloat16_weights_and_autocast():
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("place", ["mixtral:MixtralExperts", "gpt_oss:GptOssExperts"])
+def test_under_autocast_no_other_dtype_comes_between(place):
+    """Tokens in fp32 beside bf16 weights become fp16, not bf16 first."""
+    experts = made(place).bfloat16()
+    ids, weights = route(experts.num_experts)
+    x = torch.randn(TOKENS, HIDDEN)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        got = interop.experts_forward(experts, x, ids, weights)
+    with torch.no_grad():
+        want = interop.experts_forward(experts.half(), x.half(), ids, weights)
+    assert got.dtype == torch.float32 and torch.equal(got, want.float())
+
+
 def test_float64_models_are_served_as_they_are():
     experts = made("mixtral:MixtralExperts").double()
     ids, weights = route(EXPERTS)
