@@ -335,22 +335,27 @@ def test_sources_and_ids_that_lead_outside_are_not_followed():
     assert not grad.any()
 
 
-@pytest.mark.parametrize("left", [16, 1 << 24], ids=["nothing is left", "16 MiB are left"])
-@pytest.mark.parametrize("of", [torch.zeros, np.zeros], ids=["tensors", "arrays"])
-def test_results_larger_than_any_memory(of, left):
+@pytest.mark.parametrize(
+    ("k", "n", "left"), [(2**22 + 4, 2**40 - 2**20 + 1, 16), (2**22, 2**40 + 1, 2**24)]
+)
+@pytest.mark.parametrize("operators", [kimi_ops, kn], ids=["tensors", "arrays"])
+def test_results_larger_than_any_memory(operators, k, n, left):
     """Their bytes wrap at 2^64 to a number that there is memory for."""
-    k = 2**31 + 1
-    n = left // 4 * pow(k, -1, 2**62) % 2**62
-    assert 4 * k * n % 2**64 == left
-    operators = kimi_ops if of is torch.zeros else kn
-    ends = torch.zeros(1, dtype=torch.int32) if of is torch.zeros else np.zeros(1, np.int32)
-    message = rf"^grouped_gemm_wgrad: expected results .* less than 2\^62 bytes, got .*{n}\] of float"
+    assert 4 * k * n == 2**64 + left
+    given = np.zeros((0, k), F32), np.zeros((0, n), F32), np.zeros(1, np.int32)
+    if operators is kimi_ops:
+        given = map(torch.from_numpy, given)
+    message = (
+        rf"^grouped_gemm_wgrad: expected results .* less than 2\^62 bytes, got .*{n}\] of float"
+    )
     with pytest.raises(ValueError, match=message):
-        operators.grouped_gemm_wgrad(of((0, k)), of((0, n)), ends)
+        operators.grouped_gemm_wgrad(*given)
 
 
 def test_results_that_no_memory_is_left_for():
     a, dc = np.zeros((0, 2**30), np.float32), np.zeros((0, 2**25), np.float32)
-    message = rf"^grouped_gemm_wgrad: expected {2**57} bytes of memory .*float32, got none; free some"
+    message = (
+        rf"^grouped_gemm_wgrad: expected {2**57} bytes of memory .*float32, got none; free some"
+    )
     with pytest.raises(MemoryError, match=message):
         kn.grouped_gemm_wgrad(a, dc, np.zeros(1, np.int32))
