@@ -242,6 +242,13 @@ for _recompute in (False, True):
             x, up, down, weights, ids, b_gate_up=b_gate_up, b_down=b_down, recompute=r
         )
     )  # fmt: skip
+for _alone in BIASES:
+    case(f"fused_experts with {_alone} alone", "x", "up", "down", "weights", "bias",
+         **_LAYER, bias=BIASES[_alone])(
+        lambda k, x, up, down, weights, ids, bias, a=_alone: k.fused_experts(
+            x, up, down, weights, ids, **{a: bias}
+        )
+    )  # fmt: skip
 case("fused_experts weights_first", "x", "up", "down", "weights", **_LAYER)(
     lambda k, x, up, down, weights, ids: k.fused_experts(
         x, up, down, weights, ids, weights_first=True, plan=k.permute_plan(ids, E)
@@ -260,6 +267,7 @@ for _name, _options in {
     "quintic": {}, "aol": {"coefficients": "aol", "steps": 4},
     "gram": {"method": "gram", "coefficients": "polar_express"},
     "restarts": {"method": "gram", "restarts": (1, 3)}, "auto": {"dtype": "float32"},
+    "standard": {"method": "standard"}, "symmetric": {"method": "symmetric"},
     "triples": {"coefficients": [(1.5, -0.5, 0.0)] * 8, "steps": 8, "eps": 20.0},
 }.items():  # fmt: skip
     case(f"newton_schulz {_name}", g=f(2, 5, 9))(
@@ -273,6 +281,9 @@ case("syrk", a=f(2, 5, 9), c=f(2, 5, 5))(
 )
 case("symmetric_matmul", tolerance=1e-6, a=f(5, 5))(
     lambda k, a: k.symmetric_matmul(s := a @ a.T, s)
+)
+case("attention_max_logits of a few queries", q=f(2, 4, 3, 8), k=f(2, 2, 6, 8))(
+    lambda ops, **x: ops.attention_max_logits(x["q"], x["k"], 0.25)
 )
 case("attention_max_logits", q=f(2, 4, 6, 8), k=f(2, 2, 6, 8))(
     lambda ops, **x: ops.attention_max_logits(x["q"], x["k"], 0.25, causal=False)

@@ -16,8 +16,21 @@ FLAT = [edge for piece in PIECES for edge in piece]
 SUMS = np.array([1.0, np.inf, 2.0])  # the first array is left alone
 
 
-def arrays(low=-1.0):
-    return [RANDOM.uniform(low, 1, shape).astype(F32) for shape in SHAPES]
+BF16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+MIXED = pytest.mark.parametrize("kinds", [(F32, F32), (BF16, F32), (F32, BF16)], ids=str)
+
+
+def arrays(low=-1.0, dtype=F32):
+    return [RANDOM.uniform(low, 1, shape).astype(dtype) for shape in SHAPES]
+
+
+def tensor(x):
+    x = np.array(x)
+    return (
+        torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        if x.dtype == BF16
+        else torch.from_numpy(x)
+    )
 
 
 # Each pass on copies, by three modules: everything that it returns or changes, as one list.
@@ -26,8 +39,8 @@ def arrays(low=-1.0):
 class Torch:
     def new(self, x):
         if isinstance(x, list):
-            return [torch.from_numpy(np.array(one)) for one in x]
-        return None if x is None else torch.from_numpy(np.array(x))
+            return [tensor(one) for one in x]
+        return None if x is None else tensor(x)
 
     def squares(self, x):
         sums = torch.zeros(3, dtype=torch.float64)
@@ -51,7 +64,7 @@ class Torch:
     def adamw(self, lists, numbers, scale, factors, measure):
         lists, sums = [self.new(x) for x in lists], self.new(SUMS)
         rest = self.new(scale), *(self.new(x) for x in factors)
-        OPS.adamw_(*lists, *numbers, True, sums, FLAT, measure, *rest)
+        OPS.adamw_(*lists, *numbers, sums, FLAT, measure, *rest)
         return [x for part in (*lists[:1], *lists[2:]) for x in part] + [sums] * measure
 
     def clip_rows(self, weights, maxima, *geometry):
@@ -83,7 +96,7 @@ class NumPy:
 
     def adamw(self, lists, numbers, scale, factors, measure):
         lists, sums = [self.copied(x) for x in lists], SUMS.copy()
-        kn.adamw_(*lists, *numbers, True, sums, PIECES, measure, scale, *factors)
+        kn.adamw_(*lists, *numbers, sums, PIECES, measure, scale, *factors)
         return [x for part in (*lists[:1], *lists[2:]) for x in part] + [sums] * measure
 
     def clip_rows(self, weights, maxima, *geometry):
@@ -128,7 +141,7 @@ class Jax:
         factors = [x if x is None else F32(x) for x in factors]
         *lists, sums = self.jit(
             lambda x, f: (
-                *self.k.adamw(*x, *numbers, True, self.bits(SUMS), PIECES, measure, scale, *f),
+                *self.k.adamw(*x, *numbers, self.bits(SUMS), PIECES, measure, scale, *f),
                 *([] if measure else [None]),
             )
         )(lists, factors)
@@ -147,45 +160,54 @@ def ours(request):
 def same(ours, theirs):
     assert len(ours) == len(theirs)
     for got, want in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(np.ravel(got), np.ravel(want))
+        assert str(want.dtype).endswith(np.asarray(got).dtype.name)
+        np.testing.assert_array_equal(np.ravel(got).astype(F64), np.ravel(want.double()))
 
 
-def test_squares_and_the_factor_of_a_norm(ours):
-    x = arrays()
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_squares_and_the_factor_of_a_norm(ours, dtype):
+    x = arrays(dtype=dtype)
     same(ours.squares(x), Torch().squares(x))
     sums = Torch().squares(x)[0].numpy()
     same(ours.clip_factor(sums, 0.5), Torch().clip_factor(sums, 0.5))
     assert Torch().clip_factor(sums, 0.5)[0] < 1
 
 
+@MIXED
 @pytest.mark.parametrize("options", [(0.95, True, False), (0.9, False, True)])
-def test_momentum(ours, options):
-    grads, buffers = arrays(), arrays()
+def test_momentum(ours, options, kinds):
+    grads, buffers = (arrays(dtype=kind) for kind in kinds)
     same(ours.momentum(grads, buffers, *options), Torch().momentum(grads, buffers, *options))
     assert not np.any(ours.momentum(grads, buffers, *options)[0])
 
 
+@MIXED
+@pytest.mark.parametrize("cautious", [True, False])
 @pytest.mark.parametrize("factors", [(None, None), (np.array(0.3, F32), np.array(0.7, F32))])
-def test_update(ours, factors):
+def test_update(ours, factors, cautious, kinds):
     factors = [x if x is None else x.astype(F64) for x in factors]
-    arguments = arrays(), arrays(), [0.1, 0.2], 0.01, True, *factors
+    both = (arrays(dtype=kind) for kind in kinds)
+    arguments = *both, [0.1, 0.2], 0.01, cautious, *factors
     same(ours.update(*arguments), Torch().update(*arguments))
 
 
-@pytest.mark.parametrize(("measure", "maximize"), [(False, True), (True, False)])
-def test_adamw(ours, measure, maximize):
-    lists = [arrays(), arrays(), arrays(), arrays(0.0), [np.array(n, F32) for n in (3, 7)]]
-    numbers = 1e-3, 0.9, 0.95, 1e-8, 0.1, maximize
+@MIXED
+@pytest.mark.parametrize(
+    ("measure", "maximize", "cautious"), [(False, True, True), (True, False, False)]
+)
+def test_adamw(ours, measure, maximize, cautious, kinds):
+    params, grads = (arrays(dtype=kind) for kind in kinds)
+    lists = [params, grads, arrays(), arrays(0.0), [np.array(n, F32) for n in (3, 7)]]
+    numbers = 1e-3, 0.9, 0.95, 1e-3, 0.1, maximize, cautious
     factors = [np.array(F32(0.3), F64), None if measure else np.array(F32(0.7), F64)]
     arguments = lists, numbers, np.array(0.5, F32), factors, measure
     same(ours.adamw(*arguments), Torch().adamw(*arguments))
 
 
 def test_clip_rows(ours):
-    weights, maxima = (
-        [RANDOM.standard_normal((rows, 3), F32) for rows in (8, 5, 6)],
-        np.array([9, 40, 160], F32),
-    )
+    kinds = {(8, 3): F32, (5,): BF16, (6, 3): np.float16}  # a dtype and a number of columns each
+    weights = [RANDOM.standard_normal(shape, F32).astype(kind) for shape, kind in kinds.items()]
+    maxima = np.array([9, 40, 160], F32)
     places = [0, 2, 4, 0, 4, 0], [0, 2, 4, 3, 1, 3], [1, 1, 6, 0, 2, 4]
     geometry = [2, 1, 1, 1], [x for place in places for x in place], [0.5, 0.5, 0.25], 10.0
     theirs = Torch().clip_rows(weights, maxima, *geometry)
