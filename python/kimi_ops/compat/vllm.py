@@ -324,8 +324,8 @@ def _ids(op: str, topk_ids: Tensor) -> Tensor:
 
 def _known(op: str, expert_map: Tensor, experts: int) -> Tensor:
     _check.tensor(op, "expert_map", expert_map)
-    _check.dtype(op, "expert_map", expert_map, (torch.int32, torch.int64))
     _check.shape(op, "expert_map", expert_map, (experts,), "one for each expert of all ranks")
+    _check.dtype(op, "expert_map", expert_map, (torch.int32, torch.int64))
     return as_int32(expert_map)
 
 
