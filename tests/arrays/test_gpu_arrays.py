@@ -118,7 +118,7 @@ def test_ids_are_read_where_checks_are_asked_for(monkeypatch):
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """A module of that name: a current stream, a current device, no `device` of `empty`."""
+    """A module of that name: a current device, a current stream of it, no `device` of `empty`."""
     entered = []
 
     class Current:
@@ -134,8 +134,10 @@ def cupy(monkeypatch):
     module = types.ModuleType("cupy")
     module.__getattr__ = lambda name: getattr(LIBRARY, name)
     module.empty = lambda shape, dtype: LIBRARY.empty(shape, dtype=dtype, device=Device.place)
-    stream = types.SimpleNamespace(ptr=0x50)
-    module.cuda = types.SimpleNamespace(get_current_stream=lambda: stream, Device=Current)
+    stream, elsewhere = types.SimpleNamespace(ptr=0x50), types.SimpleNamespace(ptr=0x40)
+    module.cuda = types.SimpleNamespace(
+        get_current_stream=lambda: stream if entered and entered[-1] else elsewhere, Device=Current
+    )
     module.stream, module.entered = stream, entered
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(Device, "__array_namespace__", lambda self: module)
@@ -144,7 +146,7 @@ def cupy(monkeypatch):
 
 def test_the_current_stream_and_device_of_cupy(cupy):
     kn.z_loss(there(2, 4))
-    assert SIMT.take_streams() == [0x50] and cupy.entered == [(2, 0), None]
+    assert SIMT.take_streams() == [0x50] and cupy.entered == 2 * [(2, 0), None]
     cupy.stream.ptr = 0  # its default stream
     kn.z_loss(there(2, 4))
     assert SIMT.take_streams() == [1]

@@ -93,7 +93,8 @@ class Place:
         given = _given.get()
         self.stream = LEGACY if given is None else given
         if self.is_cupy:
-            self.stream = self.library.cuda.get_current_stream().ptr or LEGACY
+            with self.current():  # each device has a current stream of its own
+                self.stream = self.library.cuda.get_current_stream().ptr or LEGACY
             if given not in (None, self.stream):
                 raise ValueError(
                     f"kimi_ops.numpy.stream: expected CuPy's current stream {self.stream:#x}, got "
