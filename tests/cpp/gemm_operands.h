@@ -114,6 +114,7 @@ struct Matrix {
       (kind.gather == kRows ? x.row_index : x.depth_index) = index.data();
     }
     const int64_t pad = random() % 4;
+    bool backwards = false;
     switch (kind.order) {
       case kAlongDepth:
         x.depth_stride = 1, x.row_stride = source_depth + pad;
@@ -121,12 +122,18 @@ struct Matrix {
         break;
       case kAlongRows:
         x.row_stride = 1, x.depth_stride = source_rows + pad;
+        backwards = random() % 2;
         break;
       case kStrided:
         x.depth_stride = 2, x.row_stride = 2 * source_depth + pad;
     }
     fill((source_rows - 1) * x.row_stride + (source_depth - 1) * x.depth_stride + 1, random);
     scales(source_rows, source_depth, random);
+    if (backwards) {
+      const int64_t last = (source_depth - 1) * x.depth_stride;
+      x.data = &data[last * (x.storage == Storage::kFloat32 ? 4 : 2)];
+      x.depth_stride = -x.depth_stride;
+    }
   }
   Matrix(const Matrix&) = delete;
 

@@ -98,6 +98,8 @@ inline __m512 row16(const Operand& x, int64_t row, int64_t depth, int64_t n) {
   return load16_at<S>(x.data, at, first16(n));
 }
 
+constexpr int64_t kZeros = INT64_MIN;  // a place that no stride leads to, backwards neither
+
 struct Float32 {
   static constexpr int64_t kSpan = 16, kPair = 1;
   static constexpr Storage kStorage = Storage::kFloat32;  // of operands that need no conversion
@@ -106,10 +108,11 @@ struct Float32 {
   static __m512i row(const Operand& x, int64_t row, int64_t depth, int64_t n) {
     return _mm512_castps_si512(row16<S>(x, row, depth, n));
   }
-  // `at`: the first element of each depth, negative for zeros.
+  // `at`: the first element of each depth, or kZeros.
   template <Storage S>
   static __m512i column(const Operand& x, const int64_t at[], __mmask16 n) {
-    return _mm512_castps_si512(at[0] < 0 ? _mm512_setzero_ps() : load16_at<S>(x.data, at[0], n));
+    return _mm512_castps_si512(at[0] == kZeros ? _mm512_setzero_ps()
+                                               : load16_at<S>(x.data, at[0], n));
   }
   static uint32_t word(const float values[]) { return bits_of(values[0]); }
   // A faster way for whole strips whose rows are contiguous; false: it does not apply.
@@ -134,7 +137,7 @@ __m512i column(const Operand& x, int64_t row, int64_t rows, int64_t depth, int64
   for (int64_t i = 0; i < C::kPair; ++i) {
     const int64_t source =
         d + i < count ? gathered(x.depth_index, x.index_divisor, depth + d + i) : -1;
-    at[i] = source < 0 ? -1 : row + source * x.depth_stride;
+    at[i] = source < 0 ? kZeros : row + source * x.depth_stride;
   }
   return C::template column<S>(x, at, first16(rows));
 }

@@ -76,7 +76,7 @@ struct Pairs {
   }
   template <Storage S>
   static __m512i half(const Operand& x, int64_t at, __mmask16 n) {
-    if (at < 0) return _mm512_setzero_si512();
+    if (at == kZeros) return _mm512_setzero_si512();
     if constexpr (S == Storage::kBfloat16)
       return _mm512_cvtepu16_epi32(
           _mm256_maskz_loadu_epi16(n, static_cast<const bf16*>(x.data) + at));
