@@ -5,6 +5,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include "cpu/parallel.h"
 
@@ -13,6 +16,10 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 thread_local int chosen_threads = 0;
+thread_local bool forked = false;
+#if !defined(_WIN32)
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
 
 // An environment variable cannot return a status: a wrong value is said once and not obeyed.
 kimi_isa initial_isa() {
@@ -65,5 +72,6 @@ const char* isa_name(kimi_isa value) {
 
 int num_threads() { return chosen_threads > 0 ? chosen_threads : omp_get_max_threads(); }
 void set_num_threads(int n) { chosen_threads = n; }
+bool detail::is_forked() { return forked; }
 
 }  // namespace kimi::cpu

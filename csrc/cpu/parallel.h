@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#if defined(__SANITIZE_THREAD__)
 #include <thread>
+#if defined(__SANITIZE_THREAD__)
 #include <vector>
 #endif
 
@@ -20,6 +20,8 @@ int num_threads();
 void set_num_threads(int n);
 
 namespace detail {
+
+bool is_forked();  // whether the calling thread is the one that goes on after a fork
 
 // Whether the caller is on one of on_threads' threads, which calls body(rank, count) once on each of
 // `threads` or fewer.
@@ -46,8 +48,13 @@ inline bool inside_parallel() { return omp_in_parallel(); }
 
 template <class Body>
 void on_threads(int threads, const Body& body) {
+  const auto run = [&] {
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+    body(omp_get_thread_num(), omp_get_num_threads());
+  };
+  // A thread that was forked has the list of its OpenMP threads but not the threads, and would wait
+  // for them for ever. A new one begins without any.
+  is_forked() ? std::thread(run).join() : run();
 }
 
 #endif
