@@ -75,7 +75,7 @@ int64_t Call::integer(const char* name) {
   }
   int overflow = 0;
   const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
-  if (overflow) value_error(name, "expected an int of 64 bits, got ", shown(object));
+  if (overflow) value_error(name, "expected an int of 64 bits, got a larger one");
   return value;
 }
 

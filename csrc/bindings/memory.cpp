@@ -49,12 +49,23 @@ Tensor Call::view_of(PyObject* object, std::string_view name) {
     origin_name_ = name;
     exchange_ = exchange;
   }
+  return tensor_of(view, object, name);
+}
+
+// What kernels may read: memory at addresses that its type may have.
+Tensor Call::tensor_of(const dlpack::Tensor& view, PyObject* object, std::string_view name) {
   Tensor tensor{this,       object,       name,
                 view.dtype, view.device,  view.ndim,
                 view.shape, view.strides, static_cast<char*>(view.data) + view.byte_offset};
-  if (!view.data && tensor.count() > 0)
+  if (tensor.count() == 0) return tensor;
+  if (!view.data)
     type_error(name, "expected a tensor with memory, got ", Py_TYPE(object)->tp_name,
                " without any; call torch.ops.kimi_ops.", op);
+  const int parts = view.dtype.code == dlpack::kComplex ? 2 : 1;
+  const uintptr_t align = uintptr_t(std::clamp(view.dtype.bits / 8 / parts, 1, 8));
+  if (const uintptr_t past = reinterpret_cast<uintptr_t>(tensor.address) % align)
+    value_error(name, "expected memory at a multiple of ", align, " bytes, got an address ", past,
+                " past one; pass a copy");
   return tensor;
 }
 
@@ -107,13 +118,10 @@ Tensor Call::foreign(PyObject* object, std::string_view name) {
     origin_ = object;
     origin_name_ = name;
   }
-  const int64_t* strides = view->strides;
-  if (!strides) {
-    strides = strides_.emplace_back(dense_strides(view->ndim, view->shape)).data();
-  }
-  Tensor tensor{this,        object,       name,
-                view->dtype, view->device, view->ndim,
-                view->shape, strides,      static_cast<char*>(view->data) + view->byte_offset};
+  dlpack::Tensor with_strides = *view;
+  if (!view->strides)
+    with_strides.strides = strides_.emplace_back(dense_strides(view->ndim, view->shape)).data();
+  Tensor tensor = tensor_of(with_strides, object, name);
   tensor.read_only = read_only;
   return tensor;
 }
@@ -136,6 +144,10 @@ dlpack::ManagedVersioned* allocate_in(const dlpack::Exchange* exchange, dlpack::
     throw Raised();
   }
   return memory;
+}
+
+char* address_of(const dlpack::ManagedVersioned& memory) {
+  return static_cast<char*>(memory.tensor.data) + memory.tensor.byte_offset;
 }
 
 }  // namespace
@@ -191,7 +203,7 @@ Output Call::allocate(Type type, int ndim, const int64_t* sizes) {
   }
   dlpack::ManagedVersioned* memory = this->memory(type, ndim, clean);
   void* object = nullptr;
-  char* address = static_cast<char*>(memory->tensor.data) + memory->tensor.byte_offset;
+  char* address = address_of(*memory);
   if (exchange_) {
     if (exchange_->to_object(memory, &object) != 0) throw Raised();
   } else {
@@ -215,7 +227,7 @@ void* Call::workspace(size_t bytes) {
   const int64_t size = int64_t(bytes);
   if (origin_allocates()) return keep(made_by_origin(kUint8, 1, &size), "workspace").address;
   managed_.push_back(memory(kUint8, 1, &size));
-  return managed_.back()->tensor.data;
+  return address_of(*managed_.back());
 }
 
 }  // namespace kimi::bindings

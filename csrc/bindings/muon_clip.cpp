@@ -67,7 +67,9 @@ struct Flags {
   void check(Call& call, const Tensors& tensors, bool written) const {
     if (!squares) return;
     squares.of({kFloat64}).shape({"N"});
-    if (!squares.is_dense()) call.value_error("squares", "expected contiguous memory");
+    if (!squares.is_dense())
+      call.value_error("squares", "expected contiguous memory, got strides ",
+                       squares.strides_text(), "; pass a contiguous copy");
     if (written) squares.writable({});
     check_numbers(call, "pieces", pieces, 2 * tensors.size());
     for (size_t i = 0; i < pieces.size(); i += 2)
@@ -240,6 +242,9 @@ PyObject* squares(Call& call) {
       const size_t next = places.size();
       if (next >= lengths.size() || lengths[next] < 0)
         call.value_error("lengths", "expected a number of elements, 0 or more, for each piece");
+      if (lengths[next] > x[i].count() - begin)
+        call.value_error("lengths", "expected ", x[i].count(), " elements of ", x[i].name,
+                         " altogether, got more");
       sources.push_back(from[i].data<char>() + begin * from[i].bytes());
       places.push_back(piece);
       begin += lengths[next];

@@ -44,7 +44,7 @@ struct Strides {
   explicit Strides(const Tensor& x)
       : row(x.size(0) > 1 ? x.stride(0) : x.size(1)), col(x.size(1) > 1 ? x.stride(1) : 1) {}
   bool operator==(const Strides&) const = default;
-  bool has_a_line() const { return row == 1 || col == 1; }
+  bool has_a_line() const { return (row == 1 && col != 0) || (col == 1 && row != 0); }
 };
 
 PyObject* newton_schulz(Call& call) {

@@ -127,7 +127,7 @@ const Tensor& Tensor::shape_like(const Tensor& other, std::string_view mend) con
 
 const Tensor& Tensor::writable(std::initializer_list<const Tensor*> inputs) const {
   for (int i = 0; i < ndim; ++i)
-    if (strides[i] == 0 && sizes[i] > 1)
+    if (strides[i] == 0 && sizes[i] > 1 && count() > 0)
       call->value_error(name,
                         "expected elements with memory of their own, got an expanded tensor of "
                         "strides ",
@@ -172,7 +172,8 @@ bool Tensor::at_one_place(int dims) const {
 
 Tensor Tensor::dense_rows() const {
   const bool dense = sizes[ndim - 1] <= 1 || count() == 0 || strides[ndim - 1] == 1;
-  return dense && !at_one_place(ndim - 1) ? *this : contiguous();
+  const bool backwards = *std::min_element(strides, strides + ndim) < 0;
+  return dense && !backwards && !at_one_place(ndim - 1) ? *this : contiguous();
 }
 
 Tensor Tensor::with_a_unit_stride() const {

@@ -91,7 +91,7 @@ class Tensor {
   const Tensor& writable(std::initializer_list<const Tensor*> inputs) const;
   // Itself, or a copy where its memory is in another order.
   Tensor dense() const;
-  Tensor dense_rows() const;          // the last dimension side by side
+  Tensor dense_rows() const;          // the last dimension side by side, no other one backwards
   Tensor with_a_unit_stride() const;  // some dimension side by side
   Tensor apart() const;               // not all elements at one place
 
@@ -222,6 +222,7 @@ class Call {
   std::vector<PyObject*> items(const char* name, const char* what);
   Tensor argument(PyObject* object, std::string_view name);
   Tensor foreign(PyObject* object, std::string_view name);
+  Tensor tensor_of(const dlpack::Tensor& view, PyObject* object, std::string_view name);
   [[noreturn]] void refuse_device(std::string_view name, const std::string& got) const;
   // Without a table of functions the memory and the stream of a GPU are the first array's to give.
   bool origin_allocates() const { return device_.type == dlpack::kCuda && !exchange_; }

@@ -147,6 +147,69 @@ def test_strided_and_read_only_arrays_are_read():
     assert np.array_equal(out, kn.grouped_gemm(a, b, ends))
 
 
+def backwards(x):
+    return np.ascontiguousarray(x[::-1])[::-1]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, plan: kn.topk_gate(x, 3),
+        lambda x, plan: kn.permute(x, plan),
+        lambda x, plan: kn.unpermute(x, kn.permute_plan(np.arange(6, dtype=I32)[:, None], 6)),
+        lambda x, plan: kn.sort_chunks(x, np.array([2, 4], I32), np.array([1, 0], I32)),
+        lambda x, plan: kn.newton_schulz(x),
+    ],
+)
+def test_rows_that_run_backwards(call):
+    x, plan = f(6, 16), kn.permute_plan(RANDOM.integers(0, 4, (6, 2), I32), 4)
+    for ours, theirs in zip(call(backwards(x), plan), call(x, plan), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_products_of_rows_that_run_backwards():
+    """Also over the rows: the depth of a weight's gradient."""
+    a, b, dc, ends = f(40, 48), f(2, 48, 64), f(40, 64), np.array([17, 40], I32)
+    want, grad = kn.grouped_gemm(a, b, ends), kn.grouped_gemm_wgrad(a, dc, ends)
+    assert np.abs(kn.grouped_gemm(backwards(a), b, ends) - want).max() < 1e-4
+    turned = np.ascontiguousarray(b[:, ::-1])[:, ::-1]
+    assert np.abs(kn.grouped_gemm(a, turned, ends) - want).max() < 1e-4
+    for left, right in ((backwards(a), dc), (a, backwards(dc)), (backwards(a), backwards(dc))):
+        assert np.abs(kn.grouped_gemm_wgrad(left, right, ends) - grad).max() < 1e-4
+
+
+def test_weights_whose_rows_run_backwards_are_changed_in_place():
+    weight, direction, moved = f(6, 16), f(6, 16), f(6, 16)
+    moved[::-1] = weight
+    kn.muon_update_([weight], [direction], [0.5], 0.1)
+    kn.muon_update_([moved[::-1]], [backwards(direction)], [0.5], 0.1)
+    assert np.array_equal(moved[::-1], weight)
+
+
+def test_rows_that_are_all_the_same_one():
+    row = f(1, 16)
+    got = kn.newton_schulz(np.broadcast_to(row, (6, 16)))
+    assert np.array_equal(got, kn.newton_schulz(np.repeat(row, 6, axis=0)))
+
+
+def test_a_process_that_was_forked_computes():
+    code = """
+import os, signal
+import numpy as np
+import kimi_ops.numpy as kn
+kn.set_num_threads(2)
+x = np.arange(4096 * 64, dtype=np.float32).reshape(4096, 64) % 977
+want = kn.topk_gate(x, 8)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # ends a process that waits for threads that it does not have
+    got = kn.topk_gate(x, 8)
+    os._exit(not np.array_equal(got.weights, want.weights))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run(code) == ["0"]
+
+
 def test_read_only_outputs_are_left_alone():
     bias = np.zeros(4, F32)
     bias.flags.writeable = False

@@ -2,6 +2,7 @@
 """What else comes to the native functions: NumPy's arrays, other objects, and arguments that are
 wrong. Faults that end the process are shown in one of their own."""
 
+import ctypes
 import subprocess
 import sys
 
@@ -80,7 +81,7 @@ def test_arrays_outlive_the_call_and_what_they_came_from():
         (lambda x: x[:, ::2], ValueError, r"got strides \(16, 2\); pass a contiguous copy"),
         (np.asfortranarray, ValueError, r"got strides \(1, 4\); pass a contiguous copy"),
         (lambda x: x[:, ::-1], ValueError, "pass a contiguous copy"),
-        (lambda x: x[::-1], ValueError, "logits_stride: expected 0 or more"),
+        (lambda x: x[::-1], ValueError, r"got strides \(-16, 1\); pass a contiguous copy"),
         (np.float64, TypeError, "expected float32, bfloat16, float16, got float64"),
         (lambda x: x.astype(">f4"), TypeError, "expected an array that DLPack can describe"),
         (lambda x: x.astype("S4"), TypeError, "expected an array that DLPack can describe"),
@@ -168,6 +169,26 @@ def test_an_answer_that_is_no_capsule():
         C.z_loss(Producer(lambda **_: None), 1.0, None)
 
 
+@pytest.mark.parametrize("of", [torch.from_numpy, np.asarray])
+def test_memory_between_the_places_of_its_type(of):
+    for dtype, size in ((np.float16, 2), (np.float32, 4), (np.float64, 8)):
+        x = of(np.zeros(64 * size + 1, np.uint8)[1:].view(dtype).reshape(4, 16))
+        with pytest.raises(ValueError, match=f"expected memory at a multiple of {size} bytes"):
+            C.z_loss(x, 1.0, None)
+    with pytest.raises(TypeError, match="expected float32"):
+        C.z_loss(x[:0], 1.0, None)
+
+
+def test_an_array_without_memory():
+    capsule = torch.ones(2, 4).__dlpack__()
+    point = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
+    ctypes.c_void_p.from_address(point(capsule, b"dltensor")).value = None
+    with pytest.raises(TypeError, match="^z_loss: logits: expected a tensor with memory"):
+        C.z_loss(Producer(lambda **o: fails(TypeError())() if o else capsule), 1.0, None)
+
+
 # ---- options
 
 
@@ -179,7 +200,10 @@ def test_an_answer_that_is_no_capsule():
         (2.0, TypeError, "k: expected an int, got float"),
         ("2", TypeError, "k: expected an int, got str"),
         (None, TypeError, "k: expected an int, got None"),
-        (10**30, ValueError, "k: expected an int of 64 bits"),
+        (10**30, ValueError, "k: expected an int of 64 bits, got a larger one"),
+        pytest.param(
+            10**5000, ValueError, "k: expected an int of 64 bits", id="thousands of digits"
+        ),
         (2**40, ValueError, "k: expected an int of 32 bits"),
         (-1, ValueError, r"k: expected 1\.\.16"),
     ],
@@ -209,6 +233,12 @@ def test_names_and_dtypes():
         C.z_loss(f(4, 16))
     with pytest.raises(TypeError, match="no keyword arguments"):
         C.z_loss(logits=f(4, 16))
+
+
+def test_lengths_that_add_up_beyond_64_bits():
+    lengths = [2**63 - 1, 2**63 - 1, 6]  # 4 of them, if only the last 64 bits count
+    with pytest.raises(ValueError, match=r"^squares: lengths: expected 4 elements of x\[0\]"):
+        C.squares_(f(3).double(), [f(4)], [0, 3], lengths)
 
 
 @pytest.mark.parametrize(
