@@ -15,11 +15,11 @@
  *     device: its size goes into `workspace_bytes` and is checked. On a CPU that number is for the
  *     calling thread's number of threads and the current instruction set. 0 bytes: NULL is taken.
  *   - Zero-initialise params (`kimi_topk_gate_params p = {0};`), then set every field whose comment
- *     names no default: NULL stands for an optional tensor, 0 for no choice. What has no meaning
- *     at 0 (a stride between several rows, a scaling factor) is refused.
+ *     names no default: NULL stands for an optional tensor, 0 for no choice. What has no meaning at
+ *     0 (a stride between several rows, a scaling factor, the address of an element) is refused.
  *   - Sizes are numbers of elements unless the name says bytes; a size of 0 is an empty tensor.
- *     Strides count elements too. Tensors are row-major and dense unless a stride field says
- *     otherwise.
+ *     Strides count elements too, and lead forwards where the comment does not say "any". Tensors
+ *     are row-major and dense unless a stride field says otherwise.
  *   - Functions return KIMI_OK or an error; kimi_last_error() says what was expected, what came and
  *     how to mend it. Arguments are checked before anything is launched or written.
  *   - Thread-safe: calls on different data may run at once; the error text is per thread.
@@ -218,7 +218,7 @@ typedef struct kimi_sequence_counts_params {
   int64_t num_tokens;         /* T, below 2^31 */
   int64_t num_sequences;      /* N; without offsets a divisor of T */
   int32_t num_experts;        /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
-  int32_t top_k;              /* K */
+  int32_t top_k;              /* K, at least 1 */
 } kimi_sequence_counts_params;
 
 KIMI_API kimi_status kimi_sequence_counts(const kimi_sequence_counts_params* params,
@@ -237,7 +237,7 @@ typedef struct kimi_sequence_balance_loss_params {
   int64_t num_sequences;            /* N; without offsets a divisor of T */
   int64_t logits_stride;            /* in elements, usually E */
   int32_t num_experts;              /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
-  int32_t top_k;                    /* K: ids a token */
+  int32_t top_k;                    /* K: ids a token, at least 1 */
   float coefficient;
   kimi_dtype logits_dtype;
   kimi_score_function score_function;
@@ -274,13 +274,13 @@ KIMI_API kimi_status kimi_sequence_balance_loss_backward(
 typedef struct kimi_quantile_histogram_params {
   const void* logits;    /* [T, E] logits_dtype, row t at logits + t * logits_stride */
   const float* cutoffs;  /* [T]: the choice score that an expert must reach */
-  const float* bounds;   /* [2]: low < high, the ends of the bins, read on the device */
+  const float* bounds;   /* [2]: low < high, finite, the ends of the bins, read on the device */
   const uint8_t* valid;  /* [T] or NULL */
   int32_t* histogram;    /* in, out [E, num_bins] */
   int64_t num_tokens;    /* T */
   int64_t logits_stride; /* in elements, usually E */
   int32_t num_experts;   /* E, at most KIMI_TOPK_GATE_MAX_EXPERTS */
-  int32_t num_bins;      /* at least 1; what lies outside of the bounds goes to the end bins */
+  int32_t num_bins;      /* 1..2^20; what lies outside of the bounds goes to the end bins */
   kimi_dtype logits_dtype;
   kimi_score_function score_function;
 } kimi_quantile_histogram_params;
@@ -337,7 +337,7 @@ typedef struct kimi_permute_plan_params {
   size_t workspace_bytes;     /* its size, at least what is asked for */
   int64_t num_tokens;         /* T; R must stay below 2^31 */
   int32_t num_experts;        /* E, at most KIMI_PERMUTE_MAX_EXPERTS */
-  int32_t top_k;              /* K */
+  int32_t top_k;              /* K, at least 1 */
   int32_t align;              /* rows of a group are a multiple of it; at least 1 */
 } kimi_permute_plan_params;
 

@@ -36,7 +36,7 @@ typedef struct kimi_grouped_gemm_params {
   void* out;              /* out [R, N] dense, out_dtype */
   void* workspace;        /* kimi_grouped_gemm_workspace_bytes() */
   size_t workspace_bytes; /* its size, at least what is asked for */
-  int64_t num_rows;       /* R */
+  int64_t num_rows;       /* R, below 2^31 */
   int64_t k;
   int64_t n;
   int64_t a_row_stride; /* strides in elements */
@@ -66,7 +66,7 @@ typedef struct kimi_grouped_gemm_wgrad_params {
   void* out;              /* out [E, K, N] out_dtype; one of the strides of K and N is 1 */
   void* workspace;        /* kimi_grouped_gemm_wgrad_workspace_bytes() */
   size_t workspace_bytes; /* its size, at least what is asked for */
-  int64_t num_rows;
+  int64_t num_rows;       /* R, below 2^31 */
   int64_t k;
   int64_t n;
   int64_t a_row_stride;
@@ -94,17 +94,17 @@ KIMI_API kimi_status kimi_grouped_gemm_wgrad(const kimi_grouped_gemm_wgrad_param
  * 2^-126): to nearest even. A block with a value that is not finite becomes NaN. With a plan the
  * rows of token t are row_map[t]: kimi_permute and this one in one pass. */
 typedef struct kimi_fp8_rows_params {
-  const void* x; /* [R, K] dtype, K contiguous; with a plan [T, K] */
-  void* data;    /* out [R, K] e4m3, dense */
-  float* scale;  /* out [ceil(K / 128), R], row stride scale_stride */
-  int64_t num_rows;
+  const void* x;    /* [R, K] dtype, K contiguous; with a plan [T, K] */
+  void* data;       /* out [R, K] e4m3, dense */
+  float* scale;     /* out [ceil(K / 128), R], row stride scale_stride */
+  int64_t num_rows; /* R, below 2^31 */
   int64_t k;
   int64_t x_row_stride; /* strides in elements */
-  int64_t scale_stride;
+  int64_t scale_stride; /* R or more */
   kimi_dtype dtype;
   int32_t top_k;          /* 0: no plan, else row_map's columns */
   int64_t num_tokens;     /* with a plan: T */
-  const int32_t* row_map; /* [T, top_k] of kimi_permute_plan */
+  const int32_t* row_map; /* [T, top_k] of kimi_permute_plan; rows below R: checked on a CPU */
   const int32_t* source;  /* [R] of the plan: its -1 rows become zeros; NULL: they stay */
 } kimi_fp8_rows_params;
 
@@ -114,8 +114,8 @@ KIMI_API kimi_status kimi_fp8_rows(const kimi_fp8_rows_params* params, kimi_devi
 /* out[r] = a[r] b[e]^T + bias[e] for offsets[e-1] <= r < offsets[e]; rows from offsets[E-1] on are
  * zero. Products of 128 of depth are summed by the tensor cores, then scaled and summed in fp32.
  * CUDA with compute capability 9.x: 16 divides a, b, a_scale, k, a_row_stride, and 4
- * a_scale_stride; offsets are not checked (bad ones give wrong rows). csrc/grouped_gemm/fp8.h says
- * how. */
+ * a_scale_stride; offsets are not checked (bad ones give wrong rows). On a CPU KIMI_UNSUPPORTED.
+ * csrc/grouped_gemm/fp8.h says how. */
 typedef struct kimi_grouped_gemm_fp8_params {
   const void* a;          /* [R, K] e4m3, K contiguous */
   const float* a_scale;   /* [ceil(K / 128), R] of kimi_fp8_rows */
@@ -124,12 +124,12 @@ typedef struct kimi_grouped_gemm_fp8_params {
   const int32_t* offsets; /* [E] inclusive end rows */
   const void* bias;       /* [E, N] out_dtype, dense, or NULL */
   void* out;              /* out [R, N] dense, out_dtype */
-  int64_t num_rows;
+  int64_t num_rows;       /* R, K, N below 2^31 */
   int64_t k;
   int64_t n;
-  int64_t a_row_stride; /* strides in elements */
-  int64_t a_scale_stride;
-  int32_t num_experts;
+  int64_t a_row_stride;   /* in elements, as the next; K or more */
+  int64_t a_scale_stride; /* R or more */
+  int32_t num_experts;    /* 1 or more */
   kimi_dtype out_dtype;
 } kimi_grouped_gemm_fp8_params;
 
@@ -172,8 +172,8 @@ typedef struct kimi_expert_weights {
 } kimi_expert_weights;
 
 /* y[t] = sum_k weights[t, k] (w_down[e] h + b_down[e]), h = act(g, u), [g; u] = w_gate_up[e] x[t] +
- * b_gate_up[e]. R = T K. csrc/fused_experts/fused_experts.h says how. On CUDA the plan is not
- * checked. There weights are not quantised, or with compute capability 9.x both are FP8 (dense, 16
+ * b_gate_up[e]. R = T K. csrc/fused_experts/fused_experts.h says how. The plan is checked, but not
+ * on CUDA. There weights are not quantised, or with compute capability 9.x both are FP8 (dense, 16
  * divides their addresses and H, 128 divides F; no gate_up, biases, weights_first): rows of x and h
  * become FP8 then, as of kimi_fp8_rows. */
 typedef struct kimi_fused_experts_params {
@@ -190,12 +190,12 @@ typedef struct kimi_fused_experts_params {
   void* gate_up;          /* out [R, 2F] dense, dtype: [g; u] for the backward; or NULL */
   void* workspace;        /* kimi_fused_experts_workspace_bytes() */
   size_t workspace_bytes; /* its size, at least what is asked for */
-  int64_t num_tokens;
-  int64_t hidden; /* H */
-  int64_t width;  /* F */
+  int64_t num_tokens;     /* T; T K must stay below 2^31 */
+  int64_t hidden;         /* H */
+  int64_t width;          /* F */
   int64_t x_stride;
-  int32_t num_experts;
-  int32_t top_k;
+  int32_t num_experts;   /* E, 1 or more */
+  int32_t top_k;         /* K, 1 or more */
   int32_t weights_first; /* 0 or 1: weights multiply h, before it is rounded; without b_down only */
   kimi_dtype dtype;
   kimi_activation activation;

@@ -41,7 +41,7 @@ typedef KIMI_ENUM(kimi_newton_schulz_method){KIMI_NEWTON_SCHULZ_STANDARD = 0,
                                              KIMI_NEWTON_SCHULZ_GRAM = 2} kimi_newton_schulz_method;
 
 /* Matrices of one shape, each [M, N] at a pointer of its own. One of the two strides of g is 1, and
- * the same one of x. */
+ * the same one of x, whose other one is at least the length of these lines. */
 typedef struct kimi_newton_schulz_params {
   const void* const* g; /* [E] pointers, g_dtype; element (i, j) at g_row_stride i + ... */
   void* const* x;       /* out [E] pointers, x_dtype; may be g where strides and dtypes agree */
@@ -53,8 +53,8 @@ typedef struct kimi_newton_schulz_params {
   int64_t num_matrices;      /* E */
   int64_t rows, cols;
   int64_t g_row_stride, g_col_stride, x_row_stride, x_col_stride;
-  int32_t steps, num_restarts;
-  float eps; /* the norm counts as at least eps; 0 guards exact zeros only */
+  int32_t steps, num_restarts; /* 1 or more steps */
+  float eps; /* 0 or more: the norm counts as at least eps; 0 guards exact zeros only */
   kimi_dtype g_dtype, dtype, x_dtype; /* dtype: of everything in between */
   kimi_newton_schulz_method method;
   int32_t aol; /* 1: after the norm, rows are scaled as AOL does, on the short side */
@@ -77,8 +77,8 @@ typedef struct kimi_attention_max_logits_params {
   int64_t batch, heads, kv_heads, queries, keys, dim; /* kv_heads divides heads */
   int64_t q_batch_stride, q_head_stride, q_row_stride, q_col_stride;
   int64_t k_batch_stride, k_head_stride, k_row_stride, k_col_stride;
-  float scale;    /* positive */
-  int32_t causal; /* 1: query i sees keys 0..i + keys - queries */
+  float scale;    /* positive, finite */
+  int32_t causal; /* 1: query i sees keys 0..i + keys - queries, which are no fewer than queries */
   kimi_dtype dtype;
 } kimi_attention_max_logits_params;
 
@@ -112,7 +112,7 @@ typedef struct kimi_clip_rows_params {
   const float* max_logits;         /* [H] of all layers */
   float* gamma;                    /* out [H] */
   int64_t num_layers, num_weights;
-  float tau; /* positive */
+  float tau; /* positive, finite */
 } kimi_clip_rows_params;
 
 KIMI_API kimi_status kimi_clip_rows(const kimi_clip_rows_params* params, kimi_device device,
@@ -134,7 +134,7 @@ typedef struct kimi_muon_momentum_params {
   const double* squares;    /* or NULL */
   const int64_t* pieces;    /* [count, 2] */
   int64_t count;
-  double momentum;
+  double momentum;            /* 0..1 */
   int32_t nesterov, maximize; /* 0 or 1 */
   kimi_dtype grad_dtype, buffer_dtype;
 } kimi_muon_momentum_params;
@@ -176,8 +176,8 @@ typedef struct kimi_adamw_params {
   void* workspace;                   /* kimi_adamw_workspace_bytes(); measure alone */
   size_t workspace_bytes;            /* its size, at least what is asked for */
   int64_t count;
-  double lr, beta1, beta2, eps, weight_decay;
-  int32_t maximize, cautious; /* 0 or 1 */
+  double lr, beta1, beta2, eps, weight_decay; /* betas 0..1 */
+  int32_t maximize, cautious;                 /* 0 or 1 */
   int32_t measure; /* 1: before, the first piece of each tensor is set: 0, or NaN if not finite */
   kimi_dtype param_dtype, grad_dtype;
 } kimi_adamw_params;
@@ -208,8 +208,8 @@ typedef struct kimi_clip_factor_params {
   float* factor;          /* out, one */
   void* workspace;        /* kimi_clip_factor_workspace_bytes() */
   size_t workspace_bytes; /* its size, at least what is asked for */
-  int64_t count;
-  double max_norm;
+  int64_t count;          /* 1 or more */
+  double max_norm;        /* above 0 */
 } kimi_clip_factor_params;
 
 KIMI_API size_t kimi_clip_factor_workspace_bytes(const kimi_clip_factor_params* params,

@@ -20,7 +20,7 @@ typedef struct kimi_peer_memory {
   void* const* buffers; /* [P] on the device: where each rank's buffer lies for this one */
   void* state;          /* this rank's kimi_all_to_all_state, on its device */
   int64_t buffer_bytes; /* of each, 128-byte aligned: kimi_all_to_all_buffer_bytes() */
-  int64_t timeout_ns;   /* for a rank that does not come */
+  int64_t timeout_ns;   /* for a rank that does not come; 1 or more */
   int32_t halves;       /* 2 for each operation that may be under way at once */
   int32_t rank;
   int32_t world; /* P, 1..KIMI_ALL_TO_ALL_MAX_RANKS */
@@ -74,16 +74,16 @@ typedef struct kimi_all_to_all_dispatch_params {
   int64_t* report;              /* out [4 + P]: epoch, rows that this rank would have, the most
                                        that any would, pairs dropped here; (layout) tokens of each */
   int64_t num_tokens;           /* T <= S */
-  int64_t max_tokens;           /* S, the same on all ranks, as are K and the bytes */
-  int64_t num_rows;             /* R; what passes it is dropped, of every expert the last rows
+  int64_t max_tokens; /* S, the same on all ranks, as are K and the bytes; P S K <= 2^30 */
+  int64_t num_rows;   /* R; what passes it is dropped, of every expert the last rows
                                        beyond a level that is the highest to fit */
-  int64_t row_bytes;
+  int64_t row_bytes;  /* 1..2^30 */
   int64_t x_stride_bytes;
-  int64_t beside_bytes;
-  int32_t num_experts; /* E */
-  int32_t top_k;       /* K */
-  int32_t align;       /* rows of an expert are padded to a multiple */
-  int32_t direct;      /* 1: results come home one by one, 0: summed by rank */
+  int64_t beside_bytes; /* 0..2^30, a multiple of 4 */
+  int32_t num_experts;  /* E, P..1024 */
+  int32_t top_k;        /* K */
+  int32_t align;        /* rows of an expert are padded to a multiple */
+  int32_t direct;       /* 1: results come home one by one, 0: summed by rank */
   int32_t again;
   int32_t strict;     /* 1: where any rank would have more than R rows all have failed (state) */
   int32_t num_blocks; /* 0: as many as are resident */
@@ -108,7 +108,7 @@ typedef struct kimi_all_to_all_combine_params {
   int64_t* epoch;         /* out [1]: the number of this operation */
   int64_t num_tokens;
   int64_t max_tokens;
-  int64_t hidden; /* H */
+  int64_t hidden; /* H, 1..2^28 */
   int64_t out_stride;
   int32_t top_k;
   int32_t direct;

@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "common/engine.h"
+#include "common/strides.h"
 #include "cpu/parallel.h"
 #include "permute/check.h"
 
@@ -33,6 +34,7 @@ Status check(const Fp8RowsParams& p, kimi_device device) {
   const int64_t items = p.top_k > 0 ? p.num_tokens : p.num_rows;
   if (p.k > 0 && ((items > 0 && !p.x) || (p.num_rows > 0 && (!p.data || !p.scale))))
     return invalid(op, ": x, data, scale: expected pointers, got NULL");
+  if (p.k > 0) KIMI_RETURN_IF_ERROR(check_strides(op, "x_row_stride", {{items, p.x_row_stride}}));
   if (p.top_k == 0) return Status::ok();
   if (p.num_tokens > 0 && !p.row_map)
     return invalid(op, ": row_map: expected a pointer beside top_k = ", p.top_k, ", got NULL");

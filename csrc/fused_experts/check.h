@@ -93,6 +93,8 @@ inline Status check_weights(const char* op, const char* name, const kimi_expert_
                    may_be_quantised ? " or a quantised storage" : "", ", got storage ",
                    int(w.storage),
                    may_be_quantised ? "; convert it" : "; convert or dequantise it");
+  if (!w.data && !empty)
+    return invalid(op, ": ", name, ": expected a pointer, got NULL; only an empty one may be NULL");
   if (quantised && ((!w.scale && !empty) || w.column_stride != 1))
     return invalid(op, ": ", name,
                    ": expected a scale and contiguous columns beside quantised weights,"

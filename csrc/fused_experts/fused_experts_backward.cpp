@@ -38,8 +38,9 @@ Status check(const FusedExpertsBackwardParams& p, kimi_device device) {
   const char* op = "fused_experts_backward";
   KIMI_RETURN_IF_ERROR(
       experts::check_sizes(op, p, device, fused_experts_backward_workspace_bytes(p, device)));
-  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, false, false));
-  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, false, false));
+  const bool empty = p.hidden == 0 || p.width == 0;
+  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_gate_up", p.w_gate_up, p.dtype, false, empty));
+  KIMI_RETURN_IF_ERROR(experts::check_weights(op, "w_down", p.w_down, p.dtype, false, empty));
   if (p.num_tokens > 0 && p.hidden > 0 && (!p.dy || !p.x))
     return invalid(op, ": dy, x: expected pointers, got NULL; only empty ones may be NULL");
   if (p.hidden > 0)

@@ -81,8 +81,13 @@ Status check(const GroupedGemmWgradParams& p, kimi_device device) {
                    ": a, dc, out: expected pointers, got NULL; only empty operands may be NULL");
   KIMI_RETURN_IF_ERROR(check_strides(op, "a_row_stride, a_k_stride",
                                      {{p.num_rows, p.a_row_stride}, {p.k, p.a_k_stride}}));
-  return check_strides(op, "dc_row_stride, dc_n_stride",
-                       {{p.num_rows, p.dc_row_stride}, {p.n, p.dc_n_stride}});
+  KIMI_RETURN_IF_ERROR(check_strides(op, "dc_row_stride, dc_n_stride",
+                                     {{p.num_rows, p.dc_row_stride}, {p.n, p.dc_n_stride}}));
+  if (p.num_experts == 0 || p.k == 0 || p.n == 0) return Status::ok();
+  KIMI_RETURN_IF_ERROR(
+      check_strides(op, "out_expert_stride", {{p.num_experts, p.out_expert_stride}}));
+  KIMI_RETURN_IF_ERROR(check_strides(op, "out_k_stride", {{p.k, p.out_k_stride}}));
+  return check_strides(op, "out_n_stride", {{p.n, p.out_n_stride}});
 }
 
 const char* offset(const void* data, int64_t bytes) {

@@ -3,6 +3,7 @@
 #include "newton_schulz/newton_schulz.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 #include "common/dtype.h"
@@ -155,6 +156,21 @@ Status check(const NewtonSchulzParams& p) {
     return invalid(op, ": strides: expected one of g's to be 1, and the same one of x's, got ",
                    p.g_row_stride, ", ", p.g_col_stride, " and ", p.x_row_stride, ", ",
                    p.x_col_stride, "; make g contiguous");
+  const ChainShape shape(p);
+  if (shape.lines > 1 && std::abs(shape.x_stride) < shape.length)
+    return invalid(op, ": x: expected lines of ", shape.length, " elements that far apart, got ",
+                   shape.x_stride, "; set the stride of x");
+  KIMI_RETURN_IF_ERROR(
+      check_strides(op, "g_row_stride, g_col_stride", {{shape.lines, shape.g_stride}}));
+  const bool alike =
+      p.g_dtype == p.x_dtype && (shape.lines == 1 || shape.g_stride == shape.x_stride);
+  for (int64_t e = 0; e < p.num_matrices; ++e) {
+    const Lines g(p.g[e], shape.lines, shape.g_stride, shape.length, 1, size_of(p.g_dtype));
+    const Lines x(p.x[e], shape.lines, shape.x_stride, shape.length, 1, size_of(p.x_dtype));
+    if (!(alike && p.g[e] == p.x[e]) && share(g, x))
+      return invalid(op, ": x: expected memory of its own, or g's with g's stride and dtype, got ",
+                     "some that g uses too in matrix ", e, "; pass other memory");
+  }
   return Status::ok();
 }
 

@@ -148,6 +148,11 @@ Status unpermute(const UnpermuteParams& p, kimi_device device, [[maybe_unused]] 
   KIMI_RETURN_IF_ERROR(
       check_strides("unpermute", "y_stride", {{p.num_tokens * p.top_k, p.y_stride}}));
   KIMI_RETURN_IF_ERROR(check_pointers("unpermute", true, {p.row_map, p.x}));
+  // Without rows there is no y, and every pair is dropped; on a GPU that cannot be seen from here.
+  const auto kept = [](int32_t row) { return row >= 0; };
+  if (!p.y && device == KIMI_DEVICE_CPU)
+    KIMI_RETURN_IF_ERROR(check_pointers(
+        "unpermute", std::any_of(p.row_map, p.row_map + p.num_tokens * p.top_k, kept), {p.y}));
   if (device == KIMI_DEVICE_CUDA) return KIMI_CUDA("unpermute", unpermute_cuda(p, stream));
   const auto& engine = permutation::kEngines.best();
   cpu::parallel_for(p.num_tokens, grain(p.hidden * p.top_k * 2),
@@ -167,7 +172,8 @@ Status unpermute_backward(const UnpermuteBackwardParams& p, kimi_device device,
   KIMI_RETURN_IF_ERROR(
       check_pointers(op, p.num_tokens > 0, {p.row_map, p.weights, p.grad_weights}));
   KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_rows > 0, {p.source}));
-  KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_rows > 0 && p.hidden > 0, {p.grad_y}));
+  KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_rows > 0 && p.hidden > 0, {p.y, p.grad_y}));
+  KIMI_RETURN_IF_ERROR(check_pointers(op, p.num_tokens > 0 && p.hidden > 0, {p.grad_x}));
   if (p.hidden > 0) {
     KIMI_RETURN_IF_ERROR(check_strides(op, "y_stride", {{p.num_rows, p.y_stride}}));
     KIMI_RETURN_IF_ERROR(check_strides(op, "grad_x_stride", {{p.num_tokens, p.grad_x_stride}}));
