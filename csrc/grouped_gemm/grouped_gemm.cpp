@@ -73,9 +73,6 @@ Status check(const GroupedGemmParams& p, kimi_device device) {
 Status check(const GroupedGemmWgradParams& p, kimi_device device) {
   const char* op = "grouped_gemm_wgrad";
   KIMI_RETURN_IF_ERROR(check_common(op, p, device));
-  if (p.out_n_stride != 1 && p.out_k_stride != 1 && p.n != 1 && p.k != 1)
-    return invalid(op, ": out: expected contiguous N or K, got strides of ", p.out_k_stride,
-                   " and ", p.out_n_stride, "; pass a dense tensor and copy");
   if (p.num_experts > 0 && p.k > 0 && p.n > 0 && (!p.out || (p.num_rows > 0 && (!p.a || !p.dc))))
     return invalid(op,
                    ": a, dc, out: expected pointers, got NULL; only empty operands may be NULL");
@@ -84,6 +81,9 @@ Status check(const GroupedGemmWgradParams& p, kimi_device device) {
   KIMI_RETURN_IF_ERROR(check_strides(op, "dc_row_stride, dc_n_stride",
                                      {{p.num_rows, p.dc_row_stride}, {p.n, p.dc_n_stride}}));
   if (p.num_experts == 0 || p.k == 0 || p.n == 0) return Status::ok();
+  if (p.out_n_stride != 1 && p.out_k_stride != 1 && p.n != 1 && p.k != 1)
+    return invalid(op, ": out: expected contiguous N or K, got strides of ", p.out_k_stride,
+                   " and ", p.out_n_stride, "; pass a dense tensor and copy");
   KIMI_RETURN_IF_ERROR(
       check_strides(op, "out_expert_stride", {{p.num_experts, p.out_expert_stride}}));
   KIMI_RETURN_IF_ERROR(check_strides(op, "out_k_stride", {{p.k, p.out_k_stride}}));

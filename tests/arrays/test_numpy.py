@@ -224,6 +224,9 @@ def test_empty_arrays():
     plan = kn.permute_plan(gate.indices, 8)
     assert kn.permute(f(0, 5), plan).shape == (0, 5)
     assert kn.z_loss(f(0, 8)) == 0
+    kn.muon_update_([f(0, 4)], [f(0, 4)], [0.5], 0.1)  # NumPy's strides are 0 here, and below
+    out, none = np.zeros((0, 5, 3), F32), np.zeros(0, I32)
+    assert kn.grouped_gemm_wgrad(f(2, 5), f(2, 3), none, out=out, accumulate=True) is out
 
 
 def test_an_array_without_an_element_is_dense():
