@@ -70,7 +70,8 @@ int64_t Call::integer(const char* name) {
   if (!PyLong_CheckExact(object)) {
     if (PyBool_Check(object) || !PyIndex_Check(object))
       type_error(name, "expected an int, got ", Py_TYPE(object)->tp_name, "; pass int(", name, ")");
-    converted = checked(PyNumber_Index(object));
+    converted = Object(PyNumber_Index(object));
+    if (!converted.get()) type_error(name, "expected an int: ", caught());
     object = converted.get();
   }
   int overflow = 0;
@@ -106,7 +107,7 @@ double Call::number(const char* name) {
 
 bool Call::truth() {
   const int value = PyObject_IsTrue(next());
-  if (value < 0) throw Raised();
+  if (value < 0) type_error("", "expected truth values of its switches: ", caught());
   return value != 0;
 }
 

@@ -247,13 +247,17 @@ def test_lengths_that_add_up_beyond_64_bits():
         lambda: kimi_ops.z_loss(f(4, 16), coefficient=10**400),
         lambda: C.grouped_gemm(*product(), None, [], None),
         lambda: C.squares_(f(1).double(), 3, [0, 1], [1]),
+        lambda: C.squares_(f(1).double(), [f(1)], [0, 1], 1),
+        lambda: kimi_ops.topk_gate(f(4, 16), np.ones(2, int)),
+        lambda: C.topk_gate(f(4, 16), *GATE[:6], f(2), *GATE[7:]),
         lambda: C.muon_update_([f(2, 2)], [f(2, 2)], ["x"], 0.1, False, *NO_FLAGS),
         lambda: C.newton_schulz([f(4, 4)], [1.0, 1.0, 1.0], [1.5], 0, torch.float32, 1e-7, False),
     ],
 )
 def test_every_message_names_the_op(call):
     with pytest.raises(
-        (TypeError, ValueError), match=r"^(z_loss|grouped_gemm|squares|muon_update|newton_schulz): "
+        (TypeError, ValueError),
+        match=r"^(topk_gate|z_loss|grouped_gemm|squares|muon_update|newton_schulz): ",
     ):
         call()
 
