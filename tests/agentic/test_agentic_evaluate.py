@@ -16,6 +16,7 @@ from kimi_ops.agentic.evaluate import (
     evaluate,
     held_out_tasks,
     score,
+    scripted,
     split_tools,
     text_loss,
     told_value,
@@ -193,6 +194,23 @@ def test_agreement_of_a_critic_with_what_answers_are_worth():
     assert wrong.accuracy == 0.0 and wrong.bias == pytest.approx(-0.2)
     same = agreement(Fixed(0.1), None, groups, lambda roll: 1.0)
     assert (same.accuracy, same.bias, same.pairs) == (0.0, 0.0, 0)
+
+
+def test_scripted_attempts_are_the_same_for_all_and_as_noisy_as_the_data():
+    groups = scripted(40)
+    assert [len(group) for group in groups] == [6] * 40
+    again = scripted(40)
+    assert [[r.episode.messages for r in group] for group in groups] == [
+        [r.episode.messages for r in group] for group in again
+    ]
+    for group in groups:
+        assert {roll.episode.task.user for roll in group} == {group[0].episode.task.user}
+    worth = [worth_of(roll) for group in groups for roll in group]
+    assert set(worth) == {0.0, 0.5, 1.0}
+    assert 0.05 < worth.count(0.0) / len(worth) < 0.15  # 10 % say a wrong value
+    assert 0.25 < worth.count(0.5) / len(worth) < 0.4  # 35 % of the others praise or boast
+    found = agreement(Fixed(0.0), None, groups)
+    assert found.pairs > 200
 
 
 def test_text_loss_is_that_of_held_out_text(monkeypatch):

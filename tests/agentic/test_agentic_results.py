@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kimi_ops.agentic import demo as command
 from kimi_ops.agentic import results
 from kimi_ops.agentic.evaluate import SPLITS, Score
-from kimi_ops.agentic.results import WAYS, Results, table
+from kimi_ops.agentic.results import CRITICS, WAYS, Results, table
 from kimi_ops.agentic.stages import Place
 from kimi_ops.agentic.tasks import FAMILIES
 from kimi_ops.cli.agentic import agentic
@@ -23,7 +23,7 @@ def run_of(success, *, pairs=4, accuracy=0.5, calls=10, malformed=1):
     score = Score(dict.fromkeys(FAMILIES, success), calls=calls, malformed=malformed, in_budget=1.0)
     ways = {way: dict.fromkeys(SPLITS, dataclasses.asdict(score)) for way in WAYS}
     judged = {"accuracy": accuracy, "bias": 0.25, "pairs": pairs}
-    return {"sft": {**ways, "critic": {"verifiable": judged, "tell": judged}, "text_loss": 2.0}}
+    return {"sft": {**ways, "critic": dict.fromkeys(CRITICS, judged), "text_loss": 2.0}}
 
 
 def test_one_run_is_told_in_a_line_for_each_way_and_split():
@@ -34,7 +34,8 @@ def test_one_run_is_told_in_a_line_for_each_way_and_split():
         "sft", "greedy", "trained", *["25.0"] * (len(FAMILIES) + 1), "10.0", "0.0", "100.0",
     ]  # fmt: skip
     assert told[-1].endswith(
-        "verifiable 50.0 % of 4 (bias +0.25), tell 50.0 % of 4 (bias +0.25); text 2.000 nats a byte"
+        "verifiable 50.0 % of 4 (bias +0.25), tell 50.0 % of 4 (bias +0.25), "
+        "scripted tell 50.0 % of 4 (bias +0.25); text 2.000 nats a byte"
     )
 
 

@@ -21,14 +21,16 @@ from kimi_ops.agentic.learner import token_losses
 from kimi_ops.agentic.rollout import Rollout, roll_out
 from kimi_ops.agentic.specs import HELD_OUT_DOMAINS, Tool, is_held_out, repository
 from kimi_ops.agentic.style import plain
+from kimi_ops.agentic.synthesis import WRONG_TELL
 from kimi_ops.agentic.tasks import FAMILIES, Task, make_task
+from kimi_ops.agentic.teacher import STYLE, play
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.chat import Tokenizer
 from kimi_ops.train.data import load_corpus
 
 __all__ = [
-    "SPLITS", "Agreement", "Score", "agreement", "evaluate", "held_out_tasks", "score", "text_loss",
-    "told_value",
+    "SPLITS", "Agreement", "Score", "agreement", "evaluate", "held_out_tasks", "score", "scripted",
+    "text_loss", "told_value",
 ]  # fmt: skip
 
 SPLITS = ("trained", "words", "domains")  # of trained tools: trained, fresh words; fresh domains
@@ -129,6 +131,22 @@ def held_out_tasks(
         for family in families
         for _ in range(count)
     ]
+
+
+def scripted(count: int, *, tries: int = 6) -> list[list[Rollout]]:
+    """The teacher's attempts at "tell" with held-out words, as noisy as its data: a critic's exam
+    that is the same for everybody, with more pairs of unequal worth than a good policy's own tries.
+
+    Parameters
+    ----------
+    count, tries : int
+        Tasks, and attempts at each.
+    """
+    rng, groups = random.Random("scripted"), []
+    for task in held_out_tasks("words", count, families=("tell",)):
+        noises = ["invented value" if rng.random() < WRONG_TELL else None for _ in range(tries)]
+        groups.append([Rollout(play(task, rng, one, rng.random() < STYLE)) for one in noises])
+    return groups
 
 
 def evaluate(

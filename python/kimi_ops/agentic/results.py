@@ -12,7 +12,14 @@ from typing import Any
 from tqdm import tqdm
 
 from kimi_ops.agentic.critic import Critic
-from kimi_ops.agentic.evaluate import SPLITS, agreement, held_out_tasks, score, text_loss
+from kimi_ops.agentic.evaluate import (
+    SPLITS,
+    agreement,
+    held_out_tasks,
+    score,
+    scripted,
+    text_loss,
+)
 from kimi_ops.agentic.progress import TELL
 from kimi_ops.agentic.rollout import Rollout, roll_out
 from kimi_ops.agentic.stages import Place
@@ -23,7 +30,8 @@ from kimi_ops.train.checkpoint import replace_file
 
 __all__ = ["Results", "table"]
 
-CRITICS = ("verifiable", TELL)  # pairs of what
+CRITICS = ("verifiable", TELL, "scripted tell")  # pairs of what
+SCRIPTED = 24  # tasks
 WAYS = ("greedy", "enforced", "sampled")
 
 
@@ -48,7 +56,7 @@ class Results:
 
         Greedy, one try at a task; the same with every call held to its declaration; drawn at
         temperature 1, several. The critic's accuracy is that on pairs of the last with held-out
-        words.
+        words, and on the teacher's.
         """
         if set(WAYS) <= set(self.found.get(stage, ())):
             return
@@ -148,7 +156,7 @@ def _critics(
     known = [group for group in groups if group[0].episode.task.family != TELL]
     return {
         name: dataclasses.asdict(agreement(Critic(tokenizer), model, some))
-        for name, some in zip(CRITICS, (known, told), strict=True)
+        for name, some in zip(CRITICS, (known, told, scripted(SCRIPTED)), strict=True)
     }
 
 
