@@ -54,9 +54,16 @@ Tensor Call::view_of(PyObject* object, std::string_view name) {
 
 // What kernels may read: memory at addresses that its type may have.
 Tensor Call::tensor_of(const dlpack::Tensor& view, PyObject* object, std::string_view name) {
-  Tensor tensor{this,       object,       name,
-                view.dtype, view.device,  view.ndim,
-                view.shape, view.strides, static_cast<char*>(view.data) + view.byte_offset};
+  const int64_t* strides = view.strides;
+  for (int i = 0; i < view.ndim; ++i)
+    if (view.shape[i] <= 1 && view.strides[i] < 0) {  // one place has no direction
+      if (strides == view.strides)
+        strides = strides_.emplace_back(view.strides, view.strides + view.ndim).data();
+      strides_.back()[i] = -view.strides[i];
+    }
+  Tensor tensor{this,       object,      name,
+                view.dtype, view.device, view.ndim,
+                view.shape, strides,     static_cast<char*>(view.data) + view.byte_offset};
   if (tensor.count() == 0) return tensor;
   if (!view.data)
     type_error(name, "expected a tensor with memory, got ", Py_TYPE(object)->tp_name,

@@ -167,6 +167,20 @@ def test_rows_that_run_backwards(call):
         assert np.array_equal(ours, theirs)
 
 
+def test_one_row_has_no_direction():
+    """NumPy keeps the negative stride of one row, and calls it contiguous."""
+    one, plan = f(1, 16), kn.permute_plan(np.array([[2, 0]], I32), 4)
+    turned = one[::-1]
+    assert turned.strides[0] < 0 and np.ascontiguousarray(turned).strides[0] < 0
+    for ours, theirs in (
+        (kn.topk_gate(turned, 2), kn.topk_gate(one, 2)),
+        (kn.permute(turned, plan), kn.permute(one, plan)),
+        (kn.z_loss(turned), kn.z_loss(one)),
+    ):
+        for got, want in zip(np.atleast_1d(ours), np.atleast_1d(theirs), strict=True):
+            assert np.array_equal(got, want)
+
+
 def test_products_of_rows_that_run_backwards():
     """Also over the rows: the depth of a weight's gradient."""
     a, b, dc, ends = f(40, 48), f(2, 48, 64), f(40, 64), np.array([17, 40], I32)

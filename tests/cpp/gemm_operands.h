@@ -119,6 +119,7 @@ struct Matrix {
       case kAlongDepth:
         x.depth_stride = 1, x.row_stride = source_depth + pad;
         if (kind.storage == Storage::kInt4Group) x.row_stride += x.row_stride % 2;
+        backwards = random() % 2;
         break;
       case kAlongRows:
         x.row_stride = 1, x.depth_stride = source_rows + pad;
@@ -130,9 +131,14 @@ struct Matrix {
     fill((source_rows - 1) * x.row_stride + (source_depth - 1) * x.depth_stride + 1, random);
     scales(source_rows, source_depth, random);
     if (backwards) {
-      const int64_t last = (source_depth - 1) * x.depth_stride;
-      x.data = &data[last * (x.storage == Storage::kFloat32 ? 4 : 2)];
-      x.depth_stride = -x.depth_stride;
+      const bool rows = kind.order == kAlongDepth;
+      int64_t& stride = rows ? x.row_stride : x.depth_stride;
+      const int64_t last = ((rows ? source_rows : source_depth) - 1) * stride;
+      x.data = &data[kind.storage == Storage::kInt4Group  ? last / 2
+                     : kind.storage == Storage::kFp8Block ? last
+                     : kind.storage == Storage::kFloat32  ? last * 4
+                                                          : last * 2];
+      stride = -stride;
     }
   }
   Matrix(const Matrix&) = delete;

@@ -286,6 +286,12 @@ void test_sizes_of_no_memory() {
   kimi_attention_max_logits_params logits = {};
   logits.batch = logits.heads = logits.queries = kLarge, logits.kv_heads = 1;
   EXPECT(kimi_attention_max_logits_workspace_bytes(&logits, KIMI_DEVICE_CPU) == kTooMany);
+  kimi_attention_max_logits_params deep = {};  // at least a panel of that depth, on every engine
+  deep.batch = deep.heads = deep.kv_heads = deep.queries = deep.keys = 1;
+  for (int64_t dim : {int64_t{1} << 52, int64_t{1} << 53, int64_t{9150170671482913}}) {
+    deep.dim = dim;
+    EXPECT(kimi_attention_max_logits_workspace_bytes(&deep, KIMI_DEVICE_CPU) >= size_t(dim));
+  }
   kimi_matrix_product_params product = {};
   product.rows = product.cols = product.depth = kLarge;
   EXPECT(kimi_matrix_product_workspace_bytes(&product, KIMI_DEVICE_CPU) == kTooMany);

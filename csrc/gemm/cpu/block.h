@@ -25,6 +25,7 @@
 #include "common/integer.h"
 #include "common/status.h"
 #include "common/storage.h"
+#include "common/volume.h"
 
 namespace kimi::cpu {
 
@@ -114,7 +115,7 @@ struct BlockEngine {
 
   int64_t packed_depth(int64_t count) const { return round_up(count, depth_multiple); }
   int64_t panel_bytes(int64_t rows, int64_t count) const {
-    return round_up(rows, panel_rows) * packed_depth(count) * element_bytes;
+    return volume(round_up(rows, panel_rows), packed_depth(count), element_bytes);
   }
   int64_t strip_bytes() const { return kStripRows * depth_block * element_bytes; }
 };

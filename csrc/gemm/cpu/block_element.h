@@ -50,8 +50,8 @@ KIMI_HOST_DEVICE float read_element(const Operand& x, int64_t row, int64_t depth
     case Storage::kFp8Block:
       return to_float(static_cast<const e4m3*>(x.data)[at]) * fp8_scale(x, row, depth);
     case Storage::kInt4Group: {
-      const int32_t byte = static_cast<const uint8_t*>(x.data)[at / 2];
-      return float((at % 2 ? byte >> 4 : byte & 15) - 8) * int4_scale(x, row, depth);
+      const int32_t byte = static_cast<const uint8_t*>(x.data)[at >> 1];  // rows may run backwards
+      return float((at & 1 ? byte >> 4 : byte & 15) - 8) * int4_scale(x, row, depth);
     }
     default:
       return static_cast<const float*>(x.data)[at];

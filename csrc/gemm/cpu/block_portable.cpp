@@ -37,7 +37,7 @@ void unpack(const Operand& x, int64_t row, int64_t depth, int64_t count, int64_t
     if constexpr (S == Storage::kFp8Block)
       *to = kValues.e4m3[bytes[at + i]] * scale;
     else
-      *to = kValues.int4[bytes[(at + i) / 2] >> 4 * ((at + i) % 2) & 15] * scale;
+      *to = kValues.int4[bytes[(at + i) >> 1] >> 4 * ((at + i) & 1) & 15] * scale;
 }
 
 template <Storage S, int64_t kGroup>

@@ -33,7 +33,7 @@ struct Layout {
     panels = ceil_div(rows, panel_rows);
     strips = ceil_div(cols, kStripRows);
     blocks = ceil_div(depth, engine.depth_block);
-    panel_bytes = round_up(engine.panel_bytes(panel_rows, depth), 64);
+    panel_bytes = round_up(std::min(engine.panel_bytes(panel_rows, depth), kTooMany / 2), 64);
     strip_bytes = round_up(engine.strip_bytes(), 64);
     sums_bytes = panel_rows * kTaskStrips * kStripRows * 4;
   }

@@ -101,7 +101,7 @@ auto product_of_few(const cpu::BlockEngine& engine, const Group& g, int64_t rows
                        : beside ? engine.spread_tokens
                                 : 0;
   const bool few = !batch_invariant() && !g.over_rows && rows <= most && !g.s.row_index &&
-                   rows * engine.dot_stride(g.depth) * engine.element_bytes <= kDotBytes;
+                   volume(rows, engine.dot_stride(g.depth), engine.element_bytes) <= kDotBytes;
   return few ? (along ? engine.dot : engine.spread) : nullptr;
 }
 

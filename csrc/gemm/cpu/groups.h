@@ -134,7 +134,7 @@ void run_blocks(const cpu::BlockEngine& engine, const Workspace& workspace, int3
   for (int32_t i = 0; i < num_groups; ++i) {
     const Group g = group(i);
     if (g.rows > 0 && g.cols > 0) order[used++] = i;
-    work[i] = g.rows * g.cols * std::max<int64_t>(g.depth, 1);
+    work[i] = volume(g.rows, g.cols, std::max<int64_t>(g.depth, 1));
     total += double(work[i]) * g.parts;
   }
   std::sort(order, order + used,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from kimi_ops.agentic.episode import Episode
 from kimi_ops.agentic.style import JUSTIFICATIONS, PRAISE
-from kimi_ops.agentic.tasks import Call, Task
+from kimi_ops.agentic.tasks import Call, Step, Task
 from kimi_ops.agentic.words import held_out
 from kimi_ops.agentic.world import BUSY
 from kimi_ops.models.kimi_k2.chat.dialogue import (
@@ -72,6 +72,8 @@ def play(task: Task, rng: random.Random, noise: str | None = None, style: bool =
     """
     plan = list(task.plan)
     places = [i for i, step in enumerate(plan) if not isinstance(step, str)]
+    if noise == "letter off":
+        places = [i for i in places if any(c.arguments for c in _calls(plan[i]))]
     struck = rng.choice(places) if places else 0
     if noise == "forgotten step":
         del plan[places[-1]]
@@ -115,9 +117,13 @@ def section(calls: Sequence[Call], number: int, *, broken: bool = False) -> list
     return [*parts, SECTION_END, "", IM_END]
 
 
-def _spoiled(step: object, noise: str, task: Task, rng: random.Random) -> tuple[Call, ...]:
+def _calls(step: Step) -> tuple[Call, ...]:
     assert isinstance(step, tuple)
-    calls = list(step)
+    return step
+
+
+def _spoiled(step: Step, noise: str, task: Task, rng: random.Random) -> tuple[Call, ...]:
+    calls = list(_calls(step))
     place = rng.choice([i for i, c in enumerate(calls) if c.arguments or noise == "wrong tool"])
     call = calls[place]
     if noise == "wrong tool":

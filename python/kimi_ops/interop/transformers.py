@@ -89,7 +89,7 @@ def experts_forward(
     """
     module: Any = experts
     count = module.num_experts
-    ids = as_int32(top_k_index)
+    ids = as_int32(top_k_index).int()  # of narrower types: -1 is none
     ids = torch.where(ids < count, ids, -1)
     x = hidden_states
     if not torch.is_autocast_enabled(x.device.type):  # else it decides

@@ -23,7 +23,13 @@ def ragged_dot(
     """
     if group_offset is not None:
         raise ValueError("ragged_dot: group_offset: expected None, got an offset; slice rhs")
-    offsets = OPS.ids(jnp.cumsum(OPS.array(group_sizes)))
+    sizes = OPS.array(group_sizes)
+    if not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise TypeError(
+            f"ragged_dot: group_sizes: expected whole numbers, got {sizes.dtype}; cast them"
+        )
+    wide = sizes.dtype if sizes.dtype.itemsize == 8 else jnp.int32
+    offsets = OPS.ids(jnp.cumsum(sizes, dtype=wide))
     return OPS.grouped_gemm(
         jnp.asarray(lhs), jnp.asarray(rhs), offsets, out_dtype=preferred_element_type
     )
