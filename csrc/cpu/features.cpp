@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
@@ -73,5 +75,24 @@ const char* isa_name(kimi_isa value) {
 int num_threads() { return chosen_threads > 0 ? chosen_threads : omp_get_max_threads(); }
 void set_num_threads(int n) { chosen_threads = n; }
 bool detail::is_forked() { return forked; }
+
+void detail::on_new_thread(void (*body)(const void*), const void* of) {
+#if !defined(_WIN32)
+  struct Work {
+    void (*body)(const void*);
+    const void* of;
+  } work = {body, of};
+  pthread_t thread;
+  const auto start = [](void* all) -> void* {
+    static_cast<Work*>(all)->body(static_cast<Work*>(all)->of);
+    return nullptr;
+  };
+  if (const int error = pthread_create(&thread, nullptr, start, &work))
+    throw std::runtime_error(
+        "a thread of a process that was forked: expected one more, got error " +
+        std::to_string(error) + "; raise the limit of processes (ulimit -u)");
+  pthread_join(thread, nullptr);
+#endif
+}
 
 }  // namespace kimi::cpu

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
 #if defined(__SANITIZE_THREAD__)
+#include <thread>
 #include <vector>
 #endif
 
@@ -22,6 +22,7 @@ void set_num_threads(int n);
 namespace detail {
 
 bool is_forked();  // whether the calling thread is the one that goes on after a fork
+void on_new_thread(void (*body)(const void*), const void* of);  // until it has ended
 
 // Whether the caller is on one of on_threads' threads, which calls body(rank, count) once on each of
 // `threads` or fewer.
@@ -54,7 +55,8 @@ void on_threads(int threads, const Body& body) {
   };
   // A thread that was forked has the list of its OpenMP threads but not the threads, and would wait
   // for them for ever. A new one begins without any.
-  is_forked() ? std::thread(run).join() : run();
+  if (!is_forked()) return run();
+  on_new_thread([](const void* of) { (*static_cast<const decltype(run)*>(of))(); }, &run);
 }
 
 #endif

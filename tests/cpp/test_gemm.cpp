@@ -213,7 +213,8 @@ TEST(nan_stays_in_its_row) {
     for (int64_t bad : {0, 16, 38}) {
       Matrix p({Storage::kBfloat16}, 39, 65, 1), s({Storage::kBfloat16}, 39, 65, 2);
       const uint16_t nan = 0x7fc0;
-      std::memcpy(&p.data[(bad * p.x.row_stride + 64) * 2], &nan, 2);
+      std::memcpy(&p.data[(p.x.row_stride < 0 ? (bad - 38) : bad) * p.x.row_stride * 2 + 128], &nan,
+                  2);
       Buffer<float> rows = product(*e.engine, {p.x, 0, 39}, {s.x, 0, 39}, 0, 65, 64);
       Buffer<float> columns = product(*e.engine, {s.x, 0, 39}, {p.x, 0, 39}, 0, 65, 64);
       for (int64_t i = 0; i < 39; ++i)
@@ -253,12 +254,13 @@ TEST(few_rows) {
           Buffer<float> c((tokens - 1) * stride + rows);
           (along_rows ? e.spread : e.dot)(packed.data(), tokens, s.x, first, rows, count, c.data(),
                                           stride);
-          const bool bf16 = named.is_bf16();
+          // Quantised rows are not rounded: their scales come to the sums.
+          const bool bf16 = named.is_bf16(), quantised = strip.storage > Storage::kFloat16;
           expect_close(std::string(named.name) + ": few rows of " + kind.text() + " x " +
                            strip.text() + ", depth " + std::to_string(count),
                        converted({x.x, first, tokens}, 0, count, bf16), tokens,
-                       converted({s.x, first, rows}, 0, count, bf16), rows, count, c.data(),
-                       stride);
+                       converted({s.x, first, rows}, 0, count, bf16 && !quantised), rows, count,
+                       c.data(), stride);
           for (int64_t t = 0; t + 1 < tokens; ++t)
             for (int64_t j = rows; j < stride; ++j) CHECK(bits_of(c[t * stride + j]) == kUntouched);
         }
