@@ -5,8 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <stdexcept>
-#include <string>
+#include <system_error>
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
@@ -88,9 +87,9 @@ void detail::on_new_thread(void (*body)(const void*), const void* of) {
     return nullptr;
   };
   if (const int error = pthread_create(&thread, nullptr, start, &work))
-    throw std::runtime_error(
-        "a thread of a process that was forked: expected one more, got error " +
-        std::to_string(error) + "; raise the limit of processes (ulimit -u)");
+    throw std::system_error(error, std::generic_category(),
+                            "expected one more thread in a process that was forked; raise the "
+                            "limit of processes (ulimit -u)");
   pthread_join(thread, nullptr);
 #endif
 }
