@@ -35,7 +35,7 @@ struct ChainShape {
     across = lines > length || (lines == length && !rows_are_lines);
     m = std::min(lines, length);
     n = std::max(lines, length);
-    const int bits = std::bit_width(uint64_t(m * n));
+    const int bits = std::bit_width(uint64_t(m) * uint64_t(n));
     shift = p.dtype == KIMI_FLOAT16 ? std::min(10, (bits - 1) / 2) : 0;
   }
 };
