@@ -138,7 +138,9 @@ def test_generation_in_bfloat16(tmp_path, form):
     kept = KimiK2.from_pretrained(tmp_path, experts=form, dtype=torch.bfloat16)
     plain = KimiK2.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert kept(IDS).dtype == torch.bfloat16
-    torch.testing.assert_close(kept(IDS), plain(IDS), rtol=0.1, atol=0.05)
+    # Weights of few rows are not rounded to bfloat16, so one token may choose another expert.
+    close = torch.isclose(kept(IDS), plain(IDS), rtol=0.1, atol=0.05).all(-1)
+    assert close.numel() == IDS.numel() and close.sum() >= close.numel() - 1
     ids = kept.generate(IDS[:, :4], max_new_tokens=6)
     assert ids.shape == (2, 10) and not kept.training
     assert torch.equal(ids, kept.generate(IDS[:, :4], max_new_tokens=6))
