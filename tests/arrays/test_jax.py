@@ -154,6 +154,10 @@ def test_ragged_dot_is_that_of_lax(dtype):
     same_gradients(ours, lambda a, b: jax.lax.ragged_dot(a, b, sizes), (lhs, rhs), tolerance)
     wide = kj.ragged_dot(lhs, rhs, sizes, preferred_element_type=jnp.float32)
     assert wide.dtype == jnp.float32
+    for whole in (jnp.int8, jnp.uint8, jnp.int16, jnp.uint16, jnp.uint32):
+        assert (kj.ragged_dot(lhs, rhs, sizes.astype(whole)) == ours(lhs, rhs)).all()
+    with pytest.raises(TypeError, match="group_sizes: expected whole numbers, got float32; cast"):
+        kj.ragged_dot(lhs, rhs, sizes.astype(jnp.float32))
     with pytest.raises(ValueError, match="ragged_dot: group_offset: expected None"):
         kj.ragged_dot(lhs, rhs, sizes, group_offset=jnp.array([1]))
 
