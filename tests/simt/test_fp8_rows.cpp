@@ -15,8 +15,6 @@
 #include "fp8_rows/quantize.cuh"
 #include "permute_cases.h"
 
-int kimi::cpu::num_threads() { return 2; }
-
 namespace {
 
 using namespace kimi;
@@ -109,6 +107,7 @@ void compare_planned(permute_cases::Plan shape, permute_cases::Skew skew, int64_
   p.x = x.data(), p.data = data.data(), p.scale = scale.data();
   p.top_k = plan.top_k, p.num_tokens = plan.num_tokens;
   p.row_map = plan.row_map.data(), p.source = pads ? plan.source.data() : nullptr;
+  cpu::set_num_threads(2);
   for (bool on_cpu : {false, true}) {
     std::memset(data.data(), kCanary, static_cast<size_t>(rows * k));
     std::fill_n(scale.data(), blocks(k) * scale_stride, -1.0f);
