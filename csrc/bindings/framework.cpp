@@ -98,6 +98,8 @@ std::string shown(PyObject* object) {
 }
 
 std::string caught() {
+  // That the user stops the program is nobody's bad argument.
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw Raised();
   PyObject *type, *value, *trace;
   PyErr_Fetch(&type, &value, &trace);
   const Object held[] = {Object(type), Object(value), Object(trace)};

@@ -38,7 +38,7 @@ class Object {
 };
 
 std::string shown(PyObject* object);
-// What the exception that is set says; it is cleared.
+// What the exception that is set says; it is cleared. Raised where it is none that is handled.
 std::string caught();
 
 // `owned`, or Raised where it is NULL.

@@ -12,7 +12,7 @@ from kimi_ops.agentic import results
 from kimi_ops.agentic.evaluate import SPLITS, Score
 from kimi_ops.agentic.results import CRITICS, WAYS, Results, table
 from kimi_ops.agentic.stages import Place
-from kimi_ops.agentic.tasks import FAMILIES
+from kimi_ops.agentic.tasks import FAMILIES, PLAIN, SYSTEM
 from kimi_ops.cli.agentic import agentic
 from kimi_ops.models.kimi_k2.chat import Enforcer
 from tests.agentic.agentic_parts import tiny
@@ -20,7 +20,14 @@ from tests.agentic.agentic_parts import tiny
 
 def run_of(success, *, pairs=4, accuracy=0.5, calls=10, malformed=1):
     """Of one stage, the same everywhere."""
-    score = Score(dict.fromkeys(FAMILIES, success), calls=calls, malformed=malformed, in_budget=1.0)
+    score = Score(
+        dict.fromkeys(FAMILIES, success),
+        dict.fromkeys(FAMILIES, success / 2),
+        dict.fromkeys(FAMILIES, 1.0),
+        calls,
+        malformed,
+        in_budget=1.0,
+    )
     ways = {way: dict.fromkeys(SPLITS, dataclasses.asdict(score)) for way in WAYS}
     judged = {"accuracy": accuracy, "bias": 0.25, "pairs": pairs}
     return {"sft": {**ways, "critic": dict.fromkeys(CRITICS, judged), "text_loss": 2.0}}
@@ -29,9 +36,10 @@ def run_of(success, *, pairs=4, accuracy=0.5, calls=10, malformed=1):
 def test_one_run_is_told_in_a_line_for_each_way_and_split():
     told = table([run_of(0.25)]).splitlines()
     assert len(told) == 1 + len(WAYS) * len(SPLITS) + 1
-    assert told[0].split()[-5:-2] == ["verifiable", "malformed", "undeclared"]
+    assert told[0].split()[-7:-3] == ["verifiable", "pass^k", "pass@k", "malformed"]
     assert told[1].split() == [
-        "sft", "greedy", "trained", *["25.0"] * (len(FAMILIES) + 1), "10.0", "0.0", "100.0",
+        "sft", "greedy", "trained", *["25.0"] * (len(FAMILIES) + 1), "12.5", "100.0",
+        "10.0", "0.0", "100.0",
     ]  # fmt: skip
     assert told[-1].endswith(
         "verifiable 50.0 % of 4 (bias +0.25), tell 50.0 % of 4 (bias +0.25), "
@@ -54,8 +62,10 @@ def test_of_several_runs_the_mean_and_the_range_are_told():
     runs = [run_of(0.25), run_of(0.75, pairs=12, accuracy=1.0, malformed=3)]
     told = table(runs).splitlines()
     assert len(told) == 1 + 2 * len(WAYS) * len(SPLITS) + 1
-    assert told[1].split()[3:] == [*["50.0"] * (len(FAMILIES) + 1), "20.0", "0.0", "100.0"]
-    assert told[2].split() == [*["25-75"] * (len(FAMILIES) + 1), "10-30", "0-0", "100-100"]
+    shares = ["50.0"] * (len(FAMILIES) + 1)
+    assert told[1].split()[3:] == [*shares, "25.0", "100.0", "20.0", "0.0", "100.0"]
+    ranges = ["25-75"] * (len(FAMILIES) + 1)
+    assert told[2].split() == [*ranges, "12-38", "100-100", "10-30", "0-0", "100-100"]
     assert "verifiable 87.5 % of 16" in told[-1]  # every pair counts once
 
 
@@ -63,10 +73,10 @@ def test_each_way_is_played_as_it_is_called(tmp_path, monkeypatch):
     played = []
 
     def roll_out(model, tokenizer, tasks, *, temperature, enforcer):
-        played.append((len(tasks), temperature, enforcer))
+        played.append((len(tasks), temperature, enforcer, *set(tasks)))
         return tasks
 
-    monkeypatch.setattr(results, "held_out_tasks", lambda split, count: [split] * count)
+    monkeypatch.setattr(results, "held_out_tasks", lambda split, count, system: [system] * count)
     monkeypatch.setattr(results, "roll_out", roll_out)
     monkeypatch.setattr(results, "score", lambda rolls, tries: Score(calls=tries))
     monkeypatch.setattr(results, "_shown", lambda rolls: "said")
@@ -74,13 +84,15 @@ def test_each_way_is_played_as_it_is_called(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "text_loss", lambda model: 2.0)
     place, found = Place(tmp_path, str, False), Results(tmp_path)
     found.add(place, "sft", 1.0, tiny(), 5, 3)
-    assert played == [(5, 0.0, None)] * 3 + [(5, 0.0, Enforcer)] * 3 + [(15, 1.0, None)] * 3
+    ways = [(5, 0.0, None, SYSTEM), (5, 0.0, Enforcer, SYSTEM)]
+    ways += [(15, 1.0, None, SYSTEM), (15, 1.0, None, PLAIN)]
+    assert played == [way for way in ways for _ in SPLITS]
     assert found.found["sft"]["sampled"]["words"]["calls"] == 3
     Results(tmp_path).add(place, "sft", 1.0, tiny(), 5, 3)
-    assert len(played) == 9
+    assert len(played) == 12
     del found.found["sft"]["enforced"]  # as a run before that way was there
     found.add(place, "sft", 1.0, tiny(), 5, 3)
-    assert len(played) == 18
+    assert len(played) == 24
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from kimi_ops.models.kimi_k2.chat import ByteTokenizer
 from tests.agentic.agentic_parts import EXAMPLE, Shortest, as_played, tiny
 
 TOKENIZER = ByteTokenizer()
-SMALL = RlSettings(steps=3, groups=3, told=2, tries=3, replayed=16, pairs=4)
+SMALL = RlSettings(steps=3, warmup=1, groups=3, told=2, tries=3, replayed=16, pairs=4)
 TOOLS = training_tools(200)
 
 

@@ -28,6 +28,7 @@ SETTINGS = RlSettings(
     tries=4,
     epochs=2,
     minibatches=2,
+    warmup=3,
     tau=0.2,
     replay=0.5,
     critic=0.7,
@@ -89,8 +90,8 @@ def updates(monkeypatch):
 
 def test_the_settings_are_those_that_the_figures_were_measured_with():
     assert dataclasses.asdict(RlSettings()) == {
-        "steps": 16, "groups": 8, "told": 4, "tries": 6, "epochs": 1, "minibatches": 2, "lr": 0.06,
-        "tau": 0.05, "replay": 0.1, "critic": 0.3, "replayed": 640, "pairs": 16,
+        "steps": 16, "groups": 8, "told": 4, "tries": 6, "epochs": 1, "minibatches": 2, "lr": 0.08,
+        "warmup": 5, "tau": 0.05, "replay": 0.1, "critic": 0.3, "replayed": 640, "pairs": 16,
         "temperature": (1.0, 0.7), "told_temperature": (1.2, 0.8), "limit": 768, "seed": 0,
     }  # fmt: skip
 
@@ -99,7 +100,7 @@ def test_the_settings_are_those_that_the_figures_were_measured_with():
     ("name", "value", "expected"),
     [
         *((name, 0, "an int of at least 1") for name in (
-            "steps", "groups", "epochs", "minibatches", "replayed", "limit")),
+            "steps", "groups", "epochs", "minibatches", "warmup", "replayed", "limit")),
         ("tries", 1, "an int of at least 2"),
         ("tries", 2.5, "an int of at least 2"),
         ("told", -1, "an int of at least 0"),
@@ -121,6 +122,12 @@ def test_settings_that_teach_nothing_are_refused(name, value, expected):
         f"RlSettings: {name}: expected {expected}, got {value}; the default is {default}"
     )
     RlSettings(told=0, pairs=0, replay=0.0, critic=0.0, tries=2)
+
+
+def test_the_rate_rises_and_falls():
+    settings = RlSettings(steps=5, warmup=2)
+    factors = [settings.factor(step) for step in range(5)]
+    assert factors == pytest.approx([0.5, 0.8, 0.6, 0.4, 0.2])
 
 
 def test_tries_are_drawn_as_the_settings_say(drawn, monkeypatch):
@@ -245,7 +252,7 @@ def test_an_update_is_the_sum_of_its_losses(drawn, updates, monkeypatch):
         expected = total / times + 0.7 * likelihood(run.learner.model, compared)
         expected += 0.5 * likelihood(run.learner.model, [beside])
         assert value == pytest.approx(expected, rel=1e-4)
-        assert factor == pytest.approx(0.8)  # of five steps the second
+        assert factor == pytest.approx(2 / 3)  # of three steps of warm-up the second
     assert len(parts) == 4 and len({tuple(again[0][0]) for again in batches[1::2]}) == 4
     rows = len(advantages)
     assert 6 <= rows == len(whole[1].ids)

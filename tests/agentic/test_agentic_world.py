@@ -37,8 +37,8 @@ def test_every_op_reads_and_changes_what_it_says():
     before = world.digest()
     assert world.call("level_get", {"lamp": "oak"}) == "7"
     assert world.call("level_get", {"lamp": "ash"}) == NOT_FOUND
-    assert world.call("lamp_find", {"level": "3"}) == "elm"
-    assert world.call("lamp_find", {"level": "9"}) == NOT_FOUND
+    assert world.call("level_find", {"level": "3"}) == "elm"
+    assert world.call("level_find", {"level": "9"}) == NOT_FOUND
     assert world.call("lamps_count", {"level": "3"}) == "1"
     assert world.call("level_sum", {}) == "10"
     assert world.digest() == before

@@ -214,3 +214,26 @@ def test_written_tensors_tell_their_version():
         write(target)
         grown.append(target._version - before)
     assert all(step >= 1 for step in grown), grown
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_stops_a_program_is_no_bad_argument(error):
+    class Stopping:
+        def __index__(self):
+            raise error
+
+        __bool__ = __index__
+
+    with pytest.raises(error):
+        kimi_ops.topk_gate(torch.zeros(1, 4), k=Stopping())
+    with pytest.raises(error):
+        kimi_ops.topk_gate(torch.zeros(1, 4), k=2, renormalize=Stopping())
+
+
+def test_what_an_argument_raises_is_told():
+    class Broken:
+        def __index__(self):
+            raise ValueError("no whole number")
+
+    with pytest.raises(TypeError, match="topk_gate: k: expected an int: no whole number"):
+        kimi_ops.topk_gate(torch.zeros(1, 4), k=Broken())

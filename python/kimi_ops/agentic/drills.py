@@ -39,15 +39,16 @@ from kimi_ops.models.kimi_k2.chat.dialogue import (
 __all__ = ["recall", "repeats", "search", "wishes"]
 
 Drill = tuple[list[int], list[bool]]  # bytes, and which of them the row's beginning decides
-Turn = tuple[str, str, Step]  # who speaks, a user or a tool, what, and what the assistant does
+# Who speaks, a user or a tool, what, and what the assistant does; nothing before the second result.
+Turn = tuple[str, str, Step | None]
 USER = "user"
 UNHEARD_SHARE = 0.4  # of the tools whose verb is a word
 NONE_SHARE = 0.15  # of the wishes that are of none of the tools,
 ASK_SHARE = 0.3  # of those that take a value, without it,
 PAIR_SHARE = 0.7  # of two at once
-CHAIN_SHARE = 0.5  # of the rows may have a wish that takes two calls, if two tools are drawn so
-RESULT_SHARE = 0.5  # of single calls that are answered,
-FAULT_SHARE = 0.4  # by a fault
+CHAIN_SHARE = 0.4  # of the rows with a wish that takes two calls
+RESULT_SHARE = 0.6  # of single calls, and of two at once, that are answered,
+FAULT_SHARE = 0.4  # and of single ones by a fault
 
 
 def repeats(rng: random.Random, length: int) -> Drill:
@@ -164,9 +165,10 @@ def wishes(rng: random.Random, tools: Sequence[Tool], count: int, *, short: bool
     ('order: order', True)
     """
     scene = Scene(rng, False, tools)
-    chain = linked(scene) if rng.random() < CHAIN_SHARE else None
-    if chain is None:
+    chained, chain = rng.random() < CHAIN_SHARE, None
+    while chained and chain is None:
         scene.tools.clear()
+        chain = linked(scene)
     while len(scene.tools) < count:
         scene.pick(looked_up=False)
     known = [_unheard(tool, rng) if rng.random() < UNHEARD_SHARE else tool for tool in scene.tools]
@@ -182,8 +184,11 @@ def wishes(rng: random.Random, tools: Sequence[Tool], count: int, *, short: bool
     number = 0  # of calls so far
     for name, said, reply in (turn for talk in talks for turn in talk):
         role = IM_USER if name == USER else IM_SYSTEM
-        told = said if name == USER else f"## Return of functions.{name}:{number - 1}\n{said}"
+        place = number - (2 if reply is None else 1)
+        told = said if name == USER else f"## Return of functions.{name}:{place}\n{said}"
         parts += ["", role, *([] if short else [name, IM_MIDDLE]), told, IM_END]
+        if reply is None:
+            continue
         parts += ["", IM_ASSISTANT, "" if short else "assistant", IM_MIDDLE]
         parts += [reply, IM_END] if isinstance(reply, str) else section(reply, number)
         number += 0 if isinstance(reply, str) else len(reply)
@@ -210,6 +215,10 @@ def _alone(
             both = (wish, _wish(rng, left.pop()))
             asked = " and ".join(spoken(one, rng, persona="terse").rstrip("?") for one in both)
             talks.append([(USER, asked, tuple(map(call_of, both)))])
+            if rng.random() < RESULT_SHARE:
+                one, two = (_result(rng, wish.tool) for wish in both)
+                first, second = (wish.tool.name for wish in both)
+                talks[-1] += [(first, one, None), (second, two, f"{one}, {two}")]
         else:
             talks.append([(USER, spoken(wish, rng), (call_of(wish),))])
             if rng.random() < RESULT_SHARE:
@@ -222,16 +231,25 @@ def _answered(rng: random.Random, tool: Tool, call: Call) -> list[Turn]:
     fault = rng.choice((BUSY, NOT_FOUND)) if rng.random() < FAULT_SHARE else None
     if fault == BUSY:
         return [(tool.name, BUSY, (call,))]
-    result = DONE if tool.changes else words(rng, 1, fresh=False)[0]
-    return [(tool.name, fault or result, fault or result)]
+    result = fault or _result(rng, tool)
+    return [(tool.name, result, result)]
+
+
+def _result(rng: random.Random, tool: Tool) -> str:
+    """Something that a tool may answer."""
+    if tool.changes:
+        return DONE
+    if tool.semantics.op in ("sum", "count"):
+        return str(rng.randint(1, 27))
+    return words(rng, 1, fresh=False)[0]
 
 
 def _chained(rng: random.Random, first: Tool, second: Tool) -> list[Turn]:
     """A wish of the second tool, for which the first one is called before."""
     wish, found = _wish(rng, second), _wish(rng, first)
     if second.semantics.looked_up:
-        (result,) = words(rng, 1, fresh=False)
         asked, opening = spoken(wish, rng), call_of(Wish(first, wish.row))
+        result = _result(rng, first)
     else:
         asked = spoken(Wish(second, described(found), wish.value), rng)
         opening, result = call_of(found), wish.row
@@ -242,13 +260,10 @@ def _chained(rng: random.Random, first: Tool, second: Tool) -> list[Turn]:
 def _wish(rng: random.Random, tool: Tool) -> Wish:
     """Of a tool, with words for what its call takes."""
     row, value = words(rng, 2, fresh=False)
+    if tool.choices:
+        value = rng.choice(tool.choices)
     meaning = tool.semantics
-    allowed = tool.parameters["properties"].get(meaning.value, {}).get("enum")
-    return Wish(
-        tool,
-        row if meaning.key else "",
-        (rng.choice(allowed) if allowed else value) if meaning.value else "",
-    )
+    return Wish(tool, row if meaning.key else "", value if meaning.value else "")
 
 
 def _unheard(tool: Tool, rng: random.Random) -> Tool:

@@ -7,7 +7,9 @@ What a "tell" is worth (`told_value`) is known here alone: nothing that trains i
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from kimi_ops.agentic.rollout import Rollout, roll_out
 from kimi_ops.agentic.specs import HELD_OUT_DOMAINS, Tool, is_held_out, repository
 from kimi_ops.agentic.style import plain
 from kimi_ops.agentic.synthesis import WRONG_TELL
-from kimi_ops.agentic.tasks import FAMILIES, Task, make_task
+from kimi_ops.agentic.tasks import FAMILIES, SYSTEM, Task, make_task
 from kimi_ops.agentic.teacher import STYLE, play
 from kimi_ops.models.kimi_k2 import KimiK2
 from kimi_ops.models.kimi_k2.chat import Tokenizer
@@ -98,7 +100,7 @@ def told_value(roll: Rollout) -> float:
         return 0.0
     world = episode.task.world.copy()
     value = world.call(calls[0][0], calls[0][1])
-    grounded = value in said[0].replace(",", " ").replace(".", " ").split()
+    grounded = value in re.findall(r"\w+", said[0])
     return grounded * (1.0 if plain(said[0]) else 0.5)
 
 
@@ -121,16 +123,22 @@ def split_tools(split: str, specs: int = 2000) -> list[Tool]:
 
 
 def held_out_tasks(
-    split: str, count: int, *, families: Sequence[str] = tuple(FAMILIES), declared: int = 2
+    split: str,
+    count: int,
+    *,
+    families: Sequence[str] = tuple(FAMILIES),
+    declared: int = 2,
+    system: str = SYSTEM,
 ) -> list[Task]:
     """The same tasks for everybody: `count` of each family."""
     tools = split_tools(split)
     rng = random.Random(f"evaluate {split} {declared}")
-    return [
+    tasks = [
         make_task(family, tools, rng, fresh=split != "trained", declared=declared)
         for family in families
         for _ in range(count)
     ]
+    return [dataclasses.replace(task, system=system) for task in tasks]
 
 
 def scripted(count: int, *, tries: int = 6) -> list[list[Rollout]]:

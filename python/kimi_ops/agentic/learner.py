@@ -53,7 +53,7 @@ class Learner:
                 group["max_grad_norm"] = clip_norm
 
     def step(self, loss: Callable[[], Tensor], factor: float) -> float:
-        """One update by the gradient of `loss()` and the balance loss; the loss.
+        """One update by the gradient of `loss()` and of its last forward's balance loss; the loss.
 
         Parameters
         ----------

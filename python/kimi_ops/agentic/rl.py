@@ -68,7 +68,10 @@ class RlSettings:
     epochs, minibatches : int
         Updates of a step: so often through its tries, each time in so many parts.
     lr : float
-        Share of the supervised stage's peak learning rate; falls to 0.
+        Share of the supervised stage's peak learning rate.
+    warmup : int
+        Steps until then: MuonClip moves as far by the noise of one update as by the mean of many.
+        From there it falls, to be 0 behind the last step.
     tau : float
         How dear it is to leave the policy that made the tries.
     replay, critic : float
@@ -95,7 +98,8 @@ class RlSettings:
     tries: int = 6
     epochs: int = 1
     minibatches: int = 2
-    lr: float = 0.06
+    lr: float = 0.08
+    warmup: int = 5
     tau: float = 0.05
     replay: float = 0.1
     critic: float = 0.3
@@ -107,10 +111,14 @@ class RlSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        ones = ("steps", "groups", "epochs", "minibatches", "replayed", "limit")
+        ones = ("steps", "groups", "epochs", "minibatches", "warmup", "replayed", "limit")
         at_least(self, dict.fromkeys(ones, 1) | {"tries": 2, "told": 0, "pairs": 0})
         at_least(self, {"replay": 0.0, "critic": 0.0})
         positive(self, "lr", "tau", "temperature", "told_temperature")
+
+    def factor(self, step: int) -> float:
+        """Share of `lr` at a step, from 0."""
+        return min((step + 1) / self.warmup, 1 - step / self.steps)
 
     def temperature_of(self, family: str, step: int) -> float:
         """At a step, from 0."""
@@ -238,7 +246,7 @@ class Rl:
         answers, entropy = self._answers(groups).remembered(model)
         pairs = self._pairs(groups, rng)
         updates, learnt = settings.epochs * settings.minibatches, Learnt(entropy)
-        factor = 1 - self.made / settings.steps
+        factor = settings.factor(self.made)
         for update in range(updates):
             place = update % settings.minibatches
             if place == 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kimi_ops.agentic.drills import recall, repeats, search, wishes
 from kimi_ops.agentic.learner import Learner, token_losses
+from kimi_ops.agentic.settings import at_least, positive
 from kimi_ops.agentic.specs import Tool
 from kimi_ops.agentic.synthesis import training_tools
 
@@ -47,16 +48,26 @@ class SftSettings:
     easy : float
         Share of the updates until when only short episodes come.
     seed : int
+
+    Raises
+    ------
+    ValueError
+        A setting that is too small.
     """
 
-    steps: int = 2400
+    steps: int = 2800
     longest: int = 768
     size: int = 1920
     warmup: int = 20
     decay: float = 0.75
     rest: float = 0.05
-    easy: float = 0.35
+    easy: float = 0.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, dict.fromkeys(("steps", "longest", "size", "warmup"), 1))
+        at_least(self, {"rest": 0.0, "easy": 0.0})
+        positive(self, "decay")
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate."""
@@ -126,7 +137,7 @@ _CURRICULUM = (
         "recall", _mixed(lambda rng: recall(rng, 3), lambda rng: search(rng, 1)), 96, 0.25, 0.12
     ),
     _Drills("far recall", _far, 192, 0.3, 0.08),
-    _Drills("wishes", _short, 256, 0.3, 0.1),
+    _Drills("wishes", _short, 256, 0.12, 0.3),
 )
 
 
@@ -170,6 +181,11 @@ class Sft:
         Rows of other text, one of 20.
     pairs : sequence of (ids, learnt)
         Comparisons for the critic, three of 20 rows where there are any.
+
+    Raises
+    ------
+    ValueError
+        No trajectory is short enough.
     """
 
     def __init__(
@@ -182,13 +198,19 @@ class Sft:
         pairs: Sequence[Example] = (),
     ) -> None:
         self.learner, self.settings = learner, settings
-        self._beside: list[tuple[Source, float]] = [(_drill, 0.4)]
+        self._beside: list[tuple[Source, float]] = [(_drill, 0.5)]
         if text is not None:
             self._beside.append((text, 0.05))
         if pairs:
             self._beside.append((lambda rng: rng.choice(pairs), 0.15))
         by_length = sorted(trajectories, key=lambda one: len(one[0]))
         self._all = by_length[: bisect_left(by_length, settings.longest, key=lambda o: len(o[0]))]
+        if not self._all:
+            raise ValueError(
+                f"Sft: trajectories: expected some of less than {settings.longest} ids, got "
+                f"{len(by_length)} of {len(by_length[0][0]) if by_length else 'any number'} and "
+                "more; raise SftSettings.longest or make more attempts"
+            )
         self._rng = random.Random(f"sft {settings.seed}")
         self.made = 0  # updates
         self._part = self._begun = 0  # of the curriculum, and the update it began with

@@ -159,6 +159,11 @@ class Tool:
         return json.dumps(self.declaration, sort_keys=True)
 
     @property
+    def choices(self) -> Sequence[str]:
+        """What its value may be; nothing: any word."""
+        return self.parameters["properties"].get(self.semantics.value, {}).get("enum", ())
+
+    @property
     def changes(self) -> bool:
         return self.semantics.op in ("set", "use", "add", "cancel", "move")
 
@@ -203,7 +208,7 @@ def base_tools(domain: Domain) -> list[Tool]:
             Tool(f"{column}_get", _schema(thing), by, domain),
             Tool(f"{column}_set", _schema(thing, column), _op(both, "set"), domain),
             Tool(f"{thing}_move", _schema(thing, column), _op(both, "move"), domain),
-            Tool(f"{thing}_find", _schema(column), of, domain),
+            Tool(f"{column}_find", _schema(column), of, domain),
             Tool(f"{table}_count", _schema(column), _op(of, "count"), domain),
             Tool(f"{column}_sum", _schema(), Semantics("sum", table, column=column), domain),
         ]

@@ -22,8 +22,8 @@ from kimi_ops.agentic.words import words
 from kimi_ops.agentic.world import BUSY, NOT_FOUND, Table, World
 
 __all__ = [
-    "FAMILIES", "NO_TOOL", "PLAIN", "Call", "Rubric", "Scene", "Task", "call_of", "described",
-    "distinct", "fits_none", "linked", "make_task", "question", "subject",
+    "FAMILIES", "NO_TOOL", "PLAIN", "SYSTEM", "Call", "Rubric", "Scene", "Task", "call_of",
+    "described", "distinct", "fits_none", "linked", "make_task", "question", "subject",
 ]  # fmt: skip
 
 NO_TOOL = "no tool for that"
@@ -247,8 +247,7 @@ class Scene:
 
     def value(self, tool: Tool) -> str:
         """Something that a column may be set to."""
-        allowed = tool.parameters["properties"][tool.semantics.value].get("enum")
-        return self.rng.choice(allowed) if allowed else self.words(1)[0]
+        return self.rng.choice(tool.choices) if tool.choices else self.words(1)[0]
 
     def task(
         self,
