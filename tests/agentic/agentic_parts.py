@@ -4,6 +4,8 @@
 import dataclasses
 import random
 
+import pytest
+
 from kimi_ops.agentic.rollout import Rollout
 from kimi_ops.agentic.teacher import play
 from kimi_ops.models.kimi_k2 import KimiK2, KimiK2Config
@@ -55,3 +57,13 @@ def as_played(model, tokenizer, tasks, *, seed=0, **options):
         ids, own = episode.chat.encode(tokenizer)
         rolls.append(Rollout(episode, ids, own))
     return rolls
+
+
+def refused(settings: type, name: str, value: object, expected: str) -> None:
+    """That settings do not take a value, and say what they expected and their default."""
+    with pytest.raises(ValueError) as found:
+        settings(**{name: value})
+    assert str(found.value) == (
+        f"{settings.__name__}: {name}: expected {expected}, got {value}; "
+        f"the default is {getattr(settings(), name)}"
+    )

@@ -35,7 +35,7 @@ from kimi_ops.models.kimi_k2.chat.dialogue import (
     IM_SYSTEM,
     IM_USER,
 )
-from tests.agentic.agentic_parts import tiny
+from tests.agentic.agentic_parts import refused, tiny
 
 EXAMPLE = ([10, 11, 12, 13, 14], [False, False, True, True, False])
 
@@ -259,19 +259,14 @@ def test_rows_beside_trajectories_have_their_shares():
     ],
 )
 def test_settings_that_train_nothing_are_refused(name, value, expected):
-    default = getattr(SftSettings(), name)
-    with pytest.raises(ValueError) as refused:
-        SftSettings(**{name: value})
-    assert str(refused.value) == (
-        f"SftSettings: {name}: expected {expected}, got {value}; the default is {default}"
-    )
+    refused(SftSettings, name, value, expected)
 
 
 def test_trajectories_that_are_all_too_long_are_refused():
     long = ([1] * 45, [True] * 45)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError) as found:
         Sft(Learner(tiny(0), 0.01), [long], SftSettings(longest=45))
-    assert str(refused.value) == (
+    assert str(found.value) == (
         "Sft: trajectories: expected some of less than 45 ids, got 1 of 45 and more; raise "
         "SftSettings.longest or make more attempts"
     )

@@ -18,7 +18,7 @@ from kimi_ops.agentic.sft import batch_of
 from kimi_ops.agentic.synthesis import training_tools
 from kimi_ops.agentic.tasks import PLAIN, make_task
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer
-from tests.agentic.agentic_parts import Shortest, as_played, tiny
+from tests.agentic.agentic_parts import Shortest, as_played, refused, tiny
 
 TOOLS = training_tools(200)
 SETTINGS = RlSettings(
@@ -115,12 +115,7 @@ def test_the_settings_are_those_that_the_figures_were_measured_with():
     ],
 )  # fmt: skip
 def test_settings_that_teach_nothing_are_refused(name, value, expected):
-    default = getattr(RlSettings(), name)
-    with pytest.raises(ValueError) as refused:
-        RlSettings(**{name: value})
-    assert str(refused.value) == (
-        f"RlSettings: {name}: expected {expected}, got {value}; the default is {default}"
-    )
+    refused(RlSettings, name, value, expected)
     RlSettings(told=0, pairs=0, replay=0.0, critic=0.0, tries=2)
 
 
