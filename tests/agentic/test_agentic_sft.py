@@ -220,6 +220,7 @@ def test_a_wish_is_answered_by_its_whole_calls(short):
     assert all(
         kinds[kind] >= 8 for kind in ("two calls", "none", "asks", "chain", "after", "both")
     ), kinds
+    assert 0.3 < kinds["chain"] / 90 < 0.5
     assert kinds["call"] > 60 and kinds["again"] >= 3
     assert 0.3 < unheard / (3 * 90) < 0.5 and places == {0, 1, 2}
 
