@@ -22,7 +22,7 @@ from kimi_ops.agentic.tasks import (
     subject,
 )
 from kimi_ops.agentic.teacher import section
-from kimi_ops.agentic.users import Wish, spoken
+from kimi_ops.agentic.users import Wish, spoken, together
 from kimi_ops.agentic.words import words
 from kimi_ops.agentic.world import BUSY, DONE, NOT_FOUND
 from kimi_ops.models.kimi_k2.chat import ByteTokenizer, Chat, declare_typescript
@@ -213,8 +213,7 @@ def _alone(
             talks.append([(USER, asked, question(tool)), (USER, wish.value, (call_of(wish),))])
         elif left and rng.random() < PAIR_SHARE:
             both = (wish, _wish(rng, left.pop()))
-            asked = " and ".join(spoken(one, rng, persona="terse").rstrip("?") for one in both)
-            talks.append([(USER, asked, tuple(map(call_of, both)))])
+            talks.append([(USER, together(both, rng), tuple(map(call_of, both)))])
             if rng.random() < RESULT_SHARE:
                 one, two = (_result(rng, wish.tool) for wish in both)
                 first, second = (wish.tool.name for wish in both)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kimi_ops.agentic.specs import TICKET, Tool
-from kimi_ops.agentic.users import Wish, spoken
+from kimi_ops.agentic.users import Wish, spoken, together
 from kimi_ops.agentic.words import words
 from kimi_ops.agentic.world import BUSY, NOT_FOUND, Table, World
 
@@ -397,7 +397,7 @@ def _pair(scene: Scene, declared: int) -> Task | None:
     scene.settle(max(declared, 2))
     wishes, calls = zip(*(scene.wish(tool) for tool in tools if tool), strict=True)
     results = [scene.result(call) for call in calls]
-    said = " and ".join(spoken(w, scene.rng, persona="terse").rstrip("?") for w in wishes)
+    said = together(wishes, scene.rng)
     return scene.task("pair", [said], [tuple(calls), ", ".join(results)], outputs=results)
 
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kimi_ops.agentic.specs import Tool
 
-__all__ = ["PERSONAS", "Wish", "spoken"]
+__all__ = ["PERSONAS", "Wish", "spoken", "together"]
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,8 @@ def spoken(wish: Wish, rng: random.Random, *, persona: str | None = None) -> str
         column=meaning.column, thing=domain.thing, table=meaning.table,
         row=wish.row, value=wish.value,
     )  # fmt: skip
+
+
+def together(wishes: Iterable[Wish], rng: random.Random) -> str:
+    """Several wishes in one sentence."""
+    return " and ".join(spoken(wish, rng, persona="terse").rstrip("?") for wish in wishes)
